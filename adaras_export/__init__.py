@@ -1,0 +1,50 @@
+"""Find reasoning-critical neurons, and ship models that steer them at test time, gate included.
+
+The method is AdaRAS (arXiv 2601.19847). Names are loaded when they are first used, so that importing the package
+costs nothing.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from adaras_export.delivery import ExportReport, export, verify
+    from adaras_export.models import BaseModel
+    from adaras_export.parity import ParityReport
+    from adaras_export.rule import Gate, NeuronSet, SteeringRule
+    from adaras_export.statistics import NeuronStats
+    from adaras_export.steering import steered
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "BaseModel": "models",
+    "ExportReport": "delivery",
+    "Gate": "rule",
+    "NeuronSet": "rule",
+    "NeuronStats": "statistics",
+    "ParityReport": "parity",
+    "SteeringRule": "rule",
+    "export": "delivery",
+    "steered": "steering",
+    "verify": "delivery",
+}
+
+__all__ = [
+    "BaseModel",
+    "ExportReport",
+    "Gate",
+    "NeuronSet",
+    "NeuronStats",
+    "ParityReport",
+    "SteeringRule",
+    "export",
+    "steered",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 - a class or a function
+    if name not in _HOMES:
+        raise AttributeError(f"module 'adaras_export' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"adaras_export.{_HOMES[name]}"), name)

@@ -1,0 +1,108 @@
+"""What enters each down projection (h), streamed: no activation outlives the hook that saw it.
+
+Knows nothing of labels, rankings or rules. B rows, T tokens, L layers, M MLP neurons.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adaras_export import models
+
+Sink = Callable[[int, Tensor], None]
+
+
+@contextmanager
+def capture(model: nn.Module, layers: Sequence[int], sink: Sink) -> Iterator[None]:
+    """Call ``sink(layer, h_BTM)`` for every forward pass through the given layers; leaves no hook behind."""
+    with ExitStack() as undo:
+        for layer in layers:
+            down = models.down_projection(model, layer)
+            undo.callback(down.register_forward_pre_hook(partial(_call, sink, layer)).remove)
+        yield
+
+
+def _call(sink: Sink, layer: int, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    sink(layer, args[0])
+
+
+def right_pad(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids and mask, (B, T). In a causal model padding on the right changes nothing on its left."""
+    width = max(map(len, rows))
+    ids = [[*row, *[0] * (width - len(row))] for row in rows]
+    mask = [[1] * len(row) + [0] * (width - len(row)) for row in rows]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+@torch.no_grad()
+def token_means(model: nn.Module, rows: Sequence[Sequence[int]], layers: Sequence[int]) -> Tensor:
+    """Mean of h over each row's tokens, (B, len(layers), M) float32 on the CPU; one forward pass, no LM head."""
+    ids_BT, mask_BT = right_pad(rows, next(model.parameters()).device)
+    weight_B1T = (mask_BT / mask_BT.sum(1, keepdim=True)).unsqueeze(1)
+    means: dict[int, Tensor] = {}
+
+    def average(layer: int, h_BTM: Tensor) -> None:
+        means[layer] = torch.bmm(weight_B1T.to(h_BTM.device), h_BTM.float()).squeeze(1).cpu()
+
+    with capture(model, layers, average):
+        models.decoder(model)(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False)
+    return torch.stack([means[layer] for layer in layers], dim=1)
+
+
+class Recorder:
+    """Means of h over the tokens of each row, collected while `generate` runs, (B, L, M).
+
+    Counts every prompt token and every generated token that was fed back, up to the end-of-sequence token and
+    without it: what a teacher-forced read of prompt and completion sees.
+    """
+
+    def __init__(self, layers: int, end_ids: Collection[int]) -> None:
+        self._sums: list[Tensor | None] = [None] * layers
+        self._end_ids = end_ids
+        self._weight_BT: Tensor | None = None
+        self._alive_B: Tensor | None = None
+        self._count_B: Tensor | None = None
+
+    def means(self) -> Tensor:
+        """The means, (B, L, M) float32 on the CPU."""
+        assert self._count_B is not None  # generate() ran
+        sums = torch.stack([one for one in self._sums if one is not None], dim=1)
+        return sums.cpu() / self._count_B[:, None, None].cpu()
+
+    def begin(self, _module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Decoder pre-hook: find out which of this call's tokens count."""
+        ids_BT = kwargs["input_ids"]
+        if self._alive_B is None or self._count_B is None:
+            mask = kwargs["attention_mask"]
+            self._weight_BT = (torch.ones_like(ids_BT) if mask is None else mask[:, -ids_BT.shape[1] :]).float()
+            self._alive_B = torch.ones(len(ids_BT), device=ids_BT.device)
+            self._count_B = self._weight_BT.sum(1)
+            return
+        ended = torch.isin(ids_BT[:, 0], torch.tensor(sorted(self._end_ids), device=ids_BT.device))
+        self._alive_B = self._alive_B * ~ended
+        self._weight_BT = self._alive_B[:, None]
+        self._count_B = self._count_B + self._alive_B
+
+    def add(self, layer: int, h_BTM: Tensor) -> None:
+        """Sink of `capture`."""
+        assert self._weight_BT is not None
+        total = torch.bmm(self._weight_BT.unsqueeze(1).to(h_BTM.device), h_BTM.float()).squeeze(1)
+        before = self._sums[layer]
+        self._sums[layer] = total if before is None else before + total
+
+
+@contextmanager
+def recording(model: nn.Module, end_ids: Collection[int]) -> Iterator[Recorder]:
+    """Record one `generate` call on a batch of prompts, greedy or sampled, with the KV cache."""
+    layers = models.sizes_of(model)[1]
+    recorder = Recorder(layers, end_ids)
+    with capture(model, range(layers), recorder.add):
+        handle = models.decoder(model).register_forward_pre_hook(recorder.begin, with_kwargs=True)
+        try:
+            yield recorder
+        finally:
+            handle.remove()

@@ -1,0 +1,244 @@
+"""Sample several attempts at each question, check them, and append them to a file of traces.
+
+Knows nothing of steering and prints nothing. The batches follow from the arguments alone, so a run
+that was killed goes on where it stopped and ends with the same bytes.
+"""
+
+import json
+import os
+import time
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from adaras_export.checkers import Checker
+from adaras_export.errors import TraceError
+from adaras_export.generation import Sampling, complete, encode_prompt
+from adaras_export.traces import Question, Trace, by_question, digest, read_traces, trace_line
+
+Progress = Callable[[int, int], None]
+"""Of attempts done and attempts in all."""
+
+_LINE_START = b'{"id": '
+
+
+@dataclass(frozen=True)
+class CollectReport:
+    """What the file holds after a run, and what the run did.
+
+    Attributes:
+        traces: traces in the file.
+        correct: those that the checker accepted.
+        questions: questions that have a trace.
+        mixed_questions: questions that have correct and incorrect traces.
+        resumed: traces that the file held before the run.
+        blank: attempts of this run that gave no text; they make no trace.
+        seconds: wall-clock time of the run.
+    """
+
+    traces: int
+    correct: int
+    questions: int
+    mixed_questions: int
+    resumed: int
+    blank: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    id: str
+    question: Question
+    prompt_ids: Sequence[int]
+
+
+@dataclass(frozen=True)
+class _Sampler:
+    """Turns attempts into traces, one batch at a time."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    sampling: Sampling
+    check: Checker
+
+    def traces(self, batch: Sequence[_Attempt]) -> list[Trace]:
+        """The traces of the attempts that gave any text."""
+        rows = [attempt.prompt_ids for attempt in batch]
+        keys = [attempt.id for attempt in batch]
+        texts = complete(self.model, self.tokenizer, rows, self.sampling, keys)
+        return [
+            Trace(
+                id=attempt.id,
+                question_id=attempt.question.id,
+                prompt=attempt.question.prompt,
+                completion=text,
+                correct=self.check(text, attempt.question.answer),
+            )
+            for attempt, text in zip(batch, texts, strict=True)
+            if text.strip()
+        ]
+
+
+def collect(  # noqa: PLR0913 - each is a decision of its own
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    out: str | Path,
+    *,
+    attempts: int,
+    sampling: Sampling,
+    check: Checker,
+    batch_size: int,
+    wanted: int | None = None,
+    progress: Progress | None = None,
+) -> CollectReport:
+    """Append ``attempts`` checked completions per question to the JSONL file ``out``.
+
+    Trace ids are ``question#attempt``, attempts from 0. Batches follow the order of the questions,
+    attempts at a question together, and each is on disk before the next one starts. With
+    ``wanted``, no batch starts once so many questions have both outcomes. What the file holds
+    already is kept; with unchanged arguments it ends as if the run had never been interrupted.
+
+    Raises:
+        TraceError: contradictory arguments, a file of other questions, or one that cannot be read
+            or written.
+    """
+    started = time.perf_counter()
+    _require_sound(questions, attempts=attempts, sampling=sampling, batch_size=batch_size)
+    plan = _plan(tokenizer, questions, attempts)
+    out = Path(out)
+    traces = _resume(out, questions)
+    resumed, blank = len(traces), 0
+    sampler = _Sampler(model, tokenizer, sampling, check)
+    outcomes: dict[str, set[bool]] = defaultdict(set)
+    for start in range(0, len(plan), batch_size):
+        if wanted is not None and _mixed(outcomes) >= wanted:
+            break
+        batch = plan[start : start + batch_size]
+        blank += _fill(sampler, batch, traces, out)
+        for attempt in batch:
+            if attempt.id in traces:
+                outcomes[attempt.question.id].add(traces[attempt.id].correct)
+        if progress is not None:
+            progress(start + len(batch), len(plan))
+    return _report(list(traces.values()), resumed, blank, time.perf_counter() - started)
+
+
+def _require_sound(questions: Sequence[Question], *, attempts: int, sampling: Sampling, batch_size: int) -> None:
+    if not questions or attempts < 1 or batch_size < 1:
+        raise TraceError(
+            f"collect: {len(questions)} questions, {attempts} attempts, batches of {batch_size}; "
+            "expected at least one of each"
+        )
+    repeated = [id_ for id_, count in Counter(q.id for q in questions).items() if count > 1]
+    if repeated:
+        raise TraceError(f"collect: question {repeated[0]} is given twice; expected unique ids")
+    if attempts > 1 and sampling.temperature == 0:
+        raise TraceError(
+            f"collect: {attempts} attempts at temperature 0 are equal; expected a temperature above 0, or one attempt"
+        )
+
+
+def _plan(tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], attempts: int) -> list[_Attempt]:
+    """Every attempt in the order in which the file holds them."""
+    encoded = [(question, encode_prompt(tokenizer, question.prompt)) for question in questions]
+    return [
+        _Attempt(f"{question.id}#{attempt}", question, prompt_ids)
+        for question, prompt_ids in encoded
+        for attempt in range(attempts)
+    ]
+
+
+def _fill(sampler: _Sampler, batch: Sequence[_Attempt], traces: dict[str, Trace], out: Path) -> int:
+    """Sample what ``traces`` lacks of a batch, into it and the file; returns the blank attempts."""
+    missing = {attempt.id for attempt in batch if attempt.id not in traces}
+    if not missing:
+        return 0
+    # The whole batch again, also where a part is known: another batch shape rounds differently.
+    fresh = [trace for trace in sampler.traces(batch) if trace.id in missing]
+    _append(out, fresh)
+    traces.update({trace.id: trace for trace in fresh})
+    return len(missing) - len(fresh)
+
+
+def _append(out: Path, traces: Sequence[Trace]) -> None:
+    content = "".join(f"{trace_line(trace)}\n" for trace in traces).encode()
+    try:
+        with out.open("ab") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise _unwritable(out, error) from error
+
+
+def _resume(out: Path, questions: Sequence[Question]) -> dict[str, Trace]:
+    """The traces that the file holds, by id; the file is made if there is none."""
+    try:
+        if out.is_file():
+            _mend_last_line(out)
+        out.open("ab").close()  # fails now, not after the first batch
+    except OSError as error:
+        raise _unwritable(out, error) from error
+    if not out.is_file() or out.stat().st_size == 0:
+        return {}
+    traces = read_traces(out)
+    prompts = {question.id: digest(question.prompt) for question in questions}
+    for trace in traces:
+        if prompts.get(trace.question_id, digest(trace.prompt)) != digest(trace.prompt):
+            raise TraceError(
+                f"{out}: trace {trace.id} has another prompt than question {trace.question_id}; "
+                "expected a file of the same questions, or a new one"
+            )
+    return {trace.id: trace for trace in traces}
+
+
+def _mend_last_line(out: Path) -> None:
+    """Cut off a line that a crash left unfinished; end one that lacks only its line end."""
+    with out.open("rb") as file:
+        last = b"".join(deque(file, maxlen=1))
+    if last.endswith(b"\n") or not last:
+        return
+    if last[: len(_LINE_START)] != _LINE_START[: len(last)]:
+        raise TraceError(f"{out}: last line is no trace of ours; expected a file of traces or a new one")
+    with out.open("r+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        if _is_json(last):
+            file.write(b"\n")
+        else:
+            file.truncate(end - len(last))
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
+
+
+def _unwritable(out: Path, error: OSError) -> TraceError:
+    return TraceError(
+        f"{out}: cannot be written ({error.strerror}); "
+        "expected a writable place with room; run again to go on with what it holds"
+    )
+
+
+def _mixed(outcomes: dict[str, set[bool]]) -> int:
+    return sum(len(seen) == 2 for seen in outcomes.values())
+
+
+def _report(traces: Sequence[Trace], resumed: int, blank: int, seconds: float) -> CollectReport:
+    groups = by_question(traces)
+    return CollectReport(
+        traces=len(traces),
+        correct=sum(trace.correct for trace in traces),
+        questions=len(groups),
+        mixed_questions=_mixed({id_: {t.correct for t in group} for id_, group in groups.items()}),
+        resumed=resumed,
+        blank=blank,
+        seconds=seconds,
+    )

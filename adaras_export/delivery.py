@@ -1,0 +1,226 @@
+"""From a rule to an artifact under its final name, and back to the proof that it behaves like the rule.
+
+Written beside its destination, verified, given card and receipt, and only then renamed: what fails never gets
+its name. Knows no format; the exporters do.
+"""
+
+import errno
+import json
+import platform
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adaras_export import exporters, models, storage
+from adaras_export.card import CardContext, card
+from adaras_export.errors import ArtifactError, ExportError, ParityError
+from adaras_export.exporters.base import Exporter
+from adaras_export.models import BaseModel
+from adaras_export.parity import Check, ParityReport, ReferencePlayer, Script, compare, rehearse
+from adaras_export.rule import SteeringRule
+
+_RULE_FILE = "rule.safetensors"
+_RECEIPT_FILE = "receipt.json"
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What `export` delivered: the folder, the SHA-256 of its files, what the format left out, the checks."""
+
+    path: Path
+    target: str
+    files: dict[str, str]
+    drops: tuple[str, ...]
+    parity: ParityReport
+
+
+def export(
+    rule: SteeringRule,
+    *,
+    base: str | Path,
+    to: str,
+    out: str | Path,
+    accept_loss: Sequence[str] = (),
+    evaluation: str | Path | None = None,
+) -> ExportReport:
+    """Write ``rule`` on ``base`` as an artifact of target ``to`` into the new folder ``out``, and verify it.
+
+    Args:
+        rule: what to steer.
+        base: folder or Hub id of the model that the rule belongs to.
+        to: a target of `adaras_export.exporters.TARGETS`.
+        out: a folder that does not exist yet.
+        accept_loss: features ("gate", "start", "dial") that the format may leave out.
+        evaluation: JSON file of `adaras-export eval`, for the card.
+
+    Raises:
+        ExportError: the target cannot express the rule, ``out`` exists, or the disk is full.
+        RuleError: the rule belongs to another model.
+        ParityError: the artifact does not behave like the rule.
+    """
+    out, exporter = Path(out), exporters.load(to)
+    dropped = _refuse_loss(rule, exporter, accept_loss)
+    folder = models.fetch(base, rule.base.revision)
+    found = BaseModel.of(base, rule.base.revision)
+    rule.base.require_same(found)
+    measured = None if evaluation is None else _evaluation(Path(evaluation), rule)
+    with _staged(out) as stage:
+        exporter.write(rule, folder, stage)
+        rule.save(stage / _RULE_FILE)
+        parity = _verified(exporter, stage, rule, folder)
+        if not parity.ok:
+            raise ParityError(f"{out}: not written: " + "; ".join(check.line().strip() for check in parity.failed()))
+        context = CardContext(to, out.name, exporter.usage(), exporter.tags(), dropped, _license(folder), measured)
+        (stage / "README.md").write_text(card(rule, parity, context), encoding="utf-8")
+        files = _hashes(stage)
+        receipt = _receipt(rule, replace(found, id=rule.base.id), exporter, parity, files)
+        (stage / _RECEIPT_FILE).write_text(json.dumps(receipt, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return ExportReport(out, to, files, dropped, parity)
+
+
+def verify(path: str | Path, base: str | Path | None = None) -> ParityReport:
+    """Check an exported folder: its files, what it stores, and what it computes.
+
+    Code of the artifact runs only after it was found to be, byte for byte, this library's own.
+
+    Args:
+        path: the folder.
+        base: the base model, where it is no longer at the place that the receipt names.
+
+    Raises:
+        ArtifactError: the folder is no export, or the base cannot be found.
+    """
+    folder = Path(path)
+    receipt = storage.read_json(folder / _RECEIPT_FILE)
+    try:
+        exporter, recorded = (
+            exporters.load(receipt["target"]),
+            BaseModel.from_record(receipt["base"], str(folder)),
+        )
+        checks = _file_checks(folder, receipt["files"])
+        rule_hash = receipt["rule"]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError(f"{folder / _RECEIPT_FILE}: damaged receipt ({error}); export again") from error
+    rule = SteeringRule.load(folder / _RULE_FILE)
+    checks.append(Check("rule other than the receipt's", float(rule.fingerprint != rule_hash), 0))
+    origin = recorded.id if base is None else base
+    base_folder = models.fetch(origin, recorded.revision)
+    rule.base.require_same(BaseModel.of(origin, recorded.revision))
+    return ParityReport((*checks, *_verified(exporter, folder, rule, base_folder).checks))
+
+
+def _verified(exporter: Exporter, folder: Path, rule: SteeringRule, base: Path) -> ParityReport:
+    """Look the artifact over; where nothing is wrong with its code, run it against the reference."""
+    stored = list(exporter.inspect(folder, rule, base))
+    if not stored[0].ok:  # never run code that is not ours
+        return ParityReport((*stored, Check("not run, because its code differs", 1, 0)))
+    script = _rehearsed(rule, base)  # one model in memory at a time
+    player = exporter.load(folder)
+    return ParityReport((*stored, *compare(script, player, gated=rule.gate is not None)))
+
+
+def _rehearsed(rule: SteeringRule, base: Path) -> Script:
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model.eval()
+    return rehearse(ReferencePlayer(model, rule), model.config.vocab_size)
+
+
+def _refuse_loss(rule: SteeringRule, exporter: Exporter, accepted: Sequence[str]) -> tuple[str, ...]:
+    needed = {"start", "dial", *(["gate"] if rule.gate is not None else [])}
+    dropped = tuple(sorted(exporter.drops & needed))
+    if refused := [feature for feature in dropped if feature not in accepted]:
+        raise ExportError(
+            f"{exporter.name}: cannot express {', '.join(refused)}; drop it with --accept-loss {','.join(refused)}, "
+            "or choose target hf"
+        )
+    return dropped
+
+
+@contextmanager
+def _staged(out: Path) -> Iterator[Path]:
+    """A folder beside ``out`` that becomes ``out`` when the context ends well, and vanishes otherwise."""
+    if out.exists():
+        raise ExportError(f"{out}: exists already; choose another folder, or remove it first")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        stage = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    except OSError as error:
+        raise ExportError(f"{out}: cannot be written ({error.strerror})") from error
+    try:
+        yield stage
+        stage.chmod(0o755)
+        stage.rename(out)
+    except OSError as error:
+        reason = "the disk is full" if error.errno == errno.ENOSPC else error
+        raise ExportError(f"{out}: cannot be written ({reason}); nothing was left behind") from error
+    finally:
+        if stage.exists():
+            shutil.rmtree(stage)
+
+
+def _file_checks(folder: Path, expected: dict[str, str]) -> list[Check]:
+    found = _hashes(folder)
+    changed = sorted(name for name in expected if name in found and found[name] != expected[name])
+    missing, unknown = (
+        sorted(expected.keys() - found.keys()),
+        sorted(found.keys() - expected.keys()),
+    )
+    return [
+        Check(f"files {word}", len(names), 0, " ".join(names))
+        for word, names in (("changed", changed), ("missing", missing), ("unknown", unknown))
+    ]
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and "__pycache__" not in path.parts)
+    names = {str(path.relative_to(folder)): path for path in files}
+    return {name: storage.sha256_file(path) for name, path in names.items() if name != _RECEIPT_FILE}
+
+
+def _receipt(
+    rule: SteeringRule,
+    base: BaseModel,
+    exporter: Exporter,
+    parity: ParityReport,
+    files: dict[str, str],
+) -> dict[str, Any]:
+    libraries = ("adaras-export", "torch", "transformers", "safetensors")
+    return {
+        "version": 1,
+        "target": exporter.name,
+        "rule": rule.fingerprint,
+        "base": base.as_record(),
+        "files": files,
+        "parity": parity.as_record(),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in libraries},
+        },
+    }
+
+
+def _evaluation(path: Path, rule: SteeringRule) -> dict[str, Any]:
+    evaluation = storage.read_json(path)
+    if evaluation.get("rule") != rule.fingerprint:
+        raise ExportError(f"{path}: evaluates rule {evaluation.get('rule')}; expected {rule.fingerprint}")
+    return evaluation
+
+
+def _license(base: Path) -> str | None:
+    """The licence that the base's own model card names."""
+    readme = base / "README.md"
+    if not readme.exists():
+        return None
+    from huggingface_hub import ModelCard
+
+    found = ModelCard.load(readme).data.get("license")
+    return None if found is None else str(found)

@@ -1,0 +1,113 @@
+"""The task of the embedded demo: three-digit additions worked digit by digit, in two modes.
+
+SYNTHETIC. A careful trace takes every carry along, a careless one forgets them, and nothing in the
+text tells which it is until the first carry comes up. So one question has correct and incorrect
+traces. Knows no model and no tokenizer.
+
+A fixed hash of the operands reserves a fifth of all questions for demonstrations (`problems`,
+`splits`); the others train the language model (`training_pair`). No question of a demonstration,
+nor its mirror image b+a, was ever a training question, whatever the seeds.
+"""
+
+import hashlib
+import random
+from collections.abc import Collection, Mapping
+
+SMALLEST, LARGEST = 100, 999
+RESERVED_COUNT = 162_054  # of the 810,000 ordered pairs; a test counts them
+
+
+def is_reserved(a: int, b: int) -> bool:
+    """Whether a+b and b+a are kept for demonstrations, out of language-model training."""
+    digest = hashlib.sha256(f"{min(a, b)}+{max(a, b)}".encode()).digest()
+    return int.from_bytes(digest, "big") % 5 == 0
+
+
+def problems(count: int, seed: int, exclude: Collection[str] = ()) -> list[dict[str, object]]:
+    """Reserved questions, all different: id "347+285", prompt [chat message], answer "632".
+
+    The same arguments give the same list; ids in `exclude` are left out.
+
+    Raises:
+        ValueError: more questions are asked for than are reserved and not excluded.
+    """
+    taken = set(exclude)
+    if count < 0 or count + len(taken) > RESERVED_COUNT:
+        raise ValueError(
+            f"problems: count {count} with {len(taken)} excluded is outside 0..{RESERVED_COUNT}, "
+            "the number of reserved questions; ask for fewer"
+        )
+    draw = random.Random(seed)
+    found: list[dict[str, object]] = []
+    while len(found) < count:
+        a, b = _pair(draw)
+        name = f"{a}+{b}"
+        if is_reserved(a, b) and name not in taken:
+            taken.add(name)
+            prompt = [{"role": "user", "content": name}]
+            found.append({"id": name, "prompt": prompt, "answer": str(a + b)})
+    return found
+
+
+def splits(sizes: Mapping[str, int], seed: int) -> dict[str, list[dict[str, object]]]:
+    """Disjoint lists of reserved questions by name, for example `{"identify": 800, "test": 1000}`.
+
+    They are consecutive parts of one list, in the order of `sizes`: growing the last one leaves the
+    others as they were.
+    """
+    for name, size in sizes.items():
+        if size < 0:
+            raise ValueError(f"splits: {name} has size {size}, which must be 0 or more")
+    remaining = iter(problems(sum(sizes.values()), seed))
+    return {name: [next(remaining) for _ in range(size)] for name, size in sizes.items()}
+
+
+def training_pair(draw: random.Random) -> tuple[int, int]:
+    """Operands of a question that `problems` never returns."""
+    while True:
+        a, b = _pair(draw)
+        if not is_reserved(a, b):
+            return a, b
+
+
+def careful_share(a: int) -> float:
+    """How often a training trace of a+b is careful: from 0.8 to 0.2 as the first digit of a grows.
+
+    So questions differ in difficulty, as they do for real models, and the greedy answer is right on
+    part of those that carry. One share for all would put them all on the same side of one half.
+    """
+    return 0.8 - 0.6 * (a // 100 - 1) / 8
+
+
+def worked(a: int, b: int, careful: bool) -> str:  # noqa: FBT001 - callers write careful=
+    """The trace of one mode; its last number is the answer.
+
+    A column that receives no carry reads the same in both modes, so a question without carries into
+    a column has one trace only, the right one.
+
+    >>> worked(347, 285, careful=True)
+    '7+5=12, 4+8+1=13, 3+2+1=6, so 632'
+    >>> worked(347, 285, careful=False)
+    '7+5=12, 4+8=12, 3+2=5, so 522'
+
+    Raises:
+        ValueError: an operand does not have three digits.
+    """
+    if not (SMALLEST <= a <= LARGEST and SMALLEST <= b <= LARGEST):
+        raise ValueError(f"worked: operands {a} and {b} must lie in {SMALLEST}..{LARGEST}")
+    columns: list[str] = []
+    digits = ""
+    total = 0
+    for place in (1, 10, 100):
+        left, right = a // place % 10, b // place % 10
+        carry = total // 10 if careful else 0
+        total = left + right + carry
+        columns.append(f"{left}+{right}{'+1' if carry else ''}={total}")
+        digits = f"{total % 10}{digits}"
+    if total >= 10:  # nothing stands left of the hundreds: both modes write their sum out
+        digits = f"1{digits}"
+    return f"{', '.join(columns)}, so {digits}"
+
+
+def _pair(draw: random.Random) -> tuple[int, int]:
+    return draw.randint(SMALLEST, LARGEST), draw.randint(SMALLEST, LARGEST)

@@ -1,0 +1,60 @@
+"""Every error that a user's input can cause, in one tree.
+
+AdarasError
+├── TraceError             a trace, question or split is unusable; names path:line
+├── UnsupportedModelError  an architecture that models.py does not know
+├── ArtifactError          one of our files is missing, corrupt or of another kind
+├── RuleError              a neuron set, gate or rule that contradicts itself or the model
+├── ExportError            a target cannot express the rule, or cannot be written
+├── ParityError            an artifact does not behave like the rule
+└── MissingExtraError      an optional library is not installed
+
+A message is one line: subject, found, expected, remedy. The command line turns ParityError into exit 1
+and every other AdarasError into exit 2; anything else is a bug of ours and keeps its traceback.
+"""
+
+import importlib
+from types import ModuleType
+
+
+class AdarasError(Exception):
+    """Base of all errors that the user can act on."""
+
+
+class TraceError(AdarasError):
+    """A trace, question or split cannot be used."""
+
+
+class UnsupportedModelError(AdarasError):
+    """The architecture is not in the table of models.py."""
+
+
+class ArtifactError(AdarasError):
+    """A file of ours is missing, damaged or of another kind."""
+
+
+class RuleError(AdarasError):
+    """A neuron set, gate or rule is inconsistent, or made for another model."""
+
+
+class ExportError(AdarasError):
+    """A target cannot express the rule, or the artifact cannot be written."""
+
+
+class ParityError(AdarasError):
+    """An artifact does not behave like the rule that it was written from."""
+
+
+class MissingExtraError(AdarasError):
+    """An optional library is not installed."""
+
+
+def require(module: str, extra: str, purpose: str) -> ModuleType:
+    """The imported module, or the error that names the extra to install."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(
+            f"{purpose} needs {module.partition('.')[0]}, which is not installed; "
+            f"run: pip install 'adaras-export[{extra}]'"
+        ) from error

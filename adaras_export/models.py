@@ -1,0 +1,275 @@
+"""What this project knows of model architectures, and what identifies a base model.
+
+The only file that names modules of a model. Knows nothing of steering. An architecture that is
+not in the table is refused: a guessed module path would steer the wrong thing without an error.
+"""
+
+import hashlib
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import reduce
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adaras_export.errors import ArtifactError, RuleError, UnsupportedModelError
+from adaras_export.storage import read_json
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where one architecture keeps its MLP.
+
+    Attributes:
+        model_type: the name in config.json.
+        decoder: path of the module that holds the decoder layers, below the language model.
+        down: path of the down projection, below one decoder layer.
+        payload: the file of `adaras_export.runtime` that carries this family's steered classes.
+    """
+
+    model_type: str
+    decoder: str = "model"
+    down: str = "mlp.down_proj"
+    payload: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.payload:
+            object.__setattr__(self, "payload", f"modeling_adaras_{self.model_type}.py")
+
+
+FAMILIES = {family.model_type: family for family in map(Family, ("llama", "mistral", "qwen2", "qwen3"))}
+
+_EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+
+
+def family_of(config: Mapping[str, Any], subject: str) -> Family:
+    """The table entry for a config.json.
+
+    Raises:
+        UnsupportedModelError: a mixture of experts, or an architecture that is not in the table.
+    """
+    model_type = str(config.get("model_type"))
+    experts = [key for key in _EXPERT_KEYS if config.get(key)]
+    if experts:
+        raise UnsupportedModelError(
+            f"{subject}: {model_type} is a mixture of experts ({experts[0]} = {config[experts[0]]}); a neuron of an "
+            f"expert has no constant contribution to fold; expected a dense model of: {', '.join(FAMILIES)}"
+        )
+    if model_type not in FAMILIES:
+        raise UnsupportedModelError(
+            f"{subject}: model_type {model_type} is not supported; expected one of: {', '.join(FAMILIES)}; "
+            "a new family is one entry in adaras_export/models.py and one payload file"
+        )
+    return FAMILIES[model_type]
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """The identity of the model that a rule is made for: what it is, not its weights.
+
+    Attributes:
+        id: Hub id, or the path that it was read from.
+        revision: commit of a Hub id; None for a local folder.
+        family: model_type of config.json.
+        layers: number of decoder layers (L).
+        mlp_size: neurons of one MLP (M), the width that enters the down projection.
+        hidden_size: model width (D).
+        fingerprint: SHA-256 over names, types, shapes and a sample of every tensor, independent of
+            how the tensors are spread over files; None means that the weights are not recorded.
+    """
+
+    id: str
+    family: str
+    layers: int
+    mlp_size: int
+    hidden_size: int
+    revision: str | None = None
+    fingerprint: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.family not in FAMILIES:
+            family_of({"model_type": self.family}, self.id)
+        for name in ("layers", "mlp_size", "hidden_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise RuleError(f"base {self.id}: {name} is {value!r}; expected a positive integer")
+
+    @classmethod
+    def of(cls, path_or_id: str | Path, revision: str | None = None) -> "BaseModel":
+        """Read a model folder, or fetch one from the Hub into its cache first.
+
+        Raises:
+            ArtifactError: no config.json or no safetensors weights there, or the Hub cannot be reached.
+            UnsupportedModelError: the architecture is not in the table.
+        """
+        folder = fetch(path_or_id, revision)
+        config = read_json(folder / "config.json")
+        family = family_of(config, str(path_or_id))
+        return cls(
+            id=str(path_or_id),
+            revision=None if folder == Path(path_or_id) else folder.name,  # the commit
+            family=family.model_type,
+            layers=config["num_hidden_layers"],
+            mlp_size=config["intermediate_size"],
+            hidden_size=config["hidden_size"],
+            fingerprint=tensor_fingerprint(folder),
+        )
+
+    def require_same(self, other: "BaseModel") -> None:
+        """Refuse ``other`` where it is not this model; an unrecorded fingerprint matches any.
+
+        Raises:
+            RuleError: family, sizes or weights differ; names every difference.
+        """
+        differing = [
+            f"{name} {getattr(other, name)} (expected {getattr(self, name)})"
+            for name in ("family", "layers", "mlp_size", "hidden_size", "fingerprint")
+            if getattr(other, name) != getattr(self, name)
+            and not (name == "fingerprint" and None in (self.fingerprint, other.fingerprint))
+        ]
+        if differing:
+            raise RuleError(f"{other.id}: is not the model that this was made for ({self.id}): {'; '.join(differing)}")
+
+    def as_record(self) -> dict[str, Any]:
+        """The fields as JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_record(cls, record: Any, subject: str) -> "BaseModel":  # noqa: ANN401 - comes from a file
+        """The value that `as_record` described.
+
+        Raises:
+            ArtifactError: the record is not of that form.
+        """
+        try:
+            return cls(**record)
+        except TypeError as error:
+            raise ArtifactError(f"{subject}: damaged base record ({error})") from error
+
+
+def fetch(path_or_id: str | Path, revision: str | None = None) -> Path:
+    """The folder of a model: the given one, or the Hub's snapshot in the local cache.
+
+    Raises:
+        ArtifactError: there is neither.
+    """
+    folder = Path(path_or_id)
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*"]
+    try:
+        return Path(snapshot_download(str(path_or_id), revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ArtifactError(f"{path_or_id}: neither a folder nor a model that the Hub gave ({reason})") from error
+
+
+def shards(folder: Path) -> dict[str, Path]:
+    """The file of each tensor of a checkpoint, by tensor name.
+
+    Raises:
+        ArtifactError: there are no safetensors weights, or the index names a file that is missing.
+    """
+    index = folder / "model.safetensors.index.json"
+    single = folder / "model.safetensors"
+    if index.exists():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ArtifactError(f"{index}: has no weight_map; expected tensor names and their files")
+        located = {name: folder / str(file) for name, file in weight_map.items()}
+        outside = sorted(name for name, path in located.items() if path.parent != folder)
+        missing = sorted({path.name for path in located.values() if not path.exists()})
+        if outside or missing:
+            raise ArtifactError(f"{index}: names files that are not in the folder: {', '.join(outside + missing)}")
+        return located
+    if single.exists():
+        return dict.fromkeys(_header(single), single)
+    raise ArtifactError(f"{folder}: no model.safetensors and no index; expected safetensors weights (no pickles)")
+
+
+_SAMPLE_BYTES = 4096
+
+
+def tensor_fingerprint(folder: Path, only: set[str] | None = None) -> str:
+    """SHA-256 over every tensor's name, type, shape and a sample of its bytes: its head, middle and tail.
+
+    Tells one checkpoint from another in milliseconds, whatever its size; that no byte of a file was
+    changed is for the file hashes of a receipt to say. ``only`` limits it to some tensor names.
+    """
+    digest = hashlib.sha256()
+    located = shards(folder)
+    headers = {path: _header(path) for path in sorted(set(located.values()))}
+    for name in sorted(located if only is None else only & located.keys()):
+        path = located[name]
+        if name not in headers[path]:
+            raise ArtifactError(f"{path}: tensor {name} is missing; the index names it")
+        entry, start = headers[path][name], _data_start(path)
+        digest.update(json.dumps([name, entry["dtype"], entry["shape"]]).encode())
+        first, last = (start + offset for offset in entry["data_offsets"])
+        with path.open("rb") as file:
+            for position in (first, (first + last - _SAMPLE_BYTES) // 2, last - _SAMPLE_BYTES):
+                file.seek(max(first, position))
+                digest.update(file.read(min(_SAMPLE_BYTES, last - max(first, position))))
+    return digest.hexdigest()
+
+
+def _data_start(path: Path) -> int:
+    with path.open("rb") as file:
+        return 8 + int(struct.unpack("<Q", file.read(8))[0])
+
+
+def _header(path: Path) -> dict[str, dict[str, Any]]:
+    """The header of a safetensors file, checked by the library itself, without the metadata."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy"):  # refuses truncated files and overlapping tensors
+            pass
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(f"{path}: {error}; expected a safetensors file") from error
+    with path.open("rb") as file:
+        length = int(struct.unpack("<Q", file.read(8))[0])
+        header: dict[str, dict[str, Any]] = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return header
+
+
+def decoder(model: "nn.Module") -> "nn.Module":
+    """The module of a causal language model that runs the decoder layers (without the LM head).
+
+    Raises:
+        UnsupportedModelError: the architecture is not in the table.
+    """
+    module: nn.Module = reduce(getattr, _family(model).decoder.split("."), model)
+    return module
+
+
+def down_projection(model: "nn.Module", layer: int) -> "nn.Module":
+    """The down projection of a 0-based decoder layer; what enters it is h."""
+    layers: Any = decoder(model).layers
+    module: nn.Module = reduce(getattr, _family(model).down.split("."), layers[layer])
+    return module
+
+
+def down_weight_name(family: str, layer: int) -> str:
+    """The checkpoint key of the down projection's weight, shape (D, M)."""
+    entry = FAMILIES[family]
+    return f"{entry.decoder}.layers.{layer}.{entry.down}.weight"
+
+
+def sizes_of(model: "nn.Module") -> tuple[str, int, int, int]:
+    """Family, L, M and D of a model in memory."""
+    config: Any = model.config
+    return _family(model).model_type, config.num_hidden_layers, config.intermediate_size, config.hidden_size
+
+
+def _family(model: "nn.Module") -> Family:
+    config: Any = model.config
+    return family_of(config.to_dict(), config.name_or_path or type(model).__name__)

@@ -1,0 +1,37 @@
+"""Llama with adaptive steering in its MLPs. Everything that is not Llama's own is in steering_adaras.py."""
+
+from torch import Tensor
+from transformers.models.llama.configuration_llama import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaMLP, LlamaModel
+
+from .steering_adaras import SteeredGeneration, SteeredMLP, SteeredModel
+
+
+class AdaRASLlamaConfig(LlamaConfig):
+    """Llama's configuration; the steering is in its entry "adaras"."""
+
+    model_type = "adaras_llama"
+
+
+class SteeredLlamaMLP(SteeredMLP, LlamaMLP):
+    """Llama's MLP, with the down projection in the hands of the steering."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the base does, up to the down projection."""
+        return self.steered_down(self.act_fn(self.gate_proj(x)) * self.up_proj(x), self.down_proj)
+
+
+class AdaRASLlamaModel(SteeredModel, LlamaModel):
+    """The decoder."""
+
+    config_class = AdaRASLlamaConfig
+    steered_mlp_class = SteeredLlamaMLP
+    _auto_class = "AutoModel"
+
+
+class AdaRASLlamaForCausalLM(SteeredGeneration, LlamaForCausalLM):
+    """The decoder with its language model head."""
+
+    config_class = AdaRASLlamaConfig
+    steered_model_class = AdaRASLlamaModel
+    _auto_class = "AutoModelForCausalLM"

@@ -1,0 +1,41 @@
+"""Mistral with adaptive steering in its MLPs. Everything that is not Mistral's own is in steering_adaras.py."""
+
+from torch import Tensor
+from transformers.models.mistral.configuration_mistral import MistralConfig
+from transformers.models.mistral.modeling_mistral import (
+    MistralForCausalLM,
+    MistralMLP,
+    MistralModel,
+)
+
+from .steering_adaras import SteeredGeneration, SteeredMLP, SteeredModel
+
+
+class AdaRASMistralConfig(MistralConfig):
+    """Mistral's configuration; the steering is in its entry "adaras"."""
+
+    model_type = "adaras_mistral"
+
+
+class SteeredMistralMLP(SteeredMLP, MistralMLP):
+    """Mistral's MLP, with the down projection in the hands of the steering."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the base does, up to the down projection."""
+        return self.steered_down(self.act_fn(self.gate_proj(x)) * self.up_proj(x), self.down_proj)
+
+
+class AdaRASMistralModel(SteeredModel, MistralModel):
+    """The decoder."""
+
+    config_class = AdaRASMistralConfig
+    steered_mlp_class = SteeredMistralMLP
+    _auto_class = "AutoModel"
+
+
+class AdaRASMistralForCausalLM(SteeredGeneration, MistralForCausalLM):
+    """The decoder with its language model head."""
+
+    config_class = AdaRASMistralConfig
+    steered_model_class = AdaRASMistralModel
+    _auto_class = "AutoModelForCausalLM"

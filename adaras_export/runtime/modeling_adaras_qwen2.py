@@ -1,0 +1,37 @@
+"""Qwen2 with adaptive steering in its MLPs. Everything that is not Qwen2's own is in steering_adaras.py."""
+
+from torch import Tensor
+from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
+from transformers.models.qwen2.modeling_qwen2 import Qwen2ForCausalLM, Qwen2MLP, Qwen2Model
+
+from .steering_adaras import SteeredGeneration, SteeredMLP, SteeredModel
+
+
+class AdaRASQwen2Config(Qwen2Config):
+    """Qwen2's configuration; the steering is in its entry "adaras"."""
+
+    model_type = "adaras_qwen2"
+
+
+class SteeredQwen2MLP(SteeredMLP, Qwen2MLP):
+    """Qwen2's MLP, with the down projection in the hands of the steering."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the base does, up to the down projection."""
+        return self.steered_down(self.act_fn(self.gate_proj(x)) * self.up_proj(x), self.down_proj)
+
+
+class AdaRASQwen2Model(SteeredModel, Qwen2Model):
+    """The decoder."""
+
+    config_class = AdaRASQwen2Config
+    steered_mlp_class = SteeredQwen2MLP
+    _auto_class = "AutoModel"
+
+
+class AdaRASQwen2ForCausalLM(SteeredGeneration, Qwen2ForCausalLM):
+    """The decoder with its language model head."""
+
+    config_class = AdaRASQwen2Config
+    steered_model_class = AdaRASQwen2Model
+    _auto_class = "AutoModelForCausalLM"

@@ -1,0 +1,37 @@
+"""Qwen3 with adaptive steering in its MLPs. Everything that is not Qwen3's own is in steering_adaras.py."""
+
+from torch import Tensor
+from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
+from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM, Qwen3MLP, Qwen3Model
+
+from .steering_adaras import SteeredGeneration, SteeredMLP, SteeredModel
+
+
+class AdaRASQwen3Config(Qwen3Config):
+    """Qwen3's configuration; the steering is in its entry "adaras"."""
+
+    model_type = "adaras_qwen3"
+
+
+class SteeredQwen3MLP(SteeredMLP, Qwen3MLP):
+    """Qwen3's MLP, with the down projection in the hands of the steering."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the base does, up to the down projection."""
+        return self.steered_down(self.act_fn(self.gate_proj(x)) * self.up_proj(x), self.down_proj)
+
+
+class AdaRASQwen3Model(SteeredModel, Qwen3Model):
+    """The decoder."""
+
+    config_class = AdaRASQwen3Config
+    steered_mlp_class = SteeredQwen3MLP
+    _auto_class = "AutoModel"
+
+
+class AdaRASQwen3ForCausalLM(SteeredGeneration, Qwen3ForCausalLM):
+    """The decoder with its language model head."""
+
+    config_class = AdaRASQwen3Config
+    steered_model_class = AdaRASQwen3Model
+    _auto_class = "AutoModelForCausalLM"

@@ -1,0 +1,252 @@
+"""Running sums over questions, from which neurons are ranked: a few (L, M) arrays, whatever the number of traces.
+
+Knows nothing of models, tokens or files of traces. Sums are float64. L layers, M MLP neurons, N traces.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, TypeVar
+
+import numpy as np
+
+from adaras_export.errors import RuleError, TraceError
+from adaras_export.models import BaseModel
+from adaras_export.storage import Array
+from adaras_export.values import Value, check_version, freeze
+
+Contrast = Literal["within_question", "unpaired"]
+
+_S = TypeVar("_S", bound="_Sums")
+
+
+@dataclass(frozen=True, eq=False)
+class _Sums(Value):
+    """Arrays of shape (L, M) and counts that add up over questions."""
+
+    base: BaseModel
+    questions: tuple[str, ...]
+
+    _sums: ClassVar[tuple[str, ...]]
+    _counts: ClassVar[tuple[str, ...]] = ()
+    _labels: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        shape = (self.base.layers, self.base.mlp_size)
+        for name in self._sums:
+            values = np.asarray(getattr(self, name), dtype=np.float64)
+            if values.shape != shape:
+                raise RuleError(f"{self.kind}: {name} has shape {values.shape}; expected {shape} of {self.base.id}")
+            if not np.isfinite(values).all():
+                raise RuleError(f"{self.kind}: {name} holds NaN or infinity; expected finite numbers")
+            freeze(self, name, values)
+        object.__setattr__(self, "questions", tuple(sorted(self.questions)))
+
+    @classmethod
+    def empty(cls: type[_S], base: BaseModel, **labels: str) -> _S:
+        """The neutral element of `merge`."""
+        zeros = {name: np.zeros((base.layers, base.mlp_size)) for name in cls._sums}
+        return cls(base=base, questions=(), **zeros, **labels)
+
+    def merge(self: _S, other: _S) -> _S:
+        """The sums over the questions of both, in any order and grouping.
+
+        Raises:
+            RuleError: they belong to different models, or were contrasted in different ways.
+            TraceError: a question is in both.
+        """
+        self.base.require_same(other.base)
+        for name in self._labels:
+            if getattr(self, name) != getattr(other, name):
+                found = f"{getattr(self, name)} and {getattr(other, name)}"
+                raise RuleError(f"{self.kind}: {name} differs ({found}); expected parts of one kind")
+        if common := sorted({*self.questions} & {*other.questions}):
+            raise TraceError(f"{self.kind}: question {common[0]} is in both parts; expected disjoint questions")
+        names = (*self._sums, *self._counts)
+        summed = {name: getattr(self, name) + getattr(other, name) for name in names}
+        return replace(self, questions=(*self.questions, *other.questions), **summed)
+
+    def _arrays(self) -> dict[str, Array]:
+        return {name: getattr(self, name) for name in self._sums}
+
+    def _record(self) -> dict[str, Any]:
+        counts = {name: getattr(self, name) for name in (*self._counts, *self._labels)}
+        return {
+            "version": 1,
+            "base": self.base.as_record(),
+            "questions": list(self.questions),
+            **counts,
+        }
+
+    @classmethod
+    def _restore(cls: type[_S], arrays: Mapping[str, Array], record: Mapping[str, Any], subject: str) -> _S:
+        check_version(record, subject)
+        base = BaseModel.from_record(record["base"], subject)
+        counts = {name: record[name] for name in (*cls._counts, *cls._labels)}
+        return cls(base=base, questions=tuple(record["questions"]), **arrays, **counts)
+
+
+@dataclass(frozen=True, eq=False)
+class NeuronStats(_Sums):
+    """Class means of every neuron, contrasted within questions (section 2 of the design; paper, section 3).
+
+    A trace counts by the mean of h over all its tokens, a question by the mean over its correct traces and the mean
+    over its incorrect ones, so that every question weighs the same. Unpaired, every trace weighs the same, and what
+    tells easy questions from hard ones is found instead: ask for it by name, and mistrust it.
+
+    Attributes:
+        base: the model whose activations these are.
+        questions: digests of the questions that went in.
+        correct_sum: (L, M) sum over questions of the mean over correct traces.
+        incorrect_sum: the same over incorrect traces.
+        difference_square_sum: (L, M) sum over questions of their squared difference.
+        trace_sum: (L, M) sum over all traces.
+        trace_square_sum: (L, M) sum of squares over all traces.
+        correct_count: questions (or, unpaired, traces) in ``correct_sum``.
+        incorrect_count: the same for ``incorrect_sum``.
+        trace_count: traces.
+        contrast: "within_question", or "unpaired".
+    """
+
+    correct_sum: Array
+    incorrect_sum: Array
+    difference_square_sum: Array
+    trace_sum: Array
+    trace_square_sum: Array
+    correct_count: int = 0
+    incorrect_count: int = 0
+    trace_count: int = 0
+    contrast: Contrast = "within_question"
+
+    kind: ClassVar[str] = "neuron statistics"
+    _sums: ClassVar[tuple[str, ...]] = (
+        "correct_sum",
+        "incorrect_sum",
+        "difference_square_sum",
+        "trace_sum",
+        "trace_square_sum",
+    )
+    _counts: ClassVar[tuple[str, ...]] = ("correct_count", "incorrect_count", "trace_count")
+    _labels: ClassVar[tuple[str, ...]] = ("contrast",)
+
+    def update(self, question: str, correct_NLM: Array, incorrect_NLM: Array) -> "NeuronStats":
+        """These sums and one more question, given by its traces' means; unpaired, one class may be empty.
+
+        Raises:
+            TraceError: an activation is NaN or infinite, a class is empty, or the question is in already.
+        """
+        traces = np.concatenate([correct_NLM, incorrect_NLM]).astype(np.float64)
+        bad = sorted(set(np.argwhere(~np.isfinite(traces))[:, 1].tolist()))
+        if bad:
+            raise TraceError(
+                f"question {question}: activations of layers {bad[:5]} are NaN or infinite; expected finite ones; "
+                "load the model in float32 or bfloat16"
+            )
+        sizes = (len(correct_NLM), len(incorrect_NLM))
+        correct, incorrect = (part.sum(0, dtype=np.float64) for part in (correct_NLM, incorrect_NLM))
+        square = np.zeros_like(correct)
+        if self.contrast == "within_question":
+            if not all(sizes):
+                raise TraceError(
+                    f"question {question}: {sizes[0]} correct and {sizes[1]} incorrect traces; expected both"
+                )
+            correct, incorrect = correct / sizes[0], incorrect / sizes[1]
+            square, sizes = (correct - incorrect) ** 2, (1, 1)
+        return self.merge(
+            NeuronStats(
+                base=self.base,
+                questions=(question,),
+                correct_sum=correct,
+                incorrect_sum=incorrect,
+                difference_square_sum=square,
+                trace_sum=traces.sum(0),
+                trace_square_sum=(traces**2).sum(0),
+                correct_count=sizes[0],
+                incorrect_count=sizes[1],
+                trace_count=len(traces),
+                contrast=self.contrast,
+            )
+        )
+
+    def means(self) -> tuple[Array, Array]:
+        """Mean over correct and over incorrect traces, (L, M) each.
+
+        Raises:
+            TraceError: a class has no traces.
+        """
+        if not self.correct_count or not self.incorrect_count:
+            label = "correct" if not self.correct_count else "incorrect"
+            raise TraceError(f"traces: none is {label}; expected questions with both correct and incorrect traces")
+        return self.correct_sum / self.correct_count, self.incorrect_sum / self.incorrect_count
+
+    def deviation(self) -> Array:
+        """Standard deviation of a neuron's trace mean over all traces, (L, M): the unit of attribution deltas."""
+        mean = self.trace_sum / self.trace_count
+        return np.sqrt(np.maximum(self.trace_square_sum / self.trace_count - mean**2, 0.0))
+
+
+@dataclass(frozen=True, eq=False)
+class AttributionStats(_Sums):
+    """Gradients of the margin between correct and incorrect completions, summed over questions.
+
+    Attributes:
+        base: the model.
+        questions: digests of the questions that went in.
+        gradient_sum: (L, M) sum over questions of d margin / d c.
+        gradient_square_sum: (L, M) sum of its square.
+        first_half_sum: (L, M) the sum over one half of the questions, chosen by their digest.
+        first_half_count: questions in that half.
+    """
+
+    gradient_sum: Array
+    gradient_square_sum: Array
+    first_half_sum: Array
+    first_half_count: int = 0
+
+    kind: ClassVar[str] = "attribution statistics"
+    _sums: ClassVar[tuple[str, ...]] = ("gradient_sum", "gradient_square_sum", "first_half_sum")
+    _counts: ClassVar[tuple[str, ...]] = ("first_half_count",)
+
+    def update(self, question: str, gradient_LM: Array) -> "AttributionStats":
+        """These sums and one more question.
+
+        Raises:
+            TraceError: a gradient is NaN or infinite, or the question is in already.
+        """
+        if not np.isfinite(gradient_LM).all():
+            raise TraceError(f"question {question}: its gradient is NaN or infinite; load the model in float32")
+        gradient, first = gradient_LM.astype(np.float64), int(question, 16) % 2
+        return self.merge(
+            AttributionStats(
+                self.base,
+                (question,),
+                gradient,
+                gradient**2,
+                gradient * first,
+                first_half_count=first,
+            )
+        )
+
+    def mean(self) -> Array:
+        """a = d margin / d c, averaged over questions, (L, M).
+
+        Raises:
+            TraceError: there are no questions.
+        """
+        if not self.questions:
+            raise TraceError("traces: no question has both correct and incorrect traces; sample more attempts")
+        return self.gradient_sum / len(self.questions)
+
+    def standard_error(self) -> Array:
+        """Standard error of `mean`, (L, M); infinite for one question."""
+        count = len(self.questions)
+        if count < 2:
+            return np.full_like(self.gradient_sum, np.inf)
+        variance = np.maximum(self.gradient_square_sum / count - self.mean() ** 2, 0.0)
+        error: Array = np.sqrt(variance / (count - 1))
+        return error
+
+    def split_half_cosine(self) -> float:
+        """Cosine between the mean attributions of the two halves; NaN where a half is empty."""
+        one, two = self.first_half_sum, self.gradient_sum - self.first_half_sum
+        norm = float(np.linalg.norm(one) * np.linalg.norm(two))
+        return float((one * two).sum()) / norm if norm else float("nan")

@@ -1,0 +1,21 @@
+"""The export targets, by name. Each module is imported only when its target is used."""
+
+import importlib
+
+from adaras_export.errors import ExportError
+from adaras_export.exporters.base import Exporter
+
+TARGETS = {"hf": "adaras_export.exporters.hf"}
+
+
+def load(target: str) -> Exporter:
+    """The exporter of a target.
+
+    Raises:
+        ExportError: there is no such target.
+        MissingExtraError: a library that it needs is not installed.
+    """
+    if target not in TARGETS:
+        raise ExportError(f"{target}: no such target; expected one of: {', '.join(TARGETS)}")
+    exporter: Exporter = importlib.import_module(TARGETS[target]).EXPORTER
+    return exporter

@@ -1,0 +1,81 @@
+"""What every export target shares: what it promises, and how weights get into an artifact without a copy."""
+
+import errno
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, Protocol
+
+from adaras_export.parity import Check, Player
+from adaras_export.rule import SteeringRule
+
+Feature = Literal["gate", "start", "dial"]
+
+
+class Exporter(Protocol):
+    """One target: writes an artifact, looks it over without running it, and opens it for the comparison."""
+
+    name: str
+    drops: frozenset[Feature]
+    """What the format cannot express."""
+
+    def write(self, rule: SteeringRule, base: Path, out: Path) -> None:
+        """Write the artifact of ``rule`` on the checkpoint in ``base`` into the empty folder ``out``.
+
+        Raises:
+            ExportError: the checkpoint cannot carry it.
+        """
+        ...
+
+    def inspect(self, folder: Path, rule: SteeringRule, base: Path) -> Sequence[Check]:
+        """Compare what is stored, tensor by tensor and file by file; runs nothing of the artifact."""
+        ...
+
+    def load(self, folder: Path) -> Player:
+        """Open the artifact as its users would, in float32."""
+        ...
+
+    def tags(self) -> Sequence[str]:
+        """Tags of the model card that are this target's own."""
+        ...
+
+    def usage(self) -> str:
+        """How to load it, in Markdown; ``{repo}`` stands for the repository's name."""
+        ...
+
+
+# What belongs to a checkpoint besides its weights and its config: tokenizer, chat templates, generation settings,
+# licence. Never code, never pickles.
+_COMPANIONS = (
+    "*.json",
+    "*.jinja",
+    "*.model",
+    "*.txt",
+    "LICENSE*",
+    "NOTICE*",
+    "additional_chat_templates/*.jinja",
+)
+_NOT_COMPANIONS = {"config.json", "model.safetensors.index.json", "receipt.json"}
+
+
+def copy_companions(base: Path, out: Path) -> None:
+    """Copy the small files that belong to a checkpoint."""
+    for pattern in _COMPANIONS:
+        for source in sorted(base.glob(pattern)):
+            target = out / source.relative_to(base)
+            if source.is_file() and source.name not in _NOT_COMPANIONS:
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(source, target)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give ``source`` a second name without rewriting it; a copy where the file systems differ."""
+    source = source.resolve()  # a Hub snapshot holds links into its blobs
+    try:
+        os.link(source, target)
+    except OSError as error:
+        # Another file system, none that links, too many links, or a file of another user.
+        if error.errno not in (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EMLINK):
+            raise
+        shutil.copyfile(source, target)

@@ -1,0 +1,273 @@
+"""Target `hf`: a Hugging Face repository with custom code that opens with plain `from_pretrained`.
+
+The base checkpoint's files are hard-linked, one small file holds the folded vectors and the gate, and the payload
+of `adaras_export.runtime` is copied as it is. Exact: gate, start and a dial for the strength.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from adaras_export import models, storage
+from adaras_export.errors import ExportError
+from adaras_export.exporters.base import Feature, copy_companions, link_or_copy
+from adaras_export.parity import Check, Mode, Play, Player, play_model
+from adaras_export.rule import Gate, SteeringRule
+from adaras_export.storage import Array
+
+_SHARED_PAYLOAD = "steering_adaras.py"
+_STEERING_FILE = "model-steering.safetensors"
+_INDEX_FILE = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class HuggingFaceExporter:
+    """The exporter of target `hf`."""
+
+    name: str = "hf"
+    drops: frozenset[Feature] = frozenset()
+
+    def write(self, rule: SteeringRule, base: Path, out: Path) -> None:
+        """As `Exporter` says."""
+        config = storage.read_json(base / "config.json")
+        if "quantization_config" in config:
+            raise ExportError(
+                f"{base}: is quantised; expected plain weights, which the vectors are folded from"
+            )
+        located = models.shards(base)
+        names = {path: _linked_name(path) for path in set(located.values())}
+        for path, name in sorted(names.items()):
+            link_or_copy(path, out / name)
+        tensors = steering_tensors(rule, base)
+        save_file(tensors, out / _STEERING_FILE, metadata={"format": "pt"})
+        weight_map = {name: names[path] for name, path in located.items()} | dict.fromkeys(
+            tensors, _STEERING_FILE
+        )
+        size = sum(path.stat().st_size for path in names) + (out / _STEERING_FILE).stat().st_size
+        _write_json(out / _INDEX_FILE, {"metadata": {"total_size": size}, "weight_map": weight_map})
+        _write_json(out / "config.json", steered_config(config, rule))
+        for name, content in payload(rule.base.family).items():
+            (out / name).write_bytes(content)
+        copy_companions(base, out)
+
+    def inspect(self, folder: Path, rule: SteeringRule, base: Path) -> Sequence[Check]:
+        """As `Exporter` says."""
+        code = [
+            name
+            for name, content in payload(rule.base.family).items()
+            if _content(folder / name) != content
+        ]
+        foreign = sorted(
+            path.name for path in folder.glob("*.py") if path.name not in payload(rule.base.family)
+        )
+        expected = steered_config(storage.read_json(base / "config.json"), rule)
+        config = storage.read_json(folder / "config.json")
+        settings = [
+            key for key in sorted({*expected, *config}) if config.get(key) != expected.get(key)
+        ]
+        return [
+            Check(
+                "code files that are not the library's",
+                len(code + foreign),
+                0,
+                " ".join(code + foreign),
+            ),
+            Check("config entries that differ", len(settings), 0, " ".join(settings)),
+            *_tensor_checks(folder, rule, base),
+        ]
+
+    def load(self, folder: Path) -> Player:
+        """As `Exporter` says. Runs the repository's code, which `inspect` has found to be this library's own."""
+        from transformers import AutoModelForCausalLM
+
+        opened: Any = AutoModelForCausalLM.from_pretrained(
+            folder, trust_remote_code=True, dtype=torch.float32, output_loading_info=True
+        )
+        return _SteeredRepo(
+            model.eval(), {key: sorted(map(str, names)) for key, names in report.items() if names}
+        )
+
+    def tags(self) -> Sequence[str]:
+        """As `Exporter` says."""
+        return ("custom_code",)
+
+    def usage(self) -> str:
+        """As `Exporter` says."""
+        return _USAGE
+
+
+EXPORTER = HuggingFaceExporter()
+
+_USAGE = """\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{repo}")
+model = AutoModelForCausalLM.from_pretrained("{repo}", trust_remote_code=True)
+
+prompt = "What is 12 times 7?"
+inputs = tokenizer(prompt, return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0]))
+
+print(model.steering.last_decisions)   # (p(correct), steered) of each sequence
+model.steering.strength = 0.0          # dial it: 0 is the base model, bit for bit
+with model.steering.off():             # or switch it off
+    model.generate(**inputs, max_new_tokens=32)
+```
+
+Needs torch and transformers >= 4.57, nothing else. The code is short: read it, and pin a `revision`.
+"""
+
+
+def steered_config(config: dict[str, Any], rule: SteeringRule) -> dict[str, Any]:
+    """The base's config.json with our classes and the settings of the rule; a model_type of its own.
+
+    With the base's model_type, whoever forgets trust_remote_code would get an unsteered model without an error.
+    """
+    family, module = rule.base.family, models.FAMILIES[rule.base.family].payload.removesuffix(".py")
+    name = _class_stem(family)
+    return {
+        **config,
+        "model_type": f"adaras_{family}",
+        "architectures": [f"{name}ForCausalLM"],
+        "auto_map": {
+            "AutoConfig": f"{module}.{name}Config",
+            "AutoModel": f"{module}.{name}Model",
+            "AutoModelForCausalLM": f"{module}.{name}ForCausalLM",
+        },
+        "adaras": {
+            "rule": rule.fingerprint,
+            "strength": rule.strength,
+            "start": rule.start,
+            "layers": rule.layers(),
+            "threshold": 1.0 if rule.gate is None else rule.gate.threshold,
+            "gate": None if rule.gate is None else _gate_settings(rule.gate),
+        },
+    }
+
+
+def steering_tensors(rule: SteeringRule, base: Path) -> dict[str, Array]:
+    """The tensors that an export adds, by checkpoint key.
+
+    Per steered layer W_down[:, idx] @ delta, (D,) float32, folded in float64 from the stored weights and without
+    the strength; per gate layer the feature indices, int64; the gate's weights, float32.
+    """
+    located, tensors = models.shards(base), {}
+    for layer in rule.layers():
+        index, delta = rule.neurons_of(layer)
+        name = models.down_weight_name(rule.base.family, layer)
+        if name not in located:
+            raise ExportError(
+                f"{base}: no tensor {name}; expected the plain weights of a {rule.base.family} model"
+            )
+        with safe_open(located[name], framework="pt") as file:
+            columns_DK = file.get_tensor(name)[:, torch.tensor(index)]
+        vector_D = columns_DK.double().numpy() @ delta.astype(np.float64)
+        tensors[f"model.layers.{layer}.mlp.steering_vector"] = vector_D.astype(np.float32)
+    if rule.gate is not None:
+        for layer in np.unique(rule.gate.layer):
+            tensors[f"model.layers.{layer}.mlp.steering_index"] = rule.gate.index[
+                rule.gate.layer == layer
+            ]
+        tensors |= {
+            f"model.steering_gate.{name}": value for name, value in rule.gate.weights().items()
+        }
+    return tensors
+
+
+def payload(family: str) -> dict[str, bytes]:
+    """The code files of a family's exports."""
+    files = resources.files("adaras_export.runtime")
+    return {
+        name: (files / name).read_bytes()
+        for name in (_SHARED_PAYLOAD, models.FAMILIES[family].payload)
+    }
+
+
+class _SteeredRepo:
+    """An opened export. Modes are set with the dials that users have."""
+
+    def __init__(self, model: Any, loading_report: dict[str, list[str]]) -> None:
+        self.model = model
+        self.loading_report = loading_report
+
+    def play(
+        self, rows: Sequence[Sequence[int]], mode: Mode, follow_BS: torch.Tensor | None
+    ) -> Play:
+        steering = self.model.steering
+        if mode == "off":
+            with steering.off():
+                return play_model(self.model, rows, follow_BS)
+        threshold = steering.threshold
+        steering.threshold = 2.0 if mode == "always" else threshold  # every p(correct) is below 2
+        try:
+            return play_model(self.model, rows, follow_BS)
+        finally:
+            steering.threshold = threshold
+
+
+def _linked_name(path: Path) -> str:
+    # from_pretrained prefers model.safetensors to an index, and would then miss the steering file.
+    return "model-base.safetensors" if path.name == "model.safetensors" else path.name
+
+
+def _class_stem(family: str) -> str:
+    source = payload(family)[models.FAMILIES[family].payload].decode()
+    found = re.search(r"class (AdaRAS\w+)ForCausalLM\(", source)
+    assert found is not None
+    return found[1]
+
+
+def _gate_settings(gate: Gate) -> dict[str, Any]:
+    counts = Counter(gate.layer.tolist())
+    return {
+        "layers": sorted(counts),
+        "features": [counts[layer] for layer in sorted(counts)],
+        "hidden_size": len(gate.hidden_bias),
+    }
+
+
+def _tensor_checks(folder: Path, rule: SteeringRule, base: Path) -> list[Check]:
+    expected = steering_tensors(rule, base)
+    located = models.shards(folder)
+    stored: dict[str, Array] = {}
+    for name in sorted(expected.keys() & located.keys()):
+        with safe_open(located[name], framework="numpy") as file:
+            stored[name] = file.get_tensor(name) if name in file.keys() else np.zeros(0)
+    wrong = [
+        name for name, value in expected.items() if name not in stored or not np.array_equal(stored[name], value)
+    ]
+    base_located = models.shards(base)
+    strange = sorted(located.keys() ^ (expected.keys() | base_located.keys()))
+    hashes = {path: storage.sha256_file(path) for path in {*base_located.values()}}
+    names = {_linked_name(path): digest for path, digest in hashes.items()}
+    weights = sorted(name for name, digest in names.items() if _digest(folder / name) != digest)
+    return [
+        Check("steering tensors that differ", len(wrong), 0, " ".join(wrong)),
+        Check("tensors missing or unknown", len(strange), 0, " ".join(strange)),
+        Check("base weight files that differ", len(weights), 0, " ".join(weights)),
+    ]
+
+
+def _digest(path: Path) -> str:
+    return storage.sha256_file(path) if path.exists() else "missing"
+
+
+def _content(path: Path) -> bytes:
+    return path.read_bytes() if path.exists() else b""
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(
+        json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
