@@ -38,18 +38,39 @@ def right_pad(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tens
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
+class _Enough(Exception):  # noqa: N818 - a signal, not an error
+    """The last wanted layer has been seen."""
+
+
 @torch.no_grad()
-def token_means(model: nn.Module, rows: Sequence[Sequence[int]], layers: Sequence[int]) -> Tensor:
-    """Mean of h over each row's tokens, (B, len(layers), M) float32 on the CPU; one forward pass, no LM head."""
+def read(model: nn.Module, rows: Sequence[Sequence[int]], layers: Sequence[int], sink: Callable[..., None]) -> None:
+    """One forward pass over right-padded rows, without LM head and no further than the last layer wanted.
+
+    Calls ``sink(layer, h_BTM, mask_BT)``, the mask int64 and 1 on real tokens.
+    """
     ids_BT, mask_BT = right_pad(rows, next(model.parameters()).device)
-    weight_B1T = (mask_BT / mask_BT.sum(1, keepdim=True)).unsqueeze(1)
+
+    def pass_on(layer: int, h_BTM: Tensor) -> None:
+        sink(layer, h_BTM, mask_BT.to(h_BTM.device))
+        if layer == max(layers):
+            raise _Enough
+
+    with capture(model, layers, pass_on):
+        try:
+            models.decoder(model)(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False)
+        except _Enough:
+            return
+
+
+def token_means(model: nn.Module, rows: Sequence[Sequence[int]], layers: Sequence[int]) -> Tensor:
+    """Mean of h over each row's tokens, (B, len(layers), M) float32 on the CPU."""
     means: dict[int, Tensor] = {}
 
-    def average(layer: int, h_BTM: Tensor) -> None:
-        means[layer] = torch.bmm(weight_B1T.to(h_BTM.device), h_BTM.float()).squeeze(1).cpu()
+    def average(layer: int, h_BTM: Tensor, mask_BT: Tensor) -> None:
+        weight_B1T = (mask_BT / mask_BT.sum(1, keepdim=True)).unsqueeze(1)
+        means[layer] = torch.bmm(weight_B1T, h_BTM.float()).squeeze(1).cpu()
 
-    with capture(model, layers, average):
-        models.decoder(model)(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False)
+    read(model, rows, layers, average)
     return torch.stack([means[layer] for layer in layers], dim=1)
 
 

@@ -1,8 +1,8 @@
 """Load a stock model, encode prompts and complete them, the same way for every batch and run.
 
 Knows nothing of steering, of answers or of files of traces: a caller may steer the model around any
-function here. No global random state is read or changed, and what a row samples depends on its key
-and the seed only, up to the rounding of another batch shape.
+function here. Completing neither reads nor changes the global random state: what a row samples
+depends on its key and the seed only, up to the rounding of another batch shape.
 
 B rows of a batch, T prompt tokens with padding, V vocabulary.
 """
@@ -95,12 +95,15 @@ def load_model(
     family_of(read_json(folder / "config.json"), str(base))
     shards(folder)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True
-        )
+        with torch.random.fork_rng(devices=[]):  # a tensor that the files lack is filled from it
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True
+            )
         tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ArtifactError(f"{base}: cannot be loaded ({error}); expected a complete model folder") from error
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        # ImportError: a folder without tokenizer.json may need sentencepiece or protobuf.
+        reason = str(error).strip().partition("\n")[0]
+        raise ArtifactError(f"{base}: cannot be loaded ({reason}); expected a complete model folder") from error
     model, loading = loaded
     _require_exact(loading, str(base))
     if tokenizer.pad_token_id is None:

@@ -43,6 +43,7 @@ class Family:
 
 FAMILIES = {family.model_type: family for family in map(Family, ("llama", "mistral", "qwen2", "qwen3"))}
 
+_SIZE_KEYS = ("num_hidden_layers", "intermediate_size", "hidden_size")
 _EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -109,6 +110,8 @@ class BaseModel:
         folder = fetch(path_or_id, revision)
         config = read_json(folder / "config.json")
         family = family_of(config, str(path_or_id))
+        if missing := [key for key in _SIZE_KEYS if key not in config]:
+            raise ArtifactError(f"{folder / 'config.json'}: has no {', '.join(missing)}; expected the sizes of a model")
         return cls(
             id=str(path_or_id),
             revision=None if folder == Path(path_or_id) else folder.name,  # the commit

@@ -6,6 +6,7 @@ is correlational. The attribution ranking asks what changing an activation does 
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -136,6 +137,36 @@ def read_attribution(
     return stats
 
 
+@dataclass(frozen=True)
+class Identified:
+    """What `identify` found, and how stable it is.
+
+    ``split_half_cosine`` compares the attributions of two halves of the questions; None for the paper's ranking.
+    """
+
+    neurons: NeuronSet
+    stats: NeuronStats
+    split_half_cosine: float | None
+
+    def line(self) -> str:
+        """One line for a person."""
+        layers = f"layers {self.neurons.layer.min()} to {self.neurons.layer.max()}"
+        text = f"{len(self.neurons)} neurons of {layers} from {len(self.stats.questions)} questions"
+        if self.split_half_cosine is None:
+            return f"{text}, by difference of means"
+        return f"{text}, by attribution (split-half cosine {self.split_half_cosine:.2f})"
+
+    def as_record(self) -> dict[str, Any]:
+        """JSON values."""
+        return {
+            "neurons": len(self.neurons),
+            "ranking": self.neurons.ranking,
+            "questions": len(self.stats.questions),
+            "traces": self.stats.trace_count,
+            "split_half_cosine": self.split_half_cosine,
+        }
+
+
 def identify(  # noqa: PLR0913 - one decision of the researcher each
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -146,9 +177,10 @@ def identify(  # noqa: PLR0913 - one decision of the researcher each
     keep: int = 200,
     min_layer: int | None = None,
     start: Start = "last_prompt_token",
+    contrast: Contrast = "within_question",
     stats: NeuronStats | None = None,
     reading: Reading | None = None,
-) -> NeuronSet:
+) -> Identified:
     """The ``keep`` best neurons by a ranking, from traces with both outcomes per question.
 
     Args:
@@ -160,6 +192,7 @@ def identify(  # noqa: PLR0913 - one decision of the researcher each
         keep: number of neurons.
         min_layer: the lowest layer to choose from; half of the layers, so that a causal gate fits below.
         start: the first token that the rule will steer (attribution only).
+        contrast: "within_question", or "unpaired" (paper only), which mistakes difficulty for reasoning.
         stats: statistics of the same traces, if they were recorded while the traces were sampled.
         reading: batch size and progress.
 
@@ -169,11 +202,12 @@ def identify(  # noqa: PLR0913 - one decision of the researcher each
     """
     lowest = base.layers // 2 if min_layer is None else min_layer
     if stats is None:
-        stats = read_stats(model, tokenizer, traces, base, reading=reading)
-    if ranking == "attribution":
-        found = read_attribution(model, tokenizer, traces, base, start=start, reading=reading)
-        return rank_by_attribution(stats, found, keep, lowest)
-    return rank_by_difference(stats, keep, lowest)
+        stats = read_stats(model, tokenizer, traces, base, contrast=contrast, reading=reading)
+    stats.base.require_same(base)
+    if ranking == "paper":
+        return Identified(rank_by_difference(stats, keep, lowest), stats, None)
+    found = read_attribution(model, tokenizer, traces, base, start=start, reading=reading)
+    return Identified(rank_by_attribution(stats, found, keep, lowest), stats, found.split_half_cosine())
 
 
 def mixed(questions: Sequence[Sequence[Trace]]) -> list[Sequence[Trace]]:

@@ -87,6 +87,14 @@ class Player(Protocol):
         ...
 
 
+class Artifact(Player, Protocol):
+    """The side that is judged."""
+
+    def findings(self) -> Sequence[Check]:
+        """What there was to say when it was opened."""
+        ...
+
+
 @dataclass(frozen=True)
 class Script:
     """The prompts, and what the reference did with them."""
@@ -105,9 +113,9 @@ def rehearse(player: Player, vocabulary: int) -> Script:
     return Script(rows, plays, player.play(rows[:1], "rule", plays["rule"].tokens_BS[:1]))
 
 
-def compare(script: Script, artifact: Player, *, gated: bool) -> list[Check]:
+def compare(script: Script, artifact: Artifact, *, gated: bool) -> list[Check]:
     """Play the script on an artifact and compare."""
-    checks = []
+    checks = list(artifact.findings())
     for mode in MODES:
         expected = script.plays[mode]
         found = artifact.play(script.rows, mode, expected.tokens_BS)

@@ -32,7 +32,8 @@ def save_file(path: str | Path, kind: str, arrays: Mapping[str, Array], record: 
 def to_bytes(kind: str, arrays: Mapping[str, Array], record: Mapping[str, Any]) -> bytes:
     """The exact bytes that `save_file` writes."""
     metadata = json.dumps({"kind": kind, **record}, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    ordered = {name: np.ascontiguousarray(arrays[name]) for name in sorted(arrays)}
+    # In C order, or safetensors would write other values; ascontiguousarray would turn () into (1,).
+    ordered = {name: np.asarray(arrays[name], order="C") for name in sorted(arrays)}
     return save(ordered, metadata={_KEY: metadata})
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, Protocol
 
-from adaras_export.parity import Check, Player
+from adaras_export.parity import Artifact, Check
 from adaras_export.rule import SteeringRule
 
 Feature = Literal["gate", "start", "dial"]
@@ -32,7 +32,7 @@ class Exporter(Protocol):
         """Compare what is stored, tensor by tensor and file by file; runs nothing of the artifact."""
         ...
 
-    def load(self, folder: Path) -> Player:
+    def load(self, folder: Path) -> Artifact:
         """Open the artifact as its users would, in float32."""
         ...
 

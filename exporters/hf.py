@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 from adaras_export import models, storage
 from adaras_export.errors import ExportError
 from adaras_export.exporters.base import Feature, copy_companions, link_or_copy
-from adaras_export.parity import Check, Mode, Play, Player, play_model
+from adaras_export.parity import Artifact, Check, Mode, Play, play_model
 from adaras_export.rule import Gate, SteeringRule
 from adaras_export.storage import Array
 
@@ -41,18 +41,14 @@ class HuggingFaceExporter:
         """As `Exporter` says."""
         config = storage.read_json(base / "config.json")
         if "quantization_config" in config:
-            raise ExportError(
-                f"{base}: is quantised; expected plain weights, which the vectors are folded from"
-            )
+            raise ExportError(f"{base}: is quantised; expected plain weights, which the vectors are folded from")
         located = models.shards(base)
         names = {path: _linked_name(path) for path in set(located.values())}
         for path, name in sorted(names.items()):
             link_or_copy(path, out / name)
         tensors = steering_tensors(rule, base)
         save_file(tensors, out / _STEERING_FILE, metadata={"format": "pt"})
-        weight_map = {name: names[path] for name, path in located.items()} | dict.fromkeys(
-            tensors, _STEERING_FILE
-        )
+        weight_map = {name: names[path] for name, path in located.items()} | dict.fromkeys(tensors, _STEERING_FILE)
         size = sum(path.stat().st_size for path in names) + (out / _STEERING_FILE).stat().st_size
         _write_json(out / _INDEX_FILE, {"metadata": {"total_size": size}, "weight_map": weight_map})
         _write_json(out / "config.json", steered_config(config, rule))
@@ -62,19 +58,11 @@ class HuggingFaceExporter:
 
     def inspect(self, folder: Path, rule: SteeringRule, base: Path) -> Sequence[Check]:
         """As `Exporter` says."""
-        code = [
-            name
-            for name, content in payload(rule.base.family).items()
-            if _content(folder / name) != content
-        ]
-        foreign = sorted(
-            path.name for path in folder.glob("*.py") if path.name not in payload(rule.base.family)
-        )
+        code = [name for name, content in payload(rule.base.family).items() if _content(folder / name) != content]
+        foreign = sorted(path.name for path in folder.glob("*.py") if path.name not in payload(rule.base.family))
         expected = steered_config(storage.read_json(base / "config.json"), rule)
         config = storage.read_json(folder / "config.json")
-        settings = [
-            key for key in sorted({*expected, *config}) if config.get(key) != expected.get(key)
-        ]
+        settings = [key for key in sorted({*expected, *config}) if config.get(key) != expected.get(key)]
         return [
             Check(
                 "code files that are not the library's",
@@ -86,16 +74,15 @@ class HuggingFaceExporter:
             *_tensor_checks(folder, rule, base),
         ]
 
-    def load(self, folder: Path) -> Player:
+    def load(self, folder: Path) -> Artifact:
         """As `Exporter` says. Runs the repository's code, which `inspect` has found to be this library's own."""
         from transformers import AutoModelForCausalLM
 
         opened: Any = AutoModelForCausalLM.from_pretrained(
             folder, trust_remote_code=True, dtype=torch.float32, output_loading_info=True
         )
-        return _SteeredRepo(
-            model.eval(), {key: sorted(map(str, names)) for key, names in report.items() if names}
-        )
+        model, report = opened
+        return _SteeredRepo(model.eval(), sorted(f"{key} {name}" for key, names in report.items() for name in names))
 
     def tags(self) -> Sequence[str]:
         """As `Exporter` says."""
@@ -167,43 +154,35 @@ def steering_tensors(rule: SteeringRule, base: Path) -> dict[str, Array]:
         index, delta = rule.neurons_of(layer)
         name = models.down_weight_name(rule.base.family, layer)
         if name not in located:
-            raise ExportError(
-                f"{base}: no tensor {name}; expected the plain weights of a {rule.base.family} model"
-            )
+            raise ExportError(f"{base}: no tensor {name}; expected the plain weights of a {rule.base.family} model")
         with safe_open(located[name], framework="pt") as file:
             columns_DK = file.get_tensor(name)[:, torch.tensor(index)]
         vector_D = columns_DK.double().numpy() @ delta.astype(np.float64)
         tensors[f"model.layers.{layer}.mlp.steering_vector"] = vector_D.astype(np.float32)
     if rule.gate is not None:
         for layer in np.unique(rule.gate.layer):
-            tensors[f"model.layers.{layer}.mlp.steering_index"] = rule.gate.index[
-                rule.gate.layer == layer
-            ]
-        tensors |= {
-            f"model.steering_gate.{name}": value for name, value in rule.gate.weights().items()
-        }
+            tensors[f"model.layers.{layer}.mlp.steering_index"] = rule.gate.index[rule.gate.layer == layer]
+        tensors |= {f"model.steering_gate.{name}": value for name, value in rule.gate.weights().items()}
     return tensors
 
 
 def payload(family: str) -> dict[str, bytes]:
     """The code files of a family's exports."""
     files = resources.files("adaras_export.runtime")
-    return {
-        name: (files / name).read_bytes()
-        for name in (_SHARED_PAYLOAD, models.FAMILIES[family].payload)
-    }
+    return {name: (files / name).read_bytes() for name in (_SHARED_PAYLOAD, models.FAMILIES[family].payload)}
 
 
 class _SteeredRepo:
     """An opened export. Modes are set with the dials that users have."""
 
-    def __init__(self, model: Any, loading_report: dict[str, list[str]]) -> None:
+    def __init__(self, model: Any, loading_report: list[str]) -> None:
         self.model = model
         self.loading_report = loading_report
 
-    def play(
-        self, rows: Sequence[Sequence[int]], mode: Mode, follow_BS: torch.Tensor | None
-    ) -> Play:
+    def findings(self) -> Sequence[Check]:
+        return [Check("keys in the loading report", len(self.loading_report), 0, " ".join(self.loading_report))]
+
+    def play(self, rows: Sequence[Sequence[int]], mode: Mode, follow_BS: torch.Tensor | None) -> Play:
         steering = self.model.steering
         if mode == "off":
             with steering.off():
@@ -244,9 +223,7 @@ def _tensor_checks(folder: Path, rule: SteeringRule, base: Path) -> list[Check]:
     for name in sorted(expected.keys() & located.keys()):
         with safe_open(located[name], framework="numpy") as file:
             stored[name] = file.get_tensor(name) if name in file.keys() else np.zeros(0)
-    wrong = [
-        name for name, value in expected.items() if name not in stored or not np.array_equal(stored[name], value)
-    ]
+    wrong = [name for name, value in expected.items() if name not in stored or not np.array_equal(stored[name], value)]
     base_located = models.shards(base)
     strange = sorted(located.keys() ^ (expected.keys() | base_located.keys()))
     hashes = {path: storage.sha256_file(path) for path in {*base_located.values()}}
@@ -268,6 +245,4 @@ def _content(path: Path) -> bytes:
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(
-        json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -62,9 +62,7 @@ def test_another_last_number_is_incorrect(completion, answer):
 
 @pytest.mark.parametrize("answer", [r"\frac{1}{2}", "p - q", "1/0", "12, 9", "ten"])
 def test_an_answer_that_is_no_number_is_refused_by_last_number(answer):
-    with pytest.raises(
-        TraceError, match="is not one number; expected a number, or another checker"
-    ):
+    with pytest.raises(TraceError, match="is not one number; expected a number, or another checker"):
         last_number("2", answer)
 
 
@@ -109,9 +107,7 @@ def test_a_checker_is_found_by_name():
 
 
 def test_an_unknown_checker_is_refused_with_the_known_names():
-    with pytest.raises(
-        TraceError, match="checker vibes: is not known; expected one of: last_number"
-    ):
+    with pytest.raises(TraceError, match="checker vibes: is not known; expected one of: last_number"):
         checker("vibes")
 
 

@@ -35,9 +35,7 @@ def test_problems_are_deterministic_different_and_right():
     assert first == planted.problems(300, seed=1) != planted.problems(300, seed=2)
     assert len({problem["id"] for problem in first}) == 300
     assert all(problem["answer"] == str(sum(operands(problem))) for problem in first)
-    assert all(
-        problem["prompt"] == [{"role": "user", "content": problem["id"]}] for problem in first
-    )
+    assert all(problem["prompt"] == [{"role": "user", "content": problem["id"]}] for problem in first)
 
 
 def test_excluded_problems_do_not_come_back():
@@ -123,9 +121,7 @@ def test_only_the_answer_is_trained_on():
     for row, label in zip(ids, labels, strict=True):
         text = tokenizer.decode(row[label != train_planted.IGNORED])
         assert re.fullmatch(r"[\d+=, ]+, so \d+<\|eos\|>", text)
-        assert torch.equal(
-            row[label != train_planted.IGNORED], label[label != train_planted.IGNORED]
-        )
+        assert torch.equal(row[label != train_planted.IGNORED], label[label != train_planted.IGNORED])
 
 
 def test_what_is_saved_loads_to_the_same_weights(tmp_path):
@@ -133,9 +129,7 @@ def test_what_is_saved_loads_to_the_same_weights(tmp_path):
     card = train_planted.card(0, SHORT, 0.5)
     train_planted.save(model, tmp_path, card)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert all(
-        torch.equal(loaded.state_dict()[key], value) for key, value in model.state_dict().items()
-    )
+    assert all(torch.equal(loaded.state_dict()[key], value) for key, value in model.state_dict().items())
     assert "SYNTHETIC" in (tmp_path / "README.md").read_text()
 
 

@@ -1,0 +1,385 @@
+"""The command line: parse, call one function, print. Each stage reads files and writes one file.
+
+Exit status 2 for input that the user can mend, 1 for an artifact that failed its checks; a traceback is our bug.
+"""
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from adaras_export.errors import AdarasError, ParityError
+
+if TYPE_CHECKING:
+    from adaras_export.evaluate import Exam
+    from adaras_export.parity import ParityReport
+
+app = typer.Typer(
+    name="adaras-export",
+    help="Find reasoning-critical neurons, and ship models that steer them at test time, gate included.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+Model = Annotated[str, typer.Option("--model", "-m", help="Folder or Hub id of the model to steer.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="File to write.")]
+Check = Annotated[str, typer.Option(help="Answer checker: last_number, exact or math_verify.")]
+NewTokens = Annotated[int, typer.Option(help="Tokens that a completion may have.")]
+Start = Annotated[str, typer.Option(help="First steered token: last_prompt_token or first_generated_token.")]
+Rows = Annotated[int, typer.Option("--batch-size", help="Rows of one batch.")]
+Seen = Annotated[bool, typer.Option("--allow-seen", help="Accept questions that an earlier stage was fitted on.")]
+
+
+@app.command()
+def demo(
+    model: Annotated[
+        str, typer.Option(help="planted (embedded, synthetic) or smollm2 (from its PyPI wheel).")
+    ] = "planted",
+    out: Annotated[Path, typer.Option("--out", "-o", help="New folder for all files.")] = Path("demo-out"),
+    as_json: Json = False,
+) -> None:
+    """The whole job on a model that is at hand: sample, identify, gate, tune, evaluate, export, verify."""
+    from adaras_export.demo import pipeline
+
+    with _progress() as bar:
+        summary = pipeline.run(model, out, bar)
+    _print(summary.as_record(), summary.text(), as_json)
+
+
+@app.command()
+def collect(
+    questions: Annotated[Path, typer.Argument(help="JSONL: id, prompt or question, answer.")],
+    model: Model,
+    out: Out,
+    attempts: Annotated[int, typer.Option(help="Completions per question.")] = 8,
+    temperature: Annotated[float, typer.Option(help="0 is greedy (one attempt).")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = 1.0,
+    max_new_tokens: NewTokens = 512,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    check: Check = "last_number",
+    batch_size: Rows = 32,
+    wanted: Annotated[int | None, typer.Option(help="Stop at so many questions with both outcomes.")] = None,
+    record: Annotated[Path | None, typer.Option(help="Also record activation statistics into this file.")] = None,
+    revision: Revision = None,
+    as_json: Json = False,
+) -> None:
+    """Sample several attempts at each question and check them. Goes on where it was interrupted."""
+    from adaras_export.checkers import checker
+    from adaras_export.collect import collect as run
+    from adaras_export.generation import Sampling
+    from adaras_export.models import BaseModel
+    from adaras_export.traces import read_questions
+
+    read, chosen = read_questions(questions), checker(check)
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+    loaded, tokenizer = _load(model, revision)
+    recording = None if record is None else (record, BaseModel.of(model, revision))
+    with _progress() as bar:
+        report = run(
+            loaded,
+            tokenizer,
+            read,
+            out,
+            attempts=attempts,
+            sampling=sampling,
+            check=chosen,
+            batch_size=batch_size,
+            wanted=wanted,
+            record=recording,
+            progress=bar("sampling"),
+        )
+    text = (
+        f"{out}: {report.traces} traces of {report.questions} questions, {report.correct} correct, "
+        f"{report.mixed_questions} questions with both outcomes ({report.resumed} traces were there, "
+        f"{report.seconds:.0f} s)"
+    )
+    _print(vars(report), text, as_json)
+
+
+@app.command()
+def identify(
+    traces: Annotated[Path, typer.Argument(help="JSONL of labelled traces, ours or the reference's.")],
+    model: Model,
+    out: Out,
+    ranking: Annotated[str, typer.Option(help="paper (difference of means) or attribution (causal effect).")] = "paper",
+    keep: Annotated[int, typer.Option(help="Neurons to keep.")] = 200,
+    min_layer: Annotated[int | None, typer.Option(help="Lowest layer; default: half of the layers.")] = None,
+    per_class: Annotated[int | None, typer.Option(help="Balance: so many traces of each label a question.")] = None,
+    unpaired: Annotated[bool, typer.Option("--unpaired", help="Contrast all traces, not within questions.")] = False,
+    start: Start = "last_prompt_token",
+    stats: Annotated[Path | None, typer.Option(help="Statistics that collect --record wrote for these traces.")] = None,
+    token_budget: Annotated[int, typer.Option(help="Tokens of one batch.")] = 4096,
+    revision: Revision = None,
+    as_json: Json = False,
+) -> None:
+    """Rank the model's neurons by labelled traces, and keep the best."""
+    from adaras_export import neurons
+    from adaras_export.models import BaseModel
+    from adaras_export.statistics import NeuronStats
+    from adaras_export.traces import balanced, read_traces
+
+    _choice("ranking", ranking, ("paper", "attribution"))
+    read = read_traces(traces)
+    read = read if per_class is None else balanced(read, 0, per_class)
+    recorded = None if stats is None else NeuronStats.load(stats)
+    loaded, tokenizer = _load(model, revision)
+    if unpaired:
+        _warn("unpaired contrast finds what tells easy questions from hard ones; within questions is the method's")
+    with _progress() as bar:
+        found = neurons.identify(
+            loaded,
+            tokenizer,
+            read,
+            BaseModel.of(model, revision),
+            ranking=ranking,  # type: ignore[arg-type]  # checked above
+            keep=keep,
+            min_layer=min_layer,
+            start=_start(start),
+            contrast="unpaired" if unpaired else "within_question",
+            stats=recorded,
+            reading=neurons.Reading(token_budget, bar("reading traces")),
+        )
+    found.neurons.save(out)
+    _print(found.as_record(), f"{out}: {found.line()}", as_json)
+
+
+@app.command()
+def gate(
+    traces: Annotated[Path, typer.Argument(help="JSONL of labelled traces of this model.")],
+    model: Model,
+    out: Out,
+    below_layer: Annotated[int | None, typer.Option(help="Read layers below this one; default: half of them.")] = None,
+    features: Annotated[int, typer.Option(help="Number of features.")] = 64,
+    pooling: Annotated[str, typer.Option(help="logistic, or attention (the paper's classifier).")] = "logistic",
+    seed: Annotated[int, typer.Option(help="Seed of the split by question.")] = 0,
+    revision: Revision = None,
+    as_json: Json = False,
+) -> None:
+    """Train the gate that predicts from the prompt whether the model will be right."""
+    from adaras_export.gate import train_gate
+    from adaras_export.models import BaseModel
+    from adaras_export.neurons import Reading
+    from adaras_export.traces import read_traces
+
+    _choice("pooling", pooling, ("logistic", "attention"))
+    read, base = read_traces(traces), BaseModel.of(model, revision)
+    loaded, tokenizer = _load(model, revision)
+    with _progress() as bar:
+        report = train_gate(
+            loaded,
+            tokenizer,
+            read,
+            base,
+            below_layer=base.layers // 2 if below_layer is None else below_layer,
+            features=features,
+            pooling=pooling,  # type: ignore[arg-type]  # checked above
+            seed=seed,
+            reading=Reading(progress=bar("reading prompts")),
+        )
+    report.gate.save(out)
+    _print(report.as_record(), f"{out}: {report.line()}", as_json)
+
+
+@app.command()
+def tune(
+    questions: Annotated[Path, typer.Argument(help="JSONL of validation questions, unseen so far.")],
+    model: Model,
+    neurons: Annotated[Path, typer.Option(help="File of identify, or a top_200.csv of the reference.")],
+    out: Out,
+    gate: Annotated[Path | None, typer.Option(help="File of gate; without it every prompt is steered.")] = None,
+    counts: Annotated[str, typer.Option(help="Numbers of neurons to try.")] = "50,200",
+    strengths: Annotated[str, typer.Option(help="Signed strengths to try.")] = "-3,-1,-0.3,0.3,1,3",
+    start: Start = "last_prompt_token",
+    check: Check = "last_number",
+    max_new_tokens: NewTokens = 512,
+    batch_size: Rows = 64,
+    revision: Revision = None,
+    as_json: Json = False,
+) -> None:
+    """Choose the number of neurons and the signed strength on validation questions."""
+    from adaras_export.models import BaseModel
+    from adaras_export.rule import Gate, NeuronSet
+    from adaras_export.tune import tune as run
+
+    base = BaseModel.of(model, revision)
+    is_csv = neurons.suffix == ".csv"
+    chosen = NeuronSet.from_reference_csv(neurons, base=base) if is_csv else NeuronSet.load(neurons)
+    read_gate = None if gate is None else Gate.load(gate)
+    loaded, tokenizer = _load(model, revision)
+    with _progress() as bar:
+        report = run(
+            loaded,
+            tokenizer,
+            chosen,
+            read_gate,
+            _exam(questions, check, max_new_tokens, batch_size, bar("trying settings")),
+            base=base,
+            counts=[int(one) for one in _numbers("counts", counts)],
+            strengths=_numbers("strengths", strengths),
+            start=_start(start),
+        )
+    report.rule.save(out)
+    _print(report.as_record(), f"{report.table()}\n{out}: {report.line()}", as_json)
+
+
+@app.command(name="eval")
+def evaluate(
+    questions: Annotated[Path, typer.Argument(help="JSONL of test questions, unseen so far.")],
+    model: Model,
+    rule: Annotated[Path, typer.Option(help="File of tune.")],
+    out: Out,
+    random_controls: Annotated[int, typer.Option(help="Random-neuron arms, one seed each.")] = 5,
+    check: Check = "last_number",
+    max_new_tokens: NewTokens = 512,
+    batch_size: Rows = 64,
+    allow_seen: Seen = False,
+    revision: Revision = None,
+    as_json: Json = False,
+) -> None:
+    """Compare off, always, gated, sign-flipped and random neurons on fresh questions."""
+    from adaras_export.evaluate import evaluate as run
+    from adaras_export.rule import SteeringRule
+    from adaras_export.storage import replace_file
+
+    read = SteeringRule.load(rule)
+    loaded, tokenizer = _load(model, revision)
+    with _progress() as bar:
+        report = run(
+            loaded,
+            tokenizer,
+            read,
+            _exam(questions, check, max_new_tokens, batch_size, bar("answering")),
+            random_seeds=range(random_controls),
+            allow_seen=allow_seen,
+        )
+    replace_file(out, (json.dumps(report.as_record(), indent=1, sort_keys=True) + "\n").encode())
+    _print(report.as_record(), f"{report.table()}\n{out}: {report.verdict}", as_json)
+
+
+@app.command()
+def export(
+    rule: Annotated[Path, typer.Argument(help="Rule file.")],
+    base: Annotated[str, typer.Option(help="Folder or Hub id of the base model.")],
+    to: Annotated[str, typer.Option(help="Target: hf.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="New folder.")],
+    accept_loss: Annotated[str, typer.Option(help="Features that the format may leave out: gate,start.")] = "",
+    evaluation: Annotated[Path | None, typer.Option(help="File of eval, for the model card.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Bake a rule into an artifact that runs without this library, verify it, and give it card and receipt."""
+    from adaras_export.delivery import export as run
+    from adaras_export.rule import SteeringRule
+
+    _quiet_libraries()
+    accepted = [feature for feature in accept_loss.split(",") if feature]
+    report = run(SteeringRule.load(rule), base=base, to=to, out=out, accept_loss=accepted, evaluation=evaluation)
+    record = {"path": str(report.path), "target": to, "files": report.files, "parity": report.parity.as_record()}
+    _print(record, f"{_checks(report.parity)}\n{out}: {len(report.files)} files and a receipt", as_json)
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(help="An exported folder.")],
+    base: Annotated[str | None, typer.Option(help="The base model, if it moved since the export.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Check an exported folder: its files, what it stores, and what it computes."""
+    from adaras_export.delivery import verify as run
+
+    _quiet_libraries()
+    report = run(folder, base)
+    _print({"ok": report.ok, "checks": report.as_record()}, _checks(report), as_json)
+    if not report.ok:
+        raise ParityError(f"{folder}: {len(report.failed())} of {len(report.checks)} checks failed")
+
+
+def main() -> None:
+    """Run the command line; every error of the user's input is one line."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        app()
+    except ParityError as error:
+        _fail(error, 1)
+    except AdarasError as error:
+        _fail(error, 2)
+
+
+def _fail(error: AdarasError, status: int) -> None:
+    sys.stderr.write(f"{type(error).__name__}: {' '.join(str(error).split())}\n")
+    sys.exit(status)
+
+
+def _warn(text: str) -> None:
+    sys.stderr.write(f"warning: {text}\n")
+
+
+def _print(record: dict[str, Any], text: str, as_json: bool) -> None:
+    print(json.dumps(record, sort_keys=True, default=str) if as_json else text)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str], Callable[[int, int], None]]]:
+    """Bars on standard error: ``bar(name)`` gives a callback of (done, total)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+
+        def bar(name: str) -> Callable[[int, int], None]:
+            task = progress.add_task(name, total=None)
+            return lambda done, total: progress.update(task, completed=done, total=total)
+
+        yield bar
+
+
+def _load(model: str, revision: str | None) -> tuple[Any, Any]:
+    _quiet_libraries()
+    from adaras_export.generation import load_model
+
+    return load_model(model, revision)
+
+
+def _quiet_libraries() -> None:
+    """Our own bars and messages are enough."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+
+
+def _exam(questions: Path, check: str, max_new_tokens: int, rows: int, progress: Callable[[int, int], None]) -> "Exam":
+    from adaras_export.checkers import checker
+    from adaras_export.evaluate import Exam
+    from adaras_export.traces import read_questions
+
+    return Exam(read_questions(questions), checker(check), max_new_tokens, rows, progress=progress)
+
+
+def _numbers(option: str, text: str) -> list[float]:
+    try:
+        return [float(one) for one in text.split(",")]
+    except ValueError as error:
+        raise typer.BadParameter(f"--{option} {text}: expected numbers with commas between them") from error
+
+
+def _choice(option: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise typer.BadParameter(f"--{option} {value}: expected one of: {', '.join(choices)}")
+
+
+def _start(value: str) -> Any:
+    _choice("start", value, ("last_prompt_token", "first_generated_token"))
+    return value
+
+
+def _checks(report: "ParityReport") -> str:
+    return "\n".join(check.line() for check in report.checks)

@@ -1,0 +1,121 @@
+"""Session-wide tiny models, and a guard that no test leaves anything behind on them."""
+
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+# Before the first import of transformers, which reads them once. Exported code is cached where it cannot
+# meet the user's own, and nothing is ever downloaded.
+_CACHE = Path(tempfile.mkdtemp(prefix="adaras-tests-"))
+os.environ["HF_HOME"] = str(_CACHE)
+os.environ["HF_MODULES_CACHE"] = str(_CACHE / "modules")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import hypothesis  # noqa: E402
+import pytest  # noqa: E402
+import tiny  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+
+from adaras_export.models import BaseModel  # noqa: E402
+
+torch.set_num_threads(1)
+transformers.utils.logging.disable_progress_bar()
+hypothesis.settings.register_profile("quick", max_examples=50, derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("quick")
+
+
+def pytest_unconfigure():
+    shutil.rmtree(_CACHE, ignore_errors=True)
+
+
+class _Lazy(dict):
+    """A dict that makes a missing value on first use."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.make = make
+
+    def __missing__(self, key):
+        self[key] = self.make(key)
+        return self[key]
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """Checkpoint folder by name of `tiny.SPECS`; built when first asked for. Read only."""
+    return _Lazy(lambda name: tiny.save_base(name, tmp_path_factory.mktemp(name)))
+
+
+@pytest.fixture(scope="session")
+def stock(folders):
+    """Stock float32 model by name, loaded from its folder once. Read only: the guard looks at it after each test."""
+
+    def load(name):
+        with torch.random.fork_rng():
+            model = transformers.AutoModelForCausalLM.from_pretrained(folders[name], dtype=torch.float32).eval()
+        model.untouched = _fingerprint(model)
+        return model
+
+    return _Lazy(load)
+
+
+@pytest.fixture(scope="session")
+def bases(folders):
+    """`BaseModel` by name."""
+    return _Lazy(lambda name: BaseModel.of(folders[name]))
+
+
+@pytest.fixture(scope="session")
+def rules(bases, stock):
+    """Rule by (name, gate, start): gate "causal", "later" (it reads steered layers) or None."""
+
+    def make(key):
+        name, kind, start = key
+        gate = None if kind is None else tiny.calibrated_gate(stock[name], kind)
+        return tiny.make_rule(bases[name], gate=gate, start=start)
+
+    return _Lazy(make)
+
+
+@pytest.fixture(scope="session")
+def told(rules, stock):
+    """What the oracle says of `tiny.PROMPTS`, by the keys of ``rules``."""
+    return _Lazy(lambda key: tiny.answers(stock[key[0]], rules[key]))
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """The tokenizer that lies beside every tiny model."""
+    return tiny.build_tokenizer()
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind(stock):
+    """After each test: models as they were, global state of torch as it was, no step or scope in this thread."""
+    before = (torch.get_default_dtype(), torch.get_num_threads())
+    random = torch.random.get_rng_state()
+    yield
+    assert (torch.get_default_dtype(), torch.get_num_threads()) == before
+    assert torch.equal(torch.random.get_rng_state(), random), "the global generator was used; fork it"
+    for name, model in stock.items():
+        assert _fingerprint(model) == model.untouched, f"{name} was changed"
+    for module_name, module in list(sys.modules.items()):
+        if module_name.endswith("steering_adaras"):
+            assert getattr(module._LOCAL, "step", None) is None, module_name
+            assert not getattr(module._LOCAL, "scopes", None), module_name
+
+
+def _fingerprint(model):
+    """What a caller may not change: class, hooks, parameters (by their write counters), gradients, mode."""
+    hooks = [
+        (name, kind)
+        for name, module in model.named_modules()
+        for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        if getattr(module, kind)
+    ]
+    tensors = [(tensor._version, tensor.requires_grad, tensor.grad is None) for tensor in model.parameters()]
+    instance = sorted(name for name in vars(model) if name != "untouched")
+    return type(model), hooks, tensors, instance, model.training

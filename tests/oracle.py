@@ -1,0 +1,94 @@
+"""What a rule means, restated from the paper's equations with plain loops.
+
+Imports nothing of the library that it judges, and takes plain numbers only. Every step is one full forward pass over
+one unpadded row, without a KV cache, so nothing here can depend on how tokens are spread over calls.
+
+A rule is {"neurons": [(layer, index, delta)], "strength": s, "start": name, "gate": None or a gate}; a gate is
+{"features": [(layer, index)], "threshold": t} and its six weights as (nested) lists.
+"""
+
+import math
+
+import torch
+
+
+def respond(model, prompt, rule, steps, follow=None, pick=None, ends=()):
+    """Let a stock model answer one prompt under a rule.
+
+    Returns {"ids": generated tokens, "logits": (steps, V), "probability": p(correct) or None, "steered": bool}.
+    ``follow`` feeds given tokens in place of the chosen ones; ``pick`` chooses from logits in place of the argmax;
+    generation stops behind a token of ``ends``.
+    """
+    probability = None if rule["gate"] is None else p_correct(model, prompt, rule["gate"])
+    steered = probability is None or probability < rule["gate"]["threshold"]
+    first = {"last_prompt_token": len(prompt) - 1, "first_generated_token": len(prompt)}[rule["start"]]
+    row, chosen, logits = list(prompt), [], []
+    for step in range(steps):
+        found = logits_of(model, row, rule, first)[-1] if steered else logits_of(model, row, rule, len(row))[-1]
+        logits.append(found)
+        chosen.append(int(found.argmax()) if pick is None else pick(found))
+        if chosen[-1] in ends:
+            break
+        row.append(chosen[-1] if follow is None else follow[step])
+    return {"ids": chosen, "logits": torch.stack(logits), "probability": probability, "steered": steered}
+
+
+def p_correct(model, prompt, gate):
+    """What the gate makes of the unsteered prompt, in float64."""
+    activations = activations_of(model, prompt)
+    features = [[activations[layer][t][index] for layer, index in gate["features"]] for t in range(len(prompt))]
+    weights = []
+    for x in features:
+        score = math.tanh(sum(w * v for w, v in zip(gate["attention_weight"], x)) + gate["attention_bias"])
+        weights.append(math.exp(score))
+    pooled = [
+        sum(weight * x[f] for weight, x in zip(weights, features)) / sum(weights) for f in range(len(gate["features"]))
+    ]
+    z = gate["output_bias"]
+    for row, bias, out in zip(gate["hidden_weight"], gate["hidden_bias"], gate["output_weight"]):
+        z += out * max(0.0, sum(w * v for w, v in zip(row, pooled)) + bias)
+    return 1 / (1 + math.exp(-z))
+
+
+def activations_of(model, row):
+    """h of every layer and token as nested lists [layer][token][neuron]: what enters the down projections."""
+    seen = {}
+
+    def look(layer, h):
+        seen[layer] = h[0].tolist()
+        return h
+
+    _run(model, row, look)
+    return [seen[layer] for layer in range(len(seen))]
+
+
+def logits_of(model, row, rule, first):
+    """Logits (T, V) of one row whose tokens from position ``first`` on are steered, whatever a gate says."""
+
+    def add(layer, h):
+        h = h.clone()
+        for t in range(first, len(row)):
+            for at, index, delta in rule["neurons"]:
+                if at == layer:
+                    h[0, t, index] += rule["strength"] * delta
+        return h
+
+    return _run(model, row, add)
+
+
+def _run(model, row, change):
+    """One forward pass in which ``change(layer, h)`` gives what enters the down projection."""
+    handles = []
+    try:
+        for layer, block in enumerate(model.model.layers):
+            assert not block.mlp.down_proj._forward_pre_hooks, "the oracle wants a stock model: ask it before steering"
+
+            def hook(module, args, layer=layer):
+                return (change(layer, args[0]),)
+
+            handles.append(block.mlp.down_proj.register_forward_pre_hook(hook))
+        with torch.no_grad():
+            return model(torch.tensor([list(row)]), use_cache=False).logits[0].float()
+    finally:
+        for handle in handles:
+            handle.remove()

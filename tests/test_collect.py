@@ -1,0 +1,273 @@
+"""Sampling labelled traces into a file that survives interruption."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from adaras_export.collect import collect
+from adaras_export.errors import TraceError
+from adaras_export.generation import Sampling, load_model
+from adaras_export.traces import Question, read_traces
+
+QUESTIONS = [Question(f"q{n}", f"{n}+{n}=", str(2 * n)) for n in range(5)]
+SAMPLING = Sampling(6, temperature=1.5, seed=3)
+
+
+def has_even_sum(completion, answer):
+    """A verdict that random text gets right about every second time."""
+    return sum(completion.encode()) % 2 == 0
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A random model over single ASCII characters, saved, as another process loads it too."""
+    core = Tokenizer(models.BPE(vocab={chr(32 + n): n for n in range(95)}, merges=[]))
+    core.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>")
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        initializer_range=0.3,
+    )
+    path = tmp_path_factory.mktemp("model")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def loaded(folder):
+    return load_model(folder, device="cpu")
+
+
+@pytest.fixture
+def run(loaded, tmp_path):
+    """`collect` of 4 attempts at 5 questions in batches of 6, into t.jsonl, with changes."""
+
+    def go(questions=QUESTIONS, name="t.jsonl", **changes):
+        settings = {"attempts": 4, "sampling": SAMPLING, "check": has_even_sum, "batch_size": 6}
+        return collect(*loaded, questions, tmp_path / name, **(settings | changes))
+
+    return go
+
+
+def test_the_file_holds_every_attempt_in_the_order_of_the_questions(run, tmp_path):
+    report = run()
+    traces = read_traces(tmp_path / "t.jsonl")
+    assert [trace.id for trace in traces] == [f"q{n}#{m}" for n in range(5) for m in range(4)]
+    assert all(trace.correct == has_even_sum(trace.completion, "") for trace in traces)
+    assert [trace.prompt for trace in traces[::4]] == [question.prompt for question in QUESTIONS]
+    assert len({trace.completion for trace in traces}) > 15
+    assert (report.traces, report.questions, report.resumed, report.blank) == (20, 5, 0, 0)
+
+
+def test_the_report_counts_what_the_file_holds(run, tmp_path):
+    report = run()
+    traces = read_traces(tmp_path / "t.jsonl")
+    labels = {question.id: {t.correct for t in traces if t.question_id == question.id} for question in QUESTIONS}
+    assert report.correct == sum(trace.correct for trace in traces)
+    assert report.mixed_questions == sum(len(seen) == 2 for seen in labels.values())
+    assert 0 < report.correct < 20
+    assert report.seconds > 0
+
+
+def test_the_same_arguments_give_the_same_bytes_and_another_seed_others(run, tmp_path):
+    run(name="a.jsonl")
+    run(name="b.jsonl")
+    run(name="c.jsonl", sampling=Sampling(6, temperature=1.5, seed=4))
+    contents = [(tmp_path / f"{name}.jsonl").read_bytes() for name in "abc"]
+    assert contents[0] == contents[1] != contents[2]
+
+
+def test_a_completion_does_not_depend_on_the_batch_size(run, tmp_path):
+    run(name="a.jsonl", batch_size=1)
+    run(name="b.jsonl", batch_size=20)
+    assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
+
+
+def test_a_finished_file_is_resumed_without_a_change_or_a_sample(run, tmp_path, loaded):
+    run()
+    before = (tmp_path / "t.jsonl").read_bytes()
+    hook = loaded[0].register_forward_pre_hook(lambda *args: pytest.fail("sampled again"))
+    report = run()
+    hook.remove()
+    assert (tmp_path / "t.jsonl").read_bytes() == before
+    assert (report.traces, report.resumed) == (20, 20)
+
+
+def test_a_file_cut_anywhere_ends_with_the_bytes_of_the_uninterrupted_run(run, tmp_path):
+    run()
+    whole = (tmp_path / "t.jsonl").read_bytes()
+    lines = [end + 1 for end, byte in enumerate(whole) if byte == ord("\n")]
+    for cut in (0, 3, lines[2] - 1, lines[2], lines[5], lines[7] + 40, lines[18] + 9, len(whole) - 1):
+        (tmp_path / "t.jsonl").write_bytes(whole[:cut])
+        run()
+        assert (tmp_path / "t.jsonl").read_bytes() == whole
+
+
+CHILD = """
+import os, signal, sys
+from adaras_export.collect import collect
+from adaras_export.generation import Sampling, load_model
+from adaras_export.traces import Question
+
+def progress(done, total):
+    if done == 12:
+        with open(sys.argv[2], "ab") as file:  # the next batch, killed while it is written
+            file.write(b'{"id": "q3#0", "ques')
+        os.kill(os.getpid(), signal.SIGKILL)
+
+questions = [Question(f"q{n}", f"{n}+{n}=", str(2 * n)) for n in range(5)]
+collect(
+    *load_model(sys.argv[1], device="cpu"), questions, sys.argv[2], attempts=4,
+    sampling=Sampling(6, temperature=1.5, seed=3), check=lambda text, answer: sum(text.encode()) % 2 == 0,
+    batch_size=6, progress=progress,
+)
+"""
+
+
+def test_a_killed_run_goes_on_to_the_bytes_of_the_uninterrupted_one(run, folder, tmp_path):
+    killed = tmp_path / "killed.jsonl"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
+    command = [sys.executable, "-c", CHILD, str(folder), str(killed)]
+    child = subprocess.run(command, env=environment, capture_output=True, check=False)
+    assert child.returncode == -signal.SIGKILL, child.stderr.decode()
+    assert killed.read_bytes().count(b"\n") == 12
+    report = run(name=killed.name)
+    run(name="whole.jsonl")
+    assert report.resumed == 12
+    assert killed.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_progress_reports_every_batch(run):
+    calls = []
+    run(progress=lambda done, total: calls.append((done, total)))
+    assert calls == [(6, 20), (12, 20), (18, 20), (20, 20)]
+
+
+def test_wanted_stops_as_soon_as_enough_questions_have_both_outcomes(run, tmp_path):
+    run(batch_size=4)
+    whole = (tmp_path / "t.jsonl").read_bytes()
+    report = run(name="some.jsonl", batch_size=4, wanted=2)
+    some = (tmp_path / "some.jsonl").read_bytes()
+    assert report.mixed_questions == 2
+    assert whole.startswith(some)
+    assert report.traces < 20
+
+
+def test_wanted_stops_at_the_same_place_after_an_interruption(run, tmp_path):
+    run(wanted=2)
+    whole = (tmp_path / "t.jsonl").read_bytes()
+    for cut in range(1, whole.count(b"\n")):
+        (tmp_path / "t.jsonl").write_bytes(b"".join(whole.splitlines(keepends=True)[:cut]))
+        run(wanted=2)
+        assert (tmp_path / "t.jsonl").read_bytes() == whole
+
+
+def test_more_attempts_later_keep_the_first_ones(run, tmp_path):
+    run(attempts=2)
+    first = (tmp_path / "t.jsonl").read_bytes()
+    report = run(attempts=3)
+    assert (tmp_path / "t.jsonl").read_bytes().startswith(first)
+    assert (report.resumed, report.traces) == (10, 15)
+    run(attempts=3, name="at_once.jsonl")
+    assert set(read_traces(tmp_path / "t.jsonl")) == set(read_traces(tmp_path / "at_once.jsonl"))
+
+
+def test_a_file_of_other_questions_is_refused_and_left_as_it_is(run, tmp_path):
+    run()
+    before = (tmp_path / "t.jsonl").read_bytes()
+    others = [Question("q1", "something else", "1")]
+    with pytest.raises(TraceError, match=r"trace q1#0 has another prompt than question q1"):
+        run(questions=others)
+    assert (tmp_path / "t.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("content", ["no trace at all", "# a text\n", '{"other": 1}\n', '{"id": 1}'])
+def test_a_file_that_is_not_ours_is_refused_and_left_as_it_is(run, tmp_path, content):
+    path = tmp_path / "t.jsonl"
+    path.write_text(content)
+    with pytest.raises(TraceError, match=r"t\.jsonl:.* expected"):
+        run()
+    assert path.read_text().rstrip("\n") == content.rstrip("\n")
+
+
+def test_an_attempt_without_text_is_counted_and_not_kept(run, tmp_path, loaded, monkeypatch):
+    """A model may end at once; an empty completion has no token to read."""
+    run()
+    texts = [trace.completion for trace in read_traces(tmp_path / "t.jsonl")]
+    end = texts[0][0]
+    monkeypatch.setattr(loaded[0].generation_config, "eos_token_id", loaded[1].encode(end)[0])
+    report = run(name="blank.jsonl")
+    assert report.blank == sum(not text.partition(end)[0].strip() for text in texts)
+    assert report.blank > 0
+    assert report.traces == 20 - report.blank
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"questions": []}, "0 questions, 4 attempts, batches of 6; expected at least one of each"),
+        ({"attempts": 0}, "5 questions, 0 attempts"),
+        ({"batch_size": 0}, "batches of 0"),
+        ({"questions": [QUESTIONS[1], QUESTIONS[1]]}, "question q1 is given twice"),
+        ({"sampling": Sampling(6)}, "4 attempts at temperature 0 are equal; expected a temperature"),
+    ],
+)
+def test_contradictory_arguments_are_refused_before_a_file_is_made(run, tmp_path, changes, message):
+    with pytest.raises(TraceError, match=message):
+        run(**changes)
+    assert not (tmp_path / "t.jsonl").exists()
+
+
+def test_one_greedy_attempt_is_fine(run):
+    report = run(attempts=1, sampling=Sampling(6))
+    assert report.traces + report.blank == 5
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_no_disk_space_is_one_clear_error(run):
+    with pytest.raises(TraceError, match=r"/dev/full: cannot be written \(No space left on device\)"):
+        run(name="/dev/full")
+
+
+def test_a_full_disk_in_the_middle_leaves_a_file_to_go_on_with(run, tmp_path):
+    """The limit of the file size makes the system refuse the bytes, as a full disk does."""
+    resource = pytest.importorskip("resource")
+    run(name="whole.jsonl")
+    whole = (tmp_path / "whole.jsonl").read_bytes()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) // 2, before[1]))
+    try:
+        with pytest.raises(TraceError, match=r"t\.jsonl: cannot be written \(File too large\)"):
+            run()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert (tmp_path / "t.jsonl").stat().st_size == len(whole) // 2
+    run()
+    assert (tmp_path / "t.jsonl").read_bytes() == whole
+
+
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_sampled(run, tmp_path, loaded):
+    hook = loaded[0].register_forward_pre_hook(lambda *args: pytest.fail("sampled"))
+    for name in ("missing/t.jsonl", "."):
+        with pytest.raises(TraceError, match="cannot be written"):
+            run(name=name)
+    hook.remove()
