@@ -10,10 +10,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from adaras_export import models
+from adaras_export.generation import batches, encode_trace
+from adaras_export.storage import Array
+from adaras_export.traces import Trace
 
 Sink = Callable[[int, Tensor], None]
+
+_MAX_ROWS = 64
 
 
 @contextmanager
@@ -72,6 +78,19 @@ def token_means(model: nn.Module, rows: Sequence[Sequence[int]], layers: Sequenc
 
     read(model, rows, layers, average)
     return torch.stack([means[layer] for layer in layers], dim=1)
+
+
+def trace_means(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, traces: Sequence[Trace], token_budget: int
+) -> dict[str, Array]:
+    """Mean of h over all tokens of each trace, prompt and completion, read with teacher forcing: (L, M) by trace id."""
+    rows = [[*prompt, *completion] for prompt, completion in (encode_trace(tokenizer, one) for one in traces)]
+    means: dict[str, Array] = {}
+    layers = range(models.sizes_of(model)[1])
+    for indices in batches([len(row) for row in rows], token_budget, _MAX_ROWS):
+        found = token_means(model, [rows[index] for index in indices], layers).numpy()
+        means |= {traces[index].id: mean for index, mean in zip(indices, found, strict=True)}
+    return means
 
 
 class Recorder:

@@ -40,8 +40,7 @@ def _header(rule: SteeringRule, context: CardContext) -> str:
     lines = [
         "---",
         *([f"license: {context.license}"] if context.license else []),
-        f"base_model: {rule.base.id}",
-        "base_model_relation: finetune",
+        *([f"base_model: {rule.base.id}", "base_model_relation: finetune"] if rule.base.revision else []),
         "library_name: transformers",
         "pipeline_tag: text-generation",
         "tags:",

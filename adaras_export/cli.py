@@ -17,6 +17,7 @@ from adaras_export.errors import AdarasError, ParityError
 
 if TYPE_CHECKING:
     from adaras_export.evaluate import Exam
+    from adaras_export.generation import Sampling
     from adaras_export.parity import ParityReport
 
 app = typer.Typer(
@@ -33,6 +34,7 @@ Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a H
 Out = Annotated[Path, typer.Option("--out", "-o", help="File to write.")]
 Check = Annotated[str, typer.Option(help="Answer checker: last_number, exact or math_verify.")]
 NewTokens = Annotated[int, typer.Option(help="Tokens that a completion may have.")]
+Stop = Annotated[str | None, typer.Option(help="A completion ends before a token with this text (\\n: a line end).")]
 Start = Annotated[str, typer.Option(help="First steered token: last_prompt_token or first_generated_token.")]
 Rows = Annotated[int, typer.Option("--batch-size", help="Rows of one batch.")]
 Seen = Annotated[bool, typer.Option("--allow-seen", help="Accept questions that an earlier stage was fitted on.")]
@@ -47,6 +49,7 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """The whole job on a model that is at hand: sample, identify, gate, tune, evaluate, export, verify."""
+    _quiet_libraries()
     from adaras_export.demo import pipeline
 
     with _progress() as bar:
@@ -63,6 +66,7 @@ def collect(
     temperature: Annotated[float, typer.Option(help="0 is greedy (one attempt).")] = 1.0,
     top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = 1.0,
     max_new_tokens: NewTokens = 512,
+    stop: Stop = None,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     check: Check = "last_number",
     batch_size: Rows = 32,
@@ -73,15 +77,16 @@ def collect(
 ) -> None:
     """Sample several attempts at each question and check them. Goes on where it was interrupted."""
     from adaras_export.checkers import checker
+    from adaras_export.collect import Recording
     from adaras_export.collect import collect as run
     from adaras_export.generation import Sampling
     from adaras_export.models import BaseModel
     from adaras_export.traces import read_questions
 
     read, chosen = read_questions(questions), checker(check)
-    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed, _text(stop))
     loaded, tokenizer = _load(model, revision)
-    recording = None if record is None else (record, BaseModel.of(model, revision))
+    recording = None if record is None else Recording(record, BaseModel.of(model, revision))
     with _progress() as bar:
         report = run(
             loaded,
@@ -200,11 +205,13 @@ def tune(
     start: Start = "last_prompt_token",
     check: Check = "last_number",
     max_new_tokens: NewTokens = 512,
+    stop: Stop = None,
     batch_size: Rows = 64,
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
     """Choose the number of neurons and the signed strength on validation questions."""
+    from adaras_export.generation import Sampling
     from adaras_export.models import BaseModel
     from adaras_export.rule import Gate, NeuronSet
     from adaras_export.tune import tune as run
@@ -220,7 +227,7 @@ def tune(
             tokenizer,
             chosen,
             read_gate,
-            _exam(questions, check, max_new_tokens, batch_size, bar("trying settings")),
+            _exam(questions, check, Sampling(max_new_tokens, stop=_text(stop)), batch_size, bar("trying settings")),
             base=base,
             counts=[int(one) for one in _numbers("counts", counts)],
             strengths=_numbers("strengths", strengths),
@@ -239,6 +246,7 @@ def evaluate(
     random_controls: Annotated[int, typer.Option(help="Random-neuron arms, one seed each.")] = 5,
     check: Check = "last_number",
     max_new_tokens: NewTokens = 512,
+    stop: Stop = None,
     batch_size: Rows = 64,
     allow_seen: Seen = False,
     revision: Revision = None,
@@ -246,6 +254,7 @@ def evaluate(
 ) -> None:
     """Compare off, always, gated, sign-flipped and random neurons on fresh questions."""
     from adaras_export.evaluate import evaluate as run
+    from adaras_export.generation import Sampling
     from adaras_export.rule import SteeringRule
     from adaras_export.storage import replace_file
 
@@ -256,7 +265,7 @@ def evaluate(
             loaded,
             tokenizer,
             read,
-            _exam(questions, check, max_new_tokens, batch_size, bar("answering")),
+            _exam(questions, check, Sampling(max_new_tokens, stop=_text(stop)), batch_size, bar("answering")),
             random_seeds=range(random_controls),
             allow_seen=allow_seen,
         )
@@ -356,12 +365,17 @@ def _quiet_libraries() -> None:
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 
 
-def _exam(questions: Path, check: str, max_new_tokens: int, rows: int, progress: Callable[[int, int], None]) -> "Exam":
+def _exam(questions: Path, check: str, sampling: "Sampling", rows: int, progress: Callable[[int, int], None]) -> "Exam":
     from adaras_export.checkers import checker
     from adaras_export.evaluate import Exam
     from adaras_export.traces import read_questions
 
-    return Exam(read_questions(questions), checker(check), max_new_tokens, rows, progress=progress)
+    return Exam(read_questions(questions), checker(check), sampling, rows, progress=progress)
+
+
+def _text(option: str | None) -> str | None:
+    """An option in which a line end is written as backslash n."""
+    return None if option is None else option.replace("\\n", "\n")
 
 
 def _numbers(option: str, text: str) -> list[float]:
@@ -376,7 +390,7 @@ def _choice(option: str, value: str, choices: tuple[str, ...]) -> None:
         raise typer.BadParameter(f"--{option} {value}: expected one of: {', '.join(choices)}")
 
 
-def _start(value: str) -> Any:
+def _start(value: str) -> Any:  # noqa: ANN401 - a literal that mypy cannot see
     _choice("start", value, ("last_prompt_token", "first_generated_token"))
     return value
 

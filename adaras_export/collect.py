@@ -8,20 +8,26 @@ import json
 import os
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from adaras_export.activations import recording, trace_means
 from adaras_export.checkers import Checker
 from adaras_export.errors import TraceError
-from adaras_export.generation import Sampling, complete, encode_prompt
+from adaras_export.generation import Sampling, complete, encode_prompt, end_ids
+from adaras_export.models import BaseModel
+from adaras_export.statistics import NeuronStats, with_question
+from adaras_export.storage import Array
 from adaras_export.traces import Question, Trace, by_question, digest, read_traces, trace_line
 
 Progress = Callable[[int, int], None]
 """Of attempts done and attempts in all."""
 
+_TOKEN_BUDGET = 4096
 _LINE_START = b'{"id": '
 
 
@@ -56,6 +62,14 @@ class _Attempt:
 
 
 @dataclass(frozen=True)
+class Recording:
+    """Where statistics of the activations go that the sampling itself produced, and whose they are."""
+
+    path: Path
+    base: BaseModel
+
+
+@dataclass(frozen=True)
 class _Sampler:
     """Turns attempts into traces, one batch at a time."""
 
@@ -64,11 +78,15 @@ class _Sampler:
     sampling: Sampling
     check: Checker
 
-    def traces(self, batch: Sequence[_Attempt]) -> list[Trace]:
-        """The traces of the attempts that gave any text."""
+    def traces(self, batch: Sequence[_Attempt], means: dict[str, Array] | None) -> list[Trace]:
+        """The traces of the attempts that gave any text; their activation means go into ``means``, if given."""
         rows = [attempt.prompt_ids for attempt in batch]
         keys = [attempt.id for attempt in batch]
-        texts = complete(self.model, self.tokenizer, rows, self.sampling, keys)
+        ends = end_ids(self.model, self.tokenizer, self.sampling.stop)
+        with nullcontext() if means is None else recording(self.model, ends) as recorder:
+            texts = complete(self.model, self.tokenizer, rows, self.sampling, keys)
+        if means is not None and recorder is not None:
+            means.update(zip(keys, recorder.means().numpy(), strict=True))
         return [
             Trace(
                 id=attempt.id,
@@ -93,6 +111,7 @@ def collect(  # noqa: PLR0913 - each is a decision of its own
     check: Checker,
     batch_size: int,
     wanted: int | None = None,
+    record: Recording | None = None,
     progress: Progress | None = None,
 ) -> CollectReport:
     """Append ``attempts`` checked completions per question to the JSONL file ``out``.
@@ -101,6 +120,10 @@ def collect(  # noqa: PLR0913 - each is a decision of its own
     attempts at a question together, and each is on disk before the next one starts. With
     ``wanted``, no batch starts once so many questions have both outcomes. What the file holds
     already is kept; with unchanged arguments it ends as if the run had never been interrupted.
+
+    With ``record``, the activations that sampling produces anyway are summed up per question with both
+    outcomes, and saved as `NeuronStats`: what `identify` would read from the file, without a pass of its own.
+    Traces that were there before are read once.
 
     Raises:
         TraceError: contradictory arguments, a file of other questions, or one that cannot be read
@@ -113,17 +136,23 @@ def collect(  # noqa: PLR0913 - each is a decision of its own
     traces = _resume(out, questions)
     resumed, blank = len(traces), 0
     sampler = _Sampler(model, tokenizer, sampling, check)
+    ledger = None if record is None else _Ledger(model, tokenizer, NeuronStats.empty(record.base))
     outcomes: dict[str, set[bool]] = defaultdict(set)
     for start in range(0, len(plan), batch_size):
         if wanted is not None and _mixed(outcomes) >= wanted:
             break
         batch = plan[start : start + batch_size]
-        blank += _fill(sampler, batch, traces, out)
+        blank += _fill(sampler, batch, traces, out, None if ledger is None else ledger.means)
         for attempt in batch:
             if attempt.id in traces:
                 outcomes[attempt.question.id].add(traces[attempt.id].correct)
+        if ledger is not None:  # the last question of the batch may go on in the next one
+            ledger.close({attempt.question.id for attempt in batch} - {batch[-1].question.id}, traces)
         if progress is not None:
             progress(start + len(batch), len(plan))
+    if ledger is not None and record is not None:
+        ledger.close(set(outcomes), traces)
+        ledger.stats.save(record.path)
     return _report(list(traces.values()), resumed, blank, time.perf_counter() - started)
 
 
@@ -152,13 +181,42 @@ def _plan(tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], att
     ]
 
 
-def _fill(sampler: _Sampler, batch: Sequence[_Attempt], traces: dict[str, Trace], out: Path) -> int:
+@dataclass
+class _Ledger:
+    """Activation means of unfinished questions, and the statistics of finished ones."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    stats: NeuronStats
+    means: dict[str, Array] = field(default_factory=dict)
+    closed: set[str] = field(default_factory=set)
+
+    def close(self, questions: Collection[str], traces: Mapping[str, Trace]) -> None:
+        """Count questions of which no more traces will come, and forget their means."""
+        wanted = {*questions} - self.closed
+        groups = by_question([trace for trace in traces.values() if trace.question_id in wanted])
+        for group in groups.values():
+            if len({trace.correct for trace in group}) == 2:
+                absent = [trace for trace in group if trace.id not in self.means]
+                read = trace_means(self.model, self.tokenizer, absent, _TOKEN_BUDGET) if absent else {}
+                self.stats = with_question(self.stats, group, {**self.means, **read})
+        self.closed |= wanted
+        self.means = {key: mean for key, mean in self.means.items() if key.rpartition("#")[0] not in self.closed}
+
+
+def _fill(
+    sampler: _Sampler,
+    batch: Sequence[_Attempt],
+    traces: dict[str, Trace],
+    out: Path,
+    means: dict[str, Array] | None,
+) -> int:
     """Sample what ``traces`` lacks of a batch, into it and the file; returns the blank attempts."""
     missing = {attempt.id for attempt in batch if attempt.id not in traces}
     if not missing:
         return 0
     # The whole batch again, also where a part is known: another batch shape rounds differently.
-    fresh = [trace for trace in sampler.traces(batch) if trace.id in missing]
+    fresh = [trace for trace in sampler.traces(batch, means) if trace.id in missing]
     _append(out, fresh)
     traces.update({trace.id: trace for trace in fresh})
     return len(missing) - len(fresh)

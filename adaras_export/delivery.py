@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,7 @@ def export(
         context = CardContext(to, out.name, exporter.usage(), exporter.tags(), dropped, _license(folder), measured)
         (stage / "README.md").write_text(card(rule, parity, context), encoding="utf-8")
         files = _hashes(stage)
-        receipt = _receipt(rule, replace(found, id=rule.base.id), exporter, parity, files)
+        receipt = _receipt(rule, exporter, parity, files) | {"base": found.as_record(), "source": str(base)}
         (stage / _RECEIPT_FILE).write_text(json.dumps(receipt, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return ExportReport(out, to, files, dropped, parity)
 
@@ -105,12 +105,11 @@ def verify(path: str | Path, base: str | Path | None = None) -> ParityReport:
             BaseModel.from_record(receipt["base"], str(folder)),
         )
         checks = _file_checks(folder, receipt["files"])
-        rule_hash = receipt["rule"]
+        rule_hash, origin = receipt["rule"], receipt["source"] if base is None else base
     except (KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{folder / _RECEIPT_FILE}: damaged receipt ({error}); export again") from error
     rule = SteeringRule.load(folder / _RULE_FILE)
     checks.append(Check("rule other than the receipt's", float(rule.fingerprint != rule_hash), 0))
-    origin = recorded.id if base is None else base
     base_folder = models.fetch(origin, recorded.revision)
     rule.base.require_same(BaseModel.of(origin, recorded.revision))
     return ParityReport((*checks, *_verified(exporter, folder, rule, base_folder).checks))
@@ -123,7 +122,7 @@ def _verified(exporter: Exporter, folder: Path, rule: SteeringRule, base: Path) 
         return ParityReport((*stored, Check("not run, because its code differs", 1, 0)))
     script = _rehearsed(rule, base)  # one model in memory at a time
     player = exporter.load(folder)
-    return ParityReport((*stored, *compare(script, player, gated=rule.gate is not None)))
+    return ParityReport((*stored, *compare(script, player)))
 
 
 def _rehearsed(rule: SteeringRule, base: Path) -> Script:
@@ -186,19 +185,12 @@ def _hashes(folder: Path) -> dict[str, str]:
     return {name: storage.sha256_file(path) for name, path in names.items() if name != _RECEIPT_FILE}
 
 
-def _receipt(
-    rule: SteeringRule,
-    base: BaseModel,
-    exporter: Exporter,
-    parity: ParityReport,
-    files: dict[str, str],
-) -> dict[str, Any]:
+def _receipt(rule: SteeringRule, exporter: Exporter, parity: ParityReport, files: dict[str, str]) -> dict[str, Any]:
     libraries = ("adaras-export", "torch", "transformers", "safetensors")
     return {
         "version": 1,
         "target": exporter.name,
         "rule": rule.fingerprint,
-        "base": base.as_record(),
         "files": files,
         "parity": parity.as_record(),
         "versions": {

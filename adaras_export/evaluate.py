@@ -19,7 +19,7 @@ from adaras_export import models
 from adaras_export.checkers import Checker
 from adaras_export.errors import TraceError, require
 from adaras_export.gate import gate_probabilities
-from adaras_export.generation import batches, complete_from, encode_prompt, pad_id, prefill
+from adaras_export.generation import Sampling, batches, complete_from, encode_prompt, pad_id, prefill
 from adaras_export.rule import Gate, SteeringRule
 from adaras_export.steering import steered
 from adaras_export.storage import Array
@@ -34,7 +34,7 @@ class Exam:
 
     questions: Sequence[Question]
     check: Checker
-    max_new_tokens: int
+    sampling: Sampling
     max_rows: int = 64
     token_budget: int = 16384
     progress: Progress | None = None
@@ -42,6 +42,8 @@ class Exam:
     def __post_init__(self) -> None:
         if not self.questions:
             raise TraceError("questions: there are none; expected at least one")
+        if self.sampling.temperature != 0:
+            raise TraceError(f"exam: temperature {self.sampling.temperature}; expected 0, so that arms are paired")
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ def answer(
         prefilled = prefill(model, [rows[index] for index in indices], pad_id(tokenizer))
         for position, rule in enumerate(rules):
             with nullcontext() if rule is None else steered(model, rule.ungated()):
-                texts = complete_from(model, tokenizer, prefilled, exam.max_new_tokens)
+                texts = complete_from(model, tokenizer, prefilled, exam.sampling)
             for index, text in zip(indices, texts, strict=True):
                 correct[position, index] = exam.check(text, exam.questions[index].answer)
             done += len(indices)

@@ -12,6 +12,7 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,6 +46,8 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 class Sampling:
     """How to choose tokens; temperature 0 is greedy and ignores ``top_p`` and ``seed``.
 
+    A completion ends before the first token whose text contains ``stop``, as it does before EOS.
+
     Raises:
         TraceError: a value outside its range.
     """
@@ -53,6 +56,7 @@ class Sampling:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+    stop: str | None = None
 
     def __post_init__(self) -> None:
         wrong = [
@@ -216,7 +220,7 @@ def complete_ids(
         processors.append(TopPLogitsWarper(float(sampling.top_p)))
         processors.append(_GumbelNoise(sampling.seed, keys, ids_BT.device))
     inputs = {"input_ids": ids_BT, "attention_mask": mask_BT, "logits_processor": processors}
-    return _generate(model, tokenizer, inputs, sampling.max_new_tokens)
+    return _generate(model, tokenizer, inputs, sampling)
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
@@ -248,15 +252,35 @@ def complete_from(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prefilled: Prefilled,
-    max_new_tokens: int,
+    sampling: Sampling,
 ) -> list[str]:
     """What greedy `complete` gives for the prefilled prompts; ``prefilled`` stays as it is."""
+    assert sampling.temperature == 0
     inputs = {
         "input_ids": prefilled.ids,
         "attention_mask": prefilled.mask,
         "past_key_values": copy.deepcopy(prefilled.cache),
     }
-    return [decode(tokenizer, ids) for ids in _generate(model, tokenizer, inputs, max_new_tokens)]
+    return [decode(tokenizer, ids) for ids in _generate(model, tokenizer, inputs, sampling)]
+
+
+def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop: str | None) -> list[int]:
+    """Every token that ends a completion: EOS, and the tokens whose text contains ``stop``.
+
+    Raises:
+        TraceError: no token contains ``stop``.
+    """
+    stopping = _stop_ids(tokenizer, stop) if stop else ()
+    return [*_eos_ids(model, tokenizer), *stopping]
+
+
+@lru_cache(maxsize=4)
+def _stop_ids(tokenizer: PreTrainedTokenizerBase, stop: str) -> tuple[int, ...]:
+    texts = tokenizer.batch_decode([[id_] for id_ in range(len(tokenizer))], clean_up_tokenization_spaces=False)
+    found = tuple(id_ for id_, text in enumerate(texts) if stop in text)
+    if not found:
+        raise TraceError(f"stop {stop!r}: no token of the tokenizer contains it; expected a shorter text")
+    return found
 
 
 class _GumbelNoise(LogitsProcessor):
@@ -285,9 +309,10 @@ def _generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     inputs: Mapping[str, Any],
-    max_new_tokens: int,
+    sampling: Sampling,
 ) -> list[list[int]]:
-    """The new ids of every row: at most ``max_new_tokens``, cut before the first EOS."""
+    """The new ids of every row: at most ``max_new_tokens``, cut before the first that ends them."""
+    max_new_tokens = sampling.max_new_tokens
     width = inputs["input_ids"].shape[1]
     context = model.config.max_position_embeddings
     if width + max_new_tokens > context:
@@ -295,7 +320,7 @@ def _generate(
             f"prompt of {width} tokens: {max_new_tokens} new ones exceed the context of {context}; "
             f"expected max_new_tokens of at most {context - width}, or a shorter prompt"
         )
-    ends = _eos_ids(model, tokenizer)
+    ends = end_ids(model, tokenizer, sampling.stop)
     config = GenerationConfig(  # type: ignore[no-untyped-call]
         max_new_tokens=max_new_tokens + 1,
         do_sample=False,

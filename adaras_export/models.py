@@ -73,7 +73,7 @@ class BaseModel:
     """The identity of the model that a rule is made for: what it is, not its weights.
 
     Attributes:
-        id: Hub id, or the path that it was read from.
+        id: Hub id, or the name of the local folder.
         revision: commit of a Hub id; None for a local folder.
         family: model_type of config.json.
         layers: number of decoder layers (L).
@@ -108,13 +108,14 @@ class BaseModel:
             UnsupportedModelError: the architecture is not in the table.
         """
         folder = fetch(path_or_id, revision)
+        local = folder == Path(path_or_id)
         config = read_json(folder / "config.json")
         family = family_of(config, str(path_or_id))
         if missing := [key for key in _SIZE_KEYS if key not in config]:
             raise ArtifactError(f"{folder / 'config.json'}: has no {', '.join(missing)}; expected the sizes of a model")
         return cls(
-            id=str(path_or_id),
-            revision=None if folder == Path(path_or_id) else folder.name,  # the commit
+            id=folder.resolve().name if local else str(path_or_id),
+            revision=None if local else folder.name,  # the commit
             family=family.model_type,
             layers=config["num_hidden_layers"],
             mlp_size=config["intermediate_size"],

@@ -4,20 +4,20 @@ Two rankings stand side by side. The paper's asks which activations differ betwe
 is correlational. The attribution ranking asks what changing an activation does to the margin between them.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from adaras_export.activations import token_means
+from adaras_export.activations import trace_means
 from adaras_export.attribution import WeightedCompletion, margin_gradients
 from adaras_export.errors import RuleError, TraceError
 from adaras_export.generation import batches, encode_prompt, encode_trace, pad_id, prefill
-from adaras_export.models import BaseModel, sizes_of
+from adaras_export.models import BaseModel
 from adaras_export.rule import NeuronSet, Ranking, Start
-from adaras_export.statistics import AttributionStats, Contrast, NeuronStats
+from adaras_export.statistics import AttributionStats, Contrast, NeuronStats, with_question
 from adaras_export.storage import Array
 from adaras_export.traces import Trace, by_question, digest
 
@@ -89,19 +89,11 @@ def read_stats(
     stats = NeuronStats.empty(base, contrast=contrast)
     for chunk in _chunks(questions, reading):
         together = [trace for question in chunk for trace in question]
-        means = _trace_means(model, tokenizer, together, reading.token_budget)
+        means = trace_means(model, tokenizer, together, reading.token_budget)
         for question in chunk:
-            stats = add_question(stats, question, means)
+            stats = with_question(stats, question, means)
     stats.means()  # refuses a class without traces
     return stats
-
-
-def add_question(stats: NeuronStats, question: Sequence[Trace], means: Mapping[str, Array]) -> NeuronStats:
-    """``stats`` and one question, given its traces and the (L, M) mean of each by trace id."""
-    shape = (0, stats.base.layers, stats.base.mlp_size)
-    parts = [[means[trace.id] for trace in question if trace.correct is label] for label in (True, False)]
-    correct, incorrect = (np.stack(part) if part else np.zeros(shape, np.float32) for part in parts)
-    return stats.update(digest(question[0].prompt), correct, incorrect)
 
 
 def read_attribution(
@@ -245,25 +237,10 @@ def _chunks(questions: Sequence[Sequence[Trace]], reading: Reading) -> Iterator[
                 reading.progress(done, len(questions))
 
 
-def _trace_means(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    traces: Sequence[Trace],
-    token_budget: int,
-) -> dict[str, Array]:
-    rows = [[*prompt, *completion] for prompt, completion in (encode_trace(tokenizer, one) for one in traces)]
-    means: dict[str, Array] = {}
-    layers = range(sizes_of(model)[1])
-    for indices in batches([len(row) for row in rows], token_budget, _MAX_ROWS):
-        found = token_means(model, [rows[index] for index in indices], layers).numpy()
-        means |= {traces[index].id: mean for index, mean in zip(indices, found, strict=True)}
-    return means
-
-
 def _best(base: BaseModel, keys: Sequence[Array], keep: int, min_layer: int) -> tuple[Array, Array]:
     """Layer and index of the ``keep`` largest entries by several (L, M) keys, the first counting most."""
     available = (base.layers - min_layer) * base.mlp_size
-    if not 0 <= min_layer < base.layers or keep > available:
+    if not 0 <= min_layer < base.layers or not 0 <= keep <= available:
         raise RuleError(
             f"neurons: {keep} wanted from layer {min_layer} on; {base.id} has {base.layers} layers of {base.mlp_size}"
         )

@@ -1,13 +1,13 @@
 """Compare what an artifact computes with the reference semantics of its rule. Knows no file format.
 
 Both sides play the same prompts: a left-padded batch, prefill and then cached decoding along the reference's greedy
-tokens, in three modes: as the rule says, steered always, and off.
+tokens; as the rule says, steered always, off, and with a threshold that steers half of the rows.
 
 B sequences, S generated tokens, V vocabulary.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from adaras_export.rule import SteeringRule
 from adaras_export.steering import steered
 
-Mode = Literal["rule", "always", "off"]
-MODES: tuple[Mode, ...] = ("rule", "always", "off")
+Mode = Literal["rule", "always", "off"] | float
+"""How to steer: as the rule says, every row, none, or the rows with p(correct) below a number."""
 
 # The unit in which logits may differ: float32 sums in another order. Measured on real and toy models:
 # up to 30 units where the vector is folded (|logit| <= 40); a negated delta moves logits by 10^4 units and more.
@@ -100,7 +100,7 @@ class Script:
     """The prompts, and what the reference did with them."""
 
     rows: tuple[tuple[int, ...], ...]
-    plays: Mapping[Mode, Play]
+    plays: Mapping[str, tuple[Mode, Play]]
     single: Play
 
 
@@ -109,34 +109,36 @@ def rehearse(player: Player, vocabulary: int) -> Script:
     generator = torch.Generator().manual_seed(0)
     draw = [torch.randint(vocabulary, (length,), generator=generator).tolist() for length in _LENGTHS]
     rows = tuple(tuple(row) for row in draw)
-    plays = {mode: player.play(rows, mode, None) for mode in MODES}
-    return Script(rows, plays, player.play(rows[:1], "rule", plays["rule"].tokens_BS[:1]))
+    modes: dict[str, Mode] = {"by the rule": "rule", "steered always": "always", "off": "off"}
+    plays = {name: (mode, player.play(rows, mode, None)) for name, mode in modes.items()}
+    by_rule = plays["by the rule"][1]
+    if by_rule.probability_B is not None:
+        middle = float(by_rule.probability_B.double().sort().values[1:3].mean())
+        plays["half of the rows steered"] = (middle, player.play(rows, middle, None))
+    return Script(rows, plays, player.play(rows[:1], "rule", by_rule.tokens_BS[:1]))
 
 
-def compare(script: Script, artifact: Artifact, *, gated: bool) -> list[Check]:
+def compare(script: Script, artifact: Artifact) -> list[Check]:
     """Play the script on an artifact and compare."""
     checks = list(artifact.findings())
-    for mode in MODES:
-        expected = script.plays[mode]
+    for name, (mode, expected) in script.plays.items():
         found = artifact.play(script.rows, mode, expected.tokens_BS)
-        checks += _logit_checks(mode, expected, found)
-        if mode == "rule" and gated:
+        checks += _logit_checks(name, expected, found, 0.0 if mode == "off" else _logit_limit(expected.logits_BSV))
+        if mode == "rule" and expected.probability_B is not None:
             checks.append(_probability_check(expected, found))
-    single = artifact.play(script.rows[:1], "rule", script.plays["rule"].tokens_BS[:1])
+    by_rule, always, off = (script.plays[name][1] for name in ("by the rule", "steered always", "off"))
+    single = artifact.play(script.rows[:1], "rule", by_rule.tokens_BS[:1])
     limit = _logit_limit(script.single.logits_BSV)
-    padding = _distance(single.logits_BSV, script.single.logits_BSV)
-    checks.append(Check("one row alone, logits", padding, limit))
-    effect = _distance(script.plays["always"].logits_BSV, script.plays["off"].logits_BSV)
+    checks.append(Check("one row alone, logits", _distance(single.logits_BSV, script.single.logits_BSV), limit))
+    effect = _distance(always.logits_BSV, off.logits_BSV)
     checks.append(Check("effect of steering on logits", effect, None, f"{effect / limit:.0f} times the limit"))
     return checks
 
 
-def _logit_checks(mode: Mode, expected: Play, found: Play) -> list[Check]:
-    limit = 0.0 if mode == "off" else _logit_limit(expected.logits_BSV)
+def _logit_checks(name: str, expected: Play, found: Play, limit: float) -> list[Check]:
     prefill = _distance(found.logits_BSV[:, 0], expected.logits_BSV[:, 0])
     decode = _distance(found.logits_BSV[:, 1:], expected.logits_BSV[:, 1:])
     other = int((found.tokens_BS != expected.tokens_BS).sum())
-    name = {"rule": "by the rule", "always": "steered always", "off": "off, against the base"}[mode]
     return [
         Check(f"{name}, prefill logits", prefill, limit),
         Check(f"{name}, decode logits", decode, limit),
@@ -146,7 +148,7 @@ def _logit_checks(mode: Mode, expected: Play, found: Play) -> list[Check]:
 
 def _probability_check(expected: Play, found: Play) -> Check:
     if expected.probability_B is None or found.probability_B is None:
-        return Check("gate, p(correct)", float("nan"), _PROBABILITY_LIMIT, "one side has no gate")
+        return Check("gate, p(correct)", float("nan"), _PROBABILITY_LIMIT, "the artifact has no gate")
     distance = _distance(found.probability_B, expected.probability_B)
     return Check("gate, p(correct)", distance, _PROBABILITY_LIMIT)
 
@@ -170,7 +172,11 @@ class ReferencePlayer:
         """As `Player` says."""
         if mode == "off":
             return play_model(self.model, rows, follow_BS)
-        rule = self.rule.ungated() if mode == "always" else self.rule
+        rule, gate = self.rule, self.rule.gate
+        if mode == "always":
+            rule = rule.ungated()
+        elif mode != "rule" and gate is not None:
+            rule = replace(rule, gate=replace(gate, threshold=mode))
         with steered(self.model, rule):
             return play_model(self.model, rows, follow_BS)
 

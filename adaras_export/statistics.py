@@ -1,9 +1,9 @@
 """Running sums over questions, from which neurons are ranked: a few (L, M) arrays, whatever the number of traces.
 
-Knows nothing of models, tokens or files of traces. Sums are float64. L layers, M MLP neurons, N traces.
+Knows nothing of models in memory, tokens or files of traces. Sums are float64. L layers, M MLP neurons, N traces.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -12,6 +12,7 @@ import numpy as np
 from adaras_export.errors import RuleError, TraceError
 from adaras_export.models import BaseModel
 from adaras_export.storage import Array
+from adaras_export.traces import Trace, digest
 from adaras_export.values import Value, check_version, freeze
 
 Contrast = Literal["within_question", "unpaired"]
@@ -182,6 +183,14 @@ class NeuronStats(_Sums):
         """Standard deviation of a neuron's trace mean over all traces, (L, M): the unit of attribution deltas."""
         mean = self.trace_sum / self.trace_count
         return np.sqrt(np.maximum(self.trace_square_sum / self.trace_count - mean**2, 0.0))
+
+
+def with_question(stats: NeuronStats, question: Sequence[Trace], means: Mapping[str, Array]) -> NeuronStats:
+    """``stats`` and one question, given its traces and the (L, M) mean of each by trace id."""
+    shape = (0, stats.base.layers, stats.base.mlp_size)
+    parts = [[means[trace.id] for trace in question if trace.correct is label] for label in (True, False)]
+    correct, incorrect = (np.stack(part) if part else np.zeros(shape, np.float32) for part in parts)
+    return stats.update(digest(question[0].prompt), correct, incorrect)
 
 
 @dataclass(frozen=True, eq=False)

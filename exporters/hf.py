@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from adaras_export import models, storage
 from adaras_export.errors import ExportError
@@ -47,7 +47,7 @@ class HuggingFaceExporter:
         for path, name in sorted(names.items()):
             link_or_copy(path, out / name)
         tensors = steering_tensors(rule, base)
-        save_file(tensors, out / _STEERING_FILE, metadata={"format": "pt"})
+        storage.replace_file(out / _STEERING_FILE, save(tensors, metadata={"format": "pt"}))
         weight_map = {name: names[path] for name, path in located.items()} | dict.fromkeys(tensors, _STEERING_FILE)
         size = sum(path.stat().st_size for path in names) + (out / _STEERING_FILE).stat().st_size
         _write_json(out / _INDEX_FILE, {"metadata": {"total_size": size}, "weight_map": weight_map})
@@ -55,6 +55,7 @@ class HuggingFaceExporter:
         for name, content in payload(rule.base.family).items():
             (out / name).write_bytes(content)
         copy_companions(base, out)
+        _name_tokenizer_class(base, out)
 
     def inspect(self, folder: Path, rule: SteeringRule, base: Path) -> Sequence[Check]:
         """As `Exporter` says."""
@@ -71,6 +72,7 @@ class HuggingFaceExporter:
                 " ".join(code + foreign),
             ),
             Check("config entries that differ", len(settings), 0, " ".join(settings)),
+            *_tokenizer_checks(folder, base),
             *_tensor_checks(folder, rule, base),
         ]
 
@@ -99,7 +101,7 @@ _USAGE = """\
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{repo}")
+tokenizer = AutoTokenizer.from_pretrained("{repo}", trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained("{repo}", trust_remote_code=True)
 
 prompt = "What is 12 times 7?"
@@ -175,7 +177,7 @@ def payload(family: str) -> dict[str, bytes]:
 class _SteeredRepo:
     """An opened export. Modes are set with the dials that users have."""
 
-    def __init__(self, model: Any, loading_report: list[str]) -> None:
+    def __init__(self, model: Any, loading_report: list[str]) -> None:  # noqa: ANN401 - a class of the repository
         self.model = model
         self.loading_report = loading_report
 
@@ -188,7 +190,8 @@ class _SteeredRepo:
             with steering.off():
                 return play_model(self.model, rows, follow_BS)
         threshold = steering.threshold
-        steering.threshold = 2.0 if mode == "always" else threshold  # every p(correct) is below 2
+        if mode != "rule":
+            steering.threshold = 2.0 if mode == "always" else mode  # every p(correct) is below 2
         try:
             return play_model(self.model, rows, follow_BS)
         finally:
@@ -214,6 +217,36 @@ def _gate_settings(gate: Gate) -> dict[str, Any]:
         "features": [counts[layer] for layer in sorted(counts)],
         "hidden_size": len(gate.hidden_bias),
     }
+
+
+# Texts on which tokenizers that were set up differently disagree: digits, spaces, case, accents, other scripts.
+_SAMPLES = (
+    "What is 1234 + 56?",
+    "  two  spaces\n\tand a tab",
+    "Naïve façade, 東京 and emoji 🙂",
+    "<|im_start|>user\nhi",
+)
+
+
+def _name_tokenizer_class(base: Path, out: Path) -> None:
+    """Name the tokenizer's class where the base leaves it to its model_type, which is no longer there."""
+    path = out / "tokenizer_config.json"
+    settings = storage.read_json(path) if path.exists() else {}
+    if "tokenizer_class" not in settings and (out / "tokenizer.json").exists():
+        from transformers import AutoTokenizer
+
+        _write_json(path, {**settings, "tokenizer_class": type(AutoTokenizer.from_pretrained(base)).__name__})
+
+
+def _tokenizer_checks(folder: Path, base: Path) -> list[Check]:
+    """Whether both folders give the same token ids; a base without a tokenizer has nothing to compare."""
+    if not (base / "tokenizer_config.json").exists():
+        return []
+    from transformers import AutoTokenizer
+
+    theirs, ours = AutoTokenizer.from_pretrained(base), AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    differ = sum(theirs(text)["input_ids"] != ours(text)["input_ids"] for text in _SAMPLES)
+    return [Check("sample texts that are tokenised differently", differ, 0)]
 
 
 def _tensor_checks(folder: Path, rule: SteeringRule, base: Path) -> list[Check]:

@@ -344,14 +344,14 @@ def test_completing_from_a_prefilled_cache_equals_completing_at_once(model, toke
     prefilled = prefill(model, rows, pad_id(tokenizer))
     expected = complete(model, tokenizer, rows, Sampling(12), PROMPTS)
     for _ in range(2):
-        assert complete_from(model, tokenizer, prefilled, 12) == expected
+        assert complete_from(model, tokenizer, prefilled, Sampling(12)) == expected
         assert prefilled.cache.get_seq_length() == max(len(row) for row in rows) - 1
 
 
 def test_a_prompt_of_one_token_needs_no_prefill(model, tokenizer, rows):
     prefilled = prefill(model, rows[2:], pad_id(tokenizer))
     expected = complete(model, tokenizer, rows[2:], Sampling(5), PROMPTS[2:])
-    assert complete_from(model, tokenizer, prefilled, 5) == expected
+    assert complete_from(model, tokenizer, prefilled, Sampling(5)) == expected
 
 
 def test_sampling_leaves_the_callers_model_and_the_global_random_state_alone(model, tokenizer, rows):

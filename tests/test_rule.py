@@ -52,7 +52,9 @@ def test_neurons_are_in_order_and_each_layer_has_its_own(rule):
 def test_the_order_in_which_neurons_and_features_are_given_does_not_matter():
     rule = tiny.make_rule(BASE, gate=tiny.make_gate())
     swapped = replace(rule.neurons, **{name: getattr(rule.neurons, name)[::-1] for name in ("layer", "index", "delta")})
-    columns = {name: getattr(rule.gate, name)[..., ::-1] for name in ("layer", "index", "attention_weight", "hidden_weight")}
+    columns = {
+        name: getattr(rule.gate, name)[..., ::-1] for name in ("layer", "index", "attention_weight", "hidden_weight")
+    }
     again = replace(rule, neurons=swapped, gate=replace(rule.gate, **columns))
     assert again.fingerprint == rule.fingerprint
 

@@ -1,0 +1,566 @@
+"""Target hf: what is in the folder, and what it does in a process that cannot import the library."""
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import oracle
+import pytest
+import tiny
+import torch
+import transformers
+from safetensors import safe_open
+from tiny import PAD, PROMPTS, greedy, left_padded, require_answers
+
+from adaras_export import models
+from adaras_export.errors import ExportError
+from adaras_export.exporters import base as exporter_base
+from adaras_export.exporters.hf import EXPORTER, payload, steered_config, steering_tensors
+
+CAUSAL, LATER = ("causal", "last_prompt_token"), ("later", "first_generated_token")
+EVERYWHERE = ["greedy", "uncached", "single", "sampled"]
+ONCE = ["off", "decoder", "tokenizer", "untrusted", "again", "half"]
+JOBS = {
+    **{(name, *rule): EVERYWHERE for name in tiny.NAMES for rule in (CAUSAL, LATER)},
+    ("qwen3", None, "last_prompt_token"): EVERYWHERE,
+    ("qwen3", "causal", "first_generated_token"): EVERYWHERE,
+    ("llama", *CAUSAL): EVERYWHERE + ONCE,
+    ("qwen3-sharded", *CAUSAL): [*EVERYWHERE, "off", "again"],
+}
+KEYS = pytest.mark.parametrize("key", JOBS, ids=lambda key: "-".join(map(str, key)))
+OTHER_PYTHON = os.environ.get("ADARAS_OTHER_PYTHON")  # of a virtual environment with another Transformers
+
+
+@pytest.fixture(scope="module")
+def written(rules, folders, tmp_path_factory):
+    """The folder of an export, by the keys of ``rules``."""
+
+    class Written(dict):
+        def __missing__(self, key):
+            self[key] = tmp_path_factory.mktemp("export") / "-".join(map(str, key))
+            self[key].mkdir()
+            EXPORTER.write(rules[key], folders[key[0]], self[key])
+            return self[key]
+
+    return Written()
+
+
+@pytest.fixture(scope="module")
+def opened(written):
+    """The model of an export in this process, by the keys of ``rules``; not under the guard's eyes."""
+
+    class Opened(dict):
+        def __missing__(self, key):
+            with torch.random.fork_rng():
+                self[key] = transformers.AutoModelForCausalLM.from_pretrained(
+                    written[key], trust_remote_code=True, dtype=torch.float32
+                ).eval()
+            return self[key]
+
+    return Opened()
+
+
+def run_elsewhere(python, written, folder):
+    """What `clean_process.py` found, by the keys of ``JOBS``."""
+    jobs = [
+        {"folder": str(written[key]), "prompts": PROMPTS, "pad": PAD, "end": tiny.EOS, "modes": modes}
+        for key, modes in JOBS.items()
+    ]
+    environment = {
+        "PATH": os.environ["PATH"],
+        "HF_HOME": str(folder),
+        "HF_MODULES_CACHE": str(folder / "modules"),
+        "HF_HUB_OFFLINE": "1",
+    }
+    script = Path(__file__).with_name("clean_process.py")
+    done = subprocess.run(
+        [python, script], input=json.dumps(jobs), capture_output=True, text=True, cwd=folder, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(done.stdout)
+    results = dict(zip(JOBS, found["results"], strict=True))
+    return {"transformers": found["transformers"], "stderr": done.stderr, **results}
+
+
+@pytest.fixture(scope="module")
+def clean(written, tmp_path_factory):
+    """The results of one process in which importing the library fails."""
+    return run_elsewhere(sys.executable, written, tmp_path_factory.mktemp("clean"))
+
+
+def as_output(result):
+    """A result of the other process in the form that generate() gives."""
+    return SimpleNamespace(sequences=torch.tensor(result["sequences"]), logits=torch.tensor(result["logits"]).unbind())
+
+
+def sampled_by_the_oracle(model, rule):
+    """The oracle's answers when it draws from its logits with the seed of the other process."""
+    answers = []
+    for prompt in PROMPTS:
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            answers += [
+                oracle.respond(
+                    model,
+                    prompt,
+                    tiny.plain_rule(rule),
+                    6,
+                    pick=lambda logits: int(torch.multinomial(logits.softmax(-1), 1)),
+                    ends=(tiny.EOS,),
+                )
+            ]
+    return answers
+
+
+def require_equal_to_the_oracle(results, key, told, stock, rules):
+    for mode in ("greedy", "uncached"):
+        require_answers(as_output(results[mode]), told[key])
+    for row, answer in enumerate(told[key]):
+        require_answers(as_output(results["single"][row]), [answer])
+    for result, answer in zip(results["sampled"], sampled_by_the_oracle(stock[key[0]], rules[key]), strict=True):
+        require_answers(as_output(result), [answer])
+
+
+@KEYS
+def test_an_export_without_the_library_equals_the_oracle(key, clean, told, stock, rules):
+    require_equal_to_the_oracle(clean[key], key, told, stock, rules)
+
+
+@KEYS
+def test_the_loading_report_is_empty(key, clean):
+    assert clean[key]["report"] == {}
+
+
+@KEYS
+def test_the_decisions_that_users_see_are_the_oracles(key, clean, told):
+    for mode in ("greedy", "uncached"):
+        found = clean[key][mode]["decisions"]
+        if key[1] is None:
+            assert found == []
+            continue
+        for (probability, steered), answer in zip(found, told[key], strict=True):
+            assert probability == pytest.approx(answer["probability"], abs=1e-5)
+            assert steered == answer["steered"]
+
+
+@pytest.mark.parametrize("key", [("llama", *CAUSAL), ("qwen3-sharded", *CAUSAL)])
+def test_off_is_the_base_model_bit_for_bit_by_each_way_to_have_it(key, clean, stock):
+    base = greedy(stock[key[0]])
+    for result in clean[key]["off"]:
+        assert result["sequences"] == base.sequences.tolist()
+        assert torch.equal(torch.tensor(result["logits"]), torch.stack(base.logits))
+
+
+def test_the_decoder_alone_is_steered_too(clean, told):
+    key = ("llama", *CAUSAL)
+    for found, answer in zip(clean[key]["decoder"], told[key], strict=True):
+        distance = float((torch.tensor(found) - answer["logits"][0]).abs().max())
+        assert distance <= tiny.logit_limit(answer["logits"])
+
+
+def test_tokenizer_chat_template_and_generation_settings_are_carried(clean):
+    template, new_tokens, model_type = clean["llama", *CAUSAL]["tokenizer"]
+    assert template == "<user>hi<eos><assistant>"
+    assert new_tokens == 6
+    assert model_type == "adaras_llama"
+
+
+def test_without_trust_remote_code_there_is_an_error_and_never_an_unsteered_model(clean):
+    for found in clean["llama", *CAUSAL]["untrusted"]:
+        assert found.startswith("ValueError"), found
+        assert "trust_remote_code" in found or "adaras_llama" in found
+
+
+@pytest.mark.parametrize("key", [("llama", *CAUSAL), ("qwen3-sharded", *CAUSAL)])
+def test_save_pretrained_writes_a_repository_that_does_the_same(key, clean, written, told):
+    require_answers(as_output(clean[key]["again"]), told[key])
+    again = Path(f"{written[key]}-again")
+    family = tiny.SPECS[key[0]][0]
+    assert {path.name: path.read_bytes() for path in again.glob("*.py")} == payload(family)
+    config = json.loads((again / "config.json").read_text())
+    assert config["adaras"] == json.loads((written[key] / "config.json").read_text())["adaras"]
+    assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+
+
+def test_in_half_precision_gate_and_vectors_stay_float32(clean):
+    own, others = clean["llama", *CAUSAL]["half"]
+    assert {dtype for name, dtype in own.items() if not name.endswith("steering_index")} == {"torch.float32"}
+    assert {dtype for name, dtype in own.items() if name.endswith("steering_index")} == {"torch.int64"}
+    assert len(own) == 2 + 2 + 6  # vectors, indices, the gate
+    assert others == ["torch.bfloat16"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not OTHER_PYTHON, reason="ADARAS_OTHER_PYTHON names no interpreter with another Transformers")
+def test_an_export_equals_the_oracle_under_another_transformers(written, told, stock, rules, tmp_path):
+    found = run_elsewhere(OTHER_PYTHON, written, tmp_path)
+    assert found["transformers"] != transformers.__version__
+    for key in JOBS:
+        require_equal_to_the_oracle(found[key], key, told, stock, rules)
+        assert not any(found[key]["report"].values())
+
+
+# What is in the folder
+
+
+@pytest.mark.parametrize("name", tiny.NAMES)
+def test_weights_are_hard_links_to_the_base(name, written, folders):
+    folder = written[name, *CAUSAL]
+    located = models.shards(folders[name])
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    for tensor, source in located.items():
+        assert (folder / index[tensor]).stat().st_ino == source.stat().st_ino
+    assert not (folder / "model.safetensors").exists()  # it would hide the index
+    assert len({*index.values()}) == len({*located.values()}) + 1
+
+
+@pytest.mark.parametrize("reason", [errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EMLINK])
+def test_where_linking_is_impossible_weights_are_copied(reason, rules, folders, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(reason, os.strerror(reason))
+
+    monkeypatch.setattr(exporter_base.os, "link", refuse)
+    EXPORTER.write(rules["llama", *CAUSAL], folders["llama"], tmp_path)
+    source, copy = folders["llama"] / "model.safetensors", tmp_path / "model-base.safetensors"
+    assert copy.read_bytes() == source.read_bytes()
+    assert copy.stat().st_ino != source.stat().st_ino
+
+
+def test_a_base_of_symbolic_links_is_linked_to_its_blobs(rules, folders, tmp_path):
+    """A Hub snapshot holds links into its blobs; a hard link to a link would break when the cache moves."""
+    (tmp_path / "base").mkdir()
+    for path in folders["llama"].iterdir():
+        (tmp_path / "base" / path.name).symlink_to(path)
+    (tmp_path / "out").mkdir()
+    EXPORTER.write(rules["llama", *CAUSAL], tmp_path / "base", tmp_path / "out")
+    assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (folders["llama"] / "tokenizer.json").read_bytes()
+
+
+def test_what_belongs_to_the_checkpoint_is_carried_and_nothing_that_could_run(rules, folders, tmp_path):
+    base = shutil.copytree(folders["llama"], tmp_path / "base")
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "rag.jinja").write_text("x")
+    for name in ("LICENSE", "merges.txt", "modeling_evil.py", "optimizer.bin", "README.md", "receipt.json"):
+        (base / name).write_text("x")
+    (tmp_path / "out").mkdir()
+    EXPORTER.write(rules["llama", *CAUSAL], base, tmp_path / "out")
+    names = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    expected = {"LICENSE", "merges.txt", "additional_chat_templates/rag.jinja", "tokenizer.json", "chat_template.jinja"}
+    assert expected | {"generation_config.json"} <= names
+    assert not names & {"modeling_evil.py", "optimizer.bin", "README.md", "receipt.json"}
+
+
+def test_a_base_that_points_to_an_adapter_does_not_make_the_export_load_it(rules, folders, tmp_path):
+    """With peft installed, from_pretrained follows adapter_config.json to another repository, code and all."""
+    base = shutil.copytree(folders["llama"], tmp_path / "base")
+    (base / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/else"}')
+    (tmp_path / "out").mkdir()
+    EXPORTER.write(rules["llama", *CAUSAL], base, tmp_path / "out")
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
+
+
+@pytest.mark.parametrize("name", ["llama-biased", "qwen3-sharded"])
+def test_vectors_are_the_folded_deltas_without_the_strength(name, rules, stock, folders):
+    rule = rules[name, *CAUSAL]
+    tensors = steering_tensors(rule, folders[name])
+    for layer in rule.layers():
+        weight = models.down_projection(stock[name], layer).weight
+        expected = [0.0] * tiny.HIDDEN_SIZE
+        for index, delta in zip(*rule.neurons_of(layer), strict=True):
+            for row in range(tiny.HIDDEN_SIZE):
+                expected[row] += float(weight[row, index]) * float(delta)
+        found = tensors[f"model.layers.{layer}.mlp.steering_vector"]
+        assert found.dtype == np.float32
+        np.testing.assert_array_equal(found, np.array(expected, np.float32))
+
+
+def test_the_config_names_rule_classes_and_everything_of_the_base(rules, folders):
+    rule = rules["qwen3", *CAUSAL]
+    base = json.loads((folders["qwen3"] / "config.json").read_text())
+    config = steered_config(base, rule)
+    changed = {"model_type", "architectures", "auto_map", "adaras"}
+    assert {key for key in config if config[key] != base.get(key)} == changed
+    assert config["adaras"]["rule"] == rule.fingerprint
+    assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_adaras_qwen3.AdaRASQwen3ForCausalLM"
+
+
+def test_a_quantised_base_is_refused(rules, folders, tmp_path):
+    base = shutil.copytree(folders["llama"], tmp_path / "base")
+    config = json.loads((base / "config.json").read_text()) | {"quantization_config": {"quant_method": "gptq"}}
+    (base / "config.json").write_text(json.dumps(config))
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ExportError, match="is quantised; expected plain weights"):
+        EXPORTER.write(rules["llama", *CAUSAL], base, tmp_path / "out")
+
+
+def test_a_checkpoint_without_the_down_projection_is_refused(rules, folders, tmp_path):
+    base = shutil.copytree(folders["qwen3-sharded"], tmp_path / "base")
+    index = json.loads((base / "model.safetensors.index.json").read_text())
+    del index["weight_map"]["model.layers.2.mlp.down_proj.weight"]
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ExportError, match=r"no tensor model.layers.2.mlp.down_proj.weight; expected the plain weights"):
+        steering_tensors(rules["qwen3-sharded", *CAUSAL], base)
+
+
+def test_the_steering_file_holds_what_the_rule_says_and_no_more(written, rules):
+    key = ("mistral", *LATER)
+    with safe_open(written[key] / "model-steering.safetensors", framework="numpy") as file:
+        names = set(file.keys())
+        assert file.metadata() == {"format": "pt"}
+    vectors = {f"model.layers.{layer}.mlp.steering_vector" for layer in rules[key].layers()}
+    indices = {f"model.layers.{layer}.mlp.steering_index" for layer in set(rules[key].gate.layer.tolist())}
+    assert names == vectors | indices | {f"model.steering_gate.{name}" for name in rules[key].gate.weights()}
+
+
+# What an opened export does, in this process. The modules are those of the folder, not the library's.
+
+RULES = [
+    ("qwen3", *CAUSAL),
+    ("qwen3", *LATER),
+    ("qwen3", None, "last_prompt_token"),
+    ("qwen3", "causal", "first_generated_token"),
+    ("mistral-window", *CAUSAL),
+]
+MOST = pytest.mark.parametrize("key", RULES, ids=lambda key: "-".join(map(str, key)))
+
+
+def by_hand(model, pieces, key, answer):
+    """Feed a prompt in pieces, say where it ends, then decode one token at a time."""
+    ends = sum(map(len, pieces))
+    cache, seen, chosen = None, 0, []
+    with torch.no_grad():
+        for piece in pieces:
+            out = model(
+                input_ids=torch.tensor([piece]), past_key_values=cache, use_cache=True, steering_start=ends - seen
+            )
+            cache, seen = out.past_key_values, seen + len(piece)
+        for _ in answer["ids"]:
+            chosen.append(out.logits[0, -1])
+            ids = torch.tensor([[int(chosen[-1].argmax())]])
+            out = model(input_ids=ids, past_key_values=cache, use_cache=True)
+    found = torch.stack(chosen)
+    assert found.argmax(-1).tolist() == answer["ids"]
+    assert float((found - answer["logits"]).abs().max()) <= tiny.logit_limit(answer["logits"])
+
+
+@MOST
+def test_a_prompt_in_pieces_equals_the_oracle(key, opened, told):
+    for prompt, answer in zip(PROMPTS, told[key], strict=True):
+        for cut in {1, len(prompt) // 2, len(prompt) - 1} - {0, len(prompt)}:
+            by_hand(opened[key], [prompt[:cut], prompt[cut:]], key, answer)
+        by_hand(opened[key], [[token] for token in prompt], key, answer)
+
+
+@MOST
+def test_teacher_forcing_with_steering_start_equals_the_oracle(key, opened, told):
+    rows = [prompt + answer["ids"] for prompt, answer in zip(PROMPTS, told[key], strict=True)]
+    inputs = left_padded(rows)
+    width = inputs["input_ids"].shape[1]
+    starts = torch.tensor([[width - len(answer["ids"])] for answer in told[key]])
+    positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        logits = opened[key](**inputs, position_ids=positions, steering_start=starts).logits
+    for row, answer in enumerate(told[key]):
+        count = len(answer["ids"])
+        distance = (logits[row, -count - 1 : -1] - answer["logits"]).abs().max()
+        assert float(distance) <= tiny.logit_limit(answer["logits"])
+
+
+@MOST
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"cache_implementation": "static"},
+        {"prefill_chunk_size": 3},
+        {"cache_implementation": "static", "prefill_chunk_size": 3},
+        {"prompt_lookup_num_tokens": 2},
+    ],
+    ids=["static", "chunked", "static-chunked", "lookup"],
+)
+def test_other_ways_to_generate_equal_the_oracle(key, how, opened, told):
+    if "prefill_chunk_size" in how and key[1] == "later":
+        how = {**how, "use_cache": True}
+    for prompt, answer in zip(PROMPTS, told[key], strict=True):
+        new = opened[key].generate(**left_padded([prompt]), do_sample=False, pad_token_id=PAD, max_new_tokens=6, **how)
+        assert new[0, len(prompt) :].tolist() == answer["ids"]
+
+
+@MOST
+def test_a_padded_batch_with_a_static_cache_equals_the_oracle(key, opened, told):
+    require_answers(greedy(opened[key], cache_implementation="static"), told[key])
+
+
+@MOST
+def test_assisted_decoding_equals_the_oracle(key, opened, told, stock):
+    for assistant in (stock["qwen3"], opened[key]):
+        for prompt, answer in zip(PROMPTS, told[key], strict=True):
+            settings = {"do_sample": False, "pad_token_id": PAD, "max_new_tokens": 6}
+            new = opened[key].generate(**left_padded([prompt]), assistant_model=assistant, **settings)
+            assert new[0, len(prompt) :].tolist() == answer["ids"]
+
+
+@MOST
+def test_beams_have_the_probability_that_the_oracle_gives_their_tokens(key, opened, stock, rules):
+    how = {"num_beams": 3, "length_penalty": 0.0, "eos_token_id": 0, "max_new_tokens": 5, "output_scores": True}
+    out = greedy(opened[key], PROMPTS, **how)
+    for row, (prompt, score) in enumerate(zip(PROMPTS, out.sequences_scores.tolist(), strict=True)):
+        path = out.sequences[row, -5:].tolist()
+        answer = oracle.respond(stock[key[0]], prompt, tiny.plain_rule(rules[key]), 5, follow=path)
+        log_p = answer["logits"].log_softmax(-1)
+        # 5 log-probabilities near -5, each with an error of some units of 1e-6
+        assert sum(log_p[at, token].item() for at, token in enumerate(path)) == pytest.approx(score, abs=1e-4)
+
+
+@MOST
+def test_embeddings_and_streams_equal_the_oracle(key, opened, told):
+    model, inputs = opened[key], left_padded(PROMPTS)
+    embeds = model.get_input_embeddings()(inputs["input_ids"]).detach()
+    settings = {"attention_mask": inputs["attention_mask"], "do_sample": False, "pad_token_id": PAD}
+    for row, answer in zip(model.generate(inputs_embeds=embeds, **settings), told[key], strict=True):
+        assert row[: len(answer["ids"])].tolist() == answer["ids"]
+    streamed = []
+    streamer = SimpleNamespace(put=lambda ids: streamed.extend(ids.reshape(-1).tolist()), end=lambda: None)
+    model.generate(torch.tensor(PROMPTS[:1]), streamer=streamer, do_sample=False, max_new_tokens=6)
+    assert streamed == PROMPTS[0] + told[key][0]["ids"]
+
+
+def test_a_prefix_cache_serves_generate(opened, told):
+    key = ("qwen3", *CAUSAL)
+    for prompt, answer in zip(PROMPTS[2:], told[key][2:], strict=True):
+        with torch.no_grad():
+            prefix = opened[key](torch.tensor([prompt[:3]]), use_cache=True, steering_start=1_000_000).past_key_values
+        new = opened[key].generate(torch.tensor([prompt]), past_key_values=prefix, do_sample=False, max_new_tokens=6)
+        assert new[0, len(prompt) :].tolist() == answer["ids"]
+
+
+def test_a_cache_that_was_filled_while_steering_was_off_is_refused(opened):
+    model = opened["qwen3", *CAUSAL]
+    with torch.no_grad(), model.steering.off():
+        cache = model(torch.tensor([PROMPTS[0]]), use_cache=True).past_key_values
+    with torch.no_grad(), pytest.raises(ValueError, match="filled without the gate; fill it through this model"):
+        model(torch.tensor([[7]]), past_key_values=cache)
+
+
+def test_a_cache_with_a_decision_does_not_serve_another_batch(opened):
+    model = opened["qwen3", *CAUSAL]
+    with torch.no_grad():
+        cache = model(torch.tensor([PROMPTS[0], PROMPTS[0]]), use_cache=True).past_key_values
+        with pytest.raises(ValueError, match="belongs to 2 sequences; the batch has 3"):
+            cache.batch_select_indices(torch.tensor([0, 1, 1]))
+            model(torch.tensor([[7], [7], [7]]), past_key_values=cache)
+
+
+def test_a_gate_that_reads_steered_layers_refuses_prompt_and_answer_behind_a_cache(opened):
+    model = opened["qwen3", *LATER]
+    with torch.no_grad():
+        cache = model(torch.tensor([PROMPTS[0]]), use_cache=True, steering_start=9).past_key_values
+        with pytest.raises(ValueError, match="needs the prompt in calls of its own"):
+            model(torch.tensor([PROMPTS[2]]), past_key_values=cache, steering_start=3)
+
+
+def test_a_static_cache_that_is_reset_serves_the_next_prompt(opened, told):
+    key = ("qwen3", *CAUSAL)
+    cache = transformers.StaticCache(config=opened[key].config, max_cache_len=32)
+    for prompt, answer in zip(PROMPTS, told[key], strict=True):
+        cache.reset()
+        new = opened[key].generate(torch.tensor([prompt]), past_key_values=cache, do_sample=False, max_new_tokens=6)
+        assert new[0, len(prompt) :].tolist() == answer["ids"]
+
+
+def test_the_dials_do_what_they_say(opened, rules, stock):
+    key = ("llama", *CAUSAL)
+    model, rule = opened[key], rules[key]
+    steering = model.steering
+    assert (steering.strength, steering.threshold, steering.start) == (rule.strength, rule.gate.threshold, rule.start)
+    try:
+        steering.strength = -1.5
+        require_answers(greedy(model), tiny.answers(stock["llama"], rule.with_strength(-1.5)))
+        steering.threshold = 1.0
+        always = tiny.answers(stock["llama"], rule.with_strength(-1.5).ungated())
+        require_answers(greedy(model), always)
+        assert [steered for _, steered in steering.last_decisions] == [True] * 4
+        steering.threshold = 0.0
+        assert torch.equal(torch.stack(greedy(model).logits), torch.stack(greedy(stock["llama"]).logits))
+        assert [steered for _, steered in steering.last_decisions] == [False] * 4
+    finally:
+        steering.strength, steering.threshold = rule.strength, rule.gate.threshold
+
+
+def test_a_dialled_model_is_saved_as_it_is_dialled(opened, rules, tmp_path):
+    key = ("llama", *CAUSAL)
+    model = opened[key]
+    try:
+        model.steering.strength = 0.75
+        model.save_pretrained(tmp_path)
+    finally:
+        model.steering.strength = rules[key].strength
+    assert json.loads((tmp_path / "config.json").read_text())["adaras"]["strength"] == 0.75
+
+
+def test_off_lasts_as_long_as_its_context_and_ends_after_an_error(opened, told, stock):
+    key = ("llama", *CAUSAL)
+    with pytest.raises(IndexError), opened[key].steering.off():
+        assert torch.equal(torch.stack(greedy(opened[key]).logits), torch.stack(greedy(stock["llama"]).logits))
+        opened[key](torch.tensor([[999_999]]))
+    require_answers(greedy(opened[key]), told[key])
+
+
+def test_an_error_inside_forward_does_not_reach_the_next_call(opened, told):
+    key = ("qwen3", *CAUSAL)
+    with pytest.raises(IndexError):
+        greedy(opened[key], [[999_999, 1]])
+    require_answers(greedy(opened[key]), told[key])
+
+
+def test_threads_that_share_a_model_do_not_meet(opened, told):
+    key, barrier = ("qwen3", *CAUSAL), threading.Barrier(2)
+
+    def answer(row):
+        barrier.wait()
+        outs = [greedy(opened[key], PROMPTS[row : row + 1]) for _ in range(4)]
+        return outs, opened[key].steering.last_decisions
+
+    with ThreadPoolExecutor(2) as pool:
+        for row, (outs, decisions) in zip((2, 3), pool.map(answer, (2, 3)), strict=True):
+            assert decisions[0][1] == told[key][row]["steered"]
+            for out in outs:
+                require_answers(out, told[key][row : row + 1])
+
+
+def test_two_exports_in_one_process_keep_their_own_rules(opened, told):
+    for key in RULES[:3]:
+        require_answers(greedy(opened[key]), told[key])
+
+
+def test_a_rule_without_neurons_is_the_base_bit_for_bit(folders, bases, stock, tmp_path):
+    rule = tiny.make_rule(bases["llama"], neurons=tiny.make_neurons().top(0), gate=tiny.make_gate())
+    EXPORTER.write(rule, folders["llama"], tmp_path)
+    model = EXPORTER.load(tmp_path).model
+    assert torch.equal(torch.stack(greedy(model).logits), torch.stack(greedy(stock["llama"]).logits))
+    assert len(model.steering.last_decisions) == 4
+
+
+def test_continuous_batching_is_refused(opened):
+    with pytest.raises(NotImplementedError, match="continuous batching is not supported by a steered model"):
+        opened["qwen3", *CAUSAL].init_continuous_batching()
+
+
+def test_a_mask_of_four_dimensions_is_refused(opened):
+    with pytest.raises(ValueError, match="steering needs a 2D attention mask"), torch.no_grad():
+        opened["qwen3", *CAUSAL](torch.tensor([PROMPTS[0]]), attention_mask=torch.ones(1, 1, 3, 3, dtype=torch.bool))
+
+
+def test_another_strength_of_the_same_rule_differs_in_config_and_receipt_only(rules, folders):
+    rule = rules["llama", *CAUSAL]
+    one, two = (steering_tensors(each, folders["llama"]) for each in (rule, replace(rule, strength=9.0)))
+    assert all(np.array_equal(one[name], two[name]) for name in one)
