@@ -94,7 +94,7 @@ def trace_means(
 
 
 class Recorder:
-    """Means of h over the tokens of each row, collected while `generate` runs, (B, L, M).
+    """Means of h over the tokens of each row, collected while prompts are run and continued, (B, L, M).
 
     Counts every prompt token and every generated token that was fed back, up to the end-of-sequence token and
     without it: what a teacher-forced read of prompt and completion sees.
@@ -109,23 +109,31 @@ class Recorder:
 
     def means(self) -> Tensor:
         """The means, (B, L, M) float32 on the CPU."""
-        assert self._count_B is not None  # generate() ran
+        assert self._count_B is not None  # a model ran
         sums = torch.stack([one for one in self._sums if one is not None], dim=1)
         return sums.cpu() / self._count_B[:, None, None].cpu()
+
+    def repeat(self, rows: Sequence[int]) -> None:
+        """Follow `Prefilled.repeated`: the next call brings the last prompt token of each of these rows."""
+        self._alive_B = None
+        if self._count_B is not None:  # prompts of one token leave nothing to prefill
+            index_R = torch.tensor(rows, device=self._count_B.device)
+            self._count_B = self._count_B[index_R]
+            self._sums = [None if one is None else one[index_R.to(one.device)] for one in self._sums]
 
     def begin(self, _module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Decoder pre-hook: find out which of this call's tokens count."""
         ids_BT = kwargs["input_ids"]
-        if self._alive_B is None or self._count_B is None:
-            mask = kwargs["attention_mask"]
+        if self._alive_B is None:  # prompt tokens
+            mask = kwargs.get("attention_mask")
             self._weight_BT = (torch.ones_like(ids_BT) if mask is None else mask[:, -ids_BT.shape[1] :]).float()
             self._alive_B = torch.ones(len(ids_BT), device=ids_BT.device)
-            self._count_B = self._weight_BT.sum(1)
-            return
-        ended = torch.isin(ids_BT[:, 0], torch.tensor(sorted(self._end_ids), device=ids_BT.device))
-        self._alive_B = self._alive_B * ~ended
-        self._weight_BT = self._alive_B[:, None]
-        self._count_B = self._count_B + self._alive_B
+        else:
+            ended = torch.isin(ids_BT[:, 0], torch.tensor(sorted(self._end_ids), device=ids_BT.device))
+            self._alive_B = self._alive_B * ~ended
+            self._weight_BT = self._alive_B[:, None]
+        count_B = self._weight_BT.sum(1)
+        self._count_B = count_B if self._count_B is None else self._count_B + count_B
 
     def add(self, layer: int, h_BTM: Tensor) -> None:
         """Sink of `capture`."""
@@ -137,7 +145,7 @@ class Recorder:
 
 @contextmanager
 def recording(model: nn.Module, end_ids: Collection[int]) -> Iterator[Recorder]:
-    """Record one `generate` call on a batch of prompts, greedy or sampled, with the KV cache."""
+    """Record one batch of prompts and completions, with the KV cache: `complete`, or `prefill` and `continue_ids`."""
     layers = models.sizes_of(model)[1]
     recorder = Recorder(layers, end_ids)
     with capture(model, range(layers), recorder.add):

@@ -7,7 +7,6 @@ the paper, whose ranking is a difference of means (see `neurons`).
 B rows (traces), T tokens after the cached prompt, L layers, M MLP neurons.
 """
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -39,25 +38,22 @@ def margin_gradients(
     rest of the prompt, computed once for all completions of a question, cannot depend on c.
     """
     device = prompts.ids.device
-    rows = torch.tensor([completion.prompt_row for completion in completions], device=device)
-    last_ids = prompts.ids[rows, -1].tolist()
+    own = prompts.repeated([completion.prompt_row for completion in completions])
+    last_ids = own.ids[:, -1].tolist()
     ids_BT, own_BT = right_pad(
         [[last, *completion.ids] for last, completion in zip(last_ids, completions, strict=True)],
         device,
     )
-    past_BP = prompts.mask[rows, :-1]
-    mask_BT = torch.cat([past_BP, own_BT], dim=1)
+    mask_BT = torch.cat([own.mask[:, :-1], own_BT], dim=1)
     steered_BT = own_BT.clone()
     if start == "first_generated_token":
         steered_BT[:, 0] = 0
-    cache = copy.deepcopy(prompts.cache)
-    cache.batch_select_indices(rows)
     with _offsets(model, steered_BT) as offsets_B1M, torch.enable_grad():
         logits_BTV = model(
             input_ids=ids_BT,
             attention_mask=mask_BT,
             position_ids=(mask_BT.cumsum(1) - 1)[:, -ids_BT.shape[1] :],
-            past_key_values=cache,
+            past_key_values=own.cache,
             use_cache=True,
         ).logits
         log_p_BT = _log_probabilities(logits_BTV[:, :-1], ids_BT[:, 1:]) * own_BT[:, 1:]

@@ -5,9 +5,11 @@ Exit status 2 for input that the user can mend, 1 for an artifact that failed it
 
 import json
 import logging
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,15 +25,23 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="adaras-export",
     help="Find reasoning-critical neurons, and ship models that steer them at test time, gate included.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 
+
+def _in_a_folder(path: Path | None) -> Path | None:
+    """Refuse a file that could not be written, before the work that it is for."""
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        found = "is a folder" if path.is_dir() else "its folder does not exist"
+        raise typer.BadParameter(f"{path}: {found}; expected a file in a folder that exists")
+    return path
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Model = Annotated[str, typer.Option("--model", "-m", help="Folder or Hub id of the model to steer.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")]
-Out = Annotated[Path, typer.Option("--out", "-o", help="File to write.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="File to write.", callback=_in_a_folder)]
 Check = Annotated[str, typer.Option(help="Answer checker: last_number, exact or math_verify.")]
 NewTokens = Annotated[int, typer.Option(help="Tokens that a completion may have.")]
 Stop = Annotated[str | None, typer.Option(help="A completion ends before a token with this text (\\n: a line end).")]
@@ -71,7 +81,9 @@ def collect(
     check: Check = "last_number",
     batch_size: Rows = 32,
     wanted: Annotated[int | None, typer.Option(help="Stop at so many questions with both outcomes.")] = None,
-    record: Annotated[Path | None, typer.Option(help="Also record activation statistics into this file.")] = None,
+    record: Annotated[
+        Path | None, typer.Option(help="Also record activation statistics into this file.", callback=_in_a_folder)
+    ] = None,
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
@@ -132,6 +144,7 @@ def identify(
     from adaras_export.traces import balanced, read_traces
 
     _choice("ranking", ranking, ("paper", "attribution"))
+    first = _start(start)
     read = read_traces(traces)
     read = read if per_class is None else balanced(read, 0, per_class)
     recorded = None if stats is None else NeuronStats.load(stats)
@@ -147,7 +160,7 @@ def identify(
             ranking=ranking,  # type: ignore[arg-type]  # checked above
             keep=keep,
             min_layer=min_layer,
-            start=_start(start),
+            start=first,
             contrast="unpaired" if unpaired else "within_question",
             stats=recorded,
             reading=neurons.Reading(token_budget, bar("reading traces")),
@@ -216,6 +229,8 @@ def tune(
     from adaras_export.rule import Gate, NeuronSet
     from adaras_export.tune import tune as run
 
+    first, tried = _start(start), (_counts(counts), _numbers("strengths", strengths))
+    exam = _exam(questions, check, Sampling(max_new_tokens, stop=_text(stop)), batch_size)
     base = BaseModel.of(model, revision)
     is_csv = neurons.suffix == ".csv"
     chosen = NeuronSet.from_reference_csv(neurons, base=base) if is_csv else NeuronSet.load(neurons)
@@ -227,11 +242,11 @@ def tune(
             tokenizer,
             chosen,
             read_gate,
-            _exam(questions, check, Sampling(max_new_tokens, stop=_text(stop)), batch_size, bar("trying settings")),
+            replace(exam, progress=bar("trying settings")),
             base=base,
-            counts=[int(one) for one in _numbers("counts", counts)],
-            strengths=_numbers("strengths", strengths),
-            start=_start(start),
+            counts=tried[0],
+            strengths=tried[1],
+            start=first,
         )
     report.rule.save(out)
     _print(report.as_record(), f"{report.table()}\n{out}: {report.line()}", as_json)
@@ -255,17 +270,20 @@ def evaluate(
     """Compare off, always, gated, sign-flipped and random neurons on fresh questions."""
     from adaras_export.evaluate import evaluate as run
     from adaras_export.generation import Sampling
+    from adaras_export.models import BaseModel
     from adaras_export.rule import SteeringRule
     from adaras_export.storage import replace_file
 
     read = SteeringRule.load(rule)
+    exam = _exam(questions, check, Sampling(max_new_tokens, stop=_text(stop)), batch_size)
+    read.base.require_same(BaseModel.of(model, revision))  # a model in memory has no fingerprint to compare
     loaded, tokenizer = _load(model, revision)
     with _progress() as bar:
         report = run(
             loaded,
             tokenizer,
             read,
-            _exam(questions, check, Sampling(max_new_tokens, stop=_text(stop)), batch_size, bar("answering")),
+            replace(exam, progress=bar("answering")),
             random_seeds=range(random_controls),
             allow_seen=allow_seen,
         )
@@ -314,15 +332,25 @@ def main() -> None:
     """Run the command line; every error of the user's input is one line."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
-        app()
+        status = app(sys.argv[1:] or ["--help"], standalone_mode=False)  # or Typer would frame errors in boxes
     except ParityError as error:
-        _fail(error, 1)
+        _fail(type(error).__name__, str(error), 1)
     except AdarasError as error:
-        _fail(error, 2)
+        _fail(type(error).__name__, str(error), 2)
+    except _USAGE_ERROR as error:
+        command = "" if error.ctx is None else f"; see {error.ctx.command_path} --help"
+        _fail("UsageError", error.format_message().rstrip(".") + command, 2)
+    except typer.Abort:
+        _fail("Aborted", "nothing more was written", 130)
+    sys.exit(status)
 
 
-def _fail(error: AdarasError, status: int) -> None:
-    sys.stderr.write(f"{type(error).__name__}: {' '.join(str(error).split())}\n")
+# What Typer raises for a wrong command line: click's, or that of its own copy of click in later versions.
+_USAGE_ERROR: Any = typer.BadParameter.__base__
+
+
+def _fail(kind: str, message: str, status: int) -> None:
+    sys.stderr.write(f"{kind}: {' '.join(message.split())}\n")
     sys.exit(status)
 
 
@@ -331,7 +359,18 @@ def _warn(text: str) -> None:
 
 
 def _print(record: dict[str, Any], text: str, as_json: bool) -> None:
-    print(json.dumps(record, sort_keys=True, default=str) if as_json else text)
+    print(json.dumps(_plain(record), sort_keys=True, allow_nan=False) if as_json else text)
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401 - JSON values, and what only looks like them
+    """The same with null for NaN and infinity, which are no JSON, and text for what JSON does not know."""
+    if isinstance(value, dict):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, str | int | float) else str(value)
 
 
 @contextmanager
@@ -341,7 +380,8 @@ def _progress() -> Iterator[Callable[[str], Callable[[int, int], None]]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    console = Console(stderr=True)  # in a file or a pipe, bars are noise around the one line of an error
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
 
         def bar(name: str) -> Callable[[int, int], None]:
             task = progress.add_task(name, total=None)
@@ -365,12 +405,12 @@ def _quiet_libraries() -> None:
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 
 
-def _exam(questions: Path, check: str, sampling: "Sampling", rows: int, progress: Callable[[int, int], None]) -> "Exam":
+def _exam(questions: Path, check: str, sampling: "Sampling", rows: int) -> "Exam":
     from adaras_export.checkers import checker
     from adaras_export.evaluate import Exam
     from adaras_export.traces import read_questions
 
-    return Exam(read_questions(questions), checker(check), sampling, rows, progress=progress)
+    return Exam(read_questions(questions), checker(check), sampling, rows)
 
 
 def _text(option: str | None) -> str | None:
@@ -383,6 +423,13 @@ def _numbers(option: str, text: str) -> list[float]:
         return [float(one) for one in text.split(",")]
     except ValueError as error:
         raise typer.BadParameter(f"--{option} {text}: expected numbers with commas between them") from error
+
+
+def _counts(text: str) -> list[int]:
+    numbers = _numbers("counts", text)
+    if not all(one.is_integer() and one >= 1 for one in numbers):
+        raise typer.BadParameter(f"--counts {text}: expected whole numbers, 1 or more")
+    return [int(one) for one in numbers]
 
 
 def _choice(option: str, value: str, choices: tuple[str, ...]) -> None:

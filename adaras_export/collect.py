@@ -15,10 +15,10 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from adaras_export.activations import recording, trace_means
+from adaras_export.activations import Recorder, recording, trace_means
 from adaras_export.checkers import Checker
 from adaras_export.errors import TraceError
-from adaras_export.generation import Sampling, complete, encode_prompt, end_ids
+from adaras_export.generation import Sampling, continue_ids, decode, encode_prompt, end_ids, pad_id, prefill
 from adaras_export.models import BaseModel
 from adaras_export.statistics import NeuronStats, with_question
 from adaras_export.storage import Array
@@ -80,11 +80,10 @@ class _Sampler:
 
     def traces(self, batch: Sequence[_Attempt], means: dict[str, Array] | None) -> list[Trace]:
         """The traces of the attempts that gave any text; their activation means go into ``means``, if given."""
-        rows = [attempt.prompt_ids for attempt in batch]
         keys = [attempt.id for attempt in batch]
         ends = end_ids(self.model, self.tokenizer, self.sampling.stop)
         with nullcontext() if means is None else recording(self.model, ends) as recorder:
-            texts = complete(self.model, self.tokenizer, rows, self.sampling, keys)
+            texts = self._complete(batch, keys, recorder)
         if means is not None and recorder is not None:
             means.update(zip(keys, recorder.means().numpy(), strict=True))
         return [
@@ -98,6 +97,16 @@ class _Sampler:
             for attempt, text in zip(batch, texts, strict=True)
             if text.strip()
         ]
+
+    def _complete(self, batch: Sequence[_Attempt], keys: Sequence[str], recorder: Recorder | None) -> list[str]:
+        """The texts. A prompt is prefilled once, however many attempts at it the batch holds."""
+        prompts = list({tuple(attempt.prompt_ids): None for attempt in batch})
+        rows = [prompts.index(tuple(attempt.prompt_ids)) for attempt in batch]
+        prefilled = prefill(self.model, prompts, pad_id(self.tokenizer)).repeated(rows)
+        if recorder is not None:
+            recorder.repeat(rows)
+        found = continue_ids(self.model, self.tokenizer, prefilled, self.sampling, keys)
+        return [decode(self.tokenizer, ids) for ids in found]
 
 
 def collect(  # noqa: PLR0913 - each is a decision of its own

@@ -73,7 +73,7 @@ def export(
     measured = None if evaluation is None else _evaluation(Path(evaluation), rule)
     with _staged(out) as stage:
         exporter.write(rule, folder, stage)
-        rule.save(stage / _RULE_FILE)
+        (stage / _RULE_FILE).write_bytes(rule.to_bytes())
         parity = _verified(exporter, stage, rule, folder)
         if not parity.ok:
             raise ParityError(f"{out}: not written: " + "; ".join(check.line().strip() for check in parity.failed()))
@@ -116,13 +116,16 @@ def verify(path: str | Path, base: str | Path | None = None) -> ParityReport:
 
 
 def _verified(exporter: Exporter, folder: Path, rule: SteeringRule, base: Path) -> ParityReport:
-    """Look the artifact over; where nothing is wrong with its code, run it against the reference."""
+    """Look the artifact over; where its code and settings are the library's, run it against the reference."""
     stored = list(exporter.inspect(folder, rule, base))
-    if not stored[0].ok:  # never run code that is not ours
-        return ParityReport((*stored, Check("not run, because its code differs", 1, 0)))
+    if not all(check.ok for check in stored[:2]):  # never run code that is not ours, or that its settings name
+        return ParityReport((*stored, Check("not run, because its code or its settings differ", 1, 0)))
     script = _rehearsed(rule, base)  # one model in memory at a time
-    player = exporter.load(folder)
-    return ParityReport((*stored, *compare(script, player)))
+    try:
+        artifact = exporter.load(folder)
+    except ArtifactError as error:
+        return ParityReport((*stored, Check("not run, because it does not open", 1, 0, str(error))))
+    return ParityReport((*stored, *compare(script, artifact)))
 
 
 def _rehearsed(rule: SteeringRule, base: Path) -> Script:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from adaras_export import models
 from adaras_export.checkers import Checker
-from adaras_export.errors import TraceError, require
+from adaras_export.errors import RuleError, TraceError, require
 from adaras_export.gate import gate_probabilities
 from adaras_export.generation import Sampling, batches, complete_from, encode_prompt, pad_id, prefill
 from adaras_export.rule import Gate, SteeringRule
@@ -171,8 +171,11 @@ def gate_fires(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, gate:
 def random_control(model: PreTrainedModel, rule: SteeringRule, seed: int) -> SteeringRule:
     """The rule with other neurons of the same layers, drawn at random, and random signs.
 
-    Per layer there are as many neurons as in the rule, none of them the rule's own, and the vector that they add
-    behind the down projection has the same norm.
+    Per layer there are as many neurons as in the rule (fewer where the layer has not so many others), none of them
+    the rule's own, and the vector that they add behind the down projection has the same norm.
+
+    Raises:
+        RuleError: a layer has no other neuron that adds anything.
     """
     random = np.random.default_rng(seed)
     layers, indices, deltas = [], [], []
@@ -181,7 +184,10 @@ def random_control(model: PreTrainedModel, rule: SteeringRule, seed: int) -> Ste
         others = np.setdiff1d(np.arange(rule.base.mlp_size), own)
         drawn = random.choice(others, size=min(len(own), len(others)), replace=False)
         signed = random.permutation(np.abs(delta))[: len(drawn)] * random.choice([-1.0, 1.0], size=len(drawn))
-        scale = _norm(model, layer, own, delta) / _norm(model, layer, drawn, signed)
+        wanted, drawn_norm = _norm(model, layer, own, delta), _norm(model, layer, drawn, signed)
+        if wanted > 0 and drawn_norm == 0:
+            raise RuleError(f"random control: no neuron of layer {layer} beside the rule's adds anything; expected one")
+        scale = wanted / drawn_norm if drawn_norm else 0.0
         layers += [layer] * len(drawn)
         indices += drawn.tolist()
         deltas += (signed * scale).tolist()

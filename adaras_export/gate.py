@@ -92,11 +92,15 @@ def train_gate(  # noqa: PLR0913 - one decision of the researcher each
         reading: batch size and progress.
 
     Raises:
-        TraceError: a part of the questions has one label only.
-        RuleError: there are fewer neurons than features.
+        TraceError: a part of the questions has one label only, or activations are not finite.
+        RuleError: there are fewer neurons than features, no feature, or no such layer.
         MissingExtraError: scikit-learn is not installed.
     """
     linear = require("sklearn.linear_model", "identify", "training a gate")
+    if features < 1 or not 1 <= below_layer <= base.layers:
+        raise RuleError(
+            f"gate: {features} features below layer {below_layer}; expected one or more, below layer 1 to {base.layers}"
+        )
     reading = reading or Reading()
     prompts, labels = _questions(traces)
     parts = split([str(row) for row in range(len(prompts))], _shares(validation_share), seed)
@@ -105,6 +109,8 @@ def train_gate(  # noqa: PLR0913 - one decision of the researcher each
     _require_both(labels, validation, "validation")
     rows = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     means_NLM = _prompt_means(model, rows, range(below_layer), reading)
+    if bad := sorted({int(layer) for layer in np.argwhere(~np.isfinite(means_NLM))[:, 1]}):
+        raise TraceError(f"prompts: activations of layers {bad[:5]} are NaN or infinite; load the model in float32")
     layer, index = _best_features(means_NLM[train], labels[train], features)
     chosen_NF = means_NLM[:, layer, index]
     scaling = _Scaling.of(chosen_NF[train])
@@ -142,7 +148,10 @@ def gate_probabilities(
 
 def _questions(traces: Sequence[Trace]) -> tuple[list[Prompt], Array]:
     """The prompts, and whether most of their traces are correct, (N,) bool; a tie counts as incorrect."""
-    groups = list(by_question(traces).values())
+    by_prompt: dict[str, list[Trace]] = {}  # one prompt under two ids must not be in both parts
+    for group in by_question(traces).values():
+        by_prompt.setdefault(digest(group[0].prompt), []).extend(group)
+    groups = list(by_prompt.values())
     shares = [sum(trace.correct for trace in group) / len(group) for group in groups]
     return [group[0].prompt for group in groups], np.array(shares) > 0.5
 
@@ -206,7 +215,8 @@ def _best_features(means_NLM: Array, correct_N: Array, count: int) -> tuple[Arra
 def f_scores(values_NM: Array, correct_N: Array) -> Array:
     """One-way ANOVA F-score of every column for two classes, (M,); 0 where a column is constant.
 
-    In pieces of columns, because scikit-learn's would need the whole matrix in float64.
+    Infinite where it is constant in either class and differs between them. In pieces of columns, because
+    scikit-learn's would need the whole matrix in float64.
     """
     scores = np.zeros(values_NM.shape[1])
     for first in range(0, values_NM.shape[1], 1 << 14):
@@ -214,7 +224,10 @@ def f_scores(values_NM: Array, correct_N: Array) -> Array:
         classes = [piece[correct_N], piece[~correct_N]]
         between = sum(len(one) * (one.mean(0) - piece.mean(0)) ** 2 for one in classes)
         within = sum(((one - one.mean(0)) ** 2).sum(0) for one in classes) / (len(piece) - 2)
-        scores[first : first + (1 << 14)] = np.divide(between, within, out=np.zeros_like(within), where=within > 0)
+        # By the range: the mean of equal numbers may miss them by a rounding, which would leave noise over noise.
+        varying, within_varies = (np.ptp(piece, axis=0) > 0, sum(np.ptp(one, axis=0) for one in classes) > 0)
+        found = np.where(varying, np.inf, 0.0)
+        scores[first : first + (1 << 14)] = np.divide(between, within, out=found, where=varying & within_varies)
     return scores
 
 
@@ -280,7 +293,7 @@ def _attention(tokens: Sequence[Array], correct_N: Array, seed: int) -> dict[str
     mask_NT = torch.tensor([[1.0] * len(one) + [0.0] * (width - len(one)) for one in tokens])
     target_N = torch.tensor(correct_N).float()
     order = torch.randperm(len(tokens), generator=generator)
-    held, fitted = order[: len(order) // 5], order[len(order) // 5 :]
+    held, fitted = torch.tensor_split(order, [max(1, len(order) // 5)])
 
     def loss_on(rows: Tensor) -> Tensor:
         pooled, weight = module.pool(features_NTF[rows], mask_NT[rows])
@@ -328,9 +341,14 @@ def youden_threshold(p_correct: Array, correct: Array) -> float:
 
     J = share of incorrect below t - share of correct below t. The lowest such t, so that ties steer less.
     """
-    scores = np.unique(p_correct.astype(np.float64))
-    cuts = np.concatenate([[0.0], (scores[1:] + scores[:-1]) / 2])
-    j = [(p_correct[~correct] < cut).mean() - (p_correct[correct] < cut).mean() for cut in cuts]
+    p_correct = p_correct.astype(np.float32)
+    scores = np.unique(p_correct)
+    # Runtimes compare in float32, where the middle of two neighbours would round to either; the upper one separates.
+    middle = ((scores[1:].astype(np.float64) + scores[:-1]) / 2).astype(np.float32)
+    cuts = np.concatenate([[np.float32(0)], np.where(middle > scores[:-1], middle, scores[1:])])
+    wrong, right = p_correct[~correct], p_correct[correct]
+    # J times both counts, in integers: fractions would round ties apart.
+    j = [int((wrong < cut).sum()) * len(right) - int((right < cut).sum()) * len(wrong) for cut in cuts]
     return float(cuts[int(np.argmax(j))])
 
 

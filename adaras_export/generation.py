@@ -80,6 +80,13 @@ class Prefilled:
     mask: Tensor
     cache: Cache
 
+    def repeated(self, rows: Sequence[int]) -> "Prefilled":
+        """A copy that holds the given rows, each as often as it is named."""
+        index_R = torch.tensor(rows, device=self.ids.device)
+        cache: Any = copy.deepcopy(self.cache)
+        cache.batch_select_indices(index_R)
+        return Prefilled(self.ids[index_R], self.mask[index_R], cache)
+
 
 def load_model(
     base: str | Path,
@@ -214,13 +221,24 @@ def complete_ids(
         TraceError: a prompt leaves no room for the new tokens in the model's context.
     """
     ids_BT, mask_BT = left_pad(rows, pad_id(tokenizer), model.device)
-    processors = LogitsProcessorList()
-    if sampling.temperature > 0:
-        processors.append(TemperatureLogitsWarper(float(sampling.temperature)))
-        processors.append(TopPLogitsWarper(float(sampling.top_p)))
-        processors.append(_GumbelNoise(sampling.seed, keys, ids_BT.device))
-    inputs = {"input_ids": ids_BT, "attention_mask": mask_BT, "logits_processor": processors}
-    return _generate(model, tokenizer, inputs, sampling)
+    inputs = {"input_ids": ids_BT, "attention_mask": mask_BT}
+    return _generate(model, tokenizer, inputs, sampling, keys)
+
+
+def continue_ids(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prefilled: Prefilled,
+    sampling: Sampling,
+    keys: Sequence[str],
+) -> list[list[int]]:
+    """What `complete_ids` gives for the prefilled prompts, up to rounding; uses up their cache."""
+    inputs = {
+        "input_ids": prefilled.ids,
+        "attention_mask": prefilled.mask,
+        "past_key_values": prefilled.cache,
+    }
+    return _generate(model, tokenizer, inputs, sampling, keys)
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
@@ -256,12 +274,9 @@ def complete_from(
 ) -> list[str]:
     """What greedy `complete` gives for the prefilled prompts; ``prefilled`` stays as it is."""
     assert sampling.temperature == 0
-    inputs = {
-        "input_ids": prefilled.ids,
-        "attention_mask": prefilled.mask,
-        "past_key_values": copy.deepcopy(prefilled.cache),
-    }
-    return [decode(tokenizer, ids) for ids in _generate(model, tokenizer, inputs, sampling)]
+    rows = range(len(prefilled.ids))
+    own = prefilled.repeated(rows)
+    return [decode(tokenizer, ids) for ids in continue_ids(model, tokenizer, own, sampling, [""] * len(rows))]
 
 
 def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop: str | None) -> list[int]:
@@ -281,6 +296,15 @@ def _stop_ids(tokenizer: PreTrainedTokenizerBase, stop: str) -> tuple[int, ...]:
     if not found:
         raise TraceError(f"stop {stop!r}: no token of the tokenizer contains it; expected a shorter text")
     return found
+
+
+def _processors(sampling: Sampling, keys: Sequence[str], device: torch.device) -> LogitsProcessorList:
+    processors = LogitsProcessorList()
+    if sampling.temperature > 0:
+        processors.append(TemperatureLogitsWarper(float(sampling.temperature)))
+        processors.append(TopPLogitsWarper(float(sampling.top_p)))
+        processors.append(_GumbelNoise(sampling.seed, keys, device))
+    return processors
 
 
 class _GumbelNoise(LogitsProcessor):
@@ -310,6 +334,7 @@ def _generate(
     tokenizer: PreTrainedTokenizerBase,
     inputs: Mapping[str, Any],
     sampling: Sampling,
+    keys: Sequence[str],
 ) -> list[list[int]]:
     """The new ids of every row: at most ``max_new_tokens``, cut before the first that ends them."""
     max_new_tokens = sampling.max_new_tokens
@@ -328,7 +353,9 @@ def _generate(
         eos_token_id=ends or None,
         pad_token_id=pad_id(tokenizer),
     )
-    out_BT = _with_defaults(model, config).generate(generation_config=config, **inputs)
+    out_BT = _with_defaults(model, config).generate(
+        generation_config=config, logits_processor=_processors(sampling, keys, model.device), **inputs
+    )
     kept = [row[width : width + max_new_tokens] for row in out_BT.tolist()]
     return [row[: next((at for at, id_ in enumerate(row) if id_ in ends), None)] for row in kept]
 

@@ -75,16 +75,16 @@ def tune(  # noqa: PLR0913 - one decision of the researcher each
 ) -> TuneReport:
     """Try every count of the best neurons at every signed strength, as it would be deployed (gated, with a gate).
 
-    The most accurate setting wins; ties go to the smaller |strength|, then to fewer neurons. A setting is returned
-    even where none beats no steering: the report says so.
+    The most accurate setting wins; ties go to the smaller |strength|, then to fewer neurons, then to the positive
+    strength. A setting is returned even where none beats no steering: the report says so.
 
     Raises:
         TraceError: a question was used to find the neurons or the gate.
-        RuleError: no setting given, a strength of 0, or fewer neurons than a count.
+        RuleError: no setting given, a count or strength of 0, or fewer neurons than a count.
     """
     require_fresh(exam.questions, (*neurons.questions, *(gate.questions if gate else ())))
     settings = [(count, float(strength)) for count in counts for strength in strengths]
-    if not settings or any(strength == 0 for _, strength in settings):
+    if not settings or any(count < 1 or strength == 0 for count, strength in settings):
         raise RuleError(f"tune: counts {list(counts)} and strengths {list(strengths)}; expected numbers other than 0")
     seen = tuple(digest(question.prompt) for question in exam.questions)
     rules = [
@@ -97,6 +97,6 @@ def tune(  # noqa: PLR0913 - one decision of the researcher each
         Trial(count, strength, compare(f"{count} neurons at {strength:g}", np.where(fires, verdicts, off), off))
         for (count, strength), verdicts in zip(settings, found, strict=True)
     )
-    chosen = max(trials, key=lambda trial: (trial.arm.accuracy, -abs(trial.strength), -trial.count))
+    chosen = max(trials, key=lambda trial: (trial.arm.accuracy, -abs(trial.strength), -trial.count, trial.strength > 0))
     rule = rules[trials.index(chosen)]
     return TuneReport(rule, compare("off", off, off), trials, chosen)

@@ -29,11 +29,19 @@ class Exporter(Protocol):
         ...
 
     def inspect(self, folder: Path, rule: SteeringRule, base: Path) -> Sequence[Check]:
-        """Compare what is stored, tensor by tensor and file by file; runs nothing of the artifact."""
+        """Compare what is stored, tensor by tensor and file by file.
+
+        The first two checks say whether its code and its settings are this library's; unless both hold, nothing of
+        the artifact runs, here or later.
+        """
         ...
 
     def load(self, folder: Path) -> Artifact:
-        """Open the artifact as its users would, in float32."""
+        """Open the artifact as its users would, in float32.
+
+        Raises:
+            ArtifactError: it does not open.
+        """
         ...
 
     def tags(self) -> Sequence[str]:
@@ -56,7 +64,8 @@ _COMPANIONS = (
     "NOTICE*",
     "additional_chat_templates/*.jinja",
 )
-_NOT_COMPANIONS = {"config.json", "model.safetensors.index.json", "receipt.json"}
+# The last one would send from_pretrained, where peft is installed, to another repository and its code.
+_NOT_COMPANIONS = {"config.json", "model.safetensors.index.json", "receipt.json", "adapter_config.json"}
 
 
 def copy_companions(base: Path, out: Path) -> None:

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from adaras_export import models, storage
-from adaras_export.errors import ExportError
+from adaras_export.errors import ArtifactError, ExportError
 from adaras_export.exporters.base import Feature, copy_companions, link_or_copy
 from adaras_export.parity import Artifact, Check, Mode, Play, play_model
 from adaras_export.rule import Gate, SteeringRule
@@ -59,30 +59,28 @@ class HuggingFaceExporter:
 
     def inspect(self, folder: Path, rule: SteeringRule, base: Path) -> Sequence[Check]:
         """As `Exporter` says."""
-        code = [name for name, content in payload(rule.base.family).items() if _content(folder / name) != content]
-        foreign = sorted(path.name for path in folder.glob("*.py") if path.name not in payload(rule.base.family))
+        strange = _strange_code(folder, rule.base.family)
         expected = steered_config(storage.read_json(base / "config.json"), rule)
         config = storage.read_json(folder / "config.json")
         settings = [key for key in sorted({*expected, *config}) if config.get(key) != expected.get(key)]
-        return [
-            Check(
-                "code files that are not the library's",
-                len(code + foreign),
-                0,
-                " ".join(code + foreign),
-            ),
+        trust = [
+            Check("code files that are not the library's", len(strange), 0, " ".join(strange)),
             Check("config entries that differ", len(settings), 0, " ".join(settings)),
-            *_tokenizer_checks(folder, base),
-            *_tensor_checks(folder, rule, base),
         ]
+        # A tokenizer may bring code along, too.
+        tokens = _tokenizer_checks(folder, base) if all(check.ok for check in trust) else []
+        return [*trust, *tokens, *_tensor_checks(folder, rule, base)]
 
     def load(self, folder: Path) -> Artifact:
         """As `Exporter` says. Runs the repository's code, which `inspect` has found to be this library's own."""
         from transformers import AutoModelForCausalLM
 
-        opened: Any = AutoModelForCausalLM.from_pretrained(
-            folder, trust_remote_code=True, dtype=torch.float32, output_loading_info=True
-        )
+        try:
+            opened: Any = AutoModelForCausalLM.from_pretrained(
+                folder, trust_remote_code=True, dtype=torch.float32, output_loading_info=True
+            )
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise ArtifactError(f"{folder}: cannot be opened ({str(error).strip().partition(chr(10))[0]})") from error
         model, report = opened
         return _SteeredRepo(model.eval(), sorted(f"{key} {name}" for key, names in report.items() for name in names))
 
@@ -219,6 +217,18 @@ def _gate_settings(gate: Gate) -> dict[str, Any]:
     }
 
 
+def _strange_code(folder: Path, family: str) -> list[str]:
+    """Files that are not this library's and that from_pretrained would run, or follow to code elsewhere."""
+    own = payload(family)
+    changed = [name for name, content in own.items() if _content(folder / name) != content]
+    names = [str(path.relative_to(folder)) for path in sorted(folder.rglob("*.py")) if "__pycache__" not in path.parts]
+    pointers = [name for name in ("adapter_config.json",) if (folder / name).exists()]
+    tokenizer = folder / "tokenizer_config.json"
+    if tokenizer.exists() and "auto_map" in storage.read_json(tokenizer):
+        pointers.append("tokenizer_config.json:auto_map")
+    return [*changed, *(name for name in names if name not in own), *pointers]
+
+
 # Texts on which tokenizers that were set up differently disagree: digits, spaces, case, accents, other scripts.
 _SAMPLES = (
     "What is 1234 + 56?",
@@ -252,11 +262,7 @@ def _tokenizer_checks(folder: Path, base: Path) -> list[Check]:
 def _tensor_checks(folder: Path, rule: SteeringRule, base: Path) -> list[Check]:
     expected = steering_tensors(rule, base)
     located = models.shards(folder)
-    stored: dict[str, Array] = {}
-    for name in sorted(expected.keys() & located.keys()):
-        with safe_open(located[name], framework="numpy") as file:
-            stored[name] = file.get_tensor(name) if name in file.keys() else np.zeros(0)
-    wrong = [name for name, value in expected.items() if name not in stored or not np.array_equal(stored[name], value)]
+    wrong = [name for name, value in expected.items() if not _stores(located.get(name), name, value)]
     base_located = models.shards(base)
     strange = sorted(located.keys() ^ (expected.keys() | base_located.keys()))
     hashes = {path: storage.sha256_file(path) for path in {*base_located.values()}}
@@ -267,6 +273,14 @@ def _tensor_checks(folder: Path, rule: SteeringRule, base: Path) -> list[Check]:
         Check("tensors missing or unknown", len(strange), 0, " ".join(strange)),
         Check("base weight files that differ", len(weights), 0, " ".join(weights)),
     ]
+
+
+def _stores(path: Path | None, name: str, value: Array) -> bool:
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return name in file.keys() and np.array_equal(file.get_tensor(name), value)
+    except (SafetensorError, OSError, TypeError):  # truncated, missing, not in the index, or of another type
+        return False
 
 
 def _digest(path: Path) -> str:

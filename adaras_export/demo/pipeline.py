@@ -147,7 +147,7 @@ class Summary:
         lines += ["", f"exported  {self.exported} (better on validation) -> {self.delivery.path}"]
         checks, failed = self.verified.checks, self.verified.failed()
         lines += [f"verified  {len(checks) - len(failed)} of {len(checks)} checks passed"]
-        lines += ["in a process without this library:"]
+        lines += ["in a process without this library (two questions that steering changed, if any, and another):"]
         lines += [f"  {_one_line(answer)}" for answer in self.answers]
         lines += ["", f"files in {self.out}: {', '.join(sorted(path.name for path in self.out.iterdir()))}"]
         return "\n".join([*lines, f"{self.seconds:.0f} seconds"])
@@ -159,13 +159,17 @@ def run(name: str, out: Path, bar: Bar) -> Summary:
     Raises:
         ExportError: there is no such task, or ``out`` exists.
     """
-    started = time.perf_counter()
     if name not in TASKS:
         raise ExportError(f"demo: no model {name}; expected one of: {', '.join(TASKS)}")
     if out.exists():
         raise ExportError(f"{out}: exists already; choose another folder, or remove it first")
     out.mkdir(parents=True)
-    task = TASKS[name](out)
+    return job(TASKS[name](out), out, bar)
+
+
+def job(task: Task, out: Path, bar: Bar) -> Summary:
+    """The job on a task, with all files in the folder ``out``."""
+    started = time.perf_counter()
     for part, questions in task.questions.items():
         write_questions(out / f"{part}.jsonl", questions)
     base = BaseModel.of(task.base)
@@ -234,7 +238,7 @@ def run(name: str, out: Path, bar: Bar) -> Summary:
         exported=exported,
         delivery=delivery,
         verified=verify(delivery.path),
-        answers=_in_a_clean_process(delivery.path, task),
+        answers=_in_a_clean_process(delivery.path, _telling(task, candidates[exported].evaluation), task.sampling),
         seconds=time.perf_counter() - started,
     )
 
@@ -248,10 +252,20 @@ def _exam(task: Task, part: str, progress: Callable[[int, int], None]) -> Exam:
     return Exam(task.questions[part], checker("last_number"), greedy, max_rows=128, progress=progress)
 
 
-def _in_a_clean_process(folder: Path, task: Task) -> list[dict[str, Any]]:
+def _telling(task: Task, evaluation: Evaluation) -> list[Question]:
+    """Test questions to show: two that steering changed, where there are any, and one that it left alone."""
+    steered, off = evaluation.verdicts["gated"], evaluation.verdicts["off"]
+    changed = [
+        question for question, one, other in zip(task.questions["test"], steered, off, strict=True) if one != other
+    ]
+    others = [question for question in task.questions["test"] if question not in changed[:2]]
+    return [*changed[:2], *others][:3]
+
+
+def _in_a_clean_process(folder: Path, questions: Sequence[Question], sampling: Sampling) -> list[dict[str, Any]]:
     """What the repository does where this library cannot be imported."""
-    prompts = [question.prompt for question in task.questions["test"][:3]]
-    arguments = [str(folder), json.dumps(prompts), str(task.sampling.max_new_tokens)]
+    prompts = [question.prompt for question in questions]
+    arguments = [str(folder), json.dumps(prompts, default=list), str(sampling.max_new_tokens)]
     environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error"}
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("clean_process.py")), *arguments],

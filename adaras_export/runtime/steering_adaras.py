@@ -247,8 +247,8 @@ class Steering:
     @property
     def last_decisions(self) -> list[tuple[float, bool]]:
         """(p(correct), steered) of each sequence of this thread's last generate(); empty without a gate."""
-        state = getattr(_LOCAL, "last_state", None)
-        if state is None or state.probability is None:
+        owner, state = getattr(_LOCAL, "last", (None, None))
+        if owner is not self or state is None or state.probability is None:
             return []
         return [(p, p < self.threshold) for p in state.probability.tolist()]
 
@@ -355,7 +355,7 @@ class SteeredGeneration:
         """As in Transformers. Afterwards ``steering.last_decisions`` tells what the gate found."""
         with generating(self.model, prompt_width(inputs, kwargs)) as scope:
             outputs = super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
-        _LOCAL.last_state = scope.state
+        _LOCAL.last = (self.steering, scope.state)
         return outputs
 
     def prepare_inputs_for_generation(
@@ -374,14 +374,18 @@ class SteeredGeneration:
         tokens = prepared.get("inputs_embeds")
         tokens = prepared["input_ids"] if tokens is None else tokens
         two_dimensional = isinstance(attention_mask, Tensor) and attention_mask.ndim == 2
-        width = attention_mask.shape[1] if two_dimensional else max(input_ids.shape[1], tokens.shape[1])
+        cache = prepared.get("past_key_values")
+        if two_dimensional:
+            width = attention_mask.shape[1]
+        else:  # Transformers 5 drops a mask without padding
+            width = tokens.shape[1] + (0 if cache is None else int(cache.get_seq_length()))
         start = 0 if scope is None else scope.prompt_width - (width - tokens.shape[1])
         if scope is not None and (start > 0 or tokens.shape[1] > 1):
             prepared["steering_start"] = start
-            if two_dimensional:  # a static cache turns the mask of this call into a 4D one
-                prepared["steering_valid"] = attention_mask[:, -tokens.shape[1] :].bool()
-        if width == tokens.shape[1] and hasattr(prepared.get("past_key_values"), "steering_state"):
-            prepared["past_key_values"].steering_state = None  # the caller's cache was reset
+            if attention_mask is None or two_dimensional:  # a static cache turns the mask of this call into a 4D one
+                prepared["steering_valid"] = valid_tokens(attention_mask, tokens)
+        if cache is not None and width == tokens.shape[1]:
+            cache.steering_state = None  # the caller's cache was reset
         return prepared
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
@@ -462,7 +466,7 @@ def _state_of(model: nn.Module, cache: Cache | None, *, gated: bool) -> tuple[St
     """The state of a call's sequences, and whether it begins with this call."""
     state: SteeringState | None = getattr(cache, "steering_state", None)
     length = 0 if cache is None else _length(cache)
-    fresh = state is None or length == 0
+    fresh = state is None if length is None else length == 0
     if state is None and gated and length:
         raise ValueError("past_key_values was filled without the gate; fill it through this model, with steering on")
     state = SteeringState() if state is None or fresh else state

@@ -1,7 +1,7 @@
 """Opens exports as their users do, in a process that cannot import the library. Run as a script, never imported.
 
 Reads a list of jobs as JSON from standard input, each {"folder", "prompts", "pad", "end", "modes"}, and prints the
-results as JSON, one {mode: result} per job.
+results as JSON on the last line, one {mode: result} per job.
 """
 
 import json
@@ -128,7 +128,8 @@ def main():
     try:
         import adaras_export  # noqa: F401
     except ImportError:
-        json.dump({"transformers": transformers.__version__, "results": results}, sys.stdout)
+        # A line of its own: asking for trust prints a question.
+        print("\n" + json.dumps({"transformers": transformers.__version__, "results": results}))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,490 @@
+"""From a rule to a folder under its final name, and the proof that a folder is what it says."""
+
+import errno
+import json
+import os
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from safetensors.numpy import load_file, save_file
+
+from adaras_export import delivery, storage
+from adaras_export.delivery import export, verify
+from adaras_export.errors import ArtifactError, ExportError, ParityError, RuleError
+from adaras_export.exporters.hf import HuggingFaceExporter
+from adaras_export.models import BaseModel
+from adaras_export.rule import SteeringRule
+
+KEY = ("llama", "causal", "last_prompt_token")
+SHARDED = ("qwen3-sharded", "causal", "last_prompt_token")
+
+
+@pytest.fixture(autouse=True)
+def own_random_state():
+    """from_pretrained draws from the global generator while it builds a model."""
+    with torch.random.fork_rng():
+        yield
+
+
+@pytest.fixture(scope="module")
+def delivered(rules, folders, tmp_path_factory):
+    """The report of one export of the quick target. Its folder is read only."""
+    with torch.random.fork_rng():
+        return export(rules[KEY], base=folders["llama"], to="hf", out=tmp_path_factory.mktemp("out") / "tiny-steered")
+
+
+@pytest.fixture
+def folder(delivered, tmp_path):
+    """A copy of the export that may be damaged; the base beside it keeps its own files."""
+    return shutil.copytree(delivered.path, tmp_path / "copy")
+
+
+def names_of(parent):
+    return sorted(path.name for path in Path(parent).iterdir())
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_steering(folder, change):
+    path = folder / "model-steering.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def with_a_new_receipt(folder):
+    """Make the hashes of the receipt those of the files, as whoever damaged the folder would."""
+    receipt = json.loads((folder / "receipt.json").read_text())
+    receipt["files"] = delivery._hashes(folder)
+    receipt["rule"] = SteeringRule.load(folder / "rule.safetensors").fingerprint
+    (folder / "receipt.json").write_text(json.dumps(receipt))
+    return folder
+
+
+def failures(folder, **how):
+    return {check.name: check.detail for check in verify(folder, **how).failed()}
+
+
+def test_an_export_is_complete_and_says_what_it_is(delivered, rules, folders):
+    assert delivered.parity.ok
+    assert (delivered.target, delivered.drops) == ("hf", ())
+    expected = {"README.md", "config.json", "rule.safetensors", "model-base.safetensors", "model-steering.safetensors"}
+    assert expected < set(delivered.files)
+    assert set(names_of(delivered.path)) == {*delivered.files, "receipt.json"}
+    assert delivered.files == {name: storage.sha256_file(delivered.path / name) for name in delivered.files}
+    assert SteeringRule.load(delivered.path / "rule.safetensors") == rules[KEY]
+    assert delivered.path.stat().st_mode & 0o777 == 0o755
+
+
+def test_the_receipt_names_rule_base_files_versions_and_figures(delivered, rules, folders):
+    receipt = json.loads((delivered.path / "receipt.json").read_text())
+    assert receipt["rule"] == rules[KEY].fingerprint
+    assert receipt["base"] == BaseModel.of(folders["llama"]).as_record()
+    assert receipt["files"] == delivered.files
+    assert receipt["versions"]["torch"] == torch.__version__
+    assert [check["check"] for check in receipt["parity"]] == [check.name for check in delivered.parity.checks]
+    assert all(check["ok"] for check in receipt["parity"])
+
+
+def test_the_card_in_the_folder_has_the_rule_and_the_checks(delivered, rules):
+    text = (delivered.path / "README.md").read_text()
+    assert rules[KEY].fingerprint in text
+    assert all(f"| {check.name} |" in text for check in delivered.parity.checks)
+
+
+def test_a_good_export_verifies(delivered):
+    report = verify(delivered.path)
+    assert report.ok, report.failed()
+    assert {check.name for check in report.checks} > {check.name for check in delivered.parity.checks}
+
+
+def test_a_good_export_verifies_from_another_place_and_with_the_base_elsewhere(delivered, folders, folder, tmp_path):
+    base = shutil.copytree(folders["llama"], tmp_path / "moved")
+    assert verify(folder, base=base).ok
+
+
+def test_two_exports_are_equal_byte_for_byte(delivered, rules, folders, tmp_path):
+    again = export(rules[KEY], base=folders["llama"], to="hf", out=tmp_path / "tiny-steered").path
+    for name in names_of(delivered.path):
+        assert (again / name).read_bytes() == (delivered.path / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(
+    "key", [SHARDED, ("mistral-window", "later", "first_generated_token"), ("qwen2", None, "first_generated_token")]
+)
+def test_other_bases_and_rules_are_delivered_and_verify(key, rules, folders, tmp_path):
+    report = export(rules[key], base=folders[key[0]], to="hf", out=tmp_path / "out")
+    assert report.parity.ok
+    assert verify(tmp_path / "out").ok
+
+
+def negate(tensors):
+    tensors["model.layers.2.mlp.steering_vector"] *= -1
+
+
+def shift(tensors):
+    two, three = (f"model.layers.{layer}.mlp.steering_vector" for layer in (2, 3))
+    tensors[two], tensors[three] = tensors[three], tensors[two]
+
+
+def flip(tensors):
+    tensors["model.steering_gate.output_bias"] *= -1
+
+
+def reindex(tensors):
+    tensors["model.layers.0.mlp.steering_index"] = (tensors["model.layers.0.mlp.steering_index"] + 1) % tiny.MLP_SIZE
+
+
+STEERING_DAMAGE = {
+    "negated": (negate, "model.layers.2.mlp.steering_vector"),
+    "shifted": (shift, "model.layers.3.mlp.steering_vector"),
+    "flipped": (flip, "model.steering_gate.output_bias"),
+    "reindexed": (reindex, "model.layers.0.mlp.steering_index"),
+}
+
+
+@pytest.mark.parametrize(("change", "tensor"), STEERING_DAMAGE.values(), ids=STEERING_DAMAGE)
+@pytest.mark.parametrize("receipt", ["old", "new"])
+def test_damaged_steering_is_named_also_with_a_matching_receipt(change, tensor, receipt, folder):
+    edit_steering(folder, change)
+    found = failures(with_a_new_receipt(folder) if receipt == "new" else folder)
+    assert tensor in found["steering tensors that differ"]
+    assert found.get("files changed") == (None if receipt == "new" else "model-steering.safetensors")
+    assert any(name.endswith("logits") or name == "gate, p(correct)" for name in found), found
+
+
+@pytest.mark.parametrize("receipt", ["old", "new"])
+def test_one_changed_byte_of_a_base_weight_is_named(receipt, folder):
+    """The fingerprint of a base samples its tensors; the byte of this test lies where no sample does."""
+    path = folder / "model-base.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-6000] ^= 1
+    path.write_bytes(content)
+    found = failures(with_a_new_receipt(folder) if receipt == "new" else folder)
+    assert found["base weight files that differ"] == "model-base.safetensors"
+    assert ("files changed" in found) == (receipt == "old")
+
+
+def trap(tmp_path):
+    """Code that leaves a file behind when it runs."""
+    return f"\nopen({str(tmp_path / 'it-ran')!r}, 'w').close()\n"
+
+
+@pytest.mark.parametrize("name", ["modeling_adaras_llama.py", "steering_adaras.py"])
+def test_an_edited_code_file_is_named_and_never_run(name, folder, tmp_path):
+    with (folder / name).open("a") as file:
+        file.write(trap(tmp_path))
+    found = failures(with_a_new_receipt(folder))
+    assert name in found["code files that are not the library's"]
+    assert "not run, because its code or its settings differ" in found
+    assert not (tmp_path / "it-ran").exists()
+
+
+def test_the_trap_of_these_tests_does_run_where_code_is_trusted(folder, tmp_path):
+    """Otherwise they would prove nothing."""
+    with (folder / "modeling_adaras_llama.py").open("a") as file:
+        file.write(trap(tmp_path))
+    HuggingFaceExporter().load(folder)
+    assert (tmp_path / "it-ran").exists()
+
+
+@pytest.mark.parametrize("where", ["evil.py", "sub/evil.py"])
+def test_added_code_is_named_and_never_run_even_where_the_config_points_to_it(where, folder, tmp_path):
+    (folder / where).parent.mkdir(exist_ok=True)
+    (folder / where).write_text((folder / "modeling_adaras_llama.py").read_text() + trap(tmp_path))
+    config = json.loads((folder / "config.json").read_text())
+    stem = where.removesuffix(".py").replace("/", ".")
+    auto_map = {auto: name.replace("modeling_adaras_llama", stem) for auto, name in config["auto_map"].items()}
+    edit_json(folder / "config.json", auto_map=auto_map)
+    found = failures(with_a_new_receipt(folder))
+    assert where in found["code files that are not the library's"]
+    assert "auto_map" in found["config entries that differ"]
+    assert not (tmp_path / "it-ran").exists()
+
+
+def test_settings_that_point_to_code_elsewhere_are_named_and_not_followed(folder, monkeypatch):
+    """All files of the library are there unchanged; the config names classes of somebody else's repository."""
+    edit_json(folder / "config.json", auto_map={"AutoModelForCausalLM": "somebody/else--evil.Evil"})
+    monkeypatch.setattr(HuggingFaceExporter, "load", lambda *_: pytest.fail("was opened"))
+    found = failures(with_a_new_receipt(folder))
+    assert found["config entries that differ"] == "auto_map"
+    assert "not run, because its code or its settings differ" in found
+
+
+def test_a_tokenizer_that_points_to_code_is_named_and_not_run(folder, tmp_path):
+    (folder / "evil.py").write_text(trap(tmp_path))
+    edit_json(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Evil", None]})
+    found = failures(with_a_new_receipt(folder))
+    assert found["code files that are not the library's"] == "evil.py tokenizer_config.json:auto_map"
+    assert not (tmp_path / "it-ran").exists()
+
+
+def test_an_adapter_that_points_elsewhere_is_named_and_not_followed(folder):
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "somebody/else"}')
+    assert failures(with_a_new_receipt(folder))["code files that are not the library's"] == "adapter_config.json"
+
+
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [("rms_norm_eps", 1e-3), ("rope_theta", 5.0), ("architectures", ["X"]), ("attn_implementation", "somebody/else")],
+)
+def test_an_edited_config_entry_is_named(entry, value, folder):
+    edit_json(folder / "config.json", **{entry: value})
+    assert failures(with_a_new_receipt(folder))["config entries that differ"] == entry
+    assert failures(folder)["config entries that differ"] == entry
+
+
+@pytest.mark.parametrize("dial", ["strength", "start", "threshold"])
+def test_an_edited_setting_of_the_rule_is_named(dial, folder):
+    settings = json.loads((folder / "config.json").read_text())["adaras"]
+    settings[dial] = {"strength": -2.0, "start": "first_generated_token", "threshold": 0.9}[dial]
+    edit_json(folder / "config.json", adaras=settings)
+    assert failures(with_a_new_receipt(folder))["config entries that differ"] == "adaras"
+
+
+def test_swapped_missing_and_unknown_files_are_named(folder):
+    tokenizer, config = folder / "tokenizer.json", folder / "generation_config.json"
+    one, two = tokenizer.read_bytes(), config.read_bytes()
+    (folder / "chat_template.jinja").unlink()
+    (folder / "extra.bin").write_bytes(b"x")
+    config.write_bytes(two + b" ")
+    found = failures(folder)
+    assert found["files changed"] == "generation_config.json"
+    assert found["files missing"] == "chat_template.jinja"
+    assert found["files unknown"] == "extra.bin"
+    assert one == tokenizer.read_bytes()
+
+
+def test_two_swapped_files_are_named(folder):
+    one, two = folder / "tokenizer_config.json", folder / "generation_config.json"
+    content = one.read_bytes()
+    one.write_bytes(two.read_bytes())
+    two.write_bytes(content)
+    report = {check.name: check.detail for check in verify(folder).failed()}
+    assert report["files changed"] == "generation_config.json tokenizer_config.json"
+
+
+def test_a_missing_code_file_is_named(folder):
+    (folder / "steering_adaras.py").unlink()
+    assert failures(folder)["code files that are not the library's"] == "steering_adaras.py"
+
+
+def test_the_file_of_another_rule_is_named(folder, rules):
+    other = rules[KEY].with_strength(0.5)
+    other.save(folder / "rule.safetensors")
+    found = failures(folder)
+    assert "rule other than the receipt's" in found
+    assert found["config entries that differ"] == "adaras"
+
+
+def test_a_rule_of_another_model_is_refused(folder, rules):
+    rules["qwen3", *KEY[1:]].save(folder / "rule.safetensors")
+    with pytest.raises(RuleError, match="is not the model that this was made for"):
+        verify(folder)
+
+
+RECEIPTS = {
+    "no json": "{",
+    "no object": "[]",
+    "empty": "{}",
+    "no base": '{"target": "hf"}',
+    "bad base": '{"target": "hf", "base": 7, "files": {}, "rule": "", "source": ""}',
+    "bad files": '{"target": "hf", "base": BASE, "files": 7, "rule": "", "source": ""}',
+    "no rule": '{"target": "hf", "base": BASE, "files": {}, "source": ""}',
+    "bad target": '{"target": ["hf"], "base": BASE, "files": {}, "rule": "", "source": ""}',
+}
+
+
+@pytest.mark.parametrize("content", RECEIPTS.values(), ids=RECEIPTS)
+def test_a_damaged_receipt_is_refused_in_one_line(content, folder):
+    receipt = json.loads((folder / "receipt.json").read_text())
+    (folder / "receipt.json").write_text(content.replace("BASE", json.dumps(receipt["base"])))
+    with pytest.raises(ArtifactError, match="receipt.json|damaged base record") as caught:
+        verify(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_receipt_of_an_unknown_target_is_refused(folder):
+    edit_json(folder / "receipt.json", target="floppy")
+    with pytest.raises(ExportError, match="floppy: no such target; expected one of: hf"):
+        verify(folder)
+
+
+def test_a_folder_that_is_no_export_is_refused(folders, tmp_path):
+    for path in (folders["llama"], tmp_path / "missing"):
+        with pytest.raises(ArtifactError, match=r"receipt.json: .*expected a JSON object"):
+            verify(path)
+
+
+@pytest.mark.parametrize("receipt", ["old", "new"])
+@pytest.mark.parametrize(
+    ("name", "check"),
+    [
+        ("model-steering.safetensors", "steering tensors that differ"),
+        ("model-base.safetensors", "base weight files that differ"),
+    ],
+)
+def test_truncated_weights_are_named(name, check, receipt, folder):
+    (folder / name).write_bytes((folder / name).read_bytes()[:-9])
+    found = failures(with_a_new_receipt(folder) if receipt == "new" else folder)
+    assert check in found
+    assert ("files changed" in found) == (receipt == "old")
+    assert "cannot be opened" in found["not run, because it does not open"]
+
+
+@pytest.mark.parametrize("name", ["model-steering.safetensors", "model-base.safetensors", "rule.safetensors"])
+def test_missing_weights_and_a_missing_or_truncated_rule_are_refused_by_name(name, folder):
+    if name == "rule.safetensors":
+        (folder / name).write_bytes((folder / name).read_bytes()[:-9])
+        with pytest.raises(ArtifactError, match=name):
+            verify(folder)
+    (folder / name).unlink()
+    with pytest.raises(ArtifactError, match=name):
+        verify(folder)
+
+
+def test_a_changed_base_is_refused(folder, folders, tmp_path):
+    base = shutil.copytree(folders["llama"], tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    tensors["lm_head.weight"][0, 0] += 1
+    save_file(tensors, base / "model.safetensors")
+    with pytest.raises(RuleError, match="fingerprint"):
+        verify(folder, base=base)
+
+
+# Staging
+
+
+def test_an_existing_folder_is_refused_and_untouched(rules, folders, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine").write_text("x")
+    with pytest.raises(ExportError, match="out: exists already; choose another folder, or remove it first"):
+        export(rules[KEY], base=folders["llama"], to="hf", out=out)
+    assert names_of(out) == ["mine"]
+    assert names_of(tmp_path) == ["out"]
+
+
+def full(*_args, **_how):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("where", ["os.link", "shutil.copyfile", "Path.write_bytes", "Path.write_text", "Path.rename"])
+def test_a_full_disk_is_one_clear_error_and_leaves_nothing_behind(where, rules, folders, tmp_path, monkeypatch):
+    home, name = {"os": os, "shutil": shutil, "Path": Path}[where.split(".")[0]], where.split(".")[1]
+    bases = BaseModel.of(folders["llama"])
+    assert bases.layers == tiny.LAYERS
+    monkeypatch.setattr(home, name, full)
+    with pytest.raises(ExportError, match=r"deep/out: cannot be written \(the disk is full\); nothing was left behind"):
+        export(rules[KEY], base=folders["llama"], to="hf", out=tmp_path / "deep" / "out")
+    monkeypatch.undo()
+    assert names_of(tmp_path / "deep") == []
+
+
+def test_a_place_that_cannot_be_written_is_refused(rules, folders, tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ExportError, match="cannot be written"):
+        export(rules[KEY], base=folders["llama"], to="hf", out=tmp_path / "file" / "out")
+
+
+def test_any_other_error_leaves_nothing_behind_either(rules, folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(HuggingFaceExporter, "load", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        export(rules[KEY], base=folders["llama"], to="hf", out=tmp_path / "out")
+    assert names_of(tmp_path) == []
+
+
+@dataclass(frozen=True)
+class Sloppy(HuggingFaceExporter):
+    """Writes another strength than it was asked for, and looks away."""
+
+    def write(self, rule, base, out):
+        super().write(rule.with_strength(-rule.strength), base, out)
+
+    def inspect(self, folder, rule, base):
+        return super().inspect(folder, rule.with_strength(-rule.strength), base)
+
+
+def test_what_fails_the_comparison_never_gets_its_name(rules, folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(delivery.exporters, "load", lambda _: Sloppy())
+    with pytest.raises(ParityError, match=r"out: not written: FAIL by the rule, prefill logits"):
+        export(rules[KEY], base=folders["llama"], to="hf", out=tmp_path / "out")
+    assert names_of(tmp_path) == []
+
+
+def test_a_quantised_base_is_refused(rules, folders, tmp_path):
+    base = shutil.copytree(folders["llama"], tmp_path / "base")
+    edit_json(base / "config.json", quantization_config={"quant_method": "gptq"})
+    with pytest.raises(ExportError, match="is quantised"):
+        export(rules[KEY], base=base, to="hf", out=tmp_path / "out")
+    assert names_of(tmp_path) == ["base"]
+
+
+def test_the_base_of_another_rule_is_refused_before_anything_is_written(rules, folders, tmp_path):
+    with pytest.raises(RuleError, match=r"family qwen3 \(expected llama\)"):
+        export(rules[KEY], base=folders["qwen3"], to="hf", out=tmp_path / "out")
+    assert names_of(tmp_path) == []
+
+
+def test_an_unknown_target_is_refused_with_the_known_ones(rules, folders, tmp_path):
+    with pytest.raises(ExportError, match="floppy: no such target; expected one of: hf"):
+        export(rules[KEY], base=folders["llama"], to="floppy", out=tmp_path / "out")
+
+
+@dataclass(frozen=True)
+class Gateless(HuggingFaceExporter):
+    """A format that cannot express a gate."""
+
+    name: str = "gateless"
+    drops: frozenset = frozenset({"gate"})
+
+
+def test_a_loss_is_refused_unless_it_is_accepted_by_name(rules, folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(delivery.exporters, "load", lambda _: Gateless())
+    for accepted in ((), ("start",)):
+        with pytest.raises(
+            ExportError, match="gateless: cannot express gate; drop it with --accept-loss gate, or choose"
+        ):
+            export(rules[KEY], base=folders["llama"], to="gateless", out=tmp_path / "o", accept_loss=accepted)
+    assert names_of(tmp_path) == []
+
+
+def test_a_format_without_gates_loses_nothing_of_a_rule_without_one(rules, folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(delivery.exporters, "load", lambda _: Gateless())
+    report = export(rules["llama", None, KEY[2]], base=folders["llama"], to="gateless", out=tmp_path / "out")
+    assert report.drops == ()
+
+
+@dataclass(frozen=True)
+class Dialless(HuggingFaceExporter):
+    drops: frozenset = frozenset({"dial"})
+
+
+def test_an_accepted_loss_is_printed_on_the_card(rules, folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(delivery.exporters, "load", lambda _: Dialless())
+    report = export(rules[KEY], base=folders["llama"], to="hf", out=tmp_path / "out", accept_loss=("dial", "gate"))
+    assert report.drops == ("dial",)
+    assert "**Left out by this format:** dial." in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_the_evaluation_of_another_rule_is_refused(rules, folders, tmp_path):
+    (tmp_path / "eval.json").write_text('{"rule": "another"}')
+    with pytest.raises(ExportError, match="evaluates rule another; expected "):
+        export(rules[KEY], base=folders["llama"], to="hf", out=tmp_path / "out", evaluation=tmp_path / "eval.json")
+
+
+def test_a_rule_without_weights_on_record_is_delivered_with_those_of_its_base(rules, folders, tmp_path):
+    unrecorded = replace(rules[KEY].base, fingerprint=None, id="somebody/llama")
+    rule = replace(rules[KEY], base=unrecorded, neurons=tiny.make_neurons(), gate=None)
+    report = export(rule, base=folders["llama"], to="hf", out=tmp_path / "out")
+    receipt = json.loads((report.path / "receipt.json").read_text())
+    assert receipt["base"]["fingerprint"] == BaseModel.of(folders["llama"]).fingerprint
+    assert np.isfinite([check.figure for check in report.parity.checks]).all()
+    assert verify(report.path).ok

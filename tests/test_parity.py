@@ -1,0 +1,204 @@
+"""The comparison itself: it passes what is right, and it can fail."""
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from safetensors.numpy import load_file, save_file
+
+from adaras_export.exporters.hf import EXPORTER
+from adaras_export.parity import Check, ParityReport, Play, ReferencePlayer, compare, play_model, rehearse
+from adaras_export.rule import SteeringRule
+
+CAUSAL, LATER = ("causal", "last_prompt_token"), ("later", "first_generated_token")
+
+# The largest distance of logits, in units of float32 (eps * the largest logit), that a correct export ever showed in
+# this suite; parity.py allows 256, the oracle's comparisons (tiny.logit_limit) allow 64.
+WORST = 16
+
+
+@pytest.fixture(scope="module")
+def scripts(stock, rules):
+    """What the reference did, by the keys of ``rules``."""
+
+    class Scripts(dict):
+        def __missing__(self, key):
+            self[key] = rehearse(ReferencePlayer(stock[key[0]], rules[key]), tiny.VOCABULARY)
+            return self[key]
+
+    return Scripts()
+
+
+KEYS = [(name, *rule) for name in tiny.NAMES for rule in (CAUSAL, LATER)] + [("qwen3", None, CAUSAL[1])]
+every_key = pytest.mark.parametrize("key", KEYS, ids=lambda key: "-".join(map(str, key)))
+
+
+def written(rule: SteeringRule, folder, out):
+    EXPORTER.write(rule, folder, out)
+    with torch.random.fork_rng():
+        return EXPORTER.load(out)
+
+
+def failed(checks):
+    return {check.name for check in checks if not check.ok}
+
+
+def units(check, script):
+    """The figure of a logit check, in units of float32."""
+    return check.figure / (torch.finfo(torch.float32).eps * float(script.single.logits_BSV.abs().max()))
+
+
+@every_key
+def test_an_export_passes_with_room_to_spare_and_the_effect_of_steering_is_far_above_the_limit(
+    key, scripts, rules, folders, tmp_path
+):
+    checks = compare(scripts[key], written(rules[key], folders[key[0]], tmp_path))
+    assert failed(checks) == set()
+    logits = [check for check in checks if check.name.endswith("logits") and check.limit]
+    assert len(logits) >= 5
+    assert max(units(check, scripts[key]) for check in logits) <= WORST
+    effect = next(check for check in checks if check.name == "effect of steering on logits")
+    assert effect.limit is None
+    assert effect.figure > 1000 * logits[0].limit
+
+
+def negated(rule):
+    delta = rule.neurons.delta.copy()
+    delta[0] = -delta[0]  # one single neuron of six
+    return replace(rule, neurons=replace(rule.neurons, delta=delta))
+
+
+def shifted(rule):
+    """All deltas one layer further up (the last layer's go down, so that the layer exists)."""
+    return replace(rule, neurons=replace(rule.neurons, layer=5 - rule.neurons.layer))
+
+
+def flipped(rule):
+    return replace(rule, gate=replace(rule.gate, output_bias=-rule.gate.output_bias - 3.0))
+
+
+def weaker(rule):
+    return rule.with_strength(rule.strength * 0.999)
+
+
+def other_start(rule):
+    other = {"last_prompt_token": "first_generated_token", "first_generated_token": "last_prompt_token"}
+    return replace(rule, start=other[rule.start])
+
+
+TAMPERED = {
+    "negated": negated,
+    "shifted": shifted,
+    "weaker": weaker,
+    "start": other_start,
+    "ungated": SteeringRule.ungated,
+}
+
+
+@pytest.mark.parametrize("tamper", TAMPERED.values(), ids=TAMPERED)
+@pytest.mark.parametrize("name", tiny.NAMES)
+def test_an_export_of_another_rule_fails_on_its_logits(name, tamper, scripts, rules, folders, tmp_path):
+    key = (name, *CAUSAL)
+    found = failed(compare(scripts[key], written(tamper(rules[key]), folders[name], tmp_path)))
+    assert any(check.endswith("logits") for check in found), found
+    assert not any("off, against the base" in check for check in found)
+
+
+@pytest.mark.parametrize("name", tiny.NAMES)
+def test_a_gate_with_the_sign_of_its_bias_flipped_fails_on_probabilities_and_on_logits(
+    name, scripts, rules, folders, tmp_path
+):
+    key = (name, *CAUSAL)
+    found = failed(compare(scripts[key], written(flipped(rules[key]), folders[name], tmp_path)))
+    assert "gate, p(correct)" in found
+    assert any(check.endswith("logits") for check in found), found
+
+
+def test_a_changed_weight_of_the_base_fails_even_when_steering_is_off(scripts, rules, folders, tmp_path):
+    key = ("llama", *CAUSAL)
+    artifact = written(rules[key], folders["llama"], tmp_path)
+    with torch.no_grad():
+        artifact.model.model.layers[0].mlp.up_proj.weight[0, 0] += 1e-4
+    assert "off, prefill logits" in failed(compare(scripts[key], artifact))
+
+
+def test_a_tensor_that_is_not_there_fails(scripts, rules, folders, tmp_path):
+    key, name = ("llama", *CAUSAL), "model.layers.2.mlp.steering_vector"
+    EXPORTER.write(rules[key], folders["llama"], tmp_path)
+    index, file = tmp_path / "model.safetensors.index.json", tmp_path / "model-steering.safetensors"
+    content = json.loads(index.read_text())
+    del content["weight_map"][name]
+    index.write_text(json.dumps(content))
+    save_file({other: value for other, value in load_file(file).items() if other != name}, file, {"format": "pt"})
+    with torch.random.fork_rng():
+        checks = compare(scripts[key], EXPORTER.load(tmp_path))
+    report = next(check for check in checks if check.name == "keys in the loading report")
+    assert report.detail == f"missing_keys {name}"
+    assert not report.ok
+    assert "by the rule, prefill logits" in failed(checks)
+
+
+def test_an_artifact_without_a_gate_fails_where_the_rule_has_one(scripts, rules, folders, tmp_path):
+    key = ("llama", *CAUSAL)
+    checks = compare(scripts[key], written(rules[key].ungated(), folders["llama"], tmp_path))
+    check = next(check for check in checks if check.name == "gate, p(correct)")
+    assert math.isnan(check.figure)
+    assert not check.ok
+
+
+def test_an_artifact_that_computes_nan_fails(scripts, rules, folders, tmp_path):
+    key = ("llama", *CAUSAL)
+    artifact = written(rules[key], folders["llama"], tmp_path)
+    with torch.no_grad():
+        artifact.model.model.layers[2].mlp.steering_vector[0] = float("nan")
+    assert {"steered always, prefill logits", "one row alone, logits"} & failed(compare(scripts[key], artifact))
+
+
+def test_a_comparison_leaves_the_dials_as_they_were(scripts, rules, folders, tmp_path):
+    key = ("llama", *CAUSAL)
+    artifact = written(rules[key], folders["llama"], tmp_path)
+    compare(scripts[key], artifact)
+    steering = artifact.model.steering
+    assert (steering.threshold, steering.strength, steering.enabled) == (rules[key].gate.threshold, 2.0, True)
+
+
+def test_the_same_rehearsal_plays_the_same_prompts(stock, rules, scripts):
+    key = ("llama", *CAUSAL)
+    again = rehearse(ReferencePlayer(stock["llama"], rules[key]), tiny.VOCABULARY)
+    assert again.rows == scripts[key].rows
+    assert torch.equal(again.single.logits_BSV, scripts[key].single.logits_BSV)
+    assert len({len(row) for row in again.rows}) > 2
+
+
+def test_playing_feeds_the_tokens_that_it_is_told_to_follow(stock):
+    rows = tiny.PROMPTS[:2]
+    free = play_model(stock["qwen2"], rows, None)
+    followed = play_model(stock["qwen2"], rows, free.tokens_BS)
+    other = play_model(stock["qwen2"], rows, free.tokens_BS * 0)
+    assert torch.equal(free.logits_BSV, followed.logits_BSV)
+    assert torch.equal(free.logits_BSV[:, 0], other.logits_BSV[:, 0])
+    assert not torch.equal(free.logits_BSV[:, 1], other.logits_BSV[:, 1])
+    assert isinstance(free, Play)
+    assert free.probability_B is None
+
+
+@pytest.mark.parametrize(
+    ("figure", "limit", "ok"),
+    [(0.0, 0, True), (1.0, 1.0, True), (1.1, 1.0, False), (np.nan, 1.0, False), (np.nan, None, True), (9, None, True)],
+)
+def test_a_check_passes_up_to_its_limit_and_never_with_nan(figure, limit, ok):
+    assert Check("x", figure, limit).ok is ok
+    assert ("FAIL" in Check("x", figure, limit).line()) is not ok
+
+
+def test_a_report_is_as_good_as_its_worst_check():
+    good, bad = Check("good", 0, 1), Check("bad", 2, 1, "why")
+    assert ParityReport((good,)).ok
+    assert not ParityReport((good, bad)).ok
+    assert ParityReport((good, bad)).failed() == [bad]
+    assert ParityReport((bad,)).as_record() == [{"check": "bad", "figure": 2, "limit": 1, "ok": False, "detail": "why"}]
+    assert bad.line() == "FAIL bad: 2  (limit 1)  why"
