@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from adaras_export import exporters, models, storage
+from adaras_export import __version__, exporters, models, storage
 from adaras_export.card import CardContext, card
 from adaras_export.errors import ArtifactError, ExportError, ParityError
 from adaras_export.exporters.base import Exporter
@@ -189,7 +189,7 @@ def _hashes(folder: Path) -> dict[str, str]:
 
 
 def _receipt(rule: SteeringRule, exporter: Exporter, parity: ParityReport, files: dict[str, str]) -> dict[str, Any]:
-    libraries = ("adaras-export", "torch", "transformers", "safetensors")
+    libraries = ("torch", "transformers", "safetensors")
     return {
         "version": 1,
         "target": exporter.name,
@@ -198,6 +198,7 @@ def _receipt(rule: SteeringRule, exporter: Exporter, parity: ParityReport, files
         "parity": parity.as_record(),
         "versions": {
             "python": platform.python_version(),
+            "adaras-export": __version__,
             **{name: version(name) for name in libraries},
         },
     }

@@ -9,6 +9,7 @@ N questions, K neurons, D model width.
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -120,6 +121,7 @@ def evaluate(
         TraceError: a question was used to make the rule.
         MissingExtraError: SciPy is not installed.
     """
+    require_statistics()  # before the work, not after it
     if not allow_seen:
         require_fresh(exam.questions, rule.questions)
     controls = {f"random {seed}": random_control(model, rule, seed) for seed in random_seeds}
@@ -218,12 +220,17 @@ def _norm(model: PreTrainedModel, layer: int, index: Array, delta: Array) -> flo
 
 def compare(name: str, arm: Array, off: Array) -> Arm:
     """Accuracy with its 95 % Wilson interval, and the exact McNemar test against no steering."""
-    stats = require("scipy.stats", "identify", "comparing verdicts")
+    stats = require_statistics()
     count, right = len(arm), int(arm.sum())
     interval = stats.binomtest(right, count).proportion_ci(confidence_level=0.95, method="wilson")
     fixed, broken = int((arm & ~off).sum()), int((off & ~arm).sum())
     p_value = float(stats.binomtest(fixed, fixed + broken).pvalue) if fixed + broken else 1.0
     return Arm(name, count, right / count, float(interval.low), float(interval.high), fixed, broken, p_value)
+
+
+def require_statistics() -> ModuleType:
+    """SciPy's statistics, or the error that names the extra to install."""
+    return require("scipy.stats", "identify", "comparing verdicts")
 
 
 def conclusion(arms: Sequence[Arm]) -> str:

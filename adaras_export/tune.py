@@ -8,7 +8,16 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from adaras_export.errors import RuleError
-from adaras_export.evaluate import Arm, Exam, answer, arms_table, compare, gate_fires, require_fresh
+from adaras_export.evaluate import (
+    Arm,
+    Exam,
+    answer,
+    arms_table,
+    compare,
+    gate_fires,
+    require_fresh,
+    require_statistics,
+)
 from adaras_export.models import BaseModel
 from adaras_export.rule import Gate, NeuronSet, Start, SteeringRule
 from adaras_export.traces import digest
@@ -81,7 +90,9 @@ def tune(  # noqa: PLR0913 - one decision of the researcher each
     Raises:
         TraceError: a question was used to find the neurons or the gate.
         RuleError: no setting given, a count or strength of 0, or fewer neurons than a count.
+        MissingExtraError: SciPy is not installed.
     """
+    require_statistics()  # before the work, not after it
     require_fresh(exam.questions, (*neurons.questions, *(gate.questions if gate else ())))
     settings = [(count, float(strength)) for count in counts for strength in strengths]
     if not settings or any(count < 1 or strength == 0 for count, strength in settings):

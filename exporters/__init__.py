@@ -1,14 +1,17 @@
 """The export targets, by name. Each module is imported only when its target is used."""
 
 import importlib
+from typing import TYPE_CHECKING
 
 from adaras_export.errors import ExportError
-from adaras_export.exporters.base import Exporter
+
+if TYPE_CHECKING:  # it brings torch along
+    from adaras_export.exporters.base import Exporter
 
 TARGETS = {"hf": "adaras_export.exporters.hf"}
 
 
-def load(target: str) -> Exporter:
+def load(target: str) -> "Exporter":
     """The exporter of a target.
 
     Raises:

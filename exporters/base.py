@@ -68,14 +68,18 @@ _COMPANIONS = (
 _NOT_COMPANIONS = {"config.json", "model.safetensors.index.json", "receipt.json", "adapter_config.json"}
 
 
+def companions(base: Path) -> dict[str, Path]:
+    """The small files that belong to a checkpoint, by their name below its folder."""
+    found = [path for pattern in _COMPANIONS for path in sorted(base.glob(pattern)) if path.is_file()]
+    return {str(path.relative_to(base)): path for path in found if path.name not in _NOT_COMPANIONS}
+
+
 def copy_companions(base: Path, out: Path) -> None:
     """Copy the small files that belong to a checkpoint."""
-    for pattern in _COMPANIONS:
-        for source in sorted(base.glob(pattern)):
-            target = out / source.relative_to(base)
-            if source.is_file() and source.name not in _NOT_COMPANIONS:
-                target.parent.mkdir(exist_ok=True)
-                shutil.copyfile(source, target)
+    for name, source in companions(base).items():
+        target = out / name
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(source, target)
 
 
 def link_or_copy(source: Path, target: Path) -> None:

@@ -20,7 +20,7 @@ from safetensors.numpy import save
 
 from adaras_export import models, storage
 from adaras_export.errors import ArtifactError, ExportError
-from adaras_export.exporters.base import Feature, copy_companions, link_or_copy
+from adaras_export.exporters.base import Feature, companions, copy_companions, link_or_copy
 from adaras_export.parity import Artifact, Check, Mode, Play, play_model
 from adaras_export.rule import Gate, SteeringRule
 from adaras_export.storage import Array
@@ -67,9 +67,11 @@ class HuggingFaceExporter:
             Check("code files that are not the library's", len(strange), 0, " ".join(strange)),
             Check("config entries that differ", len(settings), 0, " ".join(settings)),
         ]
-        # A tokenizer may bring code along, too.
-        tokens = _tokenizer_checks(folder, base) if all(check.ok for check in trust) else []
-        return [*trust, *tokens, *_tensor_checks(folder, rule, base)]
+        changed = _changed_companions(folder, base)
+        carried = Check("files of the base that differ", len(changed), 0, " ".join(changed))
+        # Opening a tokenizer may run code, and a damaged one may not open.
+        tokens = _tokenizer_checks(folder, base) if all(check.ok for check in (*trust, carried)) else []
+        return [*trust, carried, *tokens, *_tensor_checks(folder, rule, base)]
 
     def load(self, folder: Path) -> Artifact:
         """As `Exporter` says. Runs the repository's code, which `inspect` has found to be this library's own."""
@@ -245,7 +247,21 @@ def _name_tokenizer_class(base: Path, out: Path) -> None:
     if "tokenizer_class" not in settings and (out / "tokenizer.json").exists():
         from transformers import AutoTokenizer
 
-        _write_json(path, {**settings, "tokenizer_class": type(AutoTokenizer.from_pretrained(base)).__name__})
+        name = type(AutoTokenizer.from_pretrained(base)).__name__
+        # Transformers 5 knows its general class by the name that 4 has for it, not the other way round.
+        portable = "PreTrainedTokenizerFast" if name == "TokenizersBackend" else name
+        _write_json(path, {**settings, "tokenizer_class": portable})
+
+
+def _changed_companions(folder: Path, base: Path) -> list[str]:
+    """What was carried from the base and is not as it was there; the tokenizer's class may have been added."""
+    changed = {name for name, source in companions(base).items() if _content(folder / name) != source.read_bytes()}
+    settings = "tokenizer_config.json"
+    if settings in changed and (folder / settings).exists():
+        found, expected = (storage.read_json(path / settings) for path in (folder, base))
+        if found == {"tokenizer_class": found.get("tokenizer_class"), **expected}:
+            changed.remove(settings)
+    return sorted(changed)
 
 
 def _tokenizer_checks(folder: Path, base: Path) -> list[Check]:

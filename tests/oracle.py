@@ -12,7 +12,7 @@ import math
 import torch
 
 
-def respond(model, prompt, rule, steps, follow=None, pick=None, ends=()):
+def respond(model, prompt, rule, steps, follow=None, pick=None, ends=()):  # noqa: PLR0913
     """Let a stock model answer one prompt under a rule.
 
     Returns {"ids": generated tokens, "logits": (steps, V), "probability": p(correct) or None, "steered": bool}.
@@ -39,14 +39,15 @@ def p_correct(model, prompt, gate):
     features = [[activations[layer][t][index] for layer, index in gate["features"]] for t in range(len(prompt))]
     weights = []
     for x in features:
-        score = math.tanh(sum(w * v for w, v in zip(gate["attention_weight"], x)) + gate["attention_bias"])
+        score = math.tanh(sum(w * v for w, v in zip(gate["attention_weight"], x, strict=True)) + gate["attention_bias"])
         weights.append(math.exp(score))
     pooled = [
-        sum(weight * x[f] for weight, x in zip(weights, features)) / sum(weights) for f in range(len(gate["features"]))
+        sum(weight * x[f] for weight, x in zip(weights, features, strict=True)) / sum(weights)
+        for f in range(len(gate["features"]))
     ]
     z = gate["output_bias"]
-    for row, bias, out in zip(gate["hidden_weight"], gate["hidden_bias"], gate["output_weight"]):
-        z += out * max(0.0, sum(w * v for w, v in zip(row, pooled)) + bias)
+    for row, bias, out in zip(gate["hidden_weight"], gate["hidden_bias"], gate["output_weight"], strict=True):
+        z += out * max(0.0, sum(w * v for w, v in zip(row, pooled, strict=True)) + bias)
     return 1 / (1 + math.exp(-z))
 
 

@@ -7,6 +7,7 @@ from oracle import activations_of
 from tiny import PAD, PROMPTS, left_padded
 
 from adaras_export.activations import capture, recording, right_pad, token_means
+from adaras_export.generation import Sampling, continue_ids, prefill
 
 # A mean of up to 17 float32 numbers near 1, summed in another order.
 CLOSE = {"atol": 2e-5, "rtol": 1e-5}
@@ -90,3 +91,16 @@ def test_a_row_that_ended_does_not_count_its_padding_even_where_padding_is_the_e
         new = row[width:]
         fed = new[: new.index(end)] if end in new else new[:-1]
         torch.testing.assert_close(mean, mean_by_hand(model, [*prompt, *fed]), **CLOSE)
+
+
+def test_recording_several_attempts_behind_one_prefill_equals_a_teacher_forced_read(stock, tokenizer):
+    model, rows = stock["qwen3"], [0, 0, 2, 3]
+    ends = [tiny.EOS, tiny.greedy(model, PROMPTS[:1]).sequences[0, -3].item()]
+    with recording(model, ends) as recorder:
+        prefilled = prefill(model, PROMPTS, PAD).repeated(rows)
+        recorder.repeat(rows)
+        sampling = Sampling(5, temperature=1.0)
+        found = continue_ids(model, tokenizer, prefilled, sampling, ["a", "b", "c", "d"])
+    for row, new, mean in zip(rows, found, recorder.means(), strict=True):
+        fed = new[: next((at for at, id_ in enumerate(new) if id_ in ends), len(new))]
+        torch.testing.assert_close(mean, mean_by_hand(model, PROMPTS[row] + fed), **CLOSE)

@@ -44,7 +44,7 @@ def double(stock):
 
 
 @torch.no_grad()
-def log_p(model, prompt, completion, start, layer, index, offset):
+def log_p(model, prompt, completion, start, layer, index, offset):  # noqa: PLR0913
     """log p of a completion with ``offset`` added to one neuron at the steered tokens; no cache, no batch."""
     first = len(prompt) - (start == "last_prompt_token")
 

@@ -24,18 +24,10 @@ KEY = ("llama", "causal", "last_prompt_token")
 SHARDED = ("qwen3-sharded", "causal", "last_prompt_token")
 
 
-@pytest.fixture(autouse=True)
-def own_random_state():
-    """from_pretrained draws from the global generator while it builds a model."""
-    with torch.random.fork_rng():
-        yield
-
-
 @pytest.fixture(scope="module")
 def delivered(rules, folders, tmp_path_factory):
     """The report of one export of the quick target. Its folder is read only."""
-    with torch.random.fork_rng():
-        return export(rules[KEY], base=folders["llama"], to="hf", out=tmp_path_factory.mktemp("out") / "tiny-steered")
+    return export(rules[KEY], base=folders["llama"], to="hf", out=tmp_path_factory.mktemp("out") / "tiny-steered")
 
 
 @pytest.fixture
@@ -271,6 +263,29 @@ def test_two_swapped_files_are_named(folder):
     assert report["files changed"] == "generation_config.json tokenizer_config.json"
 
 
+@pytest.mark.parametrize("name", ["chat_template.jinja", "generation_config.json", "tokenizer.json"])
+def test_an_edited_or_damaged_companion_is_named_also_with_a_matching_receipt(name, folder):
+    """An edited chat template changes every answer, and no tensor."""
+    (folder / name).write_text("{")
+    assert failures(with_a_new_receipt(folder)) == {"files of the base that differ": name}
+
+
+def test_a_tokenizer_with_other_settings_is_named_also_with_a_matching_receipt(folder):
+    edit_json(folder / "tokenizer_config.json", eos_token="x")
+    assert failures(with_a_new_receipt(folder)) == {"files of the base that differ": "tokenizer_config.json"}
+
+
+def test_a_base_that_leaves_the_class_of_its_tokenizer_open_gets_one_that_every_version_knows(rules, folders, tmp_path):
+    base = shutil.copytree(folders["llama"], tmp_path / "base")
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    del settings["tokenizer_class"]
+    (base / "tokenizer_config.json").write_text(json.dumps(settings))
+    out = export(rules[KEY], base=base, to="hf", out=tmp_path / "out").path
+    found = json.loads((out / "tokenizer_config.json").read_text())
+    assert found == {**settings, "tokenizer_class": found["tokenizer_class"]}
+    assert found["tokenizer_class"] != "TokenizersBackend"
+
+
 def test_a_missing_code_file_is_named(folder):
     (folder / "steering_adaras.py").unlink()
     assert failures(folder)["code files that are not the library's"] == "steering_adaras.py"
@@ -285,7 +300,7 @@ def test_the_file_of_another_rule_is_named(folder, rules):
 
 
 def test_a_rule_of_another_model_is_refused(folder, rules):
-    rules["qwen3", *KEY[1:]].save(folder / "rule.safetensors")
+    rules[("qwen3", *KEY[1:])].save(folder / "rule.safetensors")
     with pytest.raises(RuleError, match="is not the model that this was made for"):
         verify(folder)
 
@@ -306,7 +321,7 @@ RECEIPTS = {
 def test_a_damaged_receipt_is_refused_in_one_line(content, folder):
     receipt = json.loads((folder / "receipt.json").read_text())
     (folder / "receipt.json").write_text(content.replace("BASE", json.dumps(receipt["base"])))
-    with pytest.raises(ArtifactError, match="receipt.json|damaged base record") as caught:
+    with pytest.raises(ArtifactError, match=r"receipt.json|damaged base record") as caught:
         verify(folder)
     assert "\n" not in str(caught.value)
 
@@ -478,6 +493,25 @@ def test_the_evaluation_of_another_rule_is_refused(rules, folders, tmp_path):
     (tmp_path / "eval.json").write_text('{"rule": "another"}')
     with pytest.raises(ExportError, match="evaluates rule another; expected "):
         export(rules[KEY], base=folders["llama"], to="hf", out=tmp_path / "out", evaluation=tmp_path / "eval.json")
+
+
+def test_evaluation_and_licence_reach_the_card(rules, folders, tmp_path):
+    base = shutil.copytree(folders["llama"], tmp_path / "base")
+    (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Tiny\n")
+    arm = {"name": "gated", "accuracy": 0.5, "low": 0.25, "high": 0.75, "fixed": 3, "broken": 1, "p_value": 0.625}
+    evaluation = {"rule": rules[KEY].fingerprint, "questions": 20, "verdict": "no arm differs.", "arms": [arm]}
+    (tmp_path / "eval.json").write_text(json.dumps(evaluation))
+    out = export(rules[KEY], base=base, to="hf", out=tmp_path / "out", evaluation=tmp_path / "eval.json").path
+    text = (out / "README.md").read_text()
+    assert text.startswith("---\nlicense: apache-2.0\n")
+    assert "| gated | 50.0% | 25.0% to 75.0% | 3 | 1 | 0.62 |" in text
+
+
+def test_a_base_whose_card_names_no_licence_gives_none(rules, folders, tmp_path):
+    base = shutil.copytree(folders["llama"], tmp_path / "base")
+    (base / "README.md").write_text("# Tiny\n")
+    out = export(rules[KEY], base=base, to="hf", out=tmp_path / "out").path
+    assert "license:" not in (out / "README.md").read_text()
 
 
 def test_a_rule_without_weights_on_record_is_delivered_with_those_of_its_base(rules, folders, tmp_path):

@@ -44,12 +44,9 @@ def planted(count=COUNT, seed=0):
     draw = np.random.default_rng(seed)
     traces = []
     for number in range(count):
-        letters = draw.choice(list("abcdefgh"), draw.integers(4, 12)).tolist()
         hard = number % 2 == 0
-        if hard:
-            for place in draw.integers(0, len(letters), 3):
-                letters[place] = "z"
-        prompt = f"{number}{''.join(letters)}"
+        letters = draw.choice(list("abcd"), draw.integers(6, 10)).tolist() + 3 * ["z" if hard else "d"]
+        prompt = "".join(draw.permutation(letters).tolist()) + f" {number}"
         traces += [Trace(f"{number}#{at}", str(number), prompt, "x", (at == 0) == hard) for at in range(3)]
     return traces
 
@@ -107,7 +104,7 @@ def test_f_scores_are_those_of_scikit_learn(shape):
     values = draw.normal(5, 2, shape).astype(np.float32)
     correct = draw.permutation(np.arange(shape[0]) < 2)
     expected, _ = sklearn_selection.f_classif(values.astype(np.float64), correct)
-    np.testing.assert_allclose(f_scores(values, correct), expected, rtol=1e-9)
+    np.testing.assert_allclose(f_scores(values, correct), expected, rtol=1e-9, atol=1e-12)
 
 
 def test_a_constant_column_scores_nothing_and_a_perfect_one_best():
@@ -164,7 +161,7 @@ def test_the_auc_interval_is_that_of_a_bootstrap(step):
     assert high - auc == pytest.approx(auc - low)
 
 
-# Worst distance of p(correct) measured here: 7e-7. Folding divides by deviations near 1e-2 in float32.
+# Worst distance of p(correct) measured: 2e-7, with means of up to 2.6 deviations; 1e-4 would do for any decision.
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_the_folded_gate_equals_the_classifier_on_standardised_features(
     pooling, train, by_hand, stock, tokenizer, monkeypatch
@@ -179,20 +176,23 @@ def test_the_folded_gate_equals_the_classifier_on_standardised_features(
     found = gate_probabilities(stock["qwen3"], tokenizer, gate, parts["validation"])
     for p_correct, prompt in zip(found, parts["validation"], strict=True):
         standardised = (features_of(by_hand(prompt), gate) - means.mean(0)) / means.std(0)
-        assert p_correct == pytest.approx(classify(standardised, classifier), abs=1e-4)
+        assert p_correct == pytest.approx(classify(standardised, classifier), abs=1e-5)
 
 
 def classify(features, weights):
     """The paper's classifier by loops, on features (T, F)."""
-    pooling = [
-        math.exp(math.tanh(sum(w * v for w, v in zip(weights["attention_weight"], x)) + weights["attention_bias"]))
-        for x in features
-    ]
-    pooled = [sum(p * x[f] for p, x in zip(pooling, features)) / sum(pooling) for f in range(len(features[0]))]
+    pooled, total = [0.0] * len(features[0]), 0.0
+    for x in features:
+        share = math.exp(math.tanh(dot(weights["attention_weight"], x) + weights["attention_bias"]))
+        pooled, total = [old + share * one for old, one in zip(pooled, x, strict=True)], total + share
     z = weights["output_bias"]
-    for row, bias, out in zip(weights["hidden_weight"], weights["hidden_bias"], weights["output_weight"]):
-        z += out * max(0.0, sum(w * v for w, v in zip(row, pooled)) + bias)
+    for row, bias, out in zip(weights["hidden_weight"], weights["hidden_bias"], weights["output_weight"], strict=True):
+        z += out * max(0.0, dot(row, [one / total for one in pooled]) + bias)
     return 1 / (1 + math.exp(-z))
+
+
+def dot(one, other):
+    return sum(a * b for a, b in zip(one, other, strict=True))
 
 
 def test_the_logistic_gate_is_scikit_learns_regression_on_standardised_means(trained, by_hand, stock, tokenizer):
@@ -209,7 +209,7 @@ def test_the_logistic_gate_is_scikit_learns_regression_on_standardised_means(tra
     fitted = search.fit((x - x.mean(0)) / x.std(0), y)
     expected = fitted.predict_proba((means["validation"] - x.mean(0)) / x.std(0))[:, 1]
     found = gate_probabilities(stock["qwen3"], tokenizer, gate, parts["validation"])
-    np.testing.assert_allclose(found, expected, atol=1e-4)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_the_logistic_form_is_a_sigmoid_of_the_mean_without_attention(trained, by_hand, stock, tokenizer):
@@ -254,8 +254,8 @@ def test_nothing_is_fitted_on_validation_questions(pooling, train, trained):
 
 def test_the_gate_reads_no_layer_at_or_above_the_given_one(train, trained):
     assert max(trained["logistic"].gate.layer) <= 1
-    assert set(train(planted(), below_layer=1).gate.layer.tolist()) == {0}
-    assert train(planted(), below_layer=4, features=192).gate.layer.max() == 3
+    assert set(train(planted(), below_layer=1, pooling="attention").gate.layer.tolist()) == {0}
+    assert train(planted(), below_layer=4, features=192, pooling="attention").gate.layer.max() == 3
 
 
 def test_features_are_the_highest_f_scores_of_the_training_prompts(trained, by_hand):
@@ -266,19 +266,18 @@ def test_features_are_the_highest_f_scores_of_the_training_prompts(trained, by_h
     assert (gate.layer * tiny.MLP_SIZE + gate.index).tolist() == expected
 
 
-def test_a_question_is_right_where_most_of_its_traces_are_and_a_tie_is_wrong(train):
-    """A fourth trace, wrong, makes every right question a tie of two and two; a fifth, right, undoes that."""
-    added = [replace(t, id=f"{t.question_id}#3", correct=False) for t in planted()[::3]]
+def test_a_tie_between_the_traces_of_a_question_counts_as_wrong(train):
+    one_of_either = [trace for trace in planted() if not trace.id.endswith("#2")]
     with pytest.raises(TraceError, match=r"traces: 0 of 36 training questions are answered correctly"):
-        train(planted() + [one if labels_of(planted())[one.prompt] else replace(one, correct=False) for one in added])
+        train(one_of_either)
 
 
 def test_two_ids_of_one_prompt_are_one_question(train, trained):
     """Symptom: a prompt that the data held under two ids was fitted on and validated on. Cause: splits by id."""
     doubled = planted() + [replace(t, id=f"again {t.id}", question_id=f"again {t.question_id}") for t in planted()]
-    report = train(doubled)
+    report = train(doubled, pooling="attention")
     assert report.train_questions + report.validation_questions == COUNT
-    assert report.gate == trained["logistic"].gate
+    assert report.gate == trained["attention"].gate
 
 
 def test_the_gate_remembers_all_its_questions_and_its_base(trained, bases):
@@ -360,7 +359,7 @@ def test_a_probability_does_not_depend_on_the_batch(token_budget, stock, tokeniz
 
 def test_progress_reaches_the_number_of_questions(train):
     told = []
-    train(planted(), reading=Reading(64, lambda done, total: told.append((done, total))))
+    train(planted(), pooling="attention", reading=Reading(64, lambda done, total: told.append((done, total))))
     assert told[-1] == (COUNT, COUNT)
     assert len(told) > 3
 

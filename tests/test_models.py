@@ -78,7 +78,7 @@ def test_what_is_neither_a_folder_nor_reachable_is_refused(tmp_path):
 def test_a_checkpoint_without_safetensors_is_refused(folders, tmp_path):
     folder = copied(folders["llama"], tmp_path)
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(ArtifactError, match="expected safetensors weights .no pickles."):
+    with pytest.raises(ArtifactError, match=r"expected safetensors weights .no pickles."):
         BaseModel.of(folder)
 
 
@@ -153,7 +153,7 @@ def test_the_fingerprint_can_be_limited_to_some_tensors(folders):
 
 @pytest.mark.parametrize("layers", [0, -1, 2.0, "2", None])
 def test_a_base_with_an_impossible_size_is_refused(layers):
-    with pytest.raises(RuleError, match="base x: layers is .*; expected a positive integer"):
+    with pytest.raises(RuleError, match=r"base x: layers is .*; expected a positive integer"):
         BaseModel("x", "llama", layers, 8, 8)
 
 

@@ -1,6 +1,7 @@
 """Rankings, against the formulas of the paper written as loops over a tiny model's activations."""
 
 import copy
+import json
 import math
 import statistics
 
@@ -189,9 +190,9 @@ def test_traces_of_one_outcome_are_refused(stock, tokenizer, bases):
     for label in (True, False):
         own = [trace for trace in TRACES if trace.correct is label]
         for read in (read_stats, read_attribution):
-            with pytest.raises(TraceError, match="none of . questions has both correct and incorrect traces"):
+            with pytest.raises(TraceError, match=r"none of . questions has both correct and incorrect traces"):
                 read(stock["qwen3"], tokenizer, own, bases["qwen3"])
-        with pytest.raises(TraceError, match="traces: none is (in)?correct"):
+        with pytest.raises(TraceError, match=r"traces: none is (in)?correct"):
             read_stats(stock["qwen3"], tokenizer, own, bases["qwen3"], contrast="unpaired")
 
 
@@ -203,3 +204,12 @@ def test_a_model_with_a_nan_weight_is_refused_by_question_and_layer(stock, token
         read_stats(broken, tokenizer, TRACES, bases["qwen3"])
     with pytest.raises(TraceError, match=r"gradient is NaN or infinite; load the model in float32"):
         read_attribution(broken, tokenizer, TRACES, bases["qwen3"])
+
+
+@pytest.mark.parametrize("ranking", ["paper", "attribution"])
+def test_what_was_found_is_told_to_a_person_and_to_a_machine(ranking, stock, tokenizer, bases):
+    found = identify(stock["qwen3"], tokenizer, TRACES, bases["qwen3"], ranking=ranking, keep=9)
+    assert found.line().startswith("9 neurons of layers 2 to 3 from 3 questions, by ")
+    record = json.loads(json.dumps(found.as_record()))
+    assert (record["neurons"], record["ranking"], record["questions"], record["traces"]) == (9, ranking, 3, 8)
+    assert (record["split_half_cosine"] is None) == (ranking == "paper")

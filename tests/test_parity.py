@@ -16,9 +16,9 @@ from adaras_export.rule import SteeringRule
 
 CAUSAL, LATER = ("causal", "last_prompt_token"), ("later", "first_generated_token")
 
-# The largest distance of logits, in units of float32 (eps * the largest logit), that a correct export ever showed in
-# this suite; parity.py allows 256, the oracle's comparisons (tiny.logit_limit) allow 64.
-WORST = 16
+# Units of float32 (eps * the largest logit) by which logits of a correct export may differ from the reference's.
+# Measured over all families, gates, starts and modes: at most 2.2. parity.py allows 256, for models of real depth.
+WORST = 8
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +39,7 @@ every_key = pytest.mark.parametrize("key", KEYS, ids=lambda key: "-".join(map(st
 
 def written(rule: SteeringRule, folder, out):
     EXPORTER.write(rule, folder, out)
-    with torch.random.fork_rng():
-        return EXPORTER.load(out)
+    return EXPORTER.load(out)
 
 
 def failed(checks):
@@ -134,8 +133,7 @@ def test_a_tensor_that_is_not_there_fails(scripts, rules, folders, tmp_path):
     del content["weight_map"][name]
     index.write_text(json.dumps(content))
     save_file({other: value for other, value in load_file(file).items() if other != name}, file, {"format": "pt"})
-    with torch.random.fork_rng():
-        checks = compare(scripts[key], EXPORTER.load(tmp_path))
+    checks = compare(scripts[key], EXPORTER.load(tmp_path))
     report = next(check for check in checks if check.name == "keys in the loading report")
     assert report.detail == f"missing_keys {name}"
     assert not report.ok

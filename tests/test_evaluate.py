@@ -1,0 +1,277 @@
+"""Paired arms, their statistics and their controls, against real generation and brute force."""
+
+import itertools
+import math
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adaras_export import models
+from adaras_export.errors import MissingExtraError, RuleError, TraceError
+from adaras_export.evaluate import Arm, Exam, answer, arms_table, compare, conclusion, evaluate, random_control
+from adaras_export.gate import gate_probabilities
+from adaras_export.generation import Sampling, complete, encode_prompt
+from adaras_export.rule import NeuronSet
+from adaras_export.steering import steered
+from adaras_export.traces import Question, digest
+
+pytest.importorskip("scipy.stats")
+
+GREEDY = Sampling(5)
+QUESTIONS = [Question(f"q{n}", f"{n * 37} and {'so ' * (n % 4)}on", "x") for n in range(14)]
+QUESTIONS.append(Question("chat", [{"role": "user", "content": "4+4"}], "x"))
+STARTS = ["last_prompt_token", "first_generated_token"]
+
+
+def has_even_sum(completion, answer):
+    """A verdict that random text gets right about every second time."""
+    return sum(completion.encode()) % 2 == 0
+
+
+@pytest.fixture(scope="module")
+def exam():
+    return Exam(QUESTIONS, has_even_sum, GREEDY, max_rows=4)
+
+
+@pytest.fixture(scope="module")
+def rule(stock, tokenizer, bases):
+    """A rule for qwen3 by (gated, start), whose gate steers about half of the questions."""
+    gate = tiny.make_gate()
+    found = np.sort(gate_probabilities(stock["qwen3"], tokenizer, gate, [q.prompt for q in QUESTIONS]))
+    gate = replace(gate, threshold=float(found[6:8].mean()))
+
+    def make(*, gated=True, start="last_prompt_token", **fields):
+        return tiny.make_rule(bases["qwen3"], gate=gate if gated else None, start=start, **fields)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def run(stock, tokenizer, exam):
+    """`evaluate` on the tiny qwen3 with two random controls."""
+
+    def go(rule, exam=exam, **changes):
+        return evaluate(stock["qwen3"], tokenizer, rule, exam, **({"random_seeds": (0, 1)} | changes))
+
+    return go
+
+
+def verdicts_of(model, tokenizer, rule):
+    """Question by question, alone in its batch, from the prompt on; ``rule`` None is plain."""
+    found = []
+    for question in QUESTIONS:
+        row = encode_prompt(tokenizer, question.prompt)
+        if rule is None:
+            (text,) = complete(model, tokenizer, [row], GREEDY, [question.id])
+        else:
+            with steered(model, rule):
+                (text,) = complete(model, tokenizer, [row], GREEDY, [question.id])
+        found.append(has_even_sum(text, ""))
+    return found
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_every_arm_is_what_really_generating_under_its_rule_gives(start, rule, run, stock, tokenizer):
+    one = rule(start=start)
+    found = run(one)
+    rules = {"off": None, "gated": one, "always": one.ungated(), "flipped": one.with_strength(-one.strength)}
+    rules |= {f"random {seed}": random_control(stock["qwen3"], one, seed) for seed in (0, 1)}
+    for name, by_hand in rules.items():
+        assert found.verdicts[name].tolist() == verdicts_of(stock["qwen3"], tokenizer, by_hand), name
+    assert 0 < found.steered_share < 1
+    assert found.verdicts["gated"].tolist() not in (found.verdicts["always"].tolist(), found.verdicts["off"].tolist())
+
+
+def test_without_a_gate_every_question_is_steered(rule, run, stock, tokenizer):
+    one = rule(gated=False)
+    found = run(one)
+    assert [arm.name for arm in found.arms] == ["off", "always", "flipped", "random 0", "random 1"]
+    assert found.steered_share == 1
+    assert found.verdicts["always"].tolist() == verdicts_of(stock["qwen3"], tokenizer, one)
+
+
+def test_arms_come_in_a_fixed_order_and_count_their_verdicts(rule, run):
+    found = run(rule())
+    assert [arm.name for arm in found.arms] == ["off", "always", "gated", "flipped", "random 0", "random 1"]
+    for arm in found.arms:
+        verdicts, off = found.verdicts[arm.name], found.verdicts["off"]
+        assert arm == compare(arm.name, verdicts, off)
+        assert (arm.questions, arm.accuracy) == (15, verdicts.mean())
+        assert (arm.fixed, arm.broken) == ((verdicts & ~off).sum(), (off & ~verdicts).sum())
+    assert found.arm("gated") is found.arms[2]
+    assert found.verdict == conclusion(found.arms)
+
+
+def test_strength_0_changes_no_verdict(rule, run):
+    found = run(rule(strength=0.0))
+    assert all(verdicts.tolist() == found.verdicts["off"].tolist() for verdicts in found.verdicts.values())
+    assert all((arm.fixed, arm.broken, arm.p_value) == (0, 0, 1) for arm in found.arms)
+
+
+def test_the_batch_size_changes_no_verdict(rule, run, exam):
+    """Symptom that this would show: arms that differ by rounding. The tiny model's logits lie far apart."""
+    one, other = run(rule()), run(rule(), replace(exam, max_rows=1, token_budget=1))
+    assert {name: v.tolist() for name, v in one.verdicts.items()} == {n: v.tolist() for n, v in other.verdicts.items()}
+
+
+def test_two_runs_give_the_same_record(rule, run):
+    assert run(rule()).as_record() == run(rule()).as_record()
+
+
+def test_the_record_holds_every_verdict_by_question(rule, run):
+    found, one = run(rule()), rule()
+    record = found.as_record()
+    assert record["rule"] == one.fingerprint
+    assert record["verdicts"]["id"] == [question.id for question in QUESTIONS]
+    assert record["verdicts"]["gated"] == [int(right) for right in found.verdicts["gated"]]
+    assert record["questions"] == 15
+    assert [arm["name"] for arm in record["arms"]] == [arm.name for arm in found.arms]
+
+
+def test_progress_reaches_every_answer_of_every_arm(rule, exam, stock, tokenizer):
+    told = []
+    watched = replace(exam, progress=lambda done, total: told.append((done, total)))
+    answer(stock["qwen3"], tokenizer, watched, [None, rule()])
+    assert told[-1] == (30, 30)
+    assert len(told) == 8
+
+
+@pytest.mark.parametrize("part", ["rule", "neurons", "gate"])
+def test_questions_that_were_used_before_are_refused(part, rule, run):
+    seen, one = (digest(QUESTIONS[3].prompt), digest(QUESTIONS[-1].prompt)), rule()
+    held = one if part == "rule" else getattr(one, part)
+    used = replace(held, questions=seen)
+    used = used if part == "rule" else replace(one, **{part: used})
+    with pytest.raises(TraceError, match=r"questions: 2 of 15 were used before.*first: q3.*--allow-seen"):
+        run(used)
+    assert run(used, allow_seen=True, random_seeds=()).ids[3] == "q3"
+
+
+def test_an_exam_without_questions_or_with_sampling_is_refused():
+    with pytest.raises(TraceError, match="questions: there are none"):
+        Exam([], has_even_sum, GREEDY)
+    with pytest.raises(TraceError, match=r"exam: temperature 0\.7; expected 0"):
+        Exam(QUESTIONS, has_even_sum, Sampling(5, temperature=0.7))
+
+
+def test_a_rule_for_another_model_is_refused(rule, stock, tokenizer, exam):
+    with pytest.raises(RuleError, match="is not the model that this was made for"):
+        evaluate(stock["llama"], tokenizer, rule(gated=False), exam)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_random_control_has_other_neurons_of_the_same_layers_and_the_same_norm(seed, rule, stock):
+    one, model = rule(), stock["qwen3"]
+    control = random_control(model, one, seed)
+    assert control.layers() == one.layers()
+    assert (control.strength, control.start, control.gate) == (one.strength, one.start, one.gate)
+    for layer in one.layers():
+        (own, delta), (drawn, other) = one.neurons_of(layer), control.neurons_of(layer)
+        assert len(drawn) == len(own)
+        assert not set(drawn.tolist()) & set(own.tolist())
+        weight = models.down_projection(model, layer).weight.detach().double()
+        norms = [float((weight[:, at] @ torch.tensor(d).double()).norm()) for at, d in ((own, delta), (drawn, other))]
+        assert norms[1] == pytest.approx(norms[0], rel=1e-5)
+
+
+def test_a_biased_down_projection_does_not_count_in_the_norm(stock, bases):
+    one = tiny.make_rule(bases["llama-biased"])
+    control = random_control(stock["llama-biased"], one, 0)
+    weight = models.down_projection(stock["llama-biased"], 2).weight.detach()
+    norms = [float((weight[:, at] @ torch.tensor(d)).norm()) for at, d in (one.neurons_of(2), control.neurons_of(2))]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-5)
+
+
+def test_a_random_control_depends_on_its_seed_only(rule, stock):
+    control = random_control(stock["qwen3"], rule(), 3)
+    assert control == random_control(stock["qwen3"], rule(), 3)
+    assert control != random_control(stock["qwen3"], rule(), 4)
+
+
+def test_signs_of_the_random_controls_are_drawn(rule, stock):
+    """Of 4 seeds with 6 neurons each; all of one sign by chance: 2 * 2**-24."""
+    deltas = np.concatenate([random_control(stock["qwen3"], rule(), seed).neurons.delta for seed in range(4)])
+    assert (deltas > 0).any()
+    assert (deltas < 0).any()
+
+
+def test_a_control_of_a_layer_that_adds_nothing_adds_nothing(bases, stock):
+    """Symptom: ZeroDivisionError on a rule whose neurons of a layer all had delta 0."""
+    neurons = NeuronSet(layer=[2, 2, 3], index=[0, 1, 2], delta=[0.0, 0.0, 1.0])
+    control = random_control(stock["qwen3"], tiny.make_rule(bases["qwen3"], neurons=neurons), 0)
+    assert control.neurons_of(2)[1].tolist() == [0, 0]
+    assert control.neurons_of(3)[1].tolist() != [0]
+
+
+def test_a_rule_of_a_whole_layer_has_no_random_control(bases, stock):
+    whole = NeuronSet(layer=[2] * tiny.MLP_SIZE, index=range(tiny.MLP_SIZE), delta=[1.0] * tiny.MLP_SIZE)
+    with pytest.raises(RuleError, match="random control: no neuron of layer 2 beside the rule's adds anything"):
+        random_control(stock["qwen3"], tiny.make_rule(bases["qwen3"], neurons=whole), 0)
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60))
+def test_the_interval_is_wilsons(verdicts):
+    arm, off = (np.array(column) for column in zip(*verdicts, strict=True))
+    found, n, z = compare("a", arm, off), len(verdicts), 1.959963984540054
+    p = arm.mean()
+    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    assert (found.low, found.high) == pytest.approx((middle - half, middle + half), abs=1e-9)
+
+
+@given(st.integers(0, 9), st.integers(0, 9), st.integers(0, 5))
+def test_the_paired_test_is_mcnemars_exact_one(fixed, broken, unchanged):
+    """By counting all outcomes of as many coins as there are changed verdicts."""
+    off = np.array([False] * fixed + [True] * (broken + unchanged + 1))
+    arm = np.array([True] * fixed + [False] * broken + [True] * (unchanged + 1))
+    coins = [abs(2 * heads - fixed - broken) for heads in map(sum, itertools.product((0, 1), repeat=fixed + broken))]
+    expected = sum(distance >= abs(fixed - broken) for distance in coins) / len(coins)
+    found = compare("a", arm, off)
+    assert (found.fixed, found.broken) == (fixed, broken)
+    assert found.p_value == pytest.approx(expected)
+
+
+def arm(name, accuracy, fixed=0, broken=0, p_value=1.0):
+    return Arm(name, 1000, accuracy, 0.0, 1.0, fixed, broken, p_value)
+
+
+OFF, FLIPPED = arm("off", 0.5), arm("flipped", 0.45)
+GAIN = arm("always", 0.6, 110, 10, 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("arms", "expected"),
+    [
+        ([arm("always", 0.4, 10, 110, 1e-9), FLIPPED, arm("random 0", 0.5)], "steering harms: -10.0 points"),
+        ([arm("always", 0.51, 20, 10, 0.2), FLIPPED, arm("random 0", 0.5)], "no gain shown: +1.0 points (20 fixed, 10"),
+        ([arm("always", 0.49, 10, 20, 0.2), FLIPPED, arm("random 0", 0.5)], "no gain shown: -1.0 points"),
+        ([GAIN, FLIPPED], "+10.0 points (110 fixed, 10 broken), p = 1e-09; not a claim, because no random-neuron"),
+        ([GAIN, FLIPPED, arm("random 0", 0.5), arm("random 1", 0.6)], "but a control does as well"),
+        ([GAIN, arm("flipped", 0.61), arm("random 0", 0.5)], "but a control does as well"),
+        ([GAIN, FLIPPED, arm("random 0", 0.5), arm("random 1", 0.59)], "steering helps: +10.0 points"),
+        ([GAIN, FLIPPED, arm("random 0", 0.48), arm("random 1", 0.52)], "reach 48.0% to 52.0% (off: 50.0%)"),
+        ([arm("gated", 0.5), GAIN, FLIPPED, arm("random 0", 0.5)], "no gain shown: +0.0 points (0 fixed, 0 broken)"),
+    ],
+)
+def test_the_conclusion_claims_no_more_than_the_arms_show(arms, expected):
+    assert expected in conclusion([OFF, *arms])
+
+
+def test_the_table_has_a_line_for_every_arm():
+    lines = arms_table([OFF, GAIN, FLIPPED]).splitlines()
+    assert len(lines) == 4
+    assert lines[2].split() == ["always", "60.0%", "0.0%", "-", "100.0%", "110", "10", "1e-09"]
+    assert len({len(line) for line in lines[1:]}) == 1
+
+
+def test_without_scipy_the_error_names_the_extra_before_anything_is_answered(rule, run, exam, monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.stats", None)
+    watched = replace(exam, progress=lambda done, total: pytest.fail("answered"))
+    with pytest.raises(MissingExtraError, match=r"comparing verdicts needs scipy.*install 'adaras-export\[identify\]'"):
+        run(rule(), watched)

