@@ -240,7 +240,7 @@ def _chunks(questions: Sequence[Sequence[Trace]], reading: Reading) -> Iterator[
 def _best(base: BaseModel, keys: Sequence[Array], keep: int, min_layer: int) -> tuple[Array, Array]:
     """Layer and index of the ``keep`` largest entries by several (L, M) keys, the first counting most."""
     available = (base.layers - min_layer) * base.mlp_size
-    if not 0 <= min_layer < base.layers or not 0 <= keep <= available:
+    if not 0 <= min_layer < base.layers or not 1 <= keep <= available:
         raise RuleError(
             f"neurons: {keep} wanted from layer {min_layer} on; {base.id} has {base.layers} layers of {base.mlp_size}"
         )

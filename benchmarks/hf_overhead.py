@@ -137,7 +137,7 @@ def decoding(pair: Pair, rows: int) -> dict[str, Callable[[], object]]:
             ids = some_ids(rows, 1)
             for _ in range(BLOCK):
                 ids = model(input_ids=ids, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
-            cache.crop(PROMPT)
+            cache.crop(-BLOCK)
 
         return block
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from common import bytes_written, comparison, fresh_process, in_turn, machine, options, peak, prepare, reset_peak, table
+from common import Memory, bytes_written, comparison, fresh_process, in_turn, machine, options, prepare, table
 
 from adaras_export import BaseModel, NeuronStats
 from adaras_export.activations import right_pad
@@ -96,18 +96,20 @@ class Bench:
             )
 
     def memory(self, side: str) -> dict[str, float | int | None]:
-        """Peak memory beyond the loaded model, and bytes written, of one side."""
+        """Peak of the allocated memory beyond the loaded model, and bytes written, of one side."""
         with torch.no_grad():
             self.model(input_ids=torch.ones(1, 8, dtype=torch.int64))  # the weights are resident from here on
-        before, written = reset_peak(), bytes_written()
-        result = self.sides[side]()
-        growth, after = peak() - before, bytes_written()
+        with Memory() as memory:
+            written = bytes_written()
+            result = self.sides[side]()
+        after = bytes_written()
         size = 0
         if isinstance(result, NeuronStats):
             with tempfile.TemporaryDirectory() as folder:
                 result.save(Path(folder) / "statistics.safetensors")
                 size = (Path(folder) / "statistics.safetensors").stat().st_size
-        return {"peak": growth, "written": None if None in (written, after) else after - written, "result": size}
+        peak = memory.resident if memory.allocated is None else memory.allocated
+        return {"peak": peak, "written": None if None in (written, after) else after - written, "result": size}
 
 
 def made_up(questions: int, words: int) -> list[Trace]:

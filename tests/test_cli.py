@@ -73,8 +73,15 @@ def call(args):
     return end.value.code or 0
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """On a busy machine the threads of scikit-learn's libraries wait for each other ten times as long as they work."""
+    with pytest.importorskip("threadpoolctl").threadpool_limits(1):
+        yield
+
+
 @pytest.fixture(scope="module")
-def job(tmp_path_factory):
+def job(one_thread, tmp_path_factory):
     """A folder in which every stage has left its file."""
     folder = tmp_path_factory.mktemp("job")
     for name, rows in planted.splits({"identify": 24, "validation": 12, "test": 12}, seed=5).items():

@@ -63,6 +63,13 @@ def parts_of(traces, seed=0):
     return {name: [prompts[int(row)] for row in rows] for name, rows in parts.items()}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """On a busy machine the threads of scikit-learn's libraries wait for each other ten times as long as they work."""
+    with pytest.importorskip("threadpoolctl").threadpool_limits(1):
+        yield
+
+
 @pytest.fixture(scope="module")
 def train(stock, tokenizer, bases):
     """`train_gate` on the tiny qwen3 below layer 2, with changes."""
@@ -130,8 +137,8 @@ def test_the_threshold_is_the_lowest_that_maximises_youdens_j(drawn):
     threshold = youden_threshold(p_correct, correct)
     best = max(j(cut) for cut in [0.0, *p_correct.tolist(), 1.0])
     assert j(threshold) == best
-    below = p_correct[p_correct < np.float32(threshold)]
-    assert not len(below) or j(below.max()) < best, "a lower threshold steers less and separates as well"
+    lower = p_correct[p_correct < np.float32(threshold)]
+    assert all(j(cut) < best for cut in lower), "a lower threshold steers less and separates as well"
 
 
 def test_the_threshold_of_two_clear_groups_lies_between_them():

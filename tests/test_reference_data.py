@@ -47,7 +47,7 @@ def traces(rows, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def smol(tmp_path_factory):
-    """SmolLM2's folder, unpacked once a session."""
+    """SmolLM2's folder, unpacked once for all tests."""
     return smollm2.unpack(tmp_path_factory.getbasetemp() / "smollm2")
 
 

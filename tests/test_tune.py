@@ -1,5 +1,6 @@
 """The choice of count and strength: the planted best wins, ties go to the weaker, and misuse is refused."""
 
+import json
 import sys
 from dataclasses import replace
 
@@ -99,11 +100,13 @@ def test_ties_go_to_the_weaker_then_the_fewer_then_the_positive(order, run):
     assert (report.chosen.strength, report.chosen.count) == (1.0, 3)
 
 
-def test_the_weaker_of_two_equals_wins_over_the_fewer_neurons(run):
-    report = run(["x"] * 10, check=lambda text, answer: False, counts=(3, 6), strengths=(2.0,))
-    assert report.chosen.count == 3
-    report = run(["x"] * 10, check=lambda text, answer: False, counts=(6,), strengths=(2.0, -1.0))
-    assert report.chosen.strength == -1
+def test_the_weaker_of_two_equals_wins_over_the_fewer_neurons(run, completions, bases):
+    settings = [SteeringRule(tiny.make_neurons().top(c), s, bases["qwen3"]) for c, s in ((3, 2.0), (6, 1.0))]
+    answers = [json.dumps(both) for both in zip(*map(completions, settings), strict=True)]
+    report = run(answers, check=lambda text, answer: text in json.loads(answer))
+    best = [(trial.count, trial.strength) for trial in report.trials if trial.arm.accuracy == 1]
+    assert best == [(3, 2.0), (6, 1.0)]
+    assert (report.chosen.count, report.chosen.strength) == (6, 1.0)
 
 
 def test_a_grid_that_beats_nothing_says_so(run, completions):
