@@ -1,4 +1,4 @@
-# make demo and make test need nothing but Python 3.10+ and the registries that pip is set up for.
+# make demo and make test need nothing but Python 3.11+ and the registries that pip is set up for.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

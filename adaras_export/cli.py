@@ -145,6 +145,8 @@ def identify(
 
     _choice("ranking", ranking, ("paper", "attribution"))
     first = _start(start)
+    if stats is not None and per_class is not None:
+        raise typer.BadParameter("--per-class and --stats: the statistics are of all traces; expected one of the two")
     read = read_traces(traces)
     read = read if per_class is None else balanced(read, 0, per_class)
     recorded = None if stats is None else NeuronStats.load(stats)

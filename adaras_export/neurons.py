@@ -189,12 +189,14 @@ def identify(  # noqa: PLR0913 - one decision of the researcher each
         reading: batch size and progress.
 
     Raises:
-        TraceError: the traces do not allow a contrast.
+        TraceError: the traces do not allow a contrast, or the statistics are of other questions.
         RuleError: too few neurons, or statistics of another model.
     """
     lowest = base.layers // 2 if min_layer is None else min_layer
     if stats is None:
         stats = read_stats(model, tokenizer, traces, base, contrast=contrast, reading=reading)
+    else:
+        _require_of(stats, traces)
     stats.base.require_same(base)
     if ranking == "paper":
         return Identified(rank_by_difference(stats, keep, lowest), stats, None)
@@ -215,6 +217,16 @@ def mixed(questions: Sequence[Sequence[Trace]]) -> list[Sequence[Trace]]:
             "per question, or contrast them unpaired"
         )
     return found
+
+
+def _require_of(stats: NeuronStats, traces: Sequence[Trace]) -> None:
+    groups = by_question(traces).values()
+    expected = {digest(group[0].prompt) for group in mixed(list(groups))}
+    if stats.contrast == "within_question" and expected != {*stats.questions}:
+        raise TraceError(
+            f"statistics: {len(expected ^ {*stats.questions})} questions are in the statistics or the traces only; "
+            "expected the file that collect --record wrote with these traces"
+        )
 
 
 def _weighted(

@@ -131,7 +131,7 @@ def test_progress_reaches_the_number_of_questions(stock, tokenizer, bases):
     assert told[-1] == (3, 3)
 
 
-@given(st.lists(st.integers(0, 3), min_size=6, max_size=6), st.integers(0, 6), st.integers(0, 1))
+@given(st.lists(st.integers(1, 3), min_size=6, max_size=6), st.integers(0, 6), st.integers(0, 1))
 def test_ties_go_to_the_lower_layer_and_index(scores, keep, min_layer):
     base = BaseModel("x", "llama", 2, 3, 4)
     gradient = np.array(scores, np.float64).reshape(2, 3)
@@ -213,3 +213,10 @@ def test_what_was_found_is_told_to_a_person_and_to_a_machine(ranking, stock, tok
     record = json.loads(json.dumps(found.as_record()))
     assert (record["neurons"], record["ranking"], record["questions"], record["traces"]) == (9, ranking, 3, 8)
     assert (record["split_half_cosine"] is None) == (ranking == "paper")
+
+
+def test_statistics_of_other_traces_are_refused(stock, tokenizer, bases):
+    stats = read_stats(stock["qwen3"], tokenizer, TRACES, bases["qwen3"])
+    fewer = [trace for trace in TRACES if trace.question_id != TRACES[0].question_id]
+    with pytest.raises(TraceError, match="1 questions are in the statistics or the traces only"):
+        identify(stock["qwen3"], tokenizer, fewer, bases["qwen3"], keep=5, stats=stats)
