@@ -131,7 +131,7 @@ def test_progress_reaches_the_number_of_questions(stock, tokenizer, bases):
     assert told[-1] == (3, 3)
 
 
-@given(st.lists(st.integers(1, 3), min_size=6, max_size=6), st.integers(0, 6), st.integers(0, 1))
+@given(st.lists(st.integers(0, 3), min_size=6, max_size=6), st.integers(1, 7), st.integers(0, 1))
 def test_ties_go_to_the_lower_layer_and_index(scores, keep, min_layer):
     base = BaseModel("x", "llama", 2, 3, 4)
     gradient = np.array(scores, np.float64).reshape(2, 3)
