@@ -334,7 +334,8 @@ def main() -> None:
     """Run the command line; every error of the user's input is one line."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
-        status = app(sys.argv[1:] or ["--help"], standalone_mode=False)  # or Typer would frame errors in boxes
+        # Not standalone, or Typer would frame errors in boxes.
+        status = app(sys.argv[1:] or ["--help"], prog_name="adaras-export", standalone_mode=False)
     except ParityError as error:
         _fail(type(error).__name__, str(error), 1)
     except AdarasError as error:

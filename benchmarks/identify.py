@@ -45,7 +45,7 @@ def main() -> None:
     print(f"Reading {len(bench.traces)} traces of {tokens} tokens in all:\n")
     sides = {name: bench.sides[name] for name in ("decoder", "identify", "with LM head")}
     print(comparison(in_turn(sides, arguments.repeats), "decoder", budgets={"identify": BUDGET}))
-    print("Sampling 8 questions, 4 attempts of up to 32 tokens:\n")
+    print("Sampling 4 questions, 4 attempts of up to 32 tokens:\n")
     sides = {"collect": bench.sample, "collect, recording": lambda: bench.sample(recording=True)}
     print(comparison(in_turn(sides, arguments.repeats), "collect", budgets={"collect, recording": BUDGET}))
     print("Memory and disk while reading, beyond the loaded model:\n")
@@ -86,7 +86,7 @@ class Bench:
             collect(
                 self.model,
                 self.tokenizer,
-                smollm2.splits({"collect": 8}, seed=2)["collect"],
+                smollm2.splits({"collect": 4}, seed=2)["collect"],
                 Path(folder) / "traces.jsonl",
                 attempts=4,
                 sampling=Sampling(32, temperature=1.0),

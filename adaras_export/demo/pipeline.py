@@ -47,6 +47,7 @@ class Task:
     sampling: Sampling
     counts: Sequence[int]
     strengths: dict[Ranking, Sequence[float]]
+    random_controls: int
     remark: str
 
 
@@ -62,6 +63,7 @@ def planted_task(_out: Path) -> Task:
         sampling=Sampling(40, temperature=1.0),
         counts=(50, 200),
         strengths={"paper": strengths, "attribution": strengths},
+        random_controls=5,
         remark="SYNTHETIC: a small model with planted careful and careless modes. No evidence about real models.",
     )
 
@@ -76,6 +78,7 @@ def smollm2_task(out: Path) -> Task:
         sampling=Sampling(12, temperature=1.0, stop="\n"),
         counts=(50,),
         strengths={"paper": (-1.0, -0.3, 0.3, 1.0), "attribution": (-0.4, 0.2, 0.3, 0.4)},
+        random_controls=3,
         remark="SmolLM2-135M-Instruct (Apache-2.0), 4-bit weights dequantised to float32, one kind of question.",
     )
 
@@ -217,7 +220,8 @@ def job(task: Task, out: Path, bar: Bar) -> Summary:
             strengths=task.strengths[ranking],
         )
         tuned.rule.save(out / f"rule-{ranking}.safetensors")
-        evaluation = evaluate(model, tokenizer, tuned.rule, _exam(task, "test", bar(f"evaluate {ranking}")))
+        exam = _exam(task, "test", bar(f"evaluate {ranking}"))
+        evaluation = evaluate(model, tokenizer, tuned.rule, exam, random_seeds=range(task.random_controls))
         record = json.dumps(evaluation.as_record(), indent=1, sort_keys=True)
         replace_file(out / f"evaluation-{ranking}.json", f"{record}\n".encode())
         candidates[ranking] = Candidate(identified, tuned, evaluation)

