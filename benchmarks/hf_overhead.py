@@ -1,6 +1,6 @@
 """What a steered Hugging Face model costs beside its base: decoding, prefill, and decoding compiled.
 
-python benchmarks/hf_overhead.py [--model DIR] [--threads 2] [--repeats 15] [--compile-seconds 300]
+python benchmarks/hf_overhead.py [--model DIR] [--threads 2] [--repeats 16] [--compile-seconds 300]
 
 The rule has 50 random neurons in the upper half of the layers and a gate of 64 random features in the lower half: cost
 does not depend on which ones they are. Both models share the same weights in memory. "base again" is the base measured
@@ -28,7 +28,7 @@ PROMPT, BLOCK, COMPILED_BLOCK = 128, 8, 32
 
 
 def main() -> None:
-    parser = options(__doc__, repeats=15)
+    parser = options(__doc__, repeats=16)
     parser.add_argument("--prefill-tokens", type=int, default=512, help="length of a prompt (default: %(default)s)")
     parser.add_argument(
         "--compile-seconds", type=float, default=300, help="patience with torch.compile (default: %(default)s)"
@@ -45,10 +45,10 @@ def main() -> None:
             times = in_turn(decoding(pair, rows), arguments.repeats)
             print(shown(times, BUDGETS["decode"], "ms/token", 1000 / BLOCK))
         print(f"generate(), greedy, batch 1, a prompt of {PROMPT} and 16 new tokens:\n")
-        print(shown(in_turn(generating(pair), max(3, arguments.repeats // 3)), "", "s", 1))
+        print(shown(in_turn(generating(pair), arguments.repeats // 2), "", "s", 1))
         for rows in (1, 4):
             print(f"Prefill with the gate, batch {rows}, {arguments.prefill_tokens} tokens:\n")
-            times = in_turn(prefilling(pair, rows, arguments.prefill_tokens), max(3, arguments.repeats // 3))
+            times = in_turn(prefilling(pair, rows, arguments.prefill_tokens), arguments.repeats // 2)
             print(shown(times, BUDGETS["prefill"], "s", 1))
     report_compiled(arguments)
 

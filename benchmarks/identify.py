@@ -1,6 +1,6 @@
 """What identification costs: reading traces with statistics against a plain forward pass over the same traces.
 
-python benchmarks/identify.py [--model DIR] [--threads 2] [--repeats 5]
+python benchmarks/identify.py [--model DIR] [--threads 2] [--repeats 6]
 
 Both sides tokenise the same traces and run the same batches. "decoder" is the forward pass without LM head, "with LM
 head" what `model(...)` computes. Then sampling with and without recording; then peak memory and bytes written, each
@@ -32,7 +32,7 @@ MAX_ROWS = 64  # as in the library
 
 
 def main() -> None:
-    parser = options(__doc__, repeats=5)
+    parser = options(__doc__, repeats=6)
     parser.add_argument("--questions", type=int, default=6, help="questions, four traces each (default: %(default)s)")
     parser.add_argument("--words", type=int, default=150, help="words of a completion (default: %(default)s)")
     arguments = parser.parse_args()
