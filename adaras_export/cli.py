@@ -60,8 +60,14 @@ def demo(
 ) -> None:
     """The whole job on a model that is at hand: sample, identify, gate, tune, evaluate, export, verify."""
     _quiet_libraries()
+    import torch
+
     from adaras_export.demo import pipeline
 
+    if (
+        model == "planted"
+    ):  # its matrices are so small that a second thread only waits, several times over on busy cores
+        torch.set_num_threads(1)
     with _progress() as bar:
         summary = pipeline.run(model, out, bar)
     _print(summary.as_record(), summary.text(), as_json)

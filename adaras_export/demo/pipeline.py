@@ -52,9 +52,12 @@ class Task:
 
 
 def planted_task(_out: Path) -> Task:
-    """The embedded synthetic model. Its rule was fixed before any steering was tried; see docs/planted.md."""
+    """The embedded synthetic model; see docs/planted.md.
+
+    The paper's deltas are differences of means, about a seventh of a deviation here, so its strengths are larger: both
+    rankings may add vectors of about the same norms.
+    """
     parts = planted.splits({"identify": 400, "validation": 300, "test": 1000}, seed=1)
-    strengths = (-4.0, -2.0, -1.0, -0.3, 0.3, 1.0, 2.0, 4.0)
     return Task(
         name="planted",
         base=Path(__file__).with_name("planted_model"),
@@ -62,7 +65,10 @@ def planted_task(_out: Path) -> Task:
         attempts=8,
         sampling=Sampling(40, temperature=1.0),
         counts=(50, 200),
-        strengths={"paper": strengths, "attribution": strengths},
+        strengths={
+            "paper": (-30.0, -10.0, -3.0, -1.0, 1.0, 3.0, 10.0, 30.0),
+            "attribution": (-4.0, -2.0, -1.0, -0.3, 0.3, 1.0, 2.0, 4.0),
+        },
         random_controls=5,
         remark="SYNTHETIC: a small model with planted careful and careless modes. No evidence about real models.",
     )
