@@ -83,7 +83,8 @@ def smollm2_task(out: Path) -> Task:
         attempts=4,
         sampling=Sampling(12, temperature=1.0, stop="\n"),
         counts=(50,),
-        strengths={"paper": (-1.0, -0.3, 0.3, 1.0), "attribution": (-0.4, 0.2, 0.3, 0.4)},
+        # In deviations of trace means, which the shared examples of the prompt make small: see docs/decisions/004.
+        strengths={"paper": (-30.0, -10.0, -3.0, 3.0, 10.0, 30.0), "attribution": (-4.0, 1.0, 2.0, 4.0, 8.0)},
         random_controls=3,
         remark="SmolLM2-135M-Instruct (Apache-2.0), 4-bit weights dequantised to float32, one kind of question.",
     )
@@ -293,6 +294,5 @@ def _in_a_clean_process(folder: Path, questions: Sequence[Question], sampling: S
 
 def _one_line(answer: dict[str, Any]) -> str:
     decision = ", ".join(f"p(correct) {p:.2f}: {'steered' if on else 'left alone'}" for p, on in answer["decision"])
-    return (
-        f"{answer['prompt'].strip().splitlines()[-1]!r} -> {answer['steered']!r} ({decision}; off: {answer['off']!r})"
-    )
+    question = " ".join(answer["prompt"].strip().split("\n\n")[-1].split())  # without the worked examples before it
+    return f"{question!r} -> {answer['steered']!r} ({decision}; off: {answer['off']!r})"
