@@ -19,7 +19,7 @@ from adaras_export.traces import Trace
 
 Sink = Callable[[int, Tensor], None]
 
-_MAX_ROWS = 64
+MAX_ROWS = 64  # of one batch, however short they are
 
 
 @contextmanager
@@ -80,17 +80,33 @@ def token_means(model: nn.Module, rows: Sequence[Sequence[int]], layers: Sequenc
     return torch.stack([means[layer] for layer in layers], dim=1)
 
 
+def row_means(
+    model: nn.Module,
+    rows: Sequence[Sequence[int]],
+    layers: Sequence[int],
+    token_budget: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Array]:
+    """`token_means` of any number of rows, read in batches of similar length: an array (len(layers), M) per row."""
+    means: list[Any] = [None] * len(rows)
+    done = 0
+    for indices in batches([len(row) for row in rows], token_budget, MAX_ROWS):
+        found = token_means(model, [rows[index] for index in indices], layers).numpy()
+        for index, mean in zip(indices, found, strict=True):
+            means[index] = mean
+        done += len(indices)
+        if progress is not None:
+            progress(done, len(rows))
+    return means
+
+
 def trace_means(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, traces: Sequence[Trace], token_budget: int
 ) -> dict[str, Array]:
     """Mean of h over all tokens of each trace, prompt and completion, read with teacher forcing: (L, M) by trace id."""
     rows = [[*prompt, *completion] for prompt, completion in (encode_trace(tokenizer, one) for one in traces)]
-    means: dict[str, Array] = {}
-    layers = range(models.sizes_of(model)[1])
-    for indices in batches([len(row) for row in rows], token_budget, _MAX_ROWS):
-        found = token_means(model, [rows[index] for index in indices], layers).numpy()
-        means |= {traces[index].id: mean for index, mean in zip(indices, found, strict=True)}
-    return means
+    means = row_means(model, rows, range(models.sizes_of(model)[1]), token_budget)
+    return {trace.id: mean for trace, mean in zip(traces, means, strict=True)}
 
 
 class Recorder:

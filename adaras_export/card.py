@@ -13,7 +13,6 @@ from adaras_export.rule import SteeringRule
 class CardContext:
     """What a card says besides the rule: the target's own words, and what is known of the base."""
 
-    target: str
     repository: str
     usage: str
     tags: Sequence[str]

@@ -64,9 +64,7 @@ def demo(
 
     from adaras_export.demo import pipeline
 
-    if (
-        model == "planted"
-    ):  # its matrices are so small that a second thread only waits, several times over on busy cores
+    if model == "planted":  # its matrices are so small that a second thread only waits for the first
         torch.set_num_threads(1)
     with _progress() as bar:
         summary = pipeline.run(model, out, bar)
@@ -280,7 +278,6 @@ def evaluate(
     from adaras_export.generation import Sampling
     from adaras_export.models import BaseModel
     from adaras_export.rule import SteeringRule
-    from adaras_export.storage import replace_file
 
     read = SteeringRule.load(rule)
     exam = _exam(questions, check, Sampling(max_new_tokens, stop=_text(stop)), batch_size)
@@ -295,7 +292,7 @@ def evaluate(
             random_seeds=range(random_controls),
             allow_seen=allow_seen,
         )
-    replace_file(out, (json.dumps(report.as_record(), indent=1, sort_keys=True) + "\n").encode())
+    report.save(out)
     _print(report.as_record(), f"{report.table()}\n{out}: {report.verdict}", as_json)
 
 

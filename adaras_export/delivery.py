@@ -77,7 +77,7 @@ def export(
         parity = _verified(exporter, stage, rule, folder)
         if not parity.ok:
             raise ParityError(f"{out}: not written: " + "; ".join(check.line().strip() for check in parity.failed()))
-        context = CardContext(to, out.name, exporter.usage(), exporter.tags(), dropped, _license(folder), measured)
+        context = CardContext(out.name, exporter.usage(), exporter.tags(), dropped, _license(folder), measured)
         (stage / "README.md").write_text(card(rule, parity, context), encoding="utf-8")
         files = _hashes(stage)
         receipt = _receipt(rule, exporter, parity, files) | {"base": found.as_record(), "source": str(base)}

@@ -6,9 +6,11 @@ steering. Knows nothing of how neurons, gate and strength were found.
 N questions, K neurons, D model width.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -23,7 +25,7 @@ from adaras_export.gate import gate_probabilities
 from adaras_export.generation import Sampling, batches, complete_from, encode_prompt, pad_id, prefill
 from adaras_export.rule import Gate, SteeringRule
 from adaras_export.steering import steered
-from adaras_export.storage import Array
+from adaras_export.storage import Array, replace_file
 from adaras_export.traces import Question, digest
 
 Progress = Callable[[int, int], None]
@@ -79,6 +81,14 @@ class Evaluation:
     def table(self) -> str:
         """All arms, one line each."""
         return arms_table(self.arms)
+
+    def save(self, path: str | Path) -> None:
+        """Write `as_record` as a JSON file, atomically.
+
+        Raises:
+            ArtifactError: the file cannot be written.
+        """
+        replace_file(path, (json.dumps(self.as_record(), indent=1, sort_keys=True) + "\n").encode())
 
     def as_record(self) -> dict[str, Any]:
         """JSON values, with the verdict of every arm on every question."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from adaras_export.activations import read, token_means
+from adaras_export.activations import MAX_ROWS, read, row_means
 from adaras_export.errors import RuleError, TraceError, require
 from adaras_export.generation import batches, encode_prompt
 from adaras_export.models import BaseModel
@@ -28,8 +28,6 @@ from adaras_export.storage import Array
 from adaras_export.traces import Prompt, Trace, by_question, digest, split
 
 Pooling = Literal["logistic", "attention"]
-
-_MAX_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -108,7 +106,7 @@ def train_gate(  # noqa: PLR0913 - one decision of the researcher each
     _require_both(labels, train, "training")
     _require_both(labels, validation, "validation")
     rows = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    means_NLM = _prompt_means(model, rows, range(below_layer), reading)
+    means_NLM = np.stack(row_means(model, rows, range(below_layer), reading.token_budget, reading.progress))
     if bad := sorted({int(layer) for layer in np.argwhere(~np.isfinite(means_NLM))[:, 1]}):
         raise TraceError(f"prompts: activations of layers {bad[:5]} are NaN or infinite; load the model in float32")
     layer, index = _best_features(means_NLM[train], labels[train], features)
@@ -169,20 +167,6 @@ def _require_both(labels: Array, rows: Array, part: str) -> None:
         )
 
 
-def _prompt_means(
-    model: PreTrainedModel, rows: Sequence[Sequence[int]], layers: Sequence[int], reading: Reading
-) -> Array:
-    """Mean of h over each prompt, (N, len(layers), M) float32."""
-    means: list[Any] = [None] * len(rows)
-    for indices in batches([len(row) for row in rows], reading.token_budget, _MAX_ROWS):
-        found = token_means(model, [rows[index] for index in indices], layers).numpy()
-        for index, mean in zip(indices, found, strict=True):
-            means[index] = mean
-        if reading.progress is not None:
-            reading.progress(sum(mean is not None for mean in means), len(rows))
-    return np.stack(means)
-
-
 def _prompt_features(
     model: PreTrainedModel, rows: Sequence[Sequence[int]], layer: Array, index: Array, reading: Reading
 ) -> list[Array]:
@@ -190,7 +174,7 @@ def _prompt_features(
     layers = np.unique(layer).tolist()
     chosen = {one: torch.tensor(index[layer == one]) for one in layers}
     features: list[Any] = [None] * len(rows)
-    for indices in batches([len(row) for row in rows], reading.token_budget, _MAX_ROWS):
+    for indices in batches([len(row) for row in rows], reading.token_budget, MAX_ROWS):
         pieces: list[Tensor] = []
 
         def keep(at: int, h_BTM: Tensor, _mask_BT: Tensor, pieces: list[Tensor] = pieces) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from adaras_export.activations import trace_means
+from adaras_export.activations import MAX_ROWS, trace_means
 from adaras_export.attribution import WeightedCompletion, margin_gradients
 from adaras_export.errors import RuleError, TraceError
 from adaras_export.generation import batches, encode_prompt, encode_trace, pad_id, prefill
@@ -22,8 +22,6 @@ from adaras_export.storage import Array
 from adaras_export.traces import Trace, by_question, digest
 
 Progress = Callable[[int, int], None]
-
-_MAX_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -120,7 +118,7 @@ def read_attribution(
         ]
         gradients = np.zeros((len(chunk), base.layers, base.mlp_size))
         lengths = [len(completion.ids) + 1 for completion in completions]
-        for indices in batches(lengths, reading.token_budget // 4, _MAX_ROWS):
+        for indices in batches(lengths, reading.token_budget // 4, MAX_ROWS):
             batch = [completions[index] for index in indices]
             parts = margin_gradients(model, prompts, batch, start).numpy()
             np.add.at(gradients, [completion.prompt_row for completion in batch], parts)
@@ -238,11 +236,11 @@ def _weighted(
 
 
 def _chunks(questions: Sequence[Sequence[Trace]], reading: Reading) -> Iterator[list[Sequence[Trace]]]:
-    """Questions, about `_MAX_ROWS` traces at a time; tells the progress behind each chunk."""
+    """Questions, about `MAX_ROWS` traces at a time; tells the progress behind each chunk."""
     chunk: list[Sequence[Trace]] = []
     for done, question in enumerate(questions, start=1):
         chunk.append(question)
-        if sum(map(len, chunk)) >= _MAX_ROWS or done == len(questions):
+        if sum(map(len, chunk)) >= MAX_ROWS or done == len(questions):
             yield chunk
             chunk = []
             if reading.progress is not None:

@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from adaras_export.generation import left_pad
 from adaras_export.rule import SteeringRule
 from adaras_export.steering import steered
 
@@ -185,9 +186,7 @@ class ReferencePlayer:
 @torch.no_grad()
 def play_model(model: Callable[..., Any], rows: Sequence[Sequence[int]], follow_BS: Tensor | None) -> Play:
     """Left-padded prefill, then one token at a time with the KV cache."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    ids, mask = left_pad(rows, 0, "cpu")
     cache, logits, tokens = None, [], []
     for step in range(_STEPS):
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]

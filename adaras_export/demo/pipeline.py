@@ -27,7 +27,6 @@ from adaras_export.neurons import Identified, Reading, identify
 from adaras_export.parity import ParityReport
 from adaras_export.rule import Ranking
 from adaras_export.statistics import NeuronStats
-from adaras_export.storage import replace_file
 from adaras_export.traces import Question, read_traces, write_questions
 from adaras_export.tune import TuneReport, tune
 
@@ -229,8 +228,7 @@ def job(task: Task, out: Path, bar: Bar) -> Summary:
         tuned.rule.save(out / f"rule-{ranking}.safetensors")
         exam = _exam(task, "test", bar(f"evaluate {ranking}"))
         evaluation = evaluate(model, tokenizer, tuned.rule, exam, random_seeds=range(task.random_controls))
-        record = json.dumps(evaluation.as_record(), indent=1, sort_keys=True)
-        replace_file(out / f"evaluation-{ranking}.json", f"{record}\n".encode())
+        evaluation.save(out / f"evaluation-{ranking}.json")
         candidates[ranking] = Candidate(identified, tuned, evaluation)
 
     exported = max(RANKINGS, key=lambda one: candidates[one].tuned.chosen.arm.accuracy)
