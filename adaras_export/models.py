@@ -7,7 +7,7 @@ not in the table is refused: a guessed module path would steer the wrong thing w
 import hashlib
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from functools import reduce
 from pathlib import Path
@@ -17,7 +17,7 @@ from adaras_export.errors import ArtifactError, RuleError, UnsupportedModelError
 from adaras_export.storage import read_json
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -26,24 +26,63 @@ class Family:
 
     Attributes:
         model_type: the name in config.json.
-        decoder: path of the module that holds the decoder layers, below the language model.
+        stem: what the family's classes are called: Qwen3 in Qwen3ForCausalLM.
+        decoder: the module that holds the decoder layers, below the language model; checkpoints of the decoder alone
+            leave it out of their keys.
+        layers: the list of decoder layers, below the decoder.
         down: path of the down projection, below one decoder layer.
-        payload: the file of `adaras_export.runtime` that carries this family's steered classes.
+        transposed: whether its weight is stored (M, D), as GPT-2's Conv1D does, instead of (D, M).
+        sizes: the keys of config.json for L, M and D.
+        mlp_ratio: M / D where the config says null for M.
     """
 
     model_type: str
+    stem: str
     decoder: str = "model"
+    layers: str = "layers"
     down: str = "mlp.down_proj"
-    payload: str = ""
+    transposed: bool = False
+    sizes: tuple[str, str, str] = ("num_hidden_layers", "intermediate_size", "hidden_size")
+    mlp_ratio: int | None = None
 
-    def __post_init__(self) -> None:
-        if not self.payload:
-            object.__setattr__(self, "payload", f"modeling_adaras_{self.model_type}.py")
+    @property
+    def payload(self) -> str:
+        """The file of `adaras_export.runtime` that carries this family's steered classes."""
+        return f"modeling_adaras_{self.model_type}.py"
+
+    def sizes_in(self, config: Mapping[str, Any]) -> tuple[int, int, int]:
+        """L, M and D of a config that has these keys."""
+        layers, mlp_size, hidden_size = (config[key] for key in self.sizes)
+        if mlp_size is None and self.mlp_ratio is not None:
+            mlp_size = self.mlp_ratio * hidden_size
+        return layers, mlp_size, hidden_size
 
 
-FAMILIES = {family.model_type: family for family in map(Family, ("llama", "mistral", "qwen2", "qwen3"))}
+_TABLE = (
+    Family("llama", "Llama"),
+    Family("mistral", "Mistral"),
+    Family("qwen2", "Qwen2"),
+    Family("qwen3", "Qwen3"),
+    Family("gemma2", "Gemma2"),
+    Family("gemma3_text", "Gemma3"),
+    Family("olmo2", "Olmo2"),
+    Family("granite", "Granite"),
+    Family("smollm3", "SmolLM3"),
+    Family("phi3", "Phi3"),
+    Family("gpt_neox", "GPTNeoX", decoder="gpt_neox", down="mlp.dense_4h_to_h"),
+    Family(
+        "gpt2",
+        "GPT2",
+        decoder="transformer",
+        layers="h",
+        down="mlp.c_proj",
+        transposed=True,
+        sizes=("n_layer", "n_inner", "n_embd"),
+        mlp_ratio=4,
+    ),
+)
+FAMILIES = {family.model_type: family for family in _TABLE}
 
-_SIZE_KEYS = ("num_hidden_layers", "intermediate_size", "hidden_size")
 _EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -62,8 +101,8 @@ def family_of(config: Mapping[str, Any], subject: str) -> Family:
         )
     if model_type not in FAMILIES:
         raise UnsupportedModelError(
-            f"{subject}: model_type {model_type} is not supported; expected one of: {', '.join(FAMILIES)}; "
-            "a new family is one entry in adaras_export/models.py and one payload file"
+            f"{subject}: model_type {model_type} is not supported; expected one of: {', '.join(FAMILIES)}; a new "
+            "family is one entry in adaras_export/models.py and one payload file"
         )
     return FAMILIES[model_type]
 
@@ -111,15 +150,16 @@ class BaseModel:
         local = folder == Path(path_or_id)
         config = read_json(folder / "config.json")
         family = family_of(config, str(path_or_id))
-        if missing := [key for key in _SIZE_KEYS if key not in config]:
+        if missing := [key for key in family.sizes if key not in config]:
             raise ArtifactError(f"{folder / 'config.json'}: has no {', '.join(missing)}; expected the sizes of a model")
+        layers, mlp_size, hidden_size = family.sizes_in(config)
         return cls(
             id=folder.resolve().name if local else str(path_or_id),
             revision=None if local else folder.name,  # the commit
             family=family.model_type,
-            layers=config["num_hidden_layers"],
-            mlp_size=config["intermediate_size"],
-            hidden_size=config["hidden_size"],
+            layers=layers,
+            mlp_size=mlp_size,
+            hidden_size=hidden_size,
             fingerprint=tensor_fingerprint(folder),
         )
 
@@ -195,7 +235,12 @@ def shards(folder: Path) -> dict[str, Path]:
         return located
     if single.exists():
         return dict.fromkeys(_header(single), single)
-    raise ArtifactError(f"{folder}: no model.safetensors and no index; expected safetensors weights (no pickles)")
+    if pickles := sorted(path.name for path in folder.glob("pytorch_model*.bin*")):
+        raise ArtifactError(
+            f"{folder}: has its weights as pickles only ({pickles[0]}); expected safetensors: open it with "
+            "from_pretrained and write it with save_pretrained first"
+        )
+    raise ArtifactError(f"{folder}: no model.safetensors and no index; expected safetensors weights")
 
 
 _SAMPLE_BYTES = 4096
@@ -257,21 +302,44 @@ def decoder(model: "nn.Module") -> "nn.Module":
 
 def down_projection(model: "nn.Module", layer: int) -> "nn.Module":
     """The down projection of a 0-based decoder layer; what enters it is h."""
-    layers: Any = decoder(model).layers
-    module: nn.Module = reduce(getattr, _family(model).down.split("."), layers[layer])
+    family = _family(model)
+    layers: Any = getattr(decoder(model), family.layers)
+    module: nn.Module = reduce(getattr, family.down.split("."), layers[layer])
     return module
 
 
-def down_weight_name(family: str, layer: int) -> str:
-    """The checkpoint key of the down projection's weight, shape (D, M)."""
-    entry = FAMILIES[family]
-    return f"{entry.decoder}.layers.{layer}.{entry.down}.weight"
+def down_columns(family: str, located: Mapping[str, Path], layer: int, index: "Tensor") -> "Tensor":
+    """W_down[:, index] of a layer of a checkpoint, (D, K), in its stored type; ``located`` as `shards` gives it.
+
+    Raises:
+        ArtifactError: there is no such tensor.
+    """
+    from safetensors import safe_open
+
+    name = f"{layers_key(family, located)}.{layer}.{FAMILIES[family].down}.weight"
+    if name not in located:
+        folder = next(iter(located.values())).parent
+        raise ArtifactError(f"{folder}: no tensor {name}; expected the plain weights of a {family} model")
+    with safe_open(located[name], framework="pt") as file:
+        weight: Tensor = file.get_tensor(name)
+    return weight[index].T if FAMILIES[family].transposed else weight[:, index]
+
+
+def decoder_key(family: str, names: Collection[str]) -> str:
+    """What the keys of a checkpoint's decoder begin with: "model." or the like, nothing where it holds no more."""
+    prefix = f"{FAMILIES[family].decoder}."
+    return prefix if any(name.startswith(prefix) for name in names) else ""
+
+
+def layers_key(family: str, names: Collection[str]) -> str:
+    """The key of the list of decoder layers in a checkpoint with these tensor names."""
+    return f"{decoder_key(family, names)}{FAMILIES[family].layers}"
 
 
 def sizes_of(model: "nn.Module") -> tuple[str, int, int, int]:
     """Family, L, M and D of a model in memory."""
     config: Any = model.config
-    return _family(model).model_type, config.num_hidden_layers, config.intermediate_size, config.hidden_size
+    return _family(model).model_type, *_family(model).sizes_in(config.to_dict())
 
 
 def _family(model: "nn.Module") -> Family:

@@ -5,7 +5,6 @@ of `adaras_export.runtime` is copied as it is. Exact: gate, start and a dial for
 """
 
 import json
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -123,11 +122,11 @@ def steered_config(config: dict[str, Any], rule: SteeringRule) -> dict[str, Any]
 
     With the base's model_type, whoever forgets trust_remote_code would get an unsteered model without an error.
     """
-    family, module = rule.base.family, models.FAMILIES[rule.base.family].payload.removesuffix(".py")
-    name = _class_stem(family)
+    family = models.FAMILIES[rule.base.family]
+    name, module = f"AdaRAS{family.stem}", family.payload.removesuffix(".py")
     return {
         **config,
-        "model_type": f"adaras_{family}",
+        "model_type": f"adaras_{family.model_type}",
         "architectures": [f"{name}ForCausalLM"],
         "auto_map": {
             "AutoConfig": f"{module}.{name}Config",
@@ -151,20 +150,18 @@ def steering_tensors(rule: SteeringRule, base: Path) -> dict[str, Array]:
     Per steered layer W_down[:, idx] @ delta, (D,) float32, folded in float64 from the stored weights and without
     the strength; per gate layer the feature indices, int64; the gate's weights, float32.
     """
-    located, tensors = models.shards(base), {}
+    located, family, tensors = models.shards(base), rule.base.family, {}
+    layers = models.layers_key(family, located)
     for layer in rule.layers():
         index, delta = rule.neurons_of(layer)
-        name = models.down_weight_name(rule.base.family, layer)
-        if name not in located:
-            raise ExportError(f"{base}: no tensor {name}; expected the plain weights of a {rule.base.family} model")
-        with safe_open(located[name], framework="pt") as file:
-            columns_DK = file.get_tensor(name)[:, torch.tensor(index)]
+        columns_DK = models.down_columns(family, located, layer, torch.tensor(index))
         vector_D = columns_DK.double().numpy() @ delta.astype(np.float64)
-        tensors[f"model.layers.{layer}.mlp.steering_vector"] = vector_D.astype(np.float32)
+        tensors[f"{layers}.{layer}.mlp.steering_vector"] = vector_D.astype(np.float32)
     if rule.gate is not None:
         for layer in np.unique(rule.gate.layer):
-            tensors[f"model.layers.{layer}.mlp.steering_index"] = rule.gate.index[rule.gate.layer == layer]
-        tensors |= {f"model.steering_gate.{name}": value for name, value in rule.gate.weights().items()}
+            tensors[f"{layers}.{layer}.mlp.steering_index"] = rule.gate.index[rule.gate.layer == layer]
+        gate = f"{models.decoder_key(family, located)}steering_gate"
+        tensors |= {f"{gate}.{name}": value for name, value in rule.gate.weights().items()}
     return tensors
 
 
@@ -201,13 +198,6 @@ class _SteeredRepo:
 def _linked_name(path: Path) -> str:
     # from_pretrained prefers model.safetensors to an index, and would then miss the steering file.
     return "model-base.safetensors" if path.name == "model.safetensors" else path.name
-
-
-def _class_stem(family: str) -> str:
-    source = payload(family)[models.FAMILIES[family].payload].decode()
-    found = re.search(r"class (AdaRAS\w+)ForCausalLM\(", source)
-    assert found is not None
-    return found[1]
 
 
 def _gate_settings(gate: Gate) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def rules(bases, stock):
     def make(key):
         name, kind, start = key
         gate = None if kind is None else tiny.calibrated_gate(stock[name], kind)
-        return tiny.make_rule(bases[name], gate=gate, start=start)
+        return tiny.make_rule(bases[name], gate=gate, start=start, strength=tiny.STRENGTHS.get(name, 2.0))
 
     return _Lazy(make)
 

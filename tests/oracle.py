@@ -81,15 +81,24 @@ def _run(model, row, change):
     """One forward pass in which ``change(layer, h)`` gives what enters the down projection."""
     handles = []
     try:
-        for layer, block in enumerate(model.model.layers):
-            assert not block.mlp.down_proj._forward_pre_hooks, "the oracle wants a stock model: ask it before steering"
+        for layer, down in enumerate(_down_projections(model)):
+            assert not down._forward_pre_hooks, "the oracle wants a stock model: ask it before steering"
 
             def hook(module, args, layer=layer):
                 return (change(layer, args[0]),)
 
-            handles.append(block.mlp.down_proj.register_forward_pre_hook(hook))
+            handles.append(down.register_forward_pre_hook(hook))
         with torch.no_grad():
             return model(torch.tensor([list(row)]), use_cache=False).logits[0].float()
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _down_projections(model):
+    """The last linear map of every MLP, as the architectures' papers and model code have it."""
+    if model.config.model_type == "gpt2":
+        return [block.mlp.c_proj for block in model.transformer.h]
+    if model.config.model_type == "gpt_neox":
+        return [block.mlp.dense_4h_to_h for block in model.gpt_neox.layers]
+    return [block.mlp.down_proj for block in model.model.layers]

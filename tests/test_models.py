@@ -34,9 +34,14 @@ def test_a_base_is_read_from_its_folder(name, folders):
 @pytest.mark.parametrize("name", tiny.NAMES)
 def test_down_projections_are_those_of_the_checkpoint(name, stock, folders):
     model, located = stock[name], models.shards(folders[name])
+    family, index = tiny.SPECS[name][0], torch.tensor([5, 0, 47])
     for layer in range(tiny.LAYERS):
-        key = models.down_weight_name(tiny.SPECS[name][0], layer)
-        assert torch.equal(models.down_projection(model, layer).weight, load_file(located[key])[key])
+        h_1M = torch.zeros(1, tiny.MLP_SIZE)
+        h_1M[:, index] = torch.tensor([1.0, -2.0, 0.5])
+        down = models.down_projection(model, layer)
+        expected = down(h_1M) - down(torch.zeros_like(h_1M))
+        columns_DK = models.down_columns(family, located, layer, index)
+        torch.testing.assert_close(columns_DK @ torch.tensor([1.0, -2.0, 0.5]), expected[0])
     assert models.sizes_of(model) == (tiny.SPECS[name][0], tiny.LAYERS, tiny.MLP_SIZE, tiny.HIDDEN_SIZE)
 
 
@@ -78,7 +83,7 @@ def test_what_is_neither_a_folder_nor_reachable_is_refused(tmp_path):
 def test_a_checkpoint_without_safetensors_is_refused(folders, tmp_path):
     folder = copied(folders["llama"], tmp_path)
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(ArtifactError, match=r"expected safetensors weights .no pickles."):
+    with pytest.raises(ArtifactError, match=r"as pickles only .pytorch_model.bin.; expected safetensors"):
         BaseModel.of(folder)
 
 

@@ -38,7 +38,9 @@ _SIZES = {
     "initializer_range": 0.3,  # the usual 0.02 gives logits that hardly depend on the tokens
 }
 
-# Name -> model_type, and what this one has besides the sizes.
+_GEMMA = {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 4}
+
+# Name -> model_type, and what this one has besides the sizes (an ellipsis: what it has not).
 SPECS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"tie_word_embeddings": False}),
     "llama-biased": ("llama", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
@@ -47,8 +49,19 @@ SPECS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("qwen3", {"tie_word_embeddings": False, "head_dim": 16}),
     "qwen3-sharded": ("qwen3", {"tie_word_embeddings": True, "head_dim": 8}),
+    "gemma2": ("gemma2", _GEMMA),
+    "gemma3_text": ("gemma3_text", {"tie_word_embeddings": False, **_GEMMA}),
+    "olmo2": ("olmo2", {"tie_word_embeddings": False}),
+    "granite": ("granite", {"residual_multiplier": 0.7, "embedding_multiplier": 2.0, "logits_scaling": 0.5}),
+    "smollm3": ("smollm3", {"tie_word_embeddings": True, "no_rope_layer_interval": 2}),
+    "phi3": ("phi3", {"tie_word_embeddings": False}),
+    "gpt_neox": ("gpt_neox", {"rotary_pct": 0.5, "num_key_value_heads": ...}),
+    "gpt2": ("gpt2", {"n_inner": MLP_SIZE, "num_key_value_heads": ..., "intermediate_size": ...}),
 }
 NAMES = tuple(SPECS)
+
+# Behind a norm after the MLP, a strength of 2 would change few tokens.
+STRENGTHS = {"gemma2": 20.0, "gemma3_text": 20.0, "olmo2": 20.0}
 
 
 def build_tokenizer() -> Any:
@@ -67,7 +80,8 @@ def build_tokenizer() -> Any:
 def build_model(name: str, **changes: Any) -> Any:
     """A model of `SPECS` with random weights, seeded by its name; leaves the global generator as it was."""
     model_type, own = SPECS[name]
-    config = transformers.AutoConfig.for_model(model_type, **{**_SIZES, **own, **changes})
+    settings = {key: value for key, value in {**_SIZES, **own, **changes}.items() if value is not ...}
+    config = transformers.AutoConfig.for_model(model_type, **settings)
     with torch.random.fork_rng():
         torch.manual_seed(NAMES.index(name))
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)

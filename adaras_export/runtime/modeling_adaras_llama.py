@@ -1,10 +1,9 @@
 """Llama with adaptive steering in its MLPs. Everything that is not Llama's own is in steering_adaras.py."""
 
-from torch import Tensor
 from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaMLP, LlamaModel
 
-from .steering_adaras import SteeredGeneration, SteeredMLP, SteeredModel
+from .steering_adaras import SteeredGatedMLP, SteeredGeneration, SteeredModel
 
 
 class AdaRASLlamaConfig(LlamaConfig):
@@ -13,12 +12,8 @@ class AdaRASLlamaConfig(LlamaConfig):
     model_type = "adaras_llama"
 
 
-class SteeredLlamaMLP(SteeredMLP, LlamaMLP):
+class SteeredLlamaMLP(SteeredGatedMLP, LlamaMLP):
     """Llama's MLP, with the down projection in the hands of the steering."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """As the base does, up to the down projection."""
-        return self.steered_down(self.act_fn(self.gate_proj(x)) * self.up_proj(x), self.down_proj)
 
 
 class AdaRASLlamaModel(SteeredModel, LlamaModel):

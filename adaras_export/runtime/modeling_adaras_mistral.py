@@ -1,14 +1,9 @@
 """Mistral with adaptive steering in its MLPs. Everything that is not Mistral's own is in steering_adaras.py."""
 
-from torch import Tensor
 from transformers.models.mistral.configuration_mistral import MistralConfig
-from transformers.models.mistral.modeling_mistral import (
-    MistralForCausalLM,
-    MistralMLP,
-    MistralModel,
-)
+from transformers.models.mistral.modeling_mistral import MistralForCausalLM, MistralMLP, MistralModel
 
-from .steering_adaras import SteeredGeneration, SteeredMLP, SteeredModel
+from .steering_adaras import SteeredGatedMLP, SteeredGeneration, SteeredModel
 
 
 class AdaRASMistralConfig(MistralConfig):
@@ -17,12 +12,8 @@ class AdaRASMistralConfig(MistralConfig):
     model_type = "adaras_mistral"
 
 
-class SteeredMistralMLP(SteeredMLP, MistralMLP):
+class SteeredMistralMLP(SteeredGatedMLP, MistralMLP):
     """Mistral's MLP, with the down projection in the hands of the steering."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """As the base does, up to the down projection."""
-        return self.steered_down(self.act_fn(self.gate_proj(x)) * self.up_proj(x), self.down_proj)
 
 
 class AdaRASMistralModel(SteeredModel, MistralModel):

@@ -1,10 +1,9 @@
 """Qwen2 with adaptive steering in its MLPs. Everything that is not Qwen2's own is in steering_adaras.py."""
 
-from torch import Tensor
 from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2ForCausalLM, Qwen2MLP, Qwen2Model
 
-from .steering_adaras import SteeredGeneration, SteeredMLP, SteeredModel
+from .steering_adaras import SteeredGatedMLP, SteeredGeneration, SteeredModel
 
 
 class AdaRASQwen2Config(Qwen2Config):
@@ -13,12 +12,8 @@ class AdaRASQwen2Config(Qwen2Config):
     model_type = "adaras_qwen2"
 
 
-class SteeredQwen2MLP(SteeredMLP, Qwen2MLP):
+class SteeredQwen2MLP(SteeredGatedMLP, Qwen2MLP):
     """Qwen2's MLP, with the down projection in the hands of the steering."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """As the base does, up to the down projection."""
-        return self.steered_down(self.act_fn(self.gate_proj(x)) * self.up_proj(x), self.down_proj)
 
 
 class AdaRASQwen2Model(SteeredModel, Qwen2Model):

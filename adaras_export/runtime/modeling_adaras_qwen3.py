@@ -1,10 +1,9 @@
 """Qwen3 with adaptive steering in its MLPs. Everything that is not Qwen3's own is in steering_adaras.py."""
 
-from torch import Tensor
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM, Qwen3MLP, Qwen3Model
 
-from .steering_adaras import SteeredGeneration, SteeredMLP, SteeredModel
+from .steering_adaras import SteeredGatedMLP, SteeredGeneration, SteeredModel
 
 
 class AdaRASQwen3Config(Qwen3Config):
@@ -13,12 +12,8 @@ class AdaRASQwen3Config(Qwen3Config):
     model_type = "adaras_qwen3"
 
 
-class SteeredQwen3MLP(SteeredMLP, Qwen3MLP):
+class SteeredQwen3MLP(SteeredGatedMLP, Qwen3MLP):
     """Qwen3's MLP, with the down projection in the hands of the steering."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """As the base does, up to the down projection."""
-        return self.steered_down(self.act_fn(self.gate_proj(x)) * self.up_proj(x), self.down_proj)
 
 
 class AdaRASQwen3Model(SteeredModel, Qwen3Model):

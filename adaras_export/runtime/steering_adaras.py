@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 _LOCAL = threading.local()
@@ -103,6 +105,19 @@ class Step:
         self.steered_BT = valid_BT & (column_T >= start - offset)
         self.anything_steered = isinstance(start, Tensor) or start - offset < valid_BT.shape[1]
 
+    def place_packed(self, last_R: Tensor, ends_R: Tensor, offset: int, width: int) -> None:
+        """Say which tokens are steered where several requests share one row of ``width`` columns.
+
+        ``last_R`` are the columns whose logits choose a token, ``ends_R`` where each request ends, with a 0 before.
+        A request of several columns is a prompt, or a piece of one.
+        """
+        column_T = torch.arange(width, device=last_R.device)
+        steered_T = (column_T[:, None] == last_R).any(1)
+        if not offset:
+            generated_R = torch.where(ends_R[1:] - ends_R[:-1] == 1, ends_R[1:] - 1, -1)
+            steered_T = steered_T & (column_T[:, None] == generated_R).any(1)
+        self.steered_BT = steered_T[None]
+
     def read(self, features_BTf: Tensor) -> None:
         """Take one layer's gate features, in the order of the layers."""
         if self.prompt_BT is not None:
@@ -112,7 +127,7 @@ class Step:
         """Let the gate judge what was read."""
         if self._features and self.gate is not None and self.prompt_BT is not None:
             self.state.see(self.gate, torch.cat(self._features, dim=-1), self.prompt_BT)
-            self._features = []
+            self._features, self.prompt_BT = [], None  # what is computed again for a gradient is not read again
 
     def scale(self, like: Tensor) -> Tensor | None:
         """strength * g per token, (B, T, 1) or broadcastable to it, float32; None where nothing is steered."""
@@ -162,10 +177,12 @@ def begin_step(
     tokens = arguments["input_ids"] if arguments["inputs_embeds"] is None else arguments["inputs_embeds"]
     state, fresh = _state_of(model, cache, gated=gate is not None)
     step = Step(state, gate, dials.strength, dials.threshold)
-    if tokens.shape[1] > 1 or fresh or start is not None:
+    offset = int(dials.start == "last_prompt_token")
+    if (last_R := arguments.get("logits_indices")) is not None:  # continuous batching
+        step.place_packed(last_R, arguments["cu_seq_lens_q"], offset, tokens.shape[1])
+    elif tokens.shape[1] > 1 or fresh or start is not None:
         if valid_BT is None:
             valid_BT = valid_tokens(arguments["attention_mask"], tokens)
-        offset = int(dials.start == "last_prompt_token")
         step.place(prompt_ends(valid_BT) if start is None else start, offset, valid_BT)
     return step
 
@@ -272,7 +289,67 @@ class SteeredMLP:
         return output_BTD + (scale * self.steering_vector).to(output_BTD.dtype)
 
 
-class SteeredModel(nn.Module):
+class SteeredGatedMLP(SteeredMLP):
+    """The MLP that most families have: an activated gate times an up projection."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the base does, up to the down projection."""
+        own: Any = self
+        return self.steered_down(own.act_fn(own.gate_proj(x)) * own.up_proj(x), own.down_proj)
+
+
+def _inherit_key_conversions(cls: type[PreTrainedModel]) -> None:
+    """Have checkpoint keys renamed as for the class that ``cls`` steers.
+
+    Transformers 5 looks the renaming up by class name, and skips classes that are not its own.
+    """
+    try:
+        from transformers import conversion_mapping as known
+    except ImportError:  # Transformers 4
+        return
+    native: Any = next(parent for parent in cls.__mro__ if parent.__module__.startswith("transformers."))
+    if native.config_class is None:  # ``cls`` is a mix-in
+        return
+    for name in (native.__name__, native.config_class.model_type):
+        rules = known.get_checkpoint_conversion_mapping(name)
+        if rules is not None:
+            known.register_checkpoint_conversion_mapping(cls.__name__, rules, overwrite=True)
+            return
+
+
+class _Steered(PreTrainedModel):
+    """What decoder and causal language model share: their place in the Transformers library."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        _inherit_key_conversions(cls)
+
+    def keep_steering_in_float32(self) -> None:
+        """Gate and vectors stay float32 when the model is loaded in half precision.
+
+        On the instance, after construction: Transformers 4.57 checks the class's list against modules that exist.
+        """
+        kept = set(self._keep_in_fp32_modules_strict or ())
+        self._keep_in_fp32_modules_strict = kept | {"steering_gate", "steering_vector"}
+
+    def _set_gradient_checkpointing(  # type: ignore[override]
+        self, *, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **kwargs: Any
+    ) -> None:
+        """Steer a layer that is computed again for its gradient as it was steered the first time."""
+
+        def steered(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+            step = getattr(_LOCAL, "step", None)
+
+            def again(*inputs: Any, **named: Any) -> Any:
+                with running(step):
+                    return function(*inputs, **named)
+
+            return gradient_checkpointing_func(again, *args, **options)
+
+        super()._set_gradient_checkpointing(gradient_checkpointing_func=steered, **kwargs)
+
+
+class SteeredModel(_Steered):
     """Mix-in for the decoder without LM head: decides per call which tokens are prompt and which are steered.
 
     ``forward`` takes one more argument: ``steering_start``, the column of this call at which generation begins
@@ -281,6 +358,7 @@ class SteeredModel(nn.Module):
     """
 
     steered_mlp_class: type[nn.Module]
+    steered_layers = "layers"
     steering: Steering
     steering_gate: SteeringGate | None
 
@@ -297,13 +375,13 @@ class SteeredModel(nn.Module):
         features = dict(zip(gate["layers"], gate["features"], strict=True)) if gate else {}
         self.steering_is_causal = not features or not settings["layers"] or max(features) < min(settings["layers"])
         for layer in sorted({*features, *settings["layers"]}):
-            mlp = self.layers[layer].mlp  # type: ignore[index, union-attr]
+            mlp = getattr(self, self.steered_layers)[layer].mlp
             mlp.__class__ = self.steered_mlp_class
             vector = _parameter(config.hidden_size) if layer in settings["layers"] else None
             index = torch.zeros(features[layer], dtype=torch.int64) if layer in features else None
             mlp.register_parameter("steering_vector", vector)
             mlp.register_buffer("steering_index", index)
-        keep_steering_in_float32(self)
+        self.keep_steering_in_float32()
 
     def forward(
         self,
@@ -328,6 +406,8 @@ class SteeredModel(nn.Module):
         }
         if not self.steering.enabled:
             return super().forward(**arguments)
+        if steering_start is None:
+            steering_start, steering_valid = getattr(_LOCAL, "handed_on", (None, steering_valid))
         step = begin_step(self, self.steering_gate, self.steering, arguments, steering_start, steering_valid)
         if not self.steering_is_causal:
             preview(step, super().forward, arguments)
@@ -337,23 +417,36 @@ class SteeredModel(nn.Module):
         return outputs
 
 
-class SteeredGeneration:
+class SteeredGeneration(_Steered):
     """Mix-in for the causal language model: generate() tells its forward passes how long the prompt is."""
 
     steered_model_class: type[SteeredModel]
-    model: SteeredModel
+    steered_decoder_name = "model"
     steering: Steering
 
     def __init__(self, config: Any) -> None:
-        super().__init__(config)  # type: ignore[call-arg]  # the Transformers class comes next in line
-        self.model.__class__ = self.steered_model_class
-        self.model.install_steering(config)
-        self.steering = self.model.steering
-        keep_steering_in_float32(self)
+        super().__init__(config)  # the Transformers class comes next in line
+        decoder = self.steered_decoder
+        decoder.__class__ = self.steered_model_class
+        decoder.install_steering(config)
+        self.steering = decoder.steering
+        self.keep_steering_in_float32()
+
+    @property
+    def steered_decoder(self) -> SteeredModel:
+        """The model without its LM head."""
+        decoder: SteeredModel = getattr(self, self.steered_decoder_name)
+        return decoder
 
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As in Transformers. Afterwards ``steering.last_decisions`` tells what the gate found."""
-        with generating(self.model, prompt_width(inputs, kwargs)) as scope:
+        """As in Transformers. Afterwards ``steering.last_decisions`` tells what the gate found.
+
+        ``steering_start``, or that attribute of a generation config, says how many columns of the input are the
+        prompt; without it all are. Further ones are steered: the beginning of an answer that is to be continued.
+        """
+        config = kwargs.get("generation_config", self.generation_config)
+        start = kwargs.pop("steering_start", getattr(config, "steering_start", None))
+        with generating(self.steered_decoder, prompt_width(inputs, kwargs) if start is None else start) as scope:
             outputs = super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
         _LOCAL.last = (self.steering, scope.state)
         return outputs
@@ -370,7 +463,7 @@ class SteeredGeneration:
         prepared: dict[str, Any] = super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids, *args, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
         )
-        scope = current_scope(self.model)
+        scope = current_scope(self.steered_decoder)
         tokens = prepared.get("inputs_embeds")
         tokens = prepared["input_ids"] if tokens is None else tokens
         two_dimensional = isinstance(attention_mask, Tensor) and attention_mask.ndim == 2
@@ -389,8 +482,17 @@ class SteeredGeneration:
         return prepared
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused: packed requests carry no per-sequence state."""
-        raise NotImplementedError("continuous batching is not supported by a steered model; use generate()")
+        """As in Transformers, but no request re-uses another's KV cache, where other tokens may have been steered.
+
+        Raises:
+            NotImplementedError: there is a gate; packed requests carry no state for its verdict.
+        """
+        if self.steered_decoder.steering_gate is not None:
+            raise NotImplementedError("continuous batching is not supported by a model with a gate; use generate()")
+        manager = super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
+        if (settings := getattr(manager, "continuous_batching_config", None)) is not None:  # 4.57 has none
+            settings.allow_block_sharing = False
+        return manager
 
 
 class _Scope:
@@ -433,7 +535,18 @@ def prompt_width(inputs: Tensor | None, kwargs: dict[str, Any]) -> int:
 
 
 @contextmanager
-def running(step: Step) -> Iterator[None]:
+def handing_on(start: "int | Tensor | None", valid_BT: Tensor | None) -> Iterator[None]:
+    """Tell the decoder what its caller has no argument for."""
+    before = getattr(_LOCAL, "handed_on", (None, None))
+    _LOCAL.handed_on = (start, valid_BT)
+    try:
+        yield
+    finally:
+        _LOCAL.handed_on = before
+
+
+@contextmanager
+def running(step: "Step | None") -> Iterator[None]:
     """Make ``step`` the forward pass of this thread."""
     before = getattr(_LOCAL, "step", None)
     _LOCAL.step = step
@@ -447,15 +560,6 @@ def running_step() -> Step:
     """The forward pass of this thread."""
     step: Step = _LOCAL.step
     return step
-
-
-def keep_steering_in_float32(model: Any) -> None:
-    """Gate and vectors stay float32 when the model is loaded in half precision.
-
-    On the instance, after construction: Transformers 4.57 checks the class's list against modules that exist.
-    """
-    kept = set(model._keep_in_fp32_modules_strict or ())
-    model._keep_in_fp32_modules_strict = kept | {"steering_gate", "steering_vector"}
 
 
 def _parameter(*shape: int) -> nn.Parameter:

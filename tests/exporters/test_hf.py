@@ -23,7 +23,7 @@ from safetensors import safe_open
 from tiny import PAD, PROMPTS, greedy, left_padded, require_answers
 
 from adaras_export import models
-from adaras_export.errors import ExportError
+from adaras_export.errors import ArtifactError, ExportError
 from adaras_export.exporters import base as exporter_base
 from adaras_export.exporters.hf import EXPORTER, payload, steered_config, steering_tensors
 
@@ -314,7 +314,7 @@ def test_a_checkpoint_without_the_down_projection_is_refused(rules, folders, tmp
     index = json.loads((base / "model.safetensors.index.json").read_text())
     del index["weight_map"]["model.layers.2.mlp.down_proj.weight"]
     (base / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ExportError, match=r"no tensor model.layers.2.mlp.down_proj.weight; expected the plain weights"):
+    with pytest.raises(ArtifactError, match=r"no tensor model.layers.2.mlp.down_proj.weight; expected the plain weig"):
         steering_tensors(rules[("qwen3-sharded", *CAUSAL)], base)
 
 
@@ -614,7 +614,7 @@ def test_a_rule_without_neurons_is_the_base_bit_for_bit(folders, bases, stock, t
 
 
 def test_continuous_batching_is_refused(opened):
-    with pytest.raises(NotImplementedError, match="continuous batching is not supported by a steered model"):
+    with pytest.raises(NotImplementedError, match="continuous batching is not supported by a model with a gate"):
         opened[("qwen3", *CAUSAL)].init_continuous_batching()
 
 

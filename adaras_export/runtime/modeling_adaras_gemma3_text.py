@@ -1,0 +1,32 @@
+"""Gemma3 with adaptive steering in its MLPs. Everything that is not Gemma3's own is in steering_adaras.py."""
+
+from transformers.models.gemma3.configuration_gemma3 import Gemma3TextConfig
+from transformers.models.gemma3.modeling_gemma3 import Gemma3ForCausalLM, Gemma3MLP, Gemma3TextModel
+
+from .steering_adaras import SteeredGatedMLP, SteeredGeneration, SteeredModel
+
+
+class AdaRASGemma3Config(Gemma3TextConfig):
+    """Gemma3's configuration; the steering is in its entry "adaras"."""
+
+    model_type = "adaras_gemma3_text"
+
+
+class SteeredGemma3MLP(SteeredGatedMLP, Gemma3MLP):
+    """Gemma3's MLP, with the down projection in the hands of the steering."""
+
+
+class AdaRASGemma3Model(SteeredModel, Gemma3TextModel):
+    """The decoder."""
+
+    config_class = AdaRASGemma3Config
+    steered_mlp_class = SteeredGemma3MLP
+    _auto_class = "AutoModel"
+
+
+class AdaRASGemma3ForCausalLM(SteeredGeneration, Gemma3ForCausalLM):
+    """The decoder with its language model head."""
+
+    config_class = AdaRASGemma3Config
+    steered_model_class = AdaRASGemma3Model
+    _auto_class = "AutoModelForCausalLM"

@@ -1,0 +1,38 @@
+"""GPT-NeoX with adaptive steering in its MLPs. Everything that is not GPT-NeoX's own is in steering_adaras.py."""
+
+from torch import Tensor
+from transformers.models.gpt_neox.configuration_gpt_neox import GPTNeoXConfig
+from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXForCausalLM, GPTNeoXMLP, GPTNeoXModel
+
+from .steering_adaras import SteeredGeneration, SteeredMLP, SteeredModel
+
+
+class AdaRASGPTNeoXConfig(GPTNeoXConfig):
+    """GPT-NeoX's configuration; the steering is in its entry "adaras"."""
+
+    model_type = "adaras_gpt_neox"
+
+
+class SteeredGPTNeoXMLP(SteeredMLP, GPTNeoXMLP):
+    """GPT-NeoX's MLP, with the down projection in the hands of the steering."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """As the base does, up to the down projection."""
+        return self.steered_down(self.act(self.dense_h_to_4h(hidden_states)), self.dense_4h_to_h)
+
+
+class AdaRASGPTNeoXModel(SteeredModel, GPTNeoXModel):
+    """The decoder."""
+
+    config_class = AdaRASGPTNeoXConfig
+    steered_mlp_class = SteeredGPTNeoXMLP
+    _auto_class = "AutoModel"
+
+
+class AdaRASGPTNeoXForCausalLM(SteeredGeneration, GPTNeoXForCausalLM):
+    """The decoder with its language model head."""
+
+    config_class = AdaRASGPTNeoXConfig
+    steered_model_class = AdaRASGPTNeoXModel
+    steered_decoder_name = "gpt_neox"
+    _auto_class = "AutoModelForCausalLM"

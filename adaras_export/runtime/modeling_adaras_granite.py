@@ -1,0 +1,32 @@
+"""Granite with adaptive steering in its MLPs. Everything that is not Granite's own is in steering_adaras.py."""
+
+from transformers.models.granite.configuration_granite import GraniteConfig
+from transformers.models.granite.modeling_granite import GraniteForCausalLM, GraniteMLP, GraniteModel
+
+from .steering_adaras import SteeredGatedMLP, SteeredGeneration, SteeredModel
+
+
+class AdaRASGraniteConfig(GraniteConfig):
+    """Granite's configuration; the steering is in its entry "adaras"."""
+
+    model_type = "adaras_granite"
+
+
+class SteeredGraniteMLP(SteeredGatedMLP, GraniteMLP):
+    """Granite's MLP, with the down projection in the hands of the steering."""
+
+
+class AdaRASGraniteModel(SteeredModel, GraniteModel):
+    """The decoder."""
+
+    config_class = AdaRASGraniteConfig
+    steered_mlp_class = SteeredGraniteMLP
+    _auto_class = "AutoModel"
+
+
+class AdaRASGraniteForCausalLM(SteeredGeneration, GraniteForCausalLM):
+    """The decoder with its language model head."""
+
+    config_class = AdaRASGraniteConfig
+    steered_model_class = AdaRASGraniteModel
+    _auto_class = "AutoModelForCausalLM"
