@@ -1,5 +1,6 @@
 """Session-wide tiny models, and a guard that no test leaves anything behind on them."""
 
+import json
 import os
 import shutil
 import sys
@@ -29,6 +30,41 @@ hypothesis.settings.load_profile("quick")
 
 def pytest_unconfigure():
     shutil.rmtree(_CACHE, ignore_errors=True)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--modes", metavar="FILE", type=Path, help="write what became of every mode, for tests/modes.py")
+
+
+@pytest.fixture
+def record_mode(record_property):
+    """Note which mode and family a test is about: ``record_mode(mode, family)``."""
+    return lambda mode, family: record_property("mode", (mode, family))
+
+
+_MODES = {}
+
+
+def pytest_runtest_logreport(report):
+    """A family's mode holds where every test of it passed; where one xfailed, the base model fails in it too."""
+    about = dict(report.user_properties).get("mode")
+    if about is None or report.when != "call":
+        return
+    if hasattr(report, "wasxfail"):
+        found = "base fails too"
+    elif report.skipped:
+        return
+    else:
+        found = "exact" if report.passed else "FAILED"
+    mode, family = about
+    cells = _MODES.setdefault(mode, {})
+    cells[family] = max(cells.get(family, "exact"), found, key=("exact", "base fails too", "FAILED").index)
+
+
+def pytest_sessionfinish(session):
+    if session.config.option.modes is not None:
+        found = {"transformers": transformers.__version__, "modes": _MODES}
+        session.config.option.modes.write_text(json.dumps(found, indent=1) + "\n")
 
 
 class _Lazy(dict):

@@ -24,7 +24,7 @@ def respond(model, prompt, rule, steps, follow=None, pick=None, ends=()):  # noq
     first = {"last_prompt_token": len(prompt) - 1, "first_generated_token": len(prompt)}[rule["start"]]
     row, chosen, logits = list(prompt), [], []
     for step in range(steps):
-        found = logits_of(model, row, rule, first)[-1] if steered else logits_of(model, row, rule, len(row))[-1]
+        found = logits_of(model, row, rule, range(first, len(row)) if steered else ())[-1]
         logits.append(found)
         chosen.append(int(found.argmax()) if pick is None else pick(found))
         if chosen[-1] in ends:
@@ -33,10 +33,39 @@ def respond(model, prompt, rule, steps, follow=None, pick=None, ends=()):  # noq
     return {"ids": chosen, "logits": torch.stack(logits), "probability": probability, "steered": steered}
 
 
+def converse(model, turns, rule, steps, ends=()):
+    """Answer one turn after another, each token keeping what it was when it was first read, as in a KV cache.
+
+    The gate judges anew in each turn, by what has been prompt so far; the last token of an answer is first read with
+    the next turn. Returns what `respond` returns, for each turn.
+    """
+    row, prompt, on, answers, unread = [], [], [], [], 0
+    for turn in turns:
+        prompt += range(len(row) - unread, len(row) + len(turn))
+        row += turn
+        probability = None if rule["gate"] is None else _judge(activations_of(model, row, rule, on), prompt, rule["gate"])
+        steered = probability is None or probability < rule["gate"]["threshold"]
+        first = {"last_prompt_token": len(row) - 1, "first_generated_token": len(row)}[rule["start"]]
+        chosen, logits = [], []
+        for _ in range(steps):
+            where = [*on, *(range(first, len(row)) if steered else ())]
+            logits.append(logits_of(model, row, rule, where)[-1])
+            chosen.append(int(logits[-1].argmax()))
+            row.append(chosen[-1])
+            if chosen[-1] in ends:
+                break
+        on, unread = [*on, *(range(first, len(row) - 1) if steered else ())], 1
+        answers.append({"ids": chosen, "logits": torch.stack(logits), "probability": probability, "steered": steered})
+    return answers
+
+
 def p_correct(model, prompt, gate):
     """What the gate makes of the unsteered prompt, in float64."""
-    activations = activations_of(model, prompt)
-    features = [[activations[layer][t][index] for layer, index in gate["features"]] for t in range(len(prompt))]
+    return _judge(activations_of(model, prompt), range(len(prompt)), gate)
+
+
+def _judge(activations, tokens, gate):
+    features = [[activations[layer][t][index] for layer, index in gate["features"]] for t in tokens]
     weights = []
     for x in features:
         score = math.tanh(sum(w * v for w, v in zip(gate["attention_weight"], x, strict=True)) + gate["attention_bias"])
@@ -51,11 +80,12 @@ def p_correct(model, prompt, gate):
     return 1 / (1 + math.exp(-z))
 
 
-def activations_of(model, row):
+def activations_of(model, row, rule=None, where=()):
     """h of every layer and token as nested lists [layer][token][neuron]: what enters the down projections."""
     seen = {}
 
     def look(layer, h):
+        h = _added(layer, h, rule, where)
         seen[layer] = h[0].tolist()
         return h
 
@@ -63,25 +93,25 @@ def activations_of(model, row):
     return [seen[layer] for layer in range(len(seen))]
 
 
-def logits_of(model, row, rule, first):
-    """Logits (T, V) of one row whose tokens from position ``first`` on are steered, whatever a gate says."""
+def logits_of(model, row, rule, where):
+    """Logits (T, V) of one row whose tokens at the positions ``where`` are steered, whatever a gate says."""
+    return _run(model, row, lambda layer, h: _added(layer, h, rule, where))
 
-    def add(layer, h):
-        h = h.clone()
-        for t in range(first, len(row)):
-            for at, index, delta in rule["neurons"]:
-                if at == layer:
-                    h[0, t, index] += rule["strength"] * delta
-        return h
 
-    return _run(model, row, add)
+def _added(layer, h, rule, where):
+    h = h.clone()
+    for t in where:
+        for at, index, delta in rule["neurons"]:
+            if at == layer:
+                h[0, t, index] += rule["strength"] * delta
+    return h
 
 
 def _run(model, row, change):
     """One forward pass in which ``change(layer, h)`` gives what enters the down projection."""
     handles = []
     try:
-        for layer, down in enumerate(_down_projections(model)):
+        for layer, down in enumerate(down_projections(model)):
             assert not down._forward_pre_hooks, "the oracle wants a stock model: ask it before steering"
 
             def hook(module, args, layer=layer):
@@ -95,7 +125,7 @@ def _run(model, row, change):
             handle.remove()
 
 
-def _down_projections(model):
+def down_projections(model):
     """The last linear map of every MLP, as the architectures' papers and model code have it."""
     if model.config.model_type == "gpt2":
         return [block.mlp.c_proj for block in model.transformer.h]

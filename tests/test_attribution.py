@@ -3,6 +3,7 @@
 import copy
 
 import numpy as np
+import oracle
 import pytest
 import tiny
 import torch
@@ -53,7 +54,7 @@ def log_p(model, prompt, completion, start, layer, index, offset):  # noqa: PLR0
         h[:, first:, index] += offset
         return (h,)
 
-    handle = model.model.layers[layer].mlp.down_proj.register_forward_pre_hook(add)
+    handle = oracle.down_projections(model)[layer].register_forward_pre_hook(add)
     try:
         log_probabilities = model(torch.tensor([[*prompt, *completion]]), use_cache=False).logits[0].log_softmax(-1)
     finally:
@@ -66,13 +67,13 @@ def uncached_gradient(model, prompt, completion, start):
     first = len(prompt) - (start == "last_prompt_token")
     offsets = [torch.zeros(tiny.MLP_SIZE, dtype=model.dtype, requires_grad=True) for _ in range(tiny.LAYERS)]
     handles = []
-    for block, offset in zip(model.model.layers, offsets, strict=True):
+    for down, offset in zip(oracle.down_projections(model), offsets, strict=True):
 
         def add(module, args, offset=offset):
             steered = (torch.arange(args[0].shape[1]) >= first).to(args[0])
             return (args[0] + steered[None, :, None] * offset,)
 
-        handles.append(block.mlp.down_proj.register_forward_pre_hook(add))
+        handles.append(down.register_forward_pre_hook(add))
     with torch.enable_grad():
         log_probabilities = model(torch.tensor([[*prompt, *completion]]), use_cache=False).logits[0].log_softmax(-1)
         total = sum(log_probabilities[len(prompt) - 1 + at, token] for at, token in enumerate(completion))

@@ -298,7 +298,7 @@ WRONG = {
     "tune {job}/validation.jsonl {on} --neurons {bad}/text.csv": r"RuleError: .*text.csv:2: .*expected numbers",
     # models
     "identify {traces} -m {bad}/moe -o {bad}/out": r"UnsupportedModelError: .*moe: qwen3_moe is a mixture of experts",
-    "gate {traces} -m {bad}/gpt2 -o {bad}/out": r"UnsupportedModelError: .*model_type gpt2 is not supported",
+    "gate {traces} -m {bad}/bloom -o {bad}/out": r"UnsupportedModelError: .*model_type bloom is not supported",
     "collect {job}/test.jsonl -m {bad}/short -o {bad}/out": r"ArtifactError: .*short/model.safetensors: ",
     "eval {job}/test.jsonl -m {bad}/same_shape --rule {rule} -o {bad}/out": r"RuleError: .*fingerprint",
     "eval {job}/test.jsonl -m {bad}/llama --rule {rule} -o {bad}/out": r"RuleError: .*family llama \(expected qwen3\)",
@@ -378,7 +378,7 @@ def bad_models(folder, folders):
     config = json.loads((MODEL / "config.json").read_text())
     for name, changes in {
         "moe": {"model_type": "qwen3_moe", "num_experts": 8},
-        "gpt2": {"model_type": "gpt2"},
+        "bloom": {"model_type": "bloom"},
         "short": {},
         "same_shape": {},
     }.items():

@@ -22,7 +22,8 @@ TEMPLATE = (
 )
 
 # Lengths 1 to 11: a prompt that is only its last token, and more tokens than the sliding window holds.
-PROMPTS = ([72, 105, 33], [49], [87, 104, 97, 116, 32, 105, 115], [200, 3, 141, 59, 26, 53, 58, 97, 93, 238, 46])
+# All are printable ASCII, so that they survive being decoded and encoded: the first is "Hi!".
+PROMPTS = ([39, 72, 0], [16], [54, 71, 64, 83, 0, 72, 82], [20, 3, 41, 59, 26, 53, 58, 7, 93, 38, 46])
 
 _SIZES = {
     "vocab_size": VOCABULARY,
@@ -61,7 +62,7 @@ SPECS: dict[str, tuple[str, dict[str, Any]]] = {
 NAMES = tuple(SPECS)
 
 # Behind a norm after the MLP, a strength of 2 would change few tokens.
-STRENGTHS = {"gemma2": 20.0, "gemma3_text": 20.0, "olmo2": 20.0}
+STRENGTHS = {"gemma2": 20.0, "gemma3_text": 20.0, "olmo2": 40.0, "gpt2": 6.0}
 
 
 def build_tokenizer() -> Any:
@@ -70,6 +71,7 @@ def build_tokenizer() -> Any:
     core = Tokenizer(models.BPE(vocab={letter: n for n, letter in enumerate(letters)}, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
+    core.add_special_tokens(["<pad>", "<eos>"])  # in the order of PAD and EOS; Transformers would sort them by role
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", padding_side="left"
     )
@@ -121,9 +123,9 @@ def make_gate(seed: int = 0, layers: tuple[int, ...] = (0, 1), threshold: float 
         index=draw.permutation(MLP_SIZE)[:features],
         attention_weight=draw.normal(size=features),
         attention_bias=0.25,
-        hidden_weight=draw.normal(size=(hidden, features)),
+        hidden_weight=0.25 * draw.normal(size=(hidden, features)),
         hidden_bias=1 + 0.5 * draw.normal(size=hidden),  # units that are always off would test nothing
-        output_weight=draw.normal(size=hidden),
+        output_weight=2 * draw.normal(size=hidden),
         output_bias=-0.1,
         threshold=threshold,
     )

@@ -105,18 +105,17 @@ class Step:
         self.steered_BT = valid_BT & (column_T >= start - offset)
         self.anything_steered = isinstance(start, Tensor) or start - offset < valid_BT.shape[1]
 
-    def place_packed(self, last_R: Tensor, ends_R: Tensor, offset: int, width: int) -> None:
-        """Say which tokens are steered where several requests share one row of ``width`` columns.
+    def place_packed(self, last_R: Tensor, ends_R: Tensor, position_1T: Tensor, offset: int) -> None:
+        """Say which tokens are steered where several requests share one row, as in continuous batching.
 
         ``last_R`` are the columns whose logits choose a token, ``ends_R`` where each request ends, with a 0 before.
-        A request of several columns is a prompt, or a piece of one.
+        A request of several columns is a prompt or a piece of one; so is the first token of all.
         """
-        column_T = torch.arange(width, device=last_R.device)
-        steered_T = (column_T[:, None] == last_R).any(1)
+        column_T = torch.arange(position_1T.shape[1], device=position_1T.device)
+        self.steered_BT = (column_T[:, None] == last_R).any(1)[None]
         if not offset:
-            generated_R = torch.where(ends_R[1:] - ends_R[:-1] == 1, ends_R[1:] - 1, -1)
-            steered_T = steered_T & (column_T[:, None] == generated_R).any(1)
-        self.steered_BT = steered_T[None]
+            single_R = torch.where(ends_R[1:] - ends_R[:-1] == 1, ends_R[1:] - 1, -1)
+            self.steered_BT = self.steered_BT & (column_T[:, None] == single_R).any(1) & (position_1T > 0)
 
     def read(self, features_BTf: Tensor) -> None:
         """Take one layer's gate features, in the order of the layers."""
@@ -179,7 +178,7 @@ def begin_step(
     step = Step(state, gate, dials.strength, dials.threshold)
     offset = int(dials.start == "last_prompt_token")
     if (last_R := arguments.get("logits_indices")) is not None:  # continuous batching
-        step.place_packed(last_R, arguments["cu_seq_lens_q"], offset, tokens.shape[1])
+        step.place_packed(last_R, arguments["cu_seq_lens_q"], arguments["position_ids"], offset)
     elif tokens.shape[1] > 1 or fresh or start is not None:
         if valid_BT is None:
             valid_BT = valid_tokens(arguments["attention_mask"], tokens)
@@ -263,11 +262,9 @@ class Steering:
 
     @property
     def last_decisions(self) -> list[tuple[float, bool]]:
-        """(p(correct), steered) of each sequence of this thread's last generate(); empty without a gate."""
-        owner, state = getattr(_LOCAL, "last", (None, None))
-        if owner is not self or state is None or state.probability is None:
-            return []
-        return [(p, p < self.threshold) for p in state.probability.tolist()]
+        """(p(correct), steered) of each row of what this thread's last generate() gave; empty without a gate."""
+        owner, judged = getattr(_LOCAL, "last", (None, None))
+        return [] if judged is None or owner is not self else [(p, p < self.threshold) for p in judged.tolist()]
 
 
 class SteeredMLP:
@@ -448,7 +445,10 @@ class SteeredGeneration(_Steered):
         start = kwargs.pop("steering_start", getattr(config, "steering_start", None))
         with generating(self.steered_decoder, prompt_width(inputs, kwargs) if start is None else start) as scope:
             outputs = super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
-        _LOCAL.last = (self.steering, scope.state)
+        judged = None if scope.state is None else scope.state.probability
+        if judged is not None:
+            judged = judged[:: max(1, len(judged) // len(getattr(outputs, "sequences", outputs)))]  # one of its beams
+        _LOCAL.last = (self.steering, judged)
         return outputs
 
     def prepare_inputs_for_generation(
