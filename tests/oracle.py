@@ -43,7 +43,9 @@ def converse(model, turns, rule, steps, ends=()):
     for turn in turns:
         prompt += range(len(row) - unread, len(row) + len(turn))
         row += turn
-        probability = None if rule["gate"] is None else _judge(activations_of(model, row, rule, on), prompt, rule["gate"])
+        probability = (
+            None if rule["gate"] is None else _judge(activations_of(model, row, rule, on), prompt, rule["gate"])
+        )
         steered = probability is None or probability < rule["gate"]["threshold"]
         first = {"last_prompt_token": len(row) - 1, "first_generated_token": len(row)}[rule["start"]]
         chosen, logits = [], []
