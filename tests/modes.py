@@ -52,8 +52,8 @@ def rendered(runs: list[dict]) -> str:
     every += [[name, *(run["modes"][CLEAN].get(name, "not run") for run in runs)] for name in runs[-1]["modes"][CLEAN]]
     return (
         f"{HEAD}Transformers {' and '.join(versions)}.\n\n{_table(table)}\n"
-        "Every family, in a process where importing the library fails (greedy batch, no KV cache, one prompt, sampling,\n"
-        f"empty loading report):\n\n{_table(every)}{TAIL}"
+        "Every family, in a process where importing the library fails (greedy batch, no KV cache, one prompt,\n"
+        f"sampling, empty loading report):\n\n{_table(every)}{TAIL}"
     )
 
 

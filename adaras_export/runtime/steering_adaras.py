@@ -221,7 +221,7 @@ def finish_step(step: Step, cache: Cache | None, outputs: Any) -> None:
 class Steering:
     """The dials of a steered model: ``model.steering``. Shared by all calls on that model.
 
-    ``strength`` and ``threshold`` may be set; 0 and False give the base model's output, bit for bit.
+    ``strength``, ``threshold`` and ``enabled`` may be set; 0 and False give the base model's output, bit for bit.
     """
 
     def __init__(self, settings: dict[str, Any]) -> None:
@@ -253,12 +253,18 @@ class Steering:
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """The base model, for as long as the context lasts."""
-        before, self.enabled = self.enabled, False
+        """The base model, in this thread, for as long as the context lasts; ``enabled`` is for all threads."""
+        before = getattr(_LOCAL, "off", ())
+        _LOCAL.off = (*before, id(self))
         try:
             yield
         finally:
-            self.enabled = before
+            _LOCAL.off = before
+
+    @property
+    def active(self) -> bool:
+        """Whether this thread's calls are steered."""
+        return self.enabled and id(self) not in getattr(_LOCAL, "off", ())
 
     @property
     def last_decisions(self) -> list[tuple[float, bool]]:
@@ -401,7 +407,7 @@ class SteeredModel(_Steered):
             "inputs_embeds": inputs_embeds,
             **kwargs,
         }
-        if not self.steering.enabled:
+        if not self.steering.active:
             return super().forward(**arguments)
         if steering_start is None:
             steering_start, steering_valid = getattr(_LOCAL, "handed_on", (None, steering_valid))

@@ -7,6 +7,8 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -376,6 +378,31 @@ def test_off_lasts_as_long_as_its_context_and_ends_after_an_error(opened, told, 
         assert torch.equal(torch.stack(greedy(opened[key]).logits), torch.stack(greedy(stock["llama"]).logits))
         opened[key](torch.tensor([[999_999]]))
     require_answers(greedy(opened[key]), told[key])
+
+
+def test_off_is_this_threads_and_enabled_is_everyones(opened, told, stock):
+    """A server's other requests stay steered while one of them compares with the base model."""
+    key, inside, done = ("llama", *CAUSAL), threading.Event(), threading.Event()
+    base = torch.stack(greedy(stock["llama"]).logits)
+
+    def unsteered():
+        with opened[key].steering.off():
+            inside.set()
+            assert done.wait(60)
+            return torch.stack(greedy(opened[key]).logits)
+
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(unsteered)
+        assert inside.wait(60)
+        require_answers(greedy(opened[key]), told[key])
+        done.set()
+        assert torch.equal(other.result(), base)
+    try:
+        opened[key].steering.enabled = False
+        with ThreadPoolExecutor(1) as pool:
+            assert torch.equal(torch.stack(pool.submit(greedy, opened[key]).result().logits), base)
+    finally:
+        opened[key].steering.enabled = True
 
 
 def test_an_error_inside_forward_does_not_reach_the_next_call(opened, told):
