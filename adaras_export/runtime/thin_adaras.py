@@ -58,7 +58,7 @@ class _Thin:
         hub = {name: kwargs[name] for name in _HUB if name in kwargs}
         own = {name: kwargs.pop(name) for name in ("revision", "subfolder") if name in kwargs} | hub
         _require_fingerprint(source, _checkpoint(source, pinned, hub), record["fingerprint"])
-        # With one given, Transformers looks for no settings and no custom_generate/generate.py in the base's repository.
+        # With one given, Transformers looks for no settings and no custom_generate/generate.py where the base is.
         generation = kwargs["generation_config"] = kwargs.get("generation_config") or _generation(repo, config, own)
         kwargs.pop("adapter_kwargs", None)  # it has the revision of this repository
         config._commit_hash = None  # so has this

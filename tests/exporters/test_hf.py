@@ -5,7 +5,6 @@ import errno
 import json
 import os
 import shutil
-import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ import pytest
 import tiny
 import torch
 import transformers
+from elsewhere import OTHER_PYTHON, as_output, jobs_of, require_equal_to_the_oracle, run_elsewhere
 from safetensors import safe_open
 from tiny import PAD, PROMPTS, greedy, left_padded, require_answers
 
@@ -38,7 +38,6 @@ JOBS = {
     ("qwen3-sharded", *CAUSAL): [*EVERYWHERE, "off", "again"],
 }
 KEYS = pytest.mark.parametrize("key", JOBS, ids=lambda key: "-".join(map(str, key)))
-OTHER_PYTHON = os.environ.get("ADARAS_OTHER_PYTHON")  # of a virtual environment with another Transformers
 
 
 @pytest.fixture(scope="module")
@@ -69,71 +68,10 @@ def opened(written):
     return Opened()
 
 
-def run_elsewhere(python, written, folder):
-    """What `clean_process.py` found, by the keys of ``JOBS``."""
-    jobs = [
-        {"folder": str(written[key]), "prompts": PROMPTS, "pad": PAD, "end": tiny.EOS, "modes": modes}
-        for key, modes in JOBS.items()
-    ]
-    environment = {
-        "PATH": os.environ["PATH"],
-        "HF_HOME": str(folder),
-        "HF_MODULES_CACHE": str(folder / "modules"),
-        "HF_HUB_OFFLINE": "1",
-    }
-    script = Path(__file__).with_name("clean_process.py")
-    done = subprocess.run(
-        [python, script],
-        input=json.dumps(jobs),
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env=environment,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    results = dict(zip(JOBS, found["results"], strict=True))
-    return {"transformers": found["transformers"], "stderr": done.stderr, **results}
-
-
 @pytest.fixture(scope="module")
 def clean(written, tmp_path_factory):
     """The results of one process in which importing the library fails."""
-    return run_elsewhere(sys.executable, written, tmp_path_factory.mktemp("clean"))
-
-
-def as_output(result):
-    """A result of the other process in the form that generate() gives."""
-    return SimpleNamespace(sequences=torch.tensor(result["sequences"]), logits=torch.tensor(result["logits"]).unbind())
-
-
-def sampled_by_the_oracle(model, rule):
-    """The oracle's answers when it draws from its logits with the seed of the other process."""
-    answers = []
-    for prompt in PROMPTS:
-        with torch.random.fork_rng():
-            torch.manual_seed(3)
-            answers += [
-                oracle.respond(
-                    model,
-                    prompt,
-                    tiny.plain_rule(rule),
-                    6,
-                    pick=lambda logits: int(torch.multinomial(logits.softmax(-1), 1)),
-                    ends=(tiny.EOS,),
-                )
-            ]
-    return answers
-
-
-def require_equal_to_the_oracle(results, key, told, stock, rules):
-    for mode in ("greedy", "uncached"):
-        require_answers(as_output(results[mode]), told[key])
-    for row, answer in enumerate(told[key]):
-        require_answers(as_output(results["single"][row]), [answer])
-    for result, answer in zip(results["sampled"], sampled_by_the_oracle(stock[key[0]], rules[key]), strict=True):
-        require_answers(as_output(result), [answer])
+    return run_elsewhere(sys.executable, jobs_of(JOBS, written), tmp_path_factory.mktemp("clean"))
 
 
 @KEYS
@@ -208,7 +146,7 @@ def test_in_half_precision_gate_and_vectors_stay_float32(clean):
 @pytest.mark.slow
 @pytest.mark.skipif(not OTHER_PYTHON, reason="ADARAS_OTHER_PYTHON names no interpreter with another Transformers")
 def test_an_export_equals_the_oracle_under_another_transformers(written, told, stock, rules, tmp_path):
-    found = run_elsewhere(OTHER_PYTHON, written, tmp_path)
+    found = run_elsewhere(OTHER_PYTHON, jobs_of(JOBS, written), tmp_path)
     assert found["transformers"] != transformers.__version__
     for key in JOBS:
         require_equal_to_the_oracle(found[key], key, told, stock, rules)
