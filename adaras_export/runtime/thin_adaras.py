@@ -40,7 +40,7 @@ class _Thin:
 
         Raises:
             OSError: the base is not there.
-            ValueError: it is another one, or the steering tensors are not those of the config.
+            ValueError: it is another one, or lacks weights, or the steering tensors are not those of the config.
         """
         config = copy.deepcopy(config)
         settings = config.adaras = dict(config.adaras)
@@ -73,6 +73,10 @@ class _Thin:
                 kwargs | {"trust_remote_code": False, "use_safetensors": True}
             ),  # this repository is trusted, not the base
         )
+        if report["missing_keys"]:
+            raise ValueError(
+                f"{source}: {real.__name__} finds no {', '.join(sorted(report['missing_keys'])[:3])}, ... there"
+            )
         model.__class__ = real
         if model.can_generate():
             model.generation_config = generation  # Transformers 4.57 copies it, and loses what generate() asks for
@@ -111,7 +115,7 @@ def _checkpoint(source: str, revision: str | None, hub: dict[str, Any]) -> dict[
             paths, metadata = get_checkpoint_shard_files(source, index, **where)
             by_name = {path.replace("\\", "/").rpartition("/")[2]: path for path in paths}
             return {name: by_name[file] for name, file in metadata["weight_map"].items()}
-    except (OSError, KeyError) as error:
+    except (OSError, ValueError, KeyError) as error:  # ValueError: a path that is gone is no valid Hub id either
         raise OSError(_missing(source, str(error).strip().partition("\n")[0])) from error
     if single is None:
         raise OSError(_missing(source, "no model.safetensors and no index there"))
