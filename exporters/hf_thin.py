@@ -21,6 +21,11 @@ from adaras_export.rule import SteeringRule
 from adaras_export.storage import Array
 
 _LOADER = "thin_adaras.py"
+_LOADERS = {
+    "AutoConfig": "thin_adaras.ThinConfig",
+    "AutoModel": "thin_adaras.ThinModel",
+    "AutoModelForCausalLM": "thin_adaras.ThinModelForCausalLM",
+}
 
 
 @dataclass(frozen=True)
@@ -81,8 +86,7 @@ class ThinExporter:
             "fingerprint": models.tensor_fingerprint(base),
             "auto_map": config["auto_map"],
         }
-        loaders = {"AutoModel": "thin_adaras.ThinModel", "AutoModelForCausalLM": "thin_adaras.ThinModelForCausalLM"}
-        return {**config, "auto_map": config["auto_map"] | loaders, "adaras": config["adaras"] | {"base": record}}
+        return {**config, "auto_map": _LOADERS, "adaras": config["adaras"] | {"base": record}}
 
 
 EXPORTER = ThinExporter()

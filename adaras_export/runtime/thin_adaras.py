@@ -10,12 +10,13 @@ import hashlib
 import json
 import sys
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PretrainedConfig
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.auto_factory import add_generation_mixin_to_remote_model
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
@@ -23,6 +24,30 @@ _STEERING_FILE = "model-steering.safetensors"
 _HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
 _OTHER_WEIGHTS = ("state_dict", "variant", "gguf_file", "key_mapping")  # what would be loaded is not what was checked
 _SAMPLE_BYTES = 4096
+
+
+class ThinConfig:
+    """What `AutoConfig` takes for the config's class; `from_pretrained` gives a config of the real one's subclass.
+
+    A class of its own, because Transformers 5 chooses the model's class by the config's, and that of a local folder
+    is the one that a full repository in a folder of the same name has.
+    """
+
+    _classes: ClassVar[dict[type, Any]] = {}
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = None) -> None:
+        """The real classes know theirs."""
+
+    @classmethod
+    def from_pretrained(cls, repo: Any, **kwargs: Any) -> Any:
+        """As in Transformers."""
+        settings, _ = PretrainedConfig.get_config_dict(repo, **kwargs)
+        where = {name: kwargs[name] for name in (*_HUB, "revision") if name in kwargs}
+        real = get_class_from_dynamic_module(settings["adaras"]["base"]["auto_map"]["AutoConfig"], repo, **where)
+        if real not in cls._classes:
+            cls._classes[real] = type(real.__name__, (real,), {"__module__": real.__module__, "steered_class": real})
+        return cls._classes[real].from_pretrained(repo, **kwargs)
 
 
 class _Thin:
@@ -43,14 +68,13 @@ class _Thin:
             ValueError: it is another one, or lacks weights, or the steering tensors are not those of the config.
         """
         config = copy.deepcopy(config)
+        config.__class__ = config.steered_class
         settings = config.adaras = dict(config.adaras)
-        record = settings.pop("base", None)
-        config.auto_map = config.auto_map if record is None else dict(record["auto_map"])
+        record = settings.pop("base")
+        config.auto_map = dict(record["auto_map"])
         # The config's class came from the repository's code, at the revision that was asked for; so its neighbours do.
-        real = getattr(sys.modules[type(config).__module__], config.auto_map[cls.auto_class].rpartition(".")[2])
+        real = getattr(sys.modules[type(config).__module__], record["auto_map"][cls.auto_class].rpartition(".")[2])
         real = add_generation_mixin_to_remote_model(real)  # as AutoModel does
-        if record is None:  # a full repository whose code lies in a folder of the same name as a thin one's
-            return real.from_pretrained(repo, *args, config=config, **kwargs)
         if strange := [name for name in _OTHER_WEIGHTS if kwargs.get(name) is not None]:
             raise ValueError(f"{', '.join(strange)}: not possible here, the base model's own weights are pinned")
         source = record["id"] if base is None else str(base)
