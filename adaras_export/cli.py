@@ -300,10 +300,11 @@ def evaluate(
 def export(
     rule: Annotated[Path, typer.Argument(help="Rule file.")],
     base: Annotated[str, typer.Option(help="Folder or Hub id of the base model.")],
-    to: Annotated[str, typer.Option(help="Target: hf.")],
+    to: Annotated[str, typer.Option(help="Target: hf or hf-thin.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="New folder.")],
     accept_loss: Annotated[str, typer.Option(help="Features that the format may leave out: gate,start.")] = "",
     evaluation: Annotated[Path | None, typer.Option(help="File of eval, for the model card.")] = None,
+    copy: Annotated[bool, typer.Option("--copy", help="Copy weight files instead of hard-linking them.")] = False,
     as_json: Json = False,
 ) -> None:
     """Bake a rule into an artifact that runs without this library, verify it, and give it card and receipt."""
@@ -312,7 +313,8 @@ def export(
 
     _quiet_libraries()
     accepted = [feature for feature in accept_loss.split(",") if feature]
-    report = run(SteeringRule.load(rule), base=base, to=to, out=out, accept_loss=accepted, evaluation=evaluation)
+    how: dict[str, Any] = {"accept_loss": accepted, "evaluation": evaluation, "copy": copy}
+    report = run(SteeringRule.load(rule), base=base, to=to, out=out, **how)
     record = {"path": str(report.path), "target": to, "files": report.files, "parity": report.parity.as_record()}
     _print(record, f"{_checks(report.parity)}\n{out}: {len(report.files)} files and a receipt", as_json)
 

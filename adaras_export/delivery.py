@@ -21,7 +21,7 @@ import torch
 from adaras_export import __version__, exporters, models, storage
 from adaras_export.card import CardContext, card
 from adaras_export.errors import ArtifactError, ExportError, ParityError
-from adaras_export.exporters.base import Exporter
+from adaras_export.exporters.base import Commission, Exporter
 from adaras_export.models import BaseModel
 from adaras_export.parity import Check, ParityReport, ReferencePlayer, Script, compare, rehearse
 from adaras_export.rule import SteeringRule
@@ -41,7 +41,7 @@ class ExportReport:
     parity: ParityReport
 
 
-def export(
+def export(  # noqa: PLR0913 - one job with the options that the command line has
     rule: SteeringRule,
     *,
     base: str | Path,
@@ -49,6 +49,7 @@ def export(
     out: str | Path,
     accept_loss: Sequence[str] = (),
     evaluation: str | Path | None = None,
+    copy: bool = False,
 ) -> ExportReport:
     """Write ``rule`` on ``base`` as an artifact of target ``to`` into the new folder ``out``, and verify it.
 
@@ -59,6 +60,7 @@ def export(
         out: a folder that does not exist yet.
         accept_loss: features ("gate", "start", "dial") that the format may leave out.
         evaluation: JSON file of `adaras-export eval`, for the card.
+        copy: copy weight files that would be hard-linked to the base's.
 
     Raises:
         ExportError: the target cannot express the rule, ``out`` exists, or the disk is full.
@@ -70,6 +72,8 @@ def export(
     folder = models.fetch(base, rule.base.revision)
     found = BaseModel.of(base, rule.base.revision)
     rule.base.require_same(found)
+    origin = found.id if found.revision else str(folder.resolve())
+    exporter = exporter.commissioned(Commission(origin, found.revision, copy=copy))
     measured = None if evaluation is None else _evaluation(Path(evaluation), rule)
     with _staged(out) as stage:
         exporter.write(rule, folder, stage)
@@ -80,7 +84,7 @@ def export(
         context = CardContext(out.name, exporter.usage(), exporter.tags(), dropped, _license(folder), measured)
         (stage / "README.md").write_text(card(rule, parity, context), encoding="utf-8")
         files = _hashes(stage)
-        receipt = _receipt(rule, exporter, parity, files) | {"base": found.as_record(), "source": str(base)}
+        receipt = _receipt(rule, exporter, parity, files) | {"base": found.as_record(), "source": origin}
         (stage / _RECEIPT_FILE).write_text(json.dumps(receipt, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return ExportReport(out, to, files, dropped, parity)
 
@@ -105,13 +109,16 @@ def verify(path: str | Path, base: str | Path | None = None) -> ParityReport:
             BaseModel.from_record(receipt["base"], str(folder)),
         )
         checks = _file_checks(folder, receipt["files"])
-        rule_hash, origin = receipt["rule"], receipt["source"] if base is None else base
+        rule_hash, origin = receipt["rule"], receipt["source"]
     except (KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{folder / _RECEIPT_FILE}: damaged receipt ({error}); export again") from error
     rule = SteeringRule.load(folder / _RULE_FILE)
     checks.append(Check("rule other than the receipt's", float(rule.fingerprint != rule_hash), 0))
-    base_folder = models.fetch(origin, recorded.revision)
-    rule.base.require_same(BaseModel.of(origin, recorded.revision))
+    found = origin if base is None else base
+    base_folder = models.fetch(found, recorded.revision)
+    rule.base.require_same(BaseModel.of(found, recorded.revision))
+    elsewhere = None if base is None else base_folder
+    exporter = exporter.commissioned(Commission(origin, recorded.revision, elsewhere))
     return ParityReport((*checks, *_verified(exporter, folder, rule, base_folder).checks))
 
 

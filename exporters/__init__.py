@@ -8,7 +8,7 @@ from adaras_export.errors import ExportError
 if TYPE_CHECKING:  # it brings torch along
     from adaras_export.exporters.base import Exporter
 
-TARGETS = {"hf": "adaras_export.exporters.hf"}
+TARGETS = {"hf": "adaras_export.exporters.hf", "hf-thin": "adaras_export.exporters.hf_thin"}
 
 
 def load(target: str) -> "Exporter":

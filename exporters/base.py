@@ -4,6 +4,7 @@ import errno
 import os
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -13,12 +14,39 @@ from adaras_export.rule import SteeringRule
 Feature = Literal["gate", "start", "dial"]
 
 
+@dataclass(frozen=True)
+class Commission:
+    """What an exporter is told besides the rule and the folders.
+
+    Attributes:
+        base_id: what from_pretrained finds the base by: its Hub id, or the absolute path of its folder.
+        base_revision: the commit of a Hub id.
+        base_elsewhere: the base's folder for `Exporter.load`, where it is no longer at that place.
+        copy: copy weight files, also where they could be linked.
+    """
+
+    base_id: str
+    base_revision: str | None = None
+    base_elsewhere: Path | None = None
+    copy: bool = False
+
+
 class Exporter(Protocol):
     """One target: writes an artifact, looks it over without running it, and opens it for the comparison."""
 
-    name: str
-    drops: frozenset[Feature]
-    """What the format cannot express."""
+    @property
+    def name(self) -> str:
+        """The target."""
+        ...
+
+    @property
+    def drops(self) -> frozenset[Feature]:
+        """What the format cannot express."""
+        ...
+
+    def commissioned(self, commission: Commission) -> "Exporter":
+        """This exporter with what it needs of ``commission``."""
+        ...
 
     def write(self, rule: SteeringRule, base: Path, out: Path) -> None:
         """Write the artifact of ``rule`` on the checkpoint in ``base`` into the empty folder ``out``.
@@ -82,9 +110,12 @@ def copy_companions(base: Path, out: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def link_or_copy(source: Path, target: Path) -> None:
-    """Give ``source`` a second name without rewriting it; a copy where the file systems differ."""
+def link_or_copy(source: Path, target: Path, *, copy: bool = False) -> None:
+    """Give ``source`` a second name without rewriting it; a copy where that is asked for or the file systems differ."""
     source = source.resolve()  # a Hub snapshot holds links into its blobs
+    if copy:
+        shutil.copyfile(source, target)
+        return
     try:
         os.link(source, target)
     except OSError as error:

@@ -7,7 +7,7 @@ of `adaras_export.runtime` is copied as it is. Exact: gate, start and a dial for
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,20 @@ from safetensors.numpy import save
 
 from adaras_export import models, storage
 from adaras_export.errors import ArtifactError, ExportError
-from adaras_export.exporters.base import Feature, companions, copy_companions, link_or_copy
+from adaras_export.exporters.base import (
+    Commission,
+    Exporter,
+    Feature,
+    companions,
+    copy_companions,
+    link_or_copy,
+)
 from adaras_export.parity import Artifact, Check, Mode, Play, play_model
 from adaras_export.rule import Gate, SteeringRule
 from adaras_export.storage import Array
 
 _SHARED_PAYLOAD = "steering_adaras.py"
-_STEERING_FILE = "model-steering.safetensors"
+STEERING_FILE = "model-steering.safetensors"
 _INDEX_FILE = "model.safetensors.index.json"
 
 
@@ -35,55 +42,35 @@ class HuggingFaceExporter:
 
     name: str = "hf"
     drops: frozenset[Feature] = frozenset()
+    copy: bool = False
+
+    def commissioned(self, commission: Commission) -> Exporter:
+        """As `Exporter` says."""
+        return replace(self, copy=commission.copy)
 
     def write(self, rule: SteeringRule, base: Path, out: Path) -> None:
         """As `Exporter` says."""
-        config = storage.read_json(base / "config.json")
-        if "quantization_config" in config:
-            raise ExportError(f"{base}: is quantised; expected plain weights, which the vectors are folded from")
+        config = plain_config(base)
         located = models.shards(base)
         names = {path: _linked_name(path) for path in set(located.values())}
         for path, name in sorted(names.items()):
-            link_or_copy(path, out / name)
+            link_or_copy(path, out / name, copy=self.copy)
         tensors = steering_tensors(rule, base)
-        storage.replace_file(out / _STEERING_FILE, save(tensors, metadata={"format": "pt"}))
-        weight_map = {name: names[path] for name, path in located.items()} | dict.fromkeys(tensors, _STEERING_FILE)
-        size = sum(path.stat().st_size for path in names) + (out / _STEERING_FILE).stat().st_size
+        write_tensors(out, tensors)
+        weight_map = {name: names[path] for name, path in located.items()} | dict.fromkeys(tensors, STEERING_FILE)
+        size = sum(path.stat().st_size for path in names) + (out / STEERING_FILE).stat().st_size
         _write_json(out / _INDEX_FILE, {"metadata": {"total_size": size}, "weight_map": weight_map})
-        _write_json(out / "config.json", steered_config(config, rule))
-        for name, content in payload(rule.base.family).items():
-            (out / name).write_bytes(content)
-        copy_companions(base, out)
-        _name_tokenizer_class(base, out)
+        write_repository(out, base, steered_config(config, rule), payload(rule.base.family))
 
     def inspect(self, folder: Path, rule: SteeringRule, base: Path) -> Sequence[Check]:
         """As `Exporter` says."""
-        strange = _strange_code(folder, rule.base.family)
         expected = steered_config(storage.read_json(base / "config.json"), rule)
-        config = storage.read_json(folder / "config.json")
-        settings = [key for key in sorted({*expected, *config}) if config.get(key) != expected.get(key)]
-        trust = [
-            Check("code files that are not the library's", len(strange), 0, " ".join(strange)),
-            Check("config entries that differ", len(settings), 0, " ".join(settings)),
-        ]
-        changed = _changed_companions(folder, base)
-        carried = Check("files of the base that differ", len(changed), 0, " ".join(changed))
-        # Opening a tokenizer may run code, and a damaged one may not open.
-        tokens = _tokenizer_checks(folder, base) if all(check.ok for check in (*trust, carried)) else []
-        return [*trust, carried, *tokens, *_tensor_checks(folder, rule, base)]
+        checks = repository_checks(folder, base, expected, payload(rule.base.family))
+        return [*checks, *_tensor_checks(folder, rule, base)]
 
     def load(self, folder: Path) -> Artifact:
         """As `Exporter` says. Runs the repository's code, which `inspect` has found to be this library's own."""
-        from transformers import AutoModelForCausalLM
-
-        try:
-            opened: Any = AutoModelForCausalLM.from_pretrained(
-                folder, trust_remote_code=True, dtype=torch.float32, output_loading_info=True
-            )
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise ArtifactError(f"{folder}: cannot be opened ({str(error).strip().partition(chr(10))[0]})") from error
-        model, report = opened
-        return _SteeredRepo(model.eval(), sorted(f"{key} {name}" for key, names in report.items() for name in names))
+        return open_repository(folder)
 
     def tags(self) -> Sequence[str]:
         """As `Exporter` says."""
@@ -91,12 +78,12 @@ class HuggingFaceExporter:
 
     def usage(self) -> str:
         """As `Exporter` says."""
-        return _USAGE
+        return USAGE
 
 
 EXPORTER = HuggingFaceExporter()
 
-_USAGE = """\
+USAGE = """\
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -115,6 +102,66 @@ with model.steering.off():             # or switch it off
 
 Needs torch and transformers >= 4.57, nothing else. The code is short: read it, and pin a `revision`.
 """
+
+
+def plain_config(base: Path) -> dict[str, Any]:
+    """The config.json of a base.
+
+    Raises:
+        ExportError: its weights are quantised.
+    """
+    config = storage.read_json(base / "config.json")
+    if "quantization_config" in config:
+        raise ExportError(f"{base}: is quantised; expected plain weights, which the vectors are folded from")
+    return config
+
+
+def write_tensors(out: Path, tensors: dict[str, Array]) -> None:
+    """Write the file of the steering tensors."""
+    storage.replace_file(out / STEERING_FILE, save(tensors, metadata={"format": "pt"}))
+
+
+def write_repository(out: Path, base: Path, config: dict[str, Any], code: dict[str, bytes]) -> None:
+    """Write all that a repository holds besides tensors: config, code, and the small files of the base."""
+    _write_json(out / "config.json", config)
+    for name, content in code.items():
+        (out / name).write_bytes(content)
+    copy_companions(base, out)
+    _name_tokenizer_class(base, out)
+
+
+def repository_checks(folder: Path, base: Path, config: dict[str, Any], code: dict[str, bytes]) -> list[Check]:
+    """Compare what `write_repository` wrote; code and config come first."""
+    strange = _strange_code(folder, code)
+    found = storage.read_json(folder / "config.json")
+    settings = [key for key in sorted({*config, *found}) if found.get(key) != config.get(key)]
+    trust = [
+        Check("code files that are not the library's", len(strange), 0, " ".join(strange)),
+        Check("config entries that differ", len(settings), 0, " ".join(settings)),
+    ]
+    changed = _changed_companions(folder, base)
+    carried = Check("files of the base that differ", len(changed), 0, " ".join(changed))
+    # Opening a tokenizer may run code, and a damaged one may not open.
+    tokens = _tokenizer_checks(folder, base) if all(check.ok for check in (*trust, carried)) else []
+    return [*trust, carried, *tokens]
+
+
+def open_repository(folder: Path, **how: str) -> Artifact:
+    """Open a repository with its own code, in float32; ``how`` goes to its `from_pretrained`.
+
+    Raises:
+        ArtifactError: it does not open.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        opened: Any = AutoModelForCausalLM.from_pretrained(
+            folder, trust_remote_code=True, dtype=torch.float32, output_loading_info=True, **how
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ArtifactError(f"{folder}: cannot be opened ({str(error).strip().partition(chr(10))[0]})") from error
+    model, report = opened
+    return _SteeredRepo(model.eval(), sorted(f"{key} {name}" for key, names in report.items() for name in names))
 
 
 def steered_config(config: dict[str, Any], rule: SteeringRule) -> dict[str, Any]:
@@ -209,9 +256,8 @@ def _gate_settings(gate: Gate) -> dict[str, Any]:
     }
 
 
-def _strange_code(folder: Path, family: str) -> list[str]:
+def _strange_code(folder: Path, own: dict[str, bytes]) -> list[str]:
     """Files that are not this library's and that from_pretrained would run, or follow to code elsewhere."""
-    own = payload(family)
     changed = [name for name, content in own.items() if _content(folder / name) != content]
     names = [str(path.relative_to(folder)) for path in sorted(folder.rglob("*.py")) if "__pycache__" not in path.parts]
     pointers = [name for name in ("adapter_config.json",) if (folder / name).exists()]
@@ -268,7 +314,7 @@ def _tokenizer_checks(folder: Path, base: Path) -> list[Check]:
 def _tensor_checks(folder: Path, rule: SteeringRule, base: Path) -> list[Check]:
     expected = steering_tensors(rule, base)
     located = models.shards(folder)
-    wrong = [name for name, value in expected.items() if not _stores(located.get(name), name, value)]
+    wrong = [name for name, value in expected.items() if not stores(located.get(name), name, value)]
     base_located = models.shards(base)
     strange = sorted(located.keys() ^ (expected.keys() | base_located.keys()))
     names = {_linked_name(path): path for path in base_located.values()}
@@ -280,7 +326,8 @@ def _tensor_checks(folder: Path, rule: SteeringRule, base: Path) -> list[Check]:
     ]
 
 
-def _stores(path: Path | None, name: str, value: Array) -> bool:
+def stores(path: Path | None, name: str, value: Array) -> bool:
+    """Whether a safetensors file holds this tensor with these values."""
     try:
         with safe_open(path, framework="numpy") as file:
             return name in file.keys() and np.array_equal(file.get_tensor(name), value)

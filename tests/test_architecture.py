@@ -64,6 +64,8 @@ def test_every_public_name_is_there():
 @pytest.mark.parametrize("path", PAYLOAD, ids=lambda path: path.name)
 def test_the_payload_imports_torch_transformers_siblings_and_a_little_of_the_standard_library(path):
     allowed = {"torch", "transformers", "threading", "collections", "contextlib", "functools", "typing"}
+    if path.name == "thin_adaras.py":  # safetensors, on which Transformers depends, maps the files that it checks
+        allowed |= {"safetensors", "hashlib", "json", "copy", "sys"}
     for module in imported(path):
         if module.startswith("."):
             assert module == ".steering_adaras"  # flat: Transformers does not fetch nested files

@@ -188,6 +188,15 @@ def test_an_export_verifies_and_a_tampered_one_ends_with_exit_status_1(job, run,
     assert err.count("\n") == 1
 
 
+def test_export_copies_where_that_is_asked_for_and_writes_thin_repositories(job, run, tmp_path):
+    for options, links in ((["--to", "hf"], 2), (["--to", "hf", "--copy"], 1), (["--to", "hf-thin"], 0)):
+        out = tmp_path / options[-1]
+        status, _, err = run("export", job / "rule.safetensors", "--base", MODEL, *options, "--out", out)
+        assert (status, err) == (0, "")
+        weights = [path for path in out.glob("model*.safetensors") if "steering" not in path.name]
+        assert [min(path.stat().st_nlink, 2) for path in weights] == ([links] if links else [])
+
+
 def test_a_negated_vector_fails_the_check_of_what_it_computes(job, run, tmp_path):
     shutil.copytree(job / "steered", tmp_path / "steered")
     (path,) = [one for one in (tmp_path / "steered").glob("*.safetensors") if "steering" in one.name]

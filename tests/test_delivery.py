@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 from safetensors.numpy import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from adaras_export import delivery, storage
 from adaras_export.delivery import export, verify
@@ -407,6 +408,99 @@ def test_a_place_that_cannot_be_written_is_refused(rules, folders, tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(ExportError, match="cannot be written"):
         export(rules[KEY], base=folders["llama"], to="hf", out=tmp_path / "file" / "out")
+
+
+def test_a_disk_that_is_full_after_some_shards_leaves_nothing_behind(rules, folders, tmp_path, monkeypatch):
+    link, linked = os.link, []
+
+    def link_two(source, target):
+        linked.append(target)
+        link(source, target) if len(linked) < 3 else full()
+
+    monkeypatch.setattr(os, "link", link_two)
+    with pytest.raises(ExportError, match=r"the disk is full\); nothing was left behind"):
+        export(rules[SHARDED], base=folders["qwen3-sharded"], to="hf", out=tmp_path / "out")
+    assert len(linked) == 3
+    assert names_of(tmp_path) == []
+
+
+# The base's files, which an export may share by hard links
+
+
+def everything(folder):
+    """Content, place on the disk, permissions and time of each file."""
+    stats = {path: path.stat() for path in sorted(folder.rglob("*"))}
+    return {
+        path: (path.is_file() and path.read_bytes(), one.st_ino, one.st_mode, one.st_mtime_ns)
+        for path, one in stats.items()
+    }
+
+
+@pytest.fixture(params=["llama", "qwen3-sharded"])
+def guarded(request, folders, tmp_path):
+    """A base that nothing may write to, and its name."""
+    base = shutil.copytree(folders[request.param], tmp_path / "base")
+    for path in (*base.iterdir(), base):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    yield request.param, base
+    base.chmod(0o755)  # pytest removes it
+
+
+@pytest.mark.parametrize("how", [("hf", False), ("hf", True), ("hf-thin", False)], ids=["linked", "copied", "thin"])
+def test_nothing_that_is_done_with_an_export_changes_the_base(how, guarded, rules, tmp_path):
+    (name, base), (to, copy), out = guarded, how, tmp_path / "out"
+    before = everything(base)
+    export(rules[(name, *KEY[1:])], base=base, to=to, out=out, copy=copy)
+    assert verify(out).ok
+    model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True, dtype=torch.float32)
+    model.steering.strength = 0.25
+    with torch.no_grad():
+        model.get_input_embeddings().weight.zero_()  # what is mapped from a file must not be written through
+    model.save_pretrained(tmp_path / "again", max_shard_size="30KB")
+    if copy or to == "hf-thin":
+        for path in out.rglob("*.safetensors"):
+            path.chmod(0o644)
+            with path.open("r+b") as file:  # as whoever edits an artifact in place
+                file.write(b"\0" * 8)
+    shutil.rmtree(out)
+    assert everything(base) == before
+
+
+def test_saving_an_opened_export_into_its_own_folder_leaves_the_base_alone(rules, folders, tmp_path):
+    """The names of its shards are those of the base, whose bytes they share."""
+    base = shutil.copytree(folders["qwen3-sharded"], tmp_path / "base")
+    content = {path.name: path.read_bytes() for path in base.iterdir()}
+    out = export(rules[SHARDED], base=base, to="hf", out=tmp_path / "out").path
+    model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True, dtype=torch.float32)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.add_(1.0)
+    model.save_pretrained(out, max_shard_size="30KB")
+    assert {path.name: path.read_bytes() for path in base.iterdir()} == content
+
+
+@pytest.mark.parametrize("key", [KEY, SHARDED])
+def test_copy_gives_the_same_files_without_links(key, rules, folders, tmp_path):
+    for name, copy in (("linked", False), ("copied", True)):
+        export(rules[key], base=folders[key[0]], to="hf", out=tmp_path / name / "out", copy=copy)
+    for path in sorted((tmp_path / "linked" / "out").iterdir()):
+        twin = tmp_path / "copied" / "out" / path.name
+        assert twin.read_bytes() == path.read_bytes(), path.name
+        assert twin.stat().st_nlink == 1
+    sources = {path.stat().st_ino for path in folders[key[0]].glob("*.safetensors")}
+    assert sources == {p.stat().st_ino for p in (tmp_path / "linked" / "out").iterdir()} & sources
+
+
+def test_shards_are_linked_one_by_one_and_the_index_is_that_of_the_base_with_the_steering(rules, folders, tmp_path):
+    """A tied LM head is in no file, and in no index."""
+    base = folders["qwen3-sharded"]
+    out = export(rules[SHARDED], base=base, to="hf", out=tmp_path / "out").path
+    theirs, ours = (json.loads((path / "model.safetensors.index.json").read_text()) for path in (base, out))
+    added = ours["weight_map"].items() - theirs["weight_map"].items()
+    assert theirs["weight_map"].items() < ours["weight_map"].items()
+    assert {file for _, file in added} == {"model-steering.safetensors"}
+    assert not any("lm_head" in name for name in ours["weight_map"])
+    for shard in set(theirs["weight_map"].values()):
+        assert (out / shard).samefile(base / shard)
 
 
 def test_any_other_error_leaves_nothing_behind_either(rules, folders, tmp_path, monkeypatch):

@@ -59,7 +59,7 @@ def decoder(model, job):
     body = transformers.AutoModel.from_pretrained(job["folder"], **TRUST).eval()
     with torch.no_grad():
         found = [body(torch.tensor([row])).last_hidden_state[0, -1] for row in job["prompts"]]
-        return [model.lm_head(hidden).tolist() for hidden in found]
+        return [model.get_output_embeddings()(hidden).tolist() for hidden in found]
 
 
 def tokenizer(model, job):

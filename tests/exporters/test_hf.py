@@ -5,22 +5,20 @@ import errno
 import json
 import os
 import shutil
-import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
-import oracle
 import pytest
 import tiny
 import torch
 import transformers
+from elsewhere import as_output, jobs_of, require_equal_to_the_oracle, run_elsewhere
 from safetensors import safe_open
-from tiny import PAD, PROMPTS, greedy, require_answers
+from tiny import PROMPTS, greedy, require_answers
 
 from adaras_export import models
 from adaras_export.errors import ArtifactError, ExportError
@@ -70,67 +68,15 @@ def opened(written):
 
 @pytest.fixture(scope="module")
 def clean(written, tmp_path_factory):
-    """What one process found in which importing the library fails, by the keys of ``JOBS``."""
-    folder = tmp_path_factory.mktemp("clean")
-    jobs = [
-        {"folder": str(written[key]), "prompts": PROMPTS, "pad": PAD, "end": tiny.EOS, "modes": modes}
-        for key, modes in JOBS.items()
-    ]
-    environment = {
-        "PATH": os.environ["PATH"],
-        "HF_HOME": str(folder),
-        "HF_MODULES_CACHE": str(folder / "modules"),
-        "HF_HUB_OFFLINE": "1",
-    }
-    script = Path(__file__).with_name("clean_process.py")
-    done = subprocess.run(
-        [sys.executable, script],
-        input=json.dumps(jobs),
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env=environment,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    return dict(zip(JOBS, found["results"], strict=True))
-
-
-def as_output(result):
-    """A result of the other process in the form that generate() gives."""
-    return SimpleNamespace(sequences=torch.tensor(result["sequences"]), logits=torch.tensor(result["logits"]).unbind())
-
-
-def sampled_by_the_oracle(model, rule):
-    """The oracle's answers when it draws from its logits with the seed of the other process."""
-    answers = []
-    for prompt in PROMPTS:
-        with torch.random.fork_rng():
-            torch.manual_seed(3)
-            answers += [
-                oracle.respond(
-                    model,
-                    prompt,
-                    tiny.plain_rule(rule),
-                    6,
-                    pick=lambda logits: int(torch.multinomial(logits.softmax(-1), 1)),
-                    ends=(tiny.EOS,),
-                )
-            ]
-    return answers
+    """The results of one process in which importing the library fails."""
+    return run_elsewhere(sys.executable, jobs_of(JOBS, written), tmp_path_factory.mktemp("clean"))
 
 
 @KEYS
 def test_an_export_without_the_library_equals_the_oracle(key, clean, told, stock, rules, record_mode):
     record_mode("a process without the library", key[0])
     assert clean[key]["report"] == {}
-    for mode in ("greedy", "uncached"):
-        require_answers(as_output(clean[key][mode]), told[key])
-    for row, answer in enumerate(told[key]):
-        require_answers(as_output(clean[key]["single"][row]), [answer])
-    for result, answer in zip(clean[key]["sampled"], sampled_by_the_oracle(stock[key[0]], rules[key]), strict=True):
-        require_answers(as_output(result), [answer])
+    require_equal_to_the_oracle(clean[key], key, told, stock, rules)
 
 
 @KEYS

@@ -1,0 +1,120 @@
+"""Target `hf-thin`: a repository of some kilobytes that pulls the base's weights from where they are.
+
+As `hf`, the same classes and the same rule, but without weight files: the config names the base, by Hub id and
+commit or by the path of its folder, and the fingerprint that its tensors must have.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from adaras_export import models, storage
+from adaras_export.errors import ExportError
+from adaras_export.exporters import hf
+from adaras_export.exporters.base import Commission, Exporter, Feature
+from adaras_export.parity import Artifact, Check
+from adaras_export.rule import SteeringRule
+from adaras_export.storage import Array
+
+_LOADER = "thin_adaras.py"
+_LOADERS = {
+    "AutoConfig": "thin_adaras.ThinConfig",
+    "AutoModel": "thin_adaras.ThinModel",
+    "AutoModelForCausalLM": "thin_adaras.ThinModelForCausalLM",
+}
+
+
+@dataclass(frozen=True)
+class ThinExporter:
+    """The exporter of target `hf-thin`; without a commission, the base is where its folder is."""
+
+    name: str = "hf-thin"
+    drops: frozenset[Feature] = frozenset()
+    commission: Commission | None = None
+
+    def commissioned(self, commission: Commission) -> Exporter:
+        """As `Exporter` says."""
+        return replace(self, commission=commission)
+
+    def write(self, rule: SteeringRule, base: Path, out: Path) -> None:
+        """As `Exporter` says."""
+        if (base / "adapter_config.json").exists():
+            raise ExportError(
+                f"{base}: has an adapter_config.json, which from_pretrained would follow; expected a plain model: "
+                "remove the file, or choose target hf"
+            )
+        hf.plain_config(base)
+        hf.write_tensors(out, _tensors(rule, base))
+        hf.write_repository(out, base, self._config(rule, base), payload(rule.base.family))
+
+    def inspect(self, folder: Path, rule: SteeringRule, base: Path) -> Sequence[Check]:
+        """As `Exporter` says."""
+        checks = hf.repository_checks(folder, base, self._config(rule, base), payload(rule.base.family))
+        expected, path = _tensors(rule, base), folder / hf.STEERING_FILE
+        wrong = [name for name, value in expected.items() if not hf.stores(path, name, value)]
+        strange = sorted(_names(path) ^ expected.keys())
+        return [
+            *checks,
+            Check("steering tensors that differ", len(wrong), 0, " ".join(wrong)),
+            Check("tensors missing or unknown", len(strange), 0, " ".join(strange)),
+        ]
+
+    def load(self, folder: Path) -> Artifact:
+        """As `Exporter` says. Runs the repository's code, which `inspect` has found to be this library's own."""
+        elsewhere = None if self.commission is None else self.commission.base_elsewhere
+        return hf.open_repository(folder) if elsewhere is None else hf.open_repository(folder, base=str(elsewhere))
+
+    def tags(self) -> Sequence[str]:
+        """As `Exporter` says."""
+        return ("custom_code",)
+
+    def usage(self) -> str:
+        """As `Exporter` says."""
+        return _USAGE
+
+    def _config(self, rule: SteeringRule, base: Path) -> dict[str, Any]:
+        """The config of target hf, with the classes that fetch the base; "base" keeps what they put back."""
+        config = hf.steered_config(storage.read_json(base / "config.json"), rule)
+        place = self.commission or Commission(str(base.resolve()))
+        record = {
+            "id": place.base_id,
+            "revision": place.base_revision,
+            "fingerprint": models.tensor_fingerprint(base),
+            "auto_map": config["auto_map"],
+        }
+        return {**config, "auto_map": _LOADERS, "adaras": config["adaras"] | {"base": record}}
+
+
+EXPORTER = ThinExporter()
+
+_USAGE = (
+    hf.USAGE
+    + """
+This repository has no weights of the base model: `from_pretrained` fetches them, at the revision or from the folder
+that `config.json` names, and refuses others. Where the base is elsewhere, say so:
+`from_pretrained("{repo}", trust_remote_code=True, base="path-or-hub-id")`. `save_pretrained` writes all in one.
+"""
+)
+
+
+def payload(family: str) -> dict[str, bytes]:
+    """The code files of a family's exports."""
+    return {**hf.payload(family), _LOADER: (resources.files("adaras_export.runtime") / _LOADER).read_bytes()}
+
+
+def _tensors(rule: SteeringRule, base: Path) -> dict[str, Array]:
+    """The steering tensors, named from the decoder on: the same for `AutoModel` and `AutoModelForCausalLM`."""
+    prefix = models.decoder_key(rule.base.family, models.shards(base))
+    return {name.removeprefix(prefix): value for name, value in hf.steering_tensors(rule, base).items()}
+
+
+def _names(path: Path) -> set[str]:
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return set(file.keys())
+    except (SafetensorError, OSError):  # truncated or missing: all names are
+        return set()
