@@ -61,6 +61,7 @@ class SteeringState:
         self.weight_B1: Tensor | None = None
         self.probability: Tensor | None = None
 
+    @torch.no_grad()  # a verdict has no gradient, and a layer that is computed again for its own saves nothing of it
     def see(self, gate: SteeringGate, features_BTF: Tensor, prompt_BT: Tensor) -> None:
         """Take further prompt tokens into account."""
         weighted_BF, weight_B1 = gate.pool(features_BTF, prompt_BT)
@@ -327,6 +328,19 @@ class _Steered(PreTrainedModel):
         super().__init_subclass__(**kwargs)
         _inherit_key_conversions(cls)
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in Transformers. Gate and vectors stay frozen, where loading makes every parameter trainable."""
+        # Version 4 reads no buffer of a layer that is offloaded to disk, and the gate's indices would be zero there,
+        # unless buffers are offloaded too.
+        kwargs.setdefault("offload_buffers", True)
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info
+        for name, parameter in model.named_parameters():
+            if "steering_" in name:
+                parameter.requires_grad = False
+        return loaded
+
     def keep_steering_in_float32(self) -> None:
         """Gate and vectors stay float32 when the model is loaded in half precision.
 
@@ -434,6 +448,11 @@ class SteeredGeneration(_Steered):
         decoder.install_steering(config)
         self.steering = decoder.steering
         self.keep_steering_in_float32()
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        """Yes. Transformers asks each parent class too, and would warn of this one at every loading."""
+        return True
 
     @property
     def steered_decoder(self) -> SteeredModel:

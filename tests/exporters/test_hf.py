@@ -39,20 +39,6 @@ KEYS = pytest.mark.parametrize("key", JOBS, ids=lambda key: "-".join(map(str, ke
 
 
 @pytest.fixture(scope="module")
-def written(rules, folders, tmp_path_factory):
-    """The folder of an export, by the keys of ``rules``."""
-
-    class Written(dict):
-        def __missing__(self, key):
-            self[key] = tmp_path_factory.mktemp("export") / "-".join(map(str, key))
-            self[key].mkdir()
-            EXPORTER.write(rules[key], folders[key[0]], self[key])
-            return self[key]
-
-    return Written()
-
-
-@pytest.fixture(scope="module")
 def opened(written):
     """The model of an export in this process, by the keys of ``rules``; not under the guard's eyes."""
 
