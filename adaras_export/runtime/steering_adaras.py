@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, modeling_utils
 from transformers.cache_utils import Cache
 
 _LOCAL = threading.local()
@@ -126,7 +126,8 @@ class Step:
     def settle(self) -> None:
         """Let the gate judge what was read."""
         if self._features and self.gate is not None and self.prompt_BT is not None:
-            self.state.see(self.gate, torch.cat(self._features, dim=-1), self.prompt_BT)
+            with torch.no_grad():  # a layer that is computed again saves no fewer tensors for its gradient then
+                self.state.see(self.gate, torch.cat(self._features, dim=-1), self.prompt_BT)
             self._features, self.prompt_BT = [], None  # what is computed again for a gradient is not read again
 
     def scale(self, like: Tensor) -> Tensor | None:
@@ -287,10 +288,11 @@ class SteeredMLP:
         if step is None:  # switched off
             return output_BTD
         if self.steering_index is not None:
-            step.read(hidden_BTM.index_select(-1, self.steering_index))
+            step.read(hidden_BTM.detach().index_select(-1, self.steering_index))
         if self.steering_vector is None or (scale := step.scale(output_BTD)) is None:
             return output_BTD
-        return output_BTD + (scale * self.steering_vector).to(output_BTD.dtype)
+        vector_D = self.steering_vector.detach()  # Transformers 5 makes every loaded parameter a trainable one
+        return output_BTD + (scale * vector_D).to(output_BTD.dtype)
 
 
 class SteeredGatedMLP(SteeredMLP):
@@ -319,6 +321,13 @@ def _inherit_key_conversions(cls: type[PreTrainedModel]) -> None:
         if rules is not None:
             known.register_checkpoint_conversion_mapping(cls.__name__, rules, overwrite=True)
             return
+
+
+def _record_outputs_of(decoder: PreTrainedModel) -> None:
+    """Let Transformers record hidden states and attentions of a class that it has not seen in a constructor."""
+    known = getattr(modeling_utils, "_CAN_RECORD_REGISTRY", None)  # private: a version without it may need nothing
+    if known is not None:
+        known.setdefault(str(decoder.__class__), decoder._can_record_outputs)
 
 
 class _Steered(PreTrainedModel):
@@ -445,6 +454,7 @@ class SteeredGeneration(_Steered):
         super().__init__(config)  # the Transformers class comes next in line
         decoder = self.steered_decoder
         decoder.__class__ = self.steered_model_class
+        _record_outputs_of(decoder)
         decoder.install_steering(config)
         self.steering = decoder.steering
         self.keep_steering_in_float32()
@@ -600,7 +610,7 @@ def _state_of(model: nn.Module, cache: Cache | None, *, gated: bool) -> tuple[St
         raise ValueError("past_key_values was filled without the gate; fill it through this model, with steering on")
     state = SteeringState() if state is None or fresh else state
     scope = current_scope(model)
-    if scope is not None:
+    if scope is not None and scope.state is None:  # later ones may be of other prompts: guidance_scale has an empty one
         scope.state = state
     return state, fresh
 
