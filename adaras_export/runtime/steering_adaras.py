@@ -126,8 +126,7 @@ class Step:
     def settle(self) -> None:
         """Let the gate judge what was read."""
         if self._features and self.gate is not None and self.prompt_BT is not None:
-            with torch.no_grad():  # a layer that is computed again saves no fewer tensors for its gradient then
-                self.state.see(self.gate, torch.cat(self._features, dim=-1), self.prompt_BT)
+            self.state.see(self.gate, torch.cat(self._features, dim=-1), self.prompt_BT)
             self._features, self.prompt_BT = [], None  # what is computed again for a gradient is not read again
 
     def scale(self, like: Tensor) -> Tensor | None:
@@ -291,8 +290,7 @@ class SteeredMLP:
             step.read(hidden_BTM.detach().index_select(-1, self.steering_index))
         if self.steering_vector is None or (scale := step.scale(output_BTD)) is None:
             return output_BTD
-        vector_D = self.steering_vector.detach()  # Transformers 5 makes every loaded parameter a trainable one
-        return output_BTD + (scale * vector_D).to(output_BTD.dtype)
+        return output_BTD + (scale * self.steering_vector).to(output_BTD.dtype)
 
 
 class SteeredGatedMLP(SteeredMLP):
