@@ -268,7 +268,7 @@ def test_without_steering_start_a_gate_hears_the_answer_so_far_as_prompt(key, op
     if key[1] is None:
         assert torch.equal(rest.sequences, whole)
     else:
-        assert all(p != q for (p, _), (q, _) in zip(model.steering.last_decisions, before, strict=True))
+        assert any(p != q for (p, _), (q, _) in zip(model.steering.last_decisions, before, strict=True))
 
 
 @EVERY

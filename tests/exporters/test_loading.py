@@ -157,7 +157,7 @@ def test_a_cast_after_loading_casts_gate_and_vectors_too_and_still_steers(dtype,
         assert p == pytest.approx(answer["probability"], abs=0.03)
         assert is_steered == answer["steered"]
     with model.steering.off():
-        assert distance(found, first_logits(model)) > 1
+        assert distance(found, first_logits(model)) > 0.5
 
 
 # Placement
