@@ -76,7 +76,7 @@ def test_the_payload_imports_torch_transformers_siblings_and_a_little_of_the_sta
 def test_the_payload_is_short_enough_to_be_read():
     """What people trust with trust_remote_code must be readable in one sitting."""
     for path in PAYLOAD:
-        limit = 60 if path.name.startswith("modeling_") else 600
+        limit = 60 if path.name.startswith("modeling_") else 640
         assert len(path.read_text().splitlines()) < limit, path.name
 
 
