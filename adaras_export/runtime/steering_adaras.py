@@ -61,7 +61,6 @@ class SteeringState:
         self.weight_B1: Tensor | None = None
         self.probability: Tensor | None = None
 
-    @torch.no_grad()  # a verdict has no gradient, and a layer that is computed again for its own saves nothing of it
     def see(self, gate: SteeringGate, features_BTF: Tensor, prompt_BT: Tensor) -> None:
         """Take further prompt tokens into account."""
         weighted_BF, weight_B1 = gate.pool(features_BTF, prompt_BT)
@@ -126,7 +125,8 @@ class Step:
     def settle(self) -> None:
         """Let the gate judge what was read."""
         if self._features and self.gate is not None and self.prompt_BT is not None:
-            self.state.see(self.gate, torch.cat(self._features, dim=-1), self.prompt_BT)
+            with torch.no_grad():  # or a layer that is computed again would lack what was saved here
+                self.state.see(self.gate, torch.cat(self._features, dim=-1), self.prompt_BT)
             self._features, self.prompt_BT = [], None  # what is computed again for a gradient is not read again
 
     def scale(self, like: Tensor) -> Tensor | None:

@@ -67,10 +67,9 @@ def test_every_class_opens_every_family_as_completely_as_the_base_opens(name, wr
     assert open_model(folder, AutoConfig).model_type == f"adaras_{tiny.SPECS[name][0]}"
     with torch.random.fork_rng():  # 4.57 finds no weight of Gemma 3's decoder, and draws them all
         _, of_base = report_of(folders[name], AutoModel)
-    if "missing_keys" in of_base:
-        pytest.skip("this Transformers does not open the base's decoder either: keys without their prefix")
     body, report = report_of(folder, AutoModel)
-    assert report == of_base
+    assert report == of_base or "missing_keys" in of_base  # then ours opens where the base does not
+    assert "missing_keys" not in report
     # AutoModel has no use for a language model head.
     assert set(report.get("unexpected_keys", ())) <= {"lm_head.weight", "embed_out.weight"}
     decoder = whole.steered_decoder.state_dict()
