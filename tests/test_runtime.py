@@ -160,9 +160,9 @@ def test_the_dials_can_be_read_set_and_switched_off_for_a_while():
     dials.strength, dials.threshold = 3, 1
     assert (dials.strength, dials.threshold, dials.start) == (3.0, 1.0, "last_prompt_token")
     with pytest.raises(RuntimeError), dials.off():  # noqa: PT012 - off, then the error
-        assert not dials.enabled
+        assert not dials.active
         raise RuntimeError
-    assert dials.enabled
+    assert dials.active
     with pytest.raises(AttributeError):
         dials.start = "first_generated_token"
 
