@@ -61,7 +61,6 @@ class SteeringState:
         self.weight_B1: Tensor | None = None
         self.probability: Tensor | None = None
 
-    @torch.no_grad()  # a verdict has no gradient, and a layer that is computed again for its own saves nothing of it
     def see(self, gate: SteeringGate, features_BTF: Tensor, prompt_BT: Tensor) -> None:
         """Take further prompt tokens into account."""
         weighted_BF, weight_B1 = gate.pool(features_BTF, prompt_BT)
@@ -127,7 +126,8 @@ class Step:
     def settle(self) -> None:
         """Let the gate judge what was read."""
         if self._features and self.gate is not None and self.prompt_BT is not None:
-            self.state.see(self.gate, torch.cat(self._features, dim=-1), self.prompt_BT)
+            with torch.no_grad():  # or a layer that is computed again would lack what was saved here
+                self.state.see(self.gate, torch.cat(self._features, dim=-1), self.prompt_BT)
             self._features, self.prompt_BT = [], None  # what is computed again for a gradient is not read again
 
     def scale(self, like: Tensor) -> Tensor | None:
@@ -327,15 +327,11 @@ class _Steered(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As in Transformers. Gate and vectors stay frozen, where loading makes every parameter trainable."""
-        # Version 4 reads no buffer of a layer that is offloaded to disk, and the gate's indices would be zero there,
-        # unless buffers are offloaded too.
-        kwargs.setdefault("offload_buffers", True)
-        loaded = super().from_pretrained(*args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info
-        for name, parameter in model.named_parameters():
-            if "steering_" in name:
-                parameter.requires_grad = False
+        """As in Transformers, which makes every parameter trainable; gate and vectors stay frozen."""
+        # Else version 4 leaves buffers of layers on disk as they are: the gate's indices would be zero.
+        loaded = super().from_pretrained(*args, **{"offload_buffers": True, **kwargs})
+        for name, parameter in (loaded[0] if isinstance(loaded, tuple) else loaded).named_parameters():
+            parameter.requires_grad &= "steering_" not in name
         return loaded
 
     def keep_steering_in_float32(self) -> None:
@@ -448,7 +444,7 @@ class SteeredGeneration(_Steered):
 
     @classmethod
     def can_generate(cls) -> bool:
-        """Yes. Transformers asks each parent class too, and would warn of this one at every loading."""
+        """Yes. Transformers asks parent classes too, and would warn of this one at every loading."""
         return True
 
     @property
@@ -542,12 +538,7 @@ def current_scope(model: nn.Module) -> _Scope | None:
 
 def prompt_width(inputs: Tensor | None, kwargs: dict[str, Any]) -> int:
     """Columns of the prompt that generate() was given; 1 where it begins from the BOS token alone."""
-    for given in (
-        kwargs.get("attention_mask"),
-        kwargs.get("inputs_embeds"),
-        inputs,
-        kwargs.get("input_ids"),
-    ):
+    for given in (kwargs.get("attention_mask"), kwargs.get("inputs_embeds"), inputs, kwargs.get("input_ids")):
         if given is not None:
             return int(given.shape[1])
     return 1
