@@ -337,15 +337,11 @@ class _Steered(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As in Transformers. Gate and vectors stay frozen, where loading makes every parameter trainable."""
-        # Version 4 reads no buffer of a layer that is offloaded to disk, and the gate's indices would be zero there,
-        # unless buffers are offloaded too.
-        kwargs.setdefault("offload_buffers", True)
-        loaded = super().from_pretrained(*args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info
-        for name, parameter in model.named_parameters():
-            if "steering_" in name:
-                parameter.requires_grad = False
+        """As in Transformers, which makes every parameter trainable; gate and vectors stay frozen."""
+        # Else version 4 leaves buffers of layers on disk as they are: the gate's indices would be zero.
+        loaded = super().from_pretrained(*args, **{"offload_buffers": True, **kwargs})
+        for name, parameter in (loaded[0] if isinstance(loaded, tuple) else loaded).named_parameters():
+            parameter.requires_grad &= "steering_" not in name
         return loaded
 
     def keep_steering_in_float32(self) -> None:
@@ -459,7 +455,7 @@ class SteeredGeneration(_Steered):
 
     @classmethod
     def can_generate(cls) -> bool:
-        """Yes. Transformers asks each parent class too, and would warn of this one at every loading."""
+        """Yes. Transformers asks parent classes too, and would warn of this one at every loading."""
         return True
 
     @property
@@ -556,12 +552,7 @@ def current_scope(model: nn.Module) -> _Scope | None:
 
 def prompt_width(inputs: Tensor | None, kwargs: dict[str, Any]) -> int:
     """Columns of the prompt that generate() was given; 1 where it begins from the BOS token alone."""
-    for given in (
-        kwargs.get("attention_mask"),
-        kwargs.get("inputs_embeds"),
-        inputs,
-        kwargs.get("input_ids"),
-    ):
+    for given in (kwargs.get("attention_mask"), kwargs.get("inputs_embeds"), inputs, kwargs.get("input_ids")):
         if given is not None:
             return int(given.shape[1])
     return 1
