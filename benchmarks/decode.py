@@ -1,110 +1,167 @@
-"""What a steered Hugging Face model costs beside its base: decoding, prefill, and decoding compiled.
+"""What a steered Hugging Face model costs beside its base: prefill and decoding, eager and compiled.
 
-python benchmarks/hf_overhead.py [--model DIR] [--threads 2] [--repeats 16] [--compile-seconds 300]
+python benchmarks/decode.py [--model DIR] [--threads 2] [--repeats 10] [--compile-seconds 300]
 
-The rule has 50 random neurons in the upper half of the layers and a gate of 64 random features in the lower half: cost
-does not depend on which ones they are. Both models share the same weights in memory. "base again" is the base measured
-a second time: how far its ratio is from 1 is the noise. "rows left alone": the gate decides not to steer; "rows
-steered": it steers every row. The threshold sets which, the gate runs in both.
+On a CPU in float32, SmolLM2-135M-Instruct by default. Where CUDA is there, on it in bfloat16, by default a model of the
+shape of Qwen3-1.7B with random weights, made on the spot: cost does not depend on what the weights are. Nor on which
+neurons the rule has: 50 random ones in the upper half of the layers, and where there is a gate, one of 64 random
+features in the lower half. All models share the same weights in memory. "base again" is the base measured a second
+time: how far its ratio is from 1 is the noise. "gated, left alone": the gate decides not to steer any row; "gated,
+steered": every row. The last table has the rows for RESULTS.md.
 """
 
-import argparse
 import json
 import tempfile
-from collections.abc import Callable
+from argparse import Namespace
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from common import Times, comparison, fresh_process, in_turn, machine, options, prepare
-from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+from common import (
+    Times,
+    comparison,
+    fresh_process,
+    in_turn,
+    machine,
+    options,
+    prepare,
+    quartiles,
+    ratios,
+    set_up,
+    table,
+)
+from transformers import AutoModelForCausalLM, DynamicCache, Qwen3Config, StaticCache
 
 from adaras_export import BaseModel, Gate, NeuronSet, SteeringRule, exporters
 
+CUDA = torch.cuda.is_available()
+DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
 FEATURES, NEURONS = 64, 50
-BUDGETS = {"decode": "<= 1.03", "prefill": "<= 1.05", "compiled": "<= 1.01"}
-PROMPT, BLOCK, COMPILED_BLOCK = 128, 8, 32
+PROMPT, BLOCK = 128, 8
+STEERED = ("ungated", "gated, left alone", "gated, steered")
+QWEN3_1_7B = {
+    "num_hidden_layers": 28,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+    "rope_theta": 1_000_000.0,
+    "tie_word_embeddings": True,
+}
 
 
 def main() -> None:
-    parser = options(__doc__, repeats=16)
+    parser = options(__doc__, repeats=10)
     parser.add_argument("--prefill-tokens", type=int, default=512, help="length of a prompt (default: %(default)s)")
     parser.add_argument(
-        "--compile-seconds", type=float, default=300, help="patience with torch.compile (default: %(default)s)"
+        "--compile-seconds", type=float, default=300, help="patience with one torch.compile (default: %(default)s)"
     )
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        pair = Pair(prepare(arguments), Path(folder) / "steered")
-        if arguments.side:
-            print(json.dumps({name: vars(times) for name, times in compiled(pair, arguments.repeats).items()}))
-            return
-        print(machine())
-        for rows in (1, 16):
-            print(f"Decoding, batch {rows}, {BLOCK} tokens a block behind a prompt of {PROMPT}:\n")
-            times = in_turn(decoding(pair, rows), arguments.repeats)
-            print(shown(times, BUDGETS["decode"], "ms/token", 1000 / BLOCK))
-        print(f"generate(), greedy, batch 1, a prompt of {PROMPT} and 16 new tokens:\n")
-        print(shown(in_turn(generating(pair), arguments.repeats // 2), "", "s", 1))
-        for rows in (1, 4):
-            print(f"Prefill with the gate, batch {rows}, {arguments.prefill_tokens} tokens:\n")
-            times = in_turn(prefilling(pair, rows, arguments.prefill_tokens), arguments.repeats // 2)
-            print(shown(times, BUDGETS["prefill"], "s", 1))
-    report_compiled(arguments)
-
-
-def report_compiled(arguments: argparse.Namespace) -> None:
-    """Decoding with torch.compile, in a process of its own that is given up after a while."""
-    limit = arguments.compile_seconds
-    print(f"Decoding compiled (fullgraph, static cache), batch 1, {COMPILED_BLOCK} tokens a block:\n")
-    found = fresh_process(__file__, arguments, "compiled", limit=limit)
-    if found is None:
-        print(f"left out: base and steered model were not compiled and measured within {limit:g} s")
+    if arguments.side:
+        with tempfile.TemporaryDirectory() as folder:
+            found = COMPILED[arguments.side](Models(arguments, Path(folder)), arguments)
+        print(json.dumps({name: vars(times) for name, times in found.items()}))
         return
-    times = {name: Times(**one) for name, one in found.items()}
-    print(shown(times, BUDGETS["compiled"], "ms/token", 1000 / COMPILED_BLOCK))
+    print(machine(gpu_used=CUDA))
+    report = Report()
+    with tempfile.TemporaryDirectory() as folder:
+        eager(report, Models(arguments, Path(folder)), arguments)
+    compiled(report, arguments)
+    report.summarise()
 
 
-def shown(times: dict[str, Times], budget: str, unit: str, scale: float) -> str:
-    return comparison(times, "base", unit=unit, scale=scale, budgets=dict.fromkeys(STEERED, budget))
+class Report:
+    """Prints every measurement, and remembers the ratios for the summary."""
+
+    def __init__(self) -> None:
+        self._rows: list[list[str]] = []
+
+    def add(self, what: str, times: Mapping[str, Times], budget: str, tokens: int) -> None:
+        """One table; ``tokens`` is how many a measured block has."""
+        print(f"{what}:\n")
+        budgets = dict.fromkeys(STEERED, budget)
+        scale = 1000 / tokens
+        print(comparison(times, "base", unit="ms/token", scale=scale, budgets=budgets, show=quartiles))
+        clock = "wall" if CUDA else "cpu"  # a GPU's time is no process's; a CPU's is disturbed by other programs
+        for name in [name for name in times if name != "base"]:
+            found = ratios(getattr(times[name], clock), getattr(times["base"], clock))
+            row = [f"hf {what}, {name} / base", budgets.get(name, "noise"), quartiles(found, 3)]
+            self._rows.append(row)
+
+    def summarise(self) -> None:
+        clock = "wall, GPU" if CUDA else "CPU"
+        print("Medians of the ratios within a round, interquartile range in brackets:\n")
+        print(table(["what", "budget", f"found ({clock})"], self._rows))
 
 
-STEERED = ("rows left alone", "rows steered")
+class Models:
+    """The base and its exports, without a gate and with one, with the same weights in memory."""
 
+    def __init__(self, arguments: Namespace, scratch: Path) -> None:
+        folder = model_folder(arguments, scratch)
+        how = {"dtype": DTYPE, "device_map": DEVICE} if CUDA else {"dtype": DTYPE}
+        self.base = AutoModelForCausalLM.from_pretrained(folder, **how).eval()
+        base = BaseModel.of(folder)
+        self.ungated, self.gated = (self._steered(any_rule(base, gated=gated), folder, how) for gated in (False, True))
 
-class Pair:
-    """The base and its export, with the same weights in memory, and the sides that a comparison has."""
-
-    def __init__(self, base: Path, out: Path) -> None:
-        out.mkdir()
-        exporters.load("hf").write(any_rule(BaseModel.of(base)), base, out)
-        self.base = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
-        self.steered = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True, dtype=torch.float32).eval()
+    def _steered(self, rule: SteeringRule, base: Path, how: dict[str, Any]) -> Any:
+        with tempfile.TemporaryDirectory(dir=base.parent) as out:
+            exporters.load("hf").write(rule, base, Path(out))
+            model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True, **how).eval()
         for name, parameter in self.base.named_parameters():
-            self.steered.get_parameter(name).data = parameter.data  # same pages, so that none is luckier
+            model.get_parameter(name).data = parameter.data  # same pages, so that none is luckier
+        return model
 
     def sides(self, run: Callable[[Any], Callable[[], object]]) -> dict[str, Callable[[], object]]:
         """``run(model)`` prepares one side; the gate's decision is set by its threshold."""
 
         def with_threshold(threshold: float) -> Callable[[], object]:
-            self.steered.steering.threshold = threshold
-            measured = run(self.steered)
+            self.gated.steering.threshold = threshold
+            measured = run(self.gated)
 
             def side() -> object:
-                self.steered.steering.threshold = threshold
+                self.gated.steering.threshold = threshold
                 return measured()
 
             return side
 
-        return {
-            "base": run(self.base),
-            "base again": run(self.base),
-            STEERED[0]: with_threshold(0.0),  # no p(correct) is below 0
-            STEERED[1]: with_threshold(2.0),
-        }
+        plain = {"base": self.base, "base again": self.base, "ungated": self.ungated}
+        sides = {name: run(model) for name, model in plain.items()}
+        sides |= {"gated, left alone": with_threshold(0.0), "gated, steered": with_threshold(2.0)}
+        return {name: finished(side) for name, side in sides.items()}
 
 
-def any_rule(base: BaseModel) -> SteeringRule:
+def finished(side: Callable[[], object]) -> Callable[[], object]:
+    """A side that ends when the GPU has done its work."""
+
+    def whole() -> None:
+        side()
+        if CUDA:
+            torch.cuda.synchronize()
+
+    return whole
+
+
+def model_folder(arguments: Namespace, scratch: Path) -> Path:
+    if arguments.model is not None or not CUDA:
+        return prepare(arguments)
+    set_up(arguments)
+    return random_qwen3(scratch / "base", QWEN3_1_7B)
+
+
+def random_qwen3(folder: Path, sizes: Mapping[str, Any]) -> Path:
+    """A checkpoint of random weights."""
+    with torch.device(DEVICE):
+        AutoModelForCausalLM.from_config(Qwen3Config(**sizes), dtype=DTYPE).save_pretrained(folder)
+    return folder
+
+
+def any_rule(base: BaseModel, *, gated: bool) -> SteeringRule:
     draw, half = np.random.default_rng(0), base.layers // 2
 
     def places(first: int, last: int, count: int) -> tuple[Any, Any]:
@@ -114,11 +171,34 @@ def any_rule(base: BaseModel) -> SteeringRule:
     read, steered = places(0, half, FEATURES), places(half, base.layers, NEURONS)
     shapes = ((FEATURES,), (), (16, FEATURES), (16,), (16,), ())
     gate = Gate(*read, *(draw.normal(size=shape) for shape in shapes), threshold=0.5, base=base)
-    return SteeringRule(NeuronSet(*steered, draw.normal(size=NEURONS)), 0.3, base, gate=gate)
+    neurons = NeuronSet(*steered, draw.normal(size=NEURONS))
+    return SteeringRule(neurons, 0.3, base, gate=gate if gated else None)
 
 
-@torch.no_grad()
-def decoding(pair: Pair, rows: int) -> dict[str, Callable[[], object]]:
+def eager(report: Report, models: Models, arguments: Namespace) -> None:
+    for rows, repeats in ((1, arguments.repeats), (16, (arguments.repeats + 1) // 2)):
+        times = in_turn(decoding(models, rows), repeats)
+        report.add(f"decode step, eager, batch {rows}", times, "<= 1.03", BLOCK)
+    tokens = arguments.prefill_tokens
+    times = in_turn(prefilling(models, tokens, use_cache=True), (arguments.repeats + 1) // 2)
+    report.add(f"prefill, {tokens} tokens, eager, batch 1", times, "<= 1.05", tokens)
+
+
+def compiled(report: Report, arguments: Namespace) -> None:
+    """Both compiled, each in a process of its own that is given up after a while."""
+    tokens = arguments.prefill_tokens
+    for side, what, budget, count in (
+        ("decode", "decode step, compiled, batch 1", "<= 1.01", BLOCK),
+        ("prefill", f"prefill, {tokens} tokens, compiled, batch 1", "", tokens),
+    ):
+        found = fresh_process(__file__, arguments, side, limit=arguments.compile_seconds)
+        if found is None:
+            print(f"{what}: left out, not compiled and measured within {arguments.compile_seconds:g} s\n")
+        else:
+            report.add(what, {name: Times(**one) for name, one in found.items()}, budget, count)
+
+
+def decoding(models: Models, rows: int) -> dict[str, Callable[[], object]]:
     """One block of single-token steps behind the same prompt, over and over."""
 
     def run(model: Any) -> Callable[[], None]:
@@ -135,34 +215,38 @@ def decoding(pair: Pair, rows: int) -> dict[str, Callable[[], object]]:
 
         return block
 
-    return pair.sides(run)
+    return models.sides(run)
 
 
-def generating(pair: Pair) -> dict[str, Callable[[], object]]:
-    ids = some_ids(1, PROMPT)
-    asked = {"max_new_tokens": 16, "min_new_tokens": 16, "do_sample": False, "pad_token_id": 0}
-    return pair.sides(lambda model: lambda: model.generate(ids, attention_mask=torch.ones_like(ids), **asked))
-
-
-def prefilling(pair: Pair, rows: int, tokens: int) -> dict[str, Callable[[], object]]:
-    """A whole prompt into an empty cache, as generate() does it: logits of the last token only."""
-    ids = some_ids(rows, tokens)
+def prefilling(models: Models, tokens: int, *, use_cache: bool, fullgraph: bool = False) -> dict[str, Any]:
+    """A whole prompt, as generate() does it: logits of the last token only."""
+    ids = some_ids(1, tokens)
 
     def run(model: Any) -> Callable[[], None]:
+        call = torch.compile(model, fullgraph=True) if fullgraph else model
+
         @torch.no_grad()
         def prefill() -> None:
-            model(input_ids=ids, use_cache=True, logits_to_keep=1)
+            call(input_ids=ids, use_cache=use_cache, logits_to_keep=1)
 
         return prefill
 
-    return pair.sides(run)
+    return models.sides(run)
 
 
-def compiled(pair: Pair, repeats: int) -> dict[str, Times]:
-    """Single-token steps of the compiled models on a static cache, each step over the same column."""
+def compiled_prefill(models: Models, arguments: Namespace) -> dict[str, Times]:
+    """Without a KV cache: what fills it is the same on both sides."""
+    sides = prefilling(models, arguments.prefill_tokens, use_cache=False, fullgraph=True)
+    for _ in range(2):  # compiles, and again what a first pass may have changed
+        in_turn(one_threshold(sides), 0)
+    return in_turn(one_threshold(sides), (arguments.repeats + 1) // 2)
+
+
+def compiled_decode(models: Models, arguments: Namespace) -> dict[str, Times]:
+    """Single-token steps of the compiled models on a static cache, each block over the same columns."""
 
     def run(model: Any) -> Callable[[], None]:
-        cache = StaticCache(config=model.config, max_cache_len=PROMPT + COMPILED_BLOCK)
+        cache = StaticCache(config=model.config, max_cache_len=PROMPT + BLOCK)
         step = torch.compile(model, fullgraph=True)
         with torch.no_grad():
             model(input_ids=some_ids(1, PROMPT), past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -170,25 +254,27 @@ def compiled(pair: Pair, repeats: int) -> dict[str, Times]:
         @torch.no_grad()
         def block() -> None:
             ids = some_ids(1, 1)
-            for _ in range(COMPILED_BLOCK):
+            for _ in range(BLOCK):
                 ids = step(input_ids=ids, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
-            set_length(cache, PROMPT)
+            for layer in cache.layers:
+                layer.cumulative_length.fill_(PROMPT)  # the next block overwrites this one
 
         return block
 
-    sides = pair.sides(run)
-    del sides[STEERED[0]]  # another threshold is another compilation
-    return in_turn(sides, repeats)
+    return in_turn(one_threshold(models.sides(run)), 2 * arguments.repeats)
 
 
-def set_length(cache: StaticCache, length: int) -> None:
-    """Let the next token overwrite what came after ``length``."""
-    for layer in cache.layers:
-        layer.cumulative_length.fill_(length)
+def one_threshold(sides: dict[str, Callable[[], object]]) -> dict[str, Callable[[], object]]:
+    """Another threshold would be another compilation."""
+    return {name: side for name, side in sides.items() if name != "gated, left alone"}
+
+
+COMPILED = {"decode": compiled_decode, "prefill": compiled_prefill}
 
 
 def some_ids(rows: int, tokens: int) -> torch.Tensor:
-    return torch.randint(1000, 20000, (rows, tokens), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(1000, 20000, (rows, tokens), generator=torch.Generator().manual_seed(0))
+    return ids.to(DEVICE)
 
 
 if __name__ == "__main__":
