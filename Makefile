@@ -43,7 +43,7 @@ check: $(INSTALLED)  ## style, types, layers
 
 bench: $(SMOLLM2)  ## ratios, side by side; see benchmarks/RESULTS.md
 	$(BIN)/python benchmarks/identify.py
-	$(BIN)/python benchmarks/hf_overhead.py
+	$(BIN)/python benchmarks/decode.py
 	$(BIN)/python benchmarks/export.py
 
 clean:

@@ -43,14 +43,19 @@ def options(doc: str, repeats: int) -> argparse.ArgumentParser:
     return parser
 
 
-def prepare(arguments: argparse.Namespace) -> Path:
-    """Set threads and silence the libraries; the model folder."""
+def set_up(arguments: argparse.Namespace) -> None:
+    """Set threads and silence the libraries."""
     import torch
     from transformers.utils import logging
 
     torch.set_num_threads(arguments.threads)
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+
+
+def prepare(arguments: argparse.Namespace) -> Path:
+    """Set threads and silence the libraries; the model folder."""
+    set_up(arguments)
     if arguments.model is not None:
         return Path(arguments.model)
     from adaras_export.demo import smollm2
@@ -81,24 +86,36 @@ def spread(values: Sequence[float], digits: int) -> str:
     return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} - {max(values):.{digits}f})"
 
 
+def quartiles(values: Sequence[float], digits: int) -> str:
+    """Median, and the interquartile range in brackets."""
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [*values] * 3
+    return f"{middle:.{digits}f} ({low:.{digits}f} - {high:.{digits}f})"
+
+
 def ratios(one: Sequence[float], other: Sequence[float]) -> list[float]:
     """Ratio of every repeat to the same repeat of the other side."""
     return [a / b for a, b in zip(one, other, strict=True)]
 
 
 def comparison(
-    times: Mapping[str, Times], against: str, *, unit: str = "s", scale: float = 1.0, budgets: Mapping[str, str]
+    times: Mapping[str, Times],
+    against: str,
+    *,
+    unit: str = "s",
+    scale: float = 1.0,
+    budgets: Mapping[str, str],
+    show: Callable[[Sequence[float], int], str] = spread,
 ) -> str:
     """A table of every side, with its ratio to one of them; ``scale`` turns seconds into ``unit``."""
     rows = []
     for name, found in times.items():
         wall, cpu = ([scale * value for value in part] for part in (found.wall, found.cpu))
-        row = [name, spread(wall, 2), spread(cpu, 2)]
+        row = [name, show(wall, 2), show(cpu, 2)]
         if name == against:
             row += ["1", "1", ""]
         else:
             base = times[against]
-            row += [spread(ratios(found.wall, base.wall), 3), spread(ratios(found.cpu, base.cpu), 3)]
+            row += [show(ratios(found.wall, base.wall), 3), show(ratios(found.cpu, base.cpu), 3)]
             row.append(budgets.get(name, ""))
         rows.append(row)
     head = ["", f"wall {unit}", f"CPU {unit}", f"wall / {against}", f"CPU / {against}", "budget"]
@@ -110,12 +127,14 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def machine() -> str:
+def machine(*, gpu_used: bool = False) -> str:
     """Generic words about the machine, the versions that matter, and how busy it is."""
     import torch
     import transformers
 
     accelerator = "a GPU that is not used" if torch.cuda.is_available() else "no GPU"
+    if gpu_used:
+        accelerator = f"{torch.cuda.get_device_name()} with CUDA {torch.version.cuda}"
     load = os.getloadavg()[0]
     return (
         f"{os.cpu_count()} cores, {platform.machine()}, {accelerator}; torch {torch.__version__} with "

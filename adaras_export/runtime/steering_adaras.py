@@ -22,7 +22,16 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, modeling_utils
 from transformers.cache_utils import Cache
 
-_LOCAL = threading.local()
+
+class _Local(threading.local):
+    """What belongs to the forward pass of a thread; there from the start, or a compiled one is compiled twice."""
+
+    def __init__(self) -> None:
+        self.step: Step | None = None
+        self.handed_on: tuple[int | Tensor | None, Tensor | None] | None = None
+
+
+_LOCAL = _Local()
 
 
 class SteeringGate(nn.Module):
@@ -283,7 +292,7 @@ class SteeredMLP:
     def steered_down(self, hidden_BTM: Tensor, down: nn.Module) -> Tensor:
         """The down projection, plus the steering vector at the steered tokens."""
         output_BTD: Tensor = down(hidden_BTM)
-        step: Step | None = getattr(_LOCAL, "step", None)
+        step = _LOCAL.step
         if step is None:  # switched off
             return output_BTD
         if self.steering_index is not None:
@@ -321,13 +330,6 @@ def _inherit_key_conversions(cls: type[PreTrainedModel]) -> None:
             return
 
 
-def _record_outputs_of(decoder: PreTrainedModel) -> None:
-    """Let Transformers record hidden states and attentions of a class that it has not seen in a constructor."""
-    known = getattr(modeling_utils, "_CAN_RECORD_REGISTRY", None)  # private: a version without it may need nothing
-    if known is not None:
-        known.setdefault(str(decoder.__class__), decoder._can_record_outputs)
-
-
 class _Steered(PreTrainedModel):
     """What decoder and causal language model share: their place in the Transformers library."""
 
@@ -358,7 +360,7 @@ class _Steered(PreTrainedModel):
         """Steer a layer that is computed again for its gradient as it was steered the first time."""
 
         def steered(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
-            step = getattr(_LOCAL, "step", None)
+            step = _LOCAL.step
 
             def again(*inputs: Any, **named: Any) -> Any:
                 with running(step):
@@ -426,8 +428,8 @@ class SteeredModel(_Steered):
         }
         if not self.steering.active:
             return super().forward(**arguments)
-        if steering_start is None:
-            steering_start, steering_valid = getattr(_LOCAL, "handed_on", (None, steering_valid))
+        if steering_start is None and _LOCAL.handed_on is not None:
+            steering_start, steering_valid = _LOCAL.handed_on
         step = begin_step(self, self.steering_gate, self.steering, arguments, steering_start, steering_valid)
         if not self.steering_is_causal:
             preview(step, super().forward, arguments)
@@ -448,7 +450,8 @@ class SteeredGeneration(_Steered):
         super().__init__(config)  # the Transformers class comes next in line
         decoder = self.steered_decoder
         decoder.__class__ = self.steered_model_class
-        _record_outputs_of(decoder)
+        known: dict[str, Any] = getattr(modeling_utils, "_CAN_RECORD_REGISTRY", {})  # filled by constructors
+        known.setdefault(str(decoder.__class__), decoder._can_record_outputs)
         decoder.install_steering(config)
         self.steering = decoder.steering
         self.keep_steering_in_float32()
@@ -561,7 +564,7 @@ def prompt_width(inputs: Tensor | None, kwargs: dict[str, Any]) -> int:
 @contextmanager
 def handing_on(start: "int | Tensor | None", valid_BT: Tensor | None) -> Iterator[None]:
     """Tell the decoder what its caller has no argument for."""
-    before = getattr(_LOCAL, "handed_on", (None, None))
+    before = _LOCAL.handed_on
     _LOCAL.handed_on = (start, valid_BT)
     try:
         yield
@@ -572,7 +575,7 @@ def handing_on(start: "int | Tensor | None", valid_BT: Tensor | None) -> Iterato
 @contextmanager
 def running(step: "Step | None") -> Iterator[None]:
     """Make ``step`` the forward pass of this thread."""
-    before = getattr(_LOCAL, "step", None)
+    before = _LOCAL.step
     _LOCAL.step = step
     try:
         yield
@@ -582,8 +585,8 @@ def running(step: "Step | None") -> Iterator[None]:
 
 def running_step() -> Step:
     """The forward pass of this thread."""
-    step: Step = _LOCAL.step
-    return step
+    assert _LOCAL.step is not None
+    return _LOCAL.step
 
 
 def _parameter(*shape: int) -> nn.Parameter:

@@ -8,6 +8,7 @@ the same result, or against the base: where a property is one of form (types, sh
 import copy
 import inspect
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import oracle
 import pytest
@@ -198,6 +199,30 @@ def test_beams_with_and_without_cache_agree(key, opened):
     one, other = (greedy(opened[key], use_cache=cached, **how) for cached in (True, False))
     assert torch.equal(one.sequences, other.sequences)
     torch.testing.assert_close(one.sequences_scores, other.sequences_scores, atol=1e-5, rtol=1e-5)
+
+
+@EVERY
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch, of 4.57's vmapped masks
+def test_a_forward_pass_is_compiled_once(key, opened):
+    """In a thread that has run none before; a guard on what only a first pass finds would compile it twice."""
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def run():
+        compiled = torch.compile(opened[key], fullgraph=True, backend=count)
+        with torch.no_grad():
+            return [compiled(ROWS, use_cache=False).logits for _ in range(2)]
+
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            found = pool.submit(run).result()
+    finally:
+        torch._dynamo.reset()
+    assert len(graphs) == 1
+    assert all(torch.equal(each, logits_of(opened[key])) for each in found)
 
 
 @EVERY
