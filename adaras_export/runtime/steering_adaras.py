@@ -29,6 +29,7 @@ class _Local(threading.local):
     def __init__(self) -> None:
         self.step: Step | None = None
         self.handed_on: tuple[int | Tensor | None, Tensor | None] | None = None
+        self.off: tuple[int, ...] = ()
 
 
 _LOCAL = _Local()
@@ -264,7 +265,7 @@ class Steering:
     @contextmanager
     def off(self) -> Iterator[None]:
         """The base model, in this thread, for as long as the context lasts; ``enabled`` is for all threads."""
-        before = getattr(_LOCAL, "off", ())
+        before = _LOCAL.off
         _LOCAL.off = (*before, id(self))
         try:
             yield
@@ -274,7 +275,7 @@ class Steering:
     @property
     def active(self) -> bool:
         """Whether this thread's calls are steered."""
-        return self.enabled and id(self) not in getattr(_LOCAL, "off", ())
+        return self.enabled and id(self) not in _LOCAL.off
 
     @property
     def last_decisions(self) -> list[tuple[float, bool]]:
