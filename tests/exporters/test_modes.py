@@ -290,12 +290,17 @@ def test_mode(mode, key, opened, told, told_base, stock, tokenizer, record_mode)
         with pytest.raises(NotImplementedError, match="continuous batching is not supported by a model with a gate"):
             packed(model)
         return
+    if mode == "24 threads, static cache" and not FIVE:  # how many threads suffer is chance; the cause is not
+        base = copy.deepcopy(stock[family])
+        MODES["static cache"](base, tokenizer)
+        assert isinstance(base._cache, transformers.StaticCache)
+        pytest.xfail("the base model fails too: it has one static cache for all threads")
     found = outcome(mode, model, tokenizer)
     if found != expected_of(mode, told[key]):
         base = outcome(mode, copy.deepcopy(stock[family]), tokenizer)
         if base != expected_of(mode, told_base[family]):
             with model.steering.off():
-                assert outcome(mode, model, tokenizer) == base or "threads" in mode  # which ones fail there is chance
+                assert outcome(mode, model, tokenizer) == base
             pytest.xfail(f"the base model fails too: {base}")
     assert found == expected_of(mode, told[key])
 
