@@ -140,7 +140,7 @@ def loglikelihood(logits_SV, tokens):
 def base_score(model):
     """Log-likelihood of a continuation, not steered."""
     return lambda context, continuation: loglikelihood(
-        oracle.logits_of(model, context + continuation[:-1], {"neurons": []}, 0)[len(context) - 1 :], continuation
+        oracle.logits_of(model, context + continuation[:-1], {"neurons": []}, ())[len(context) - 1 :], continuation
     )
 
 
@@ -149,7 +149,7 @@ def bare_score(model, rule):
 
     def score(context, continuation):
         row = context + continuation[:-1]
-        before = oracle.logits_of(model, row, rule, len(row))[len(context) - 1 : -1]
+        before = oracle.logits_of(model, row, rule, ())[len(context) - 1 : -1]
         last = oracle.respond(model, row, rule, 1)["logits"]
         return loglikelihood(torch.cat([before, last]), continuation)
 

@@ -17,6 +17,8 @@ from tiny import EOS, PAD, PROMPTS, left_padded
 
 from adaras_export.exporters.hf import EXPORTER
 
+pytestmark = pytest.mark.slow  # hundreds of short ones
+
 FAMILIES = ("qwen3", "gemma3_text", "gpt2")
 LAST, FIRST = "last_prompt_token", "first_generated_token"
 RULES = [("causal", LAST), ("causal", FIRST), ("later", FIRST), (None, LAST), (None, FIRST)]
@@ -505,7 +507,6 @@ def test_an_exported_graph_of_the_forward_decides_for_itself(key, about, opened,
             assert close(found, told[key][2]["logits"][0])
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # inductor's own
 @keys(lambda key: key[1:] == ("causal", LAST))
 def test_inductor_compiles_prompt_and_single_token(key, about, opened, told):
