@@ -67,22 +67,10 @@ def pytest_sessionfinish(session):
         session.config.option.modes.write_text(json.dumps(found, indent=1) + "\n")
 
 
-class _Lazy(dict):
-    """A dict that makes a missing value on first use."""
-
-    def __init__(self, make):
-        super().__init__()
-        self.make = make
-
-    def __missing__(self, key):
-        self[key] = self.make(key)
-        return self[key]
-
-
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory):
     """Checkpoint folder by name of `tiny.SPECS`; built when first asked for. Read only."""
-    return _Lazy(lambda name: tiny.save_base(name, tmp_path_factory.mktemp(name)))
+    return tiny.Lazy(lambda name: tiny.save_base(name, tmp_path_factory.mktemp(name)))
 
 
 @pytest.fixture(scope="session")
@@ -94,13 +82,13 @@ def stock(folders):
         model.untouched = _fingerprint(model)
         return model
 
-    return _Lazy(load)
+    return tiny.Lazy(load)
 
 
 @pytest.fixture(scope="session")
 def bases(folders):
     """`BaseModel` by name."""
-    return _Lazy(lambda name: BaseModel.of(folders[name]))
+    return tiny.Lazy(lambda name: BaseModel.of(folders[name]))
 
 
 @pytest.fixture(scope="session")
@@ -112,13 +100,13 @@ def rules(bases, stock):
         gate = None if kind is None else tiny.calibrated_gate(stock[name], kind)
         return tiny.make_rule(bases[name], gate=gate, start=start, strength=tiny.STRENGTHS.get(name, 2.0))
 
-    return _Lazy(make)
+    return tiny.Lazy(make)
 
 
 @pytest.fixture(scope="session")
 def told(rules, stock):
     """What the oracle says of `tiny.PROMPTS`, by the keys of ``rules``."""
-    return _Lazy(lambda key: tiny.answers(stock[key[0]], rules[key]))
+    return tiny.Lazy(lambda key: tiny.answers(stock[key[0]], rules[key]))
 
 
 @pytest.fixture(scope="session")

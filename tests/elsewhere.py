@@ -1,4 +1,4 @@
-"""Runs exports in another process, where importing the library fails, and compares them with the oracle."""
+"""Writes exports, runs them in another process, where importing the library fails, and compares with the oracle."""
 
 import json
 import os
@@ -73,3 +73,15 @@ def require_equal_to_the_oracle(results, key, told, stock, rules):
         require_answers(as_output(results["single"][row]), [answer])
     for result, answer in zip(results["sampled"], sampled_by_the_oracle(stock[key[0]], rules[key]), strict=True):
         require_answers(as_output(result), [answer])
+
+
+def exports(exporter, rules, folders, tmp_path_factory):
+    """The folder of an export, by the keys of ``rules``."""
+
+    def write(key):
+        folder = tmp_path_factory.mktemp("export") / "-".join(map(str, key))
+        folder.mkdir()
+        exporter.write(rules[key], folders[key[0]], folder)
+        return folder
+
+    return tiny.Lazy(write)

@@ -210,3 +210,15 @@ def logit_limit(expected: torch.Tensor) -> float:
     one negated delta of six moves the logits by 7 * 10^4 units at least.
     """
     return 64 * torch.finfo(torch.float32).eps * max(1.0, float(expected.abs().max()))
+
+
+class Lazy(dict):
+    """A dict that makes a missing value on first use."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.make = make
+
+    def __missing__(self, key):
+        self[key] = self.make(key)
+        return self[key]

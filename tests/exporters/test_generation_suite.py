@@ -46,18 +46,6 @@ def open_folder(folder, **how):
 
 
 @pytest.fixture(scope="module")
-def opened(written):
-    """The model of an export, by the keys of ``rules``."""
-
-    class Opened(dict):
-        def __missing__(self, key):
-            self[key] = open_folder(written[key])
-            return self[key]
-
-    return Opened()
-
-
-@pytest.fixture(scope="module")
 def eager(written, folders):
     """An export and its base, both with eager attention, which is the one that tells its weights."""
 

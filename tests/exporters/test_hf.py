@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import tiny
 import torch
-import transformers
 from elsewhere import as_output, jobs_of, require_equal_to_the_oracle, run_elsewhere
 from safetensors import safe_open
 from tiny import PROMPTS, greedy, require_answers
@@ -36,20 +35,6 @@ JOBS = {
     ("qwen3-sharded", *CAUSAL): [*EVERYWHERE, "off", "again"],
 }
 KEYS = pytest.mark.parametrize("key", JOBS, ids=lambda key: "-".join(map(str, key)))
-
-
-@pytest.fixture(scope="module")
-def opened(written):
-    """The model of an export in this process, by the keys of ``rules``; not under the guard's eyes."""
-
-    class Opened(dict):
-        def __missing__(self, key):
-            self[key] = transformers.AutoModelForCausalLM.from_pretrained(
-                written[key], trust_remote_code=True, dtype=torch.float32
-            ).eval()
-            return self[key]
-
-    return Opened()
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 import transformers
-from elsewhere import as_output, jobs_of, require_equal_to_the_oracle, run_elsewhere
+from elsewhere import as_output, exports, jobs_of, require_equal_to_the_oracle, run_elsewhere
 from safetensors.torch import load_file, save_file
 from tiny import greedy, require_answers
 
@@ -41,15 +41,7 @@ COMMIT, THIN_COMMIT = "5" * 40, "7" * 40
 @pytest.fixture(scope="module")
 def written(rules, folders, tmp_path_factory):
     """The folder of an export, by the keys of ``rules``."""
-
-    class Written(dict):
-        def __missing__(self, key):
-            self[key] = tmp_path_factory.mktemp("export") / "-".join(map(str, key))
-            self[key].mkdir()
-            EXPORTER.write(rules[key], folders[key[0]], self[key])
-            return self[key]
-
-    return Written()
+    return exports(EXPORTER, rules, folders, tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,6 @@ import torch
 import transformers
 from tiny import EOS, PAD, PROMPTS, left_padded
 
-from adaras_export.exporters.hf import EXPORTER
-
 pytestmark = pytest.mark.slow  # hundreds of short ones
 
 FAMILIES = ("qwen3", "gemma3_text", "gpt2")
@@ -33,31 +31,9 @@ def keys(chosen=lambda key: True):
 
 
 @pytest.fixture(scope="module")
-def opened(rules, folders, tmp_path_factory):
-    """The model of an export, opened with trust_remote_code, by the keys of ``rules``."""
-
-    class Opened(dict):
-        def __missing__(self, key):
-            folder = tmp_path_factory.mktemp("-".join(map(str, key)))
-            EXPORTER.write(rules[key], folders[key[0]], folder)
-            self[key] = transformers.AutoModelForCausalLM.from_pretrained(
-                folder, trust_remote_code=True, dtype=torch.float32
-            ).eval()
-            return self[key]
-
-    return Opened()
-
-
-@pytest.fixture(scope="module")
 def told_base(stock, bases):
     """What the oracle says of the unsteered base, by its name."""
-
-    class Told(dict):
-        def __missing__(self, name):
-            self[name] = tiny.answers(stock[name], tiny.make_rule(bases[name], strength=0.0))
-            return self[name]
-
-    return Told()
+    return tiny.Lazy(lambda name: tiny.answers(stock[name], tiny.make_rule(bases[name], strength=0.0)))
 
 
 # Modes: functions of a model and the tokenizer that answer `PROMPTS`, each with its new tokens up to the end token.
