@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +19,7 @@ def jobs_of(modes, written):
     return {key: {"folder": str(written[key]), "modes": wanted, **shared} for key, wanted in modes.items()}
 
 
-def run_elsewhere(python, jobs, folder):
+def run_elsewhere(jobs, folder):
     """What `clean_process.py` found, by the keys of ``jobs``; ``folder`` is its HF_HOME."""
     environment = {
         "PATH": os.environ["PATH"],
@@ -28,7 +29,7 @@ def run_elsewhere(python, jobs, folder):
     }
     script = Path(__file__).parent / "exporters" / "clean_process.py"
     done = subprocess.run(
-        [python, script],
+        [sys.executable, script],
         input=json.dumps([*jobs.values()]),
         capture_output=True,
         text=True,

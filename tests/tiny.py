@@ -68,8 +68,7 @@ STRENGTHS = {"gemma2": 20.0, "gemma3_text": 20.0, "olmo2": 40.0, "gpt2": 6.0}
 def build_tokenizer() -> Any:
     """Every byte is a token, so that any text survives the round trip; then <pad> and <eos>."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {text: n for n, text in enumerate([*letters, "<pad>", "<eos>"])}  # else they are added in any order
-    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    core = Tokenizer(models.BPE(vocab={letter: n for n, letter in enumerate(letters)}, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens(["<pad>", "<eos>"])  # in the order of PAD and EOS; Transformers would sort them by role

@@ -17,26 +17,11 @@ import torch
 import transformers
 from tiny import EOS, LAYERS, PAD, PROMPTS, VOCABULARY, greedy, left_padded, require_answers
 
-from adaras_export.exporters.hf import EXPORTER
-
 FAMILIES = ("qwen3", "gemma3_text", "gpt2", "gpt_neox")
 KEYS = [(name, gate, "last_prompt_token") for name in FAMILIES for gate in (None, "causal")]
 EVERY = pytest.mark.parametrize("key", KEYS, ids=lambda key: f"{key[0]}-{'gated' if key[1] else 'ungated'}")
 ROWS = torch.tensor([PROMPTS[2], PROMPTS[3][:7]])  # two prompts of 7 tokens: a batch without padding
 QUIET = {"do_sample": False, "pad_token_id": PAD, "max_new_tokens": 6}
-
-
-@pytest.fixture(scope="module")
-def written(rules, folders, tmp_path_factory):
-    """The folder of an export, by the keys of ``rules``."""
-
-    class Written(dict):
-        def __missing__(self, key):
-            self[key] = tmp_path_factory.mktemp("suite")
-            EXPORTER.write(rules[key], folders[key[0]], self[key])
-            return self[key]
-
-    return Written()
 
 
 def open_folder(folder, **how):
@@ -49,12 +34,10 @@ def open_folder(folder, **how):
 def eager(written, folders):
     """An export and its base, both with eager attention, which is the one that tells its weights."""
 
-    class Eager(dict):
-        def __missing__(self, key):
-            self[key] = [open_folder(folder, attn_implementation="eager") for folder in (written[key], folders[key[0]])]
-            return self[key]
+    def load(key):
+        return [open_folder(folder, attn_implementation="eager") for folder in (written[key], folders[key[0]])]
 
-    return Eager()
+    return tiny.Lazy(load)
 
 
 @torch.no_grad()

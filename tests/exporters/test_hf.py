@@ -5,7 +5,6 @@ import errno
 import json
 import os
 import shutil
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -40,7 +39,7 @@ KEYS = pytest.mark.parametrize("key", JOBS, ids=lambda key: "-".join(map(str, ke
 @pytest.fixture(scope="module")
 def clean(written, tmp_path_factory):
     """The results of one process in which importing the library fails."""
-    return run_elsewhere(sys.executable, jobs_of(JOBS, written), tmp_path_factory.mktemp("clean"))
+    return run_elsewhere(jobs_of(JOBS, written), tmp_path_factory.mktemp("clean"))
 
 
 @KEYS

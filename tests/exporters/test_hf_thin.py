@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import huggingface_hub
@@ -47,7 +46,7 @@ def written(rules, folders, tmp_path_factory):
 @pytest.fixture(scope="module")
 def clean(written, tmp_path_factory):
     """The results of one process in which importing the library fails."""
-    return run_elsewhere(sys.executable, jobs_of(JOBS, written), tmp_path_factory.mktemp("clean"))
+    return run_elsewhere(jobs_of(JOBS, written), tmp_path_factory.mktemp("clean"))
 
 
 @pytest.fixture
@@ -312,7 +311,7 @@ def test_a_repository_of_the_hub_pulls_its_base_by_id_and_revision(rules, folder
     put_into_the_hub_cache(thin, cache, "tiny/thin", THIN_COMMIT)
     assert str(cache) not in (thin / "config.json").read_text()
     jobs = {"hub": {**jobs_of({KEY: ["greedy", "decoder", "half"]}, {KEY: "tiny/thin"})[KEY]}}
-    found = run_elsewhere(sys.executable, jobs, tmp_path / "home")["hub"]
+    found = run_elsewhere(jobs, tmp_path / "home")["hub"]
     require_answers(as_output(found["greedy"]), told[KEY])
     assert found["report"] == {}
 

@@ -13,6 +13,7 @@ import pytest
 import tiny
 import torch
 import transformers
+from elsewhere import sampled_by_the_oracle
 from tiny import EOS, PAD, PROMPTS, left_padded
 
 pytestmark = pytest.mark.slow  # hundreds of short ones
@@ -326,22 +327,12 @@ def test_the_decisions_are_the_oracles(key, about, opened, told):
 @keys()
 def test_sampling_with_a_seed_draws_what_the_oracle_draws(key, about, opened, stock, rules):
     about("sampling with a seed")
-    rule = tiny.plain_rule(rules[key])
-    for prompt in PROMPTS:
+    how = SETTINGS | {"do_sample": True, "top_k": 0, "temperature": 1.0}
+    for prompt, answer in zip(PROMPTS, sampled_by_the_oracle(stock[key[0]], rules[key]), strict=True):
         with torch.random.fork_rng():
             torch.manual_seed(3)
-            how = {"do_sample": True, "top_k": 0, "temperature": 1.0}
-            new = opened[key].generate(torch.tensor([prompt]), **(SETTINGS | how))[0, len(prompt) :]
-            torch.manual_seed(3)
-            expected = oracle.respond(
-                stock[key[0]],
-                prompt,
-                rule,
-                NEW,
-                pick=lambda logits: int(torch.multinomial(logits.softmax(-1), 1)),
-                ends=(EOS,),
-            )
-        assert ended(new) == expected["ids"]
+            new = opened[key].generate(torch.tensor([prompt]), **how)[0, len(prompt) :]
+        assert ended(new) == answer["ids"]
 
 
 @keys()
