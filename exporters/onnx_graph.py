@@ -323,12 +323,8 @@ class _Surgeon:
         prefix = _node_path(f"{self.layers}.{layer}.{self.down}") + "/"
         nodes = [node for node in self.graph if (node.name or "").startswith(prefix)]
         inside = set(nodes)
-        entering = {
-            value
-            for node in nodes
-            for value in node.inputs
-            if value is not None and value.const_value is None and value.producer() not in inside
-        }
+        # The first input is the data; others are weights, or the shape of a Reshape.
+        entering = {node.inputs[0] for node in nodes} - {value for node in nodes for value in node.outputs}
         leaving = [
             value
             for node in nodes
