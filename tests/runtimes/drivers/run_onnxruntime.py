@@ -16,7 +16,8 @@ def open_graph(job, path=None, **options):
     settings.log_severity_level = 3  # each overridable initialiser is a warning
     for name, value in options.items():
         setattr(settings, name, value)
-    providers = job.get("providers", ["CPUExecutionProvider"])
+    asked = job.get("providers", ["CPUExecutionProvider"])
+    providers = [tuple(one) if isinstance(one, list) else one for one in asked]
     return onnxruntime.InferenceSession(path or graph_of(job), settings, providers=providers)
 
 
@@ -29,7 +30,7 @@ def run(job, rows, session=None, dials=None):
     names = [output.name for output in session.get_outputs()]
     inputs = {one.name: one.shape for one in session.get_inputs()}
     caches = {name: (shape[1], shape[3]) for name, shape in inputs.items() if name.startswith("past_key_values")}
-    given = {name: np.float32(value) for name, value in (dials or {}).items()}
+    given = {name: np.array(value, np.float32) for name, value in (dials or {}).items()}
 
     def call(feeds):
         feeds = {name: value for name, value in feeds.items() if name in inputs}

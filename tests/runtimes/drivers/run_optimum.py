@@ -13,6 +13,7 @@ transformers.utils.logging.disable_progress_bar()
 
 def run(job, rows):
     model = ORTModelForCausalLM.from_pretrained(job["folder"], subfolder="onnx", file_name="model.onnx")
+    model.embed_size_per_head = job.get("head_size", model.embed_size_per_head)  # it ignores head_dim of many families
     ids, mask = (torch.tensor(part) for part in padded(rows, job["pad"]))
     out = model.generate(
         input_ids=ids,

@@ -2,6 +2,11 @@
 
 import { text } from "node:stream/consumers";
 
+process.on("uncaughtException", (error) => {
+  console.error(error); // and not the minified line that it comes from
+  process.exit(1);
+});
+
 export async function serve(modes) {
   const results = [];
   for (const job of JSON.parse(await text(process.stdin))) {

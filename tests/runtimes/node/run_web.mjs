@@ -17,6 +17,7 @@ async function open(job) {
 async function run(job, rows, dials = {}) {
   const session = await open(job);
   const int64 = (lists) => new ort.Tensor("int64", BigInt64Array.from(lists.flat(), BigInt), [lists.length, lists[0].length]);
+  const numbers = Object.fromEntries(Object.entries(dials).map(([name, value]) => [name, scalar(value)]));
   let { ids, mask } = padded(rows, job.pad);
   let cache = emptyCache(session, rows.length);
   const chosen = rows.map(() => []);
@@ -24,13 +25,9 @@ async function run(job, rows, dials = {}) {
   const over = (row) => row.includes(job.end);
   while (logits.length < job.steps && !chosen.every(over)) {
     const positions = mask.map((row) => row.map(((sum) => (bit) => Math.max((sum += bit) - 1, 0))(0)).slice(-ids[0].length));
-    const out = await session.run({
-      ...cache,
-      ...Object.fromEntries(Object.entries(dials).map(([name, value]) => [name, scalar(value)])),
-      input_ids: int64(ids),
-      attention_mask: int64(mask),
-      position_ids: int64(positions),
-    });
+    const feeds = { ...cache, ...numbers, input_ids: int64(ids), attention_mask: int64(mask) };
+    if (session.inputNames.includes("position_ids")) feeds.position_ids = int64(positions);
+    const out = await session.run(feeds);
     const last = lastLogits(out.logits);
     logits.push(last);
     ids = last.map((row, at) => [over(chosen[at]) ? job.pad : row.indexOf(Math.max(...row))]);
