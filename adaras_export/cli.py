@@ -300,11 +300,13 @@ def evaluate(
 def export(
     rule: Annotated[Path, typer.Argument(help="Rule file.")],
     base: Annotated[str, typer.Option(help="Folder or Hub id of the base model.")],
-    to: Annotated[str, typer.Option(help="Target: hf or hf-thin.")],
+    to: Annotated[str, typer.Option(help="Target: hf, hf-thin or onnx.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="New folder.")],
     accept_loss: Annotated[str, typer.Option(help="Features that the format may leave out: gate,start.")] = "",
     evaluation: Annotated[Path | None, typer.Option(help="File of eval, for the model card.")] = None,
     copy: Annotated[bool, typer.Option("--copy", help="Copy weight files instead of hard-linking them.")] = False,
+    precision: Annotated[str | None, typer.Option(help="onnx: fp32 (default), fp16, int8 or int4 weights.")] = None,
+    inline: Annotated[bool, typer.Option("--inline", help="onnx: no functions in the graph, for OpenVINO.")] = False,
     as_json: Json = False,
 ) -> None:
     """Bake a rule into an artifact that runs without this library, verify it, and give it card and receipt."""
@@ -313,7 +315,9 @@ def export(
 
     _quiet_libraries()
     accepted = [feature for feature in accept_loss.split(",") if feature]
-    how: dict[str, Any] = {"accept_loss": accepted, "evaluation": evaluation, "copy": copy}
+    chosen = {"precision": precision, "inline": inline}
+    options = {name: value for name, value in chosen.items() if value not in (None, False)}
+    how: dict[str, Any] = {"accept_loss": accepted, "evaluation": evaluation, "copy": copy, **options}
     report = run(SteeringRule.load(rule), base=base, to=to, out=out, **how)
     record = {"path": str(report.path), "target": to, "files": report.files, "parity": report.parity.as_record()}
     _print(record, f"{_checks(report.parity)}\n{out}: {len(report.files)} files and a receipt", as_json)

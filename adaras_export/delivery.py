@@ -9,21 +9,19 @@ import json
 import platform
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from adaras_export import __version__, exporters, models, storage
 from adaras_export.card import CardContext, card
 from adaras_export.errors import ArtifactError, ExportError, ParityError
 from adaras_export.exporters.base import Commission, Exporter
 from adaras_export.models import BaseModel
-from adaras_export.parity import Check, ParityReport, ReferencePlayer, Script, compare, rehearse
+from adaras_export.parity import Check, ParityReport, compare, rehearse
 from adaras_export.rule import SteeringRule
 
 _RULE_FILE = "rule.safetensors"
@@ -50,6 +48,7 @@ def export(  # noqa: PLR0913 - one job with the options that the command line ha
     accept_loss: Sequence[str] = (),
     evaluation: str | Path | None = None,
     copy: bool = False,
+    **options: Any,
 ) -> ExportReport:
     """Write ``rule`` on ``base`` as an artifact of target ``to`` into the new folder ``out``, and verify it.
 
@@ -61,30 +60,38 @@ def export(  # noqa: PLR0913 - one job with the options that the command line ha
         accept_loss: features ("gate", "start", "dial") that the format may leave out.
         evaluation: JSON file of `adaras-export eval`, for the card.
         copy: copy weight files that would be hard-linked to the base's.
+        options: what the target offers besides: target onnx has precision, inline, genai, page and calibration.
 
     Raises:
-        ExportError: the target cannot express the rule, ``out`` exists, or the disk is full.
+        ExportError: the target cannot express the rule or has no such option, ``out`` exists, or the disk is full.
         RuleError: the rule belongs to another model.
         ParityError: the artifact does not behave like the rule.
     """
     out, exporter = Path(out), exporters.load(to)
     dropped = _refuse_loss(rule, exporter, accept_loss)
+    _refuse_options(exporter, options)
     folder = models.fetch(base, rule.base.revision)
     found = BaseModel.of(base, rule.base.revision)
     rule.base.require_same(found)
     origin = found.id if found.revision else str(folder.resolve())
-    exporter = exporter.commissioned(Commission(origin, found.revision, copy=copy))
+    exporter = exporter.commissioned(Commission(origin, found.revision, copy=copy, options=options))
     measured = None if evaluation is None else _evaluation(Path(evaluation), rule)
     with _staged(out) as stage:
-        exporter.write(rule, folder, stage)
+        written = exporter.write(rule, folder, stage)
+        given, rule = rule, written.rule
         (stage / _RULE_FILE).write_bytes(rule.to_bytes())
-        parity = _verified(exporter, stage, rule, folder)
+        parity = ParityReport((*written.notes, *_verified(exporter, stage, rule, folder).checks))
         if not parity.ok:
             raise ParityError(f"{out}: not written: " + "; ".join(check.line().strip() for check in parity.failed()))
         context = CardContext(out.name, exporter.usage(), exporter.tags(), dropped, _license(folder), measured)
         (stage / "README.md").write_text(card(rule, parity, context), encoding="utf-8")
         files = _hashes(stage)
-        receipt = _receipt(rule, exporter, parity, files) | {"base": found.as_record(), "source": origin}
+        receipt = _receipt(rule, exporter, parity, files) | {
+            "base": found.as_record(),
+            "source": origin,
+            "options": dict(exporter.recorded()),
+            "given_rule": given.fingerprint,
+        }
         (stage / _RECEIPT_FILE).write_text(json.dumps(receipt, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return ExportReport(out, to, files, dropped, parity)
 
@@ -109,7 +116,7 @@ def verify(path: str | Path, base: str | Path | None = None) -> ParityReport:
             BaseModel.from_record(receipt["base"], str(folder)),
         )
         checks = _file_checks(folder, receipt["files"])
-        rule_hash, origin = receipt["rule"], receipt["source"]
+        rule_hash, origin, options = receipt["rule"], receipt["source"], receipt["options"]
     except (KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{folder / _RECEIPT_FILE}: damaged receipt ({error}); export again") from error
     rule = SteeringRule.load(folder / _RULE_FILE)
@@ -118,7 +125,7 @@ def verify(path: str | Path, base: str | Path | None = None) -> ParityReport:
     base_folder = models.fetch(found, recorded.revision)
     rule.base.require_same(BaseModel.of(found, recorded.revision))
     elsewhere = None if base is None else base_folder
-    exporter = exporter.commissioned(Commission(origin, recorded.revision, elsewhere))
+    exporter = exporter.commissioned(Commission(origin, recorded.revision, elsewhere, options=options))
     return ParityReport((*checks, *_verified(exporter, folder, rule, base_folder).checks))
 
 
@@ -127,20 +134,12 @@ def _verified(exporter: Exporter, folder: Path, rule: SteeringRule, base: Path) 
     stored = list(exporter.inspect(folder, rule, base))
     if not all(check.ok for check in stored[:2]):  # never run code that is not ours, or that its settings name
         return ParityReport((*stored, Check("not run, because its code or its settings differ", 1, 0)))
-    script = _rehearsed(rule, base)  # one model in memory at a time
+    script = rehearse(*exporter.reference(folder, rule, base))  # one model in memory at a time
     try:
         artifact = exporter.load(folder)
     except ArtifactError as error:
         return ParityReport((*stored, Check("not run, because it does not open", 1, 0, str(error))))
     return ParityReport((*stored, *compare(script, artifact)))
-
-
-def _rehearsed(rule: SteeringRule, base: Path) -> Script:
-    from transformers import AutoModelForCausalLM
-
-    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    model.eval()
-    return rehearse(ReferencePlayer(model, rule), model.config.vocab_size)
 
 
 def _refuse_loss(rule: SteeringRule, exporter: Exporter, accepted: Sequence[str]) -> tuple[str, ...]:
@@ -152,6 +151,12 @@ def _refuse_loss(rule: SteeringRule, exporter: Exporter, accepted: Sequence[str]
             "or choose target hf"
         )
     return dropped
+
+
+def _refuse_options(exporter: Exporter, options: Mapping[str, Any]) -> None:
+    if unknown := sorted(options.keys() - exporter.options):
+        known = ", ".join(sorted(exporter.options)) or "none"
+        raise ExportError(f"{exporter.name}: has no option {', '.join(unknown)}; expected of: {known}")
 
 
 @contextmanager

@@ -20,13 +20,32 @@ from adaras_export.steering import steered
 Mode = Literal["rule", "always", "off"] | float
 """How to steer: as the rule says, every row, none, or the rows with p(correct) below a number."""
 
-# The unit in which logits may differ is the rounding of the largest one: float32 sums in another order. Measured over
-# seven toy bases in all modes: up to 2.2 units; on SmolLM2-135M: 7.4. One negated delta of six moves logits by
-# 7 * 10^4 units and more.
-_UNITS = 64
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far an artifact may be from the reference.
+
+    Attributes:
+        units: of logits, in roundings of the largest one in float32.
+        off: whether logits may differ by as much with strength 0 too; else they must be equal, bit for bit.
+        probability: of p(correct).
+    """
+
+    units: float
+    off: bool = False
+    probability: float = 1e-4
+
+    def of(self, logits: Tensor) -> float:
+        """The limit for logits like these."""
+        return self.units * torch.finfo(torch.float32).eps * max(1.0, float(logits.abs().max()))
+
+
+# PyTorch sums in another order. Measured over seven toy bases in all modes: up to 2.2 units; on SmolLM2-135M: 7.4.
+# One negated delta of six moves logits by 7 * 10^4 units and more.
+FLOAT32 = Tolerance(64)
+
 _STEPS = 6
 _LENGTHS = (3, 7, 11, 16)
-_PROBABILITY_LIMIT = 1e-4
 
 
 @dataclass(frozen=True)
@@ -92,6 +111,11 @@ class Player(Protocol):
 class Artifact(Player, Protocol):
     """The side that is judged."""
 
+    @property
+    def tolerance(self) -> Tolerance:
+        """How exact it is."""
+        ...
+
     def findings(self) -> Sequence[Check]:
         """What there was to say when it was opened."""
         ...
@@ -122,15 +146,16 @@ def rehearse(player: Player, vocabulary: int) -> Script:
 
 def compare(script: Script, artifact: Artifact) -> list[Check]:
     """Play the script on an artifact and compare."""
-    checks = list(artifact.findings())
+    checks, tolerance = list(artifact.findings()), artifact.tolerance
     for name, (mode, expected) in script.plays.items():
         found = artifact.play(script.rows, mode, expected.tokens_BS)
-        checks += _logit_checks(name, expected, found, 0.0 if mode == "off" else _logit_limit(expected.logits_BSV))
+        limit = 0.0 if mode == "off" and not tolerance.off else tolerance.of(expected.logits_BSV)
+        checks += _logit_checks(name, expected, found, limit)
         if mode == "rule" and expected.probability_B is not None:
-            checks.append(_probability_check(expected, found))
+            checks.append(_probability_check(expected, found, tolerance.probability))
     by_rule, always, off = (script.plays[name][1] for name in ("by the rule", "steered always", "off"))
     single = artifact.play(script.rows[:1], "rule", by_rule.tokens_BS[:1])
-    limit = _logit_limit(script.single.logits_BSV)
+    limit = tolerance.of(script.single.logits_BSV)
     checks.append(Check("one row alone, logits", _distance(single.logits_BSV, script.single.logits_BSV), limit))
     effect = _distance(always.logits_BSV, off.logits_BSV)
     checks.append(Check("effect of steering on logits", effect, None, f"{effect / limit:.0f} times the limit"))
@@ -148,15 +173,10 @@ def _logit_checks(name: str, expected: Play, found: Play, limit: float) -> list[
     ]
 
 
-def _probability_check(expected: Play, found: Play) -> Check:
+def _probability_check(expected: Play, found: Play, limit: float) -> Check:
     if expected.probability_B is None or found.probability_B is None:
-        return Check("gate, p(correct)", float("nan"), _PROBABILITY_LIMIT, "the artifact has no gate")
-    distance = _distance(found.probability_B, expected.probability_B)
-    return Check("gate, p(correct)", distance, _PROBABILITY_LIMIT)
-
-
-def _logit_limit(logits: Tensor) -> float:
-    return _UNITS * torch.finfo(torch.float32).eps * max(1.0, float(logits.abs().max()))
+        return Check("gate, p(correct)", float("nan"), limit, "the artifact has no gate")
+    return Check("gate, p(correct)", _distance(found.probability_B, expected.probability_B), limit)
 
 
 def _distance(one: Tensor, other: Tensor) -> float:

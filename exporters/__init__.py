@@ -3,12 +3,17 @@
 import importlib
 from typing import TYPE_CHECKING
 
-from adaras_export.errors import ExportError
+from adaras_export.errors import ExportError, require
 
 if TYPE_CHECKING:  # it brings torch along
     from adaras_export.exporters.base import Exporter
 
-TARGETS = {"hf": "adaras_export.exporters.hf", "hf-thin": "adaras_export.exporters.hf_thin"}
+TARGETS = {
+    "hf": "adaras_export.exporters.hf",
+    "hf-thin": "adaras_export.exporters.hf_thin",
+    "onnx": "adaras_export.exporters.onnx",
+}
+_NEEDS = {"onnx": ("onnx", "onnx_ir", "onnxruntime", "onnxscript")}  # what their extra, of the same name, brings
 
 
 def load(target: str) -> "Exporter":
@@ -20,5 +25,7 @@ def load(target: str) -> "Exporter":
     """
     if target not in TARGETS:
         raise ExportError(f"{target}: no such target; expected one of: {', '.join(TARGETS)}")
+    for library in _NEEDS.get(target, ()):
+        require(library, target, f"target {target}")
     exporter: Exporter = importlib.import_module(TARGETS[target]).EXPORTER
     return exporter

@@ -3,12 +3,14 @@
 import errno
 import os
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
-from adaras_export.parity import Artifact, Check
+import torch
+
+from adaras_export.parity import Artifact, Check, Player, ReferencePlayer
 from adaras_export.rule import SteeringRule
 
 Feature = Literal["gate", "start", "dial"]
@@ -23,12 +25,27 @@ class Commission:
         base_revision: the commit of a Hub id.
         base_elsewhere: the base's folder for `Exporter.load`, where it is no longer at that place.
         copy: copy weight files, also where they could be linked.
+        options: what else the user chose, by name; only of the target's own `Exporter.options`.
     """
 
     base_id: str
     base_revision: str | None = None
     base_elsewhere: Path | None = None
     copy: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Written:
+    """What `Exporter.write` delivered.
+
+    Attributes:
+        rule: the rule that the artifact carries: the given one, or that with a threshold of its own.
+        notes: figures for the card that only writing could measure.
+    """
+
+    rule: SteeringRule
+    notes: tuple[Check, ...] = ()
 
 
 class Exporter(Protocol):
@@ -44,11 +61,24 @@ class Exporter(Protocol):
         """What the format cannot express."""
         ...
 
-    def commissioned(self, commission: Commission) -> "Exporter":
-        """This exporter with what it needs of ``commission``."""
+    @property
+    def options(self) -> frozenset[str]:
+        """Names of the options that are this target's own."""
         ...
 
-    def write(self, rule: SteeringRule, base: Path, out: Path) -> None:
+    def commissioned(self, commission: Commission) -> "Exporter":
+        """This exporter with what it needs of ``commission``.
+
+        Raises:
+            ExportError: an option has no such value, or options exclude each other.
+        """
+        ...
+
+    def recorded(self) -> Mapping[str, Any]:
+        """The options that `verify` must know, for the receipt."""
+        ...
+
+    def write(self, rule: SteeringRule, base: Path, out: Path) -> Written:
         """Write the artifact of ``rule`` on the checkpoint in ``base`` into the empty folder ``out``.
 
         Raises:
@@ -62,6 +92,10 @@ class Exporter(Protocol):
         The first two checks say whether its code and its settings are this library's; unless both hold, nothing of
         the artifact runs, here or later.
         """
+        ...
+
+    def reference(self, folder: Path, rule: SteeringRule, base: Path) -> tuple[Player, int]:
+        """What the artifact in ``folder`` must equal, and the size of its vocabulary."""
         ...
 
     def load(self, folder: Path) -> Artifact:
@@ -79,6 +113,14 @@ class Exporter(Protocol):
     def usage(self) -> str:
         """How to load it, in Markdown; ``{repo}`` stands for the repository's name."""
         ...
+
+
+def stock_reference(rule: SteeringRule, base: Path) -> tuple[Player, int]:
+    """The base model in float32, steered by hooks, and the size of its vocabulary."""
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    return ReferencePlayer(model.eval(), rule), int(model.config.vocab_size)
 
 
 # What belongs to a checkpoint besides its weights and its config: tokenizer, chat templates, generation settings,

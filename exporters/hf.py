@@ -6,7 +6,7 @@ of `adaras_export.runtime` is copied as it is. Exact: gate, start and a dial for
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -23,11 +23,13 @@ from adaras_export.exporters.base import (
     Commission,
     Exporter,
     Feature,
+    Written,
     companions,
     copy_companions,
     link_or_copy,
+    stock_reference,
 )
-from adaras_export.parity import Artifact, Check, Mode, Play, play_model
+from adaras_export.parity import FLOAT32, Artifact, Check, Mode, Play, Player, play_model
 from adaras_export.rule import Gate, SteeringRule
 from adaras_export.storage import Array
 
@@ -42,13 +44,18 @@ class HuggingFaceExporter:
 
     name: str = "hf"
     drops: frozenset[Feature] = frozenset()
+    options: frozenset[str] = frozenset()
     copy: bool = False
 
     def commissioned(self, commission: Commission) -> Exporter:
         """As `Exporter` says."""
         return replace(self, copy=commission.copy)
 
-    def write(self, rule: SteeringRule, base: Path, out: Path) -> None:
+    def recorded(self) -> Mapping[str, Any]:
+        """As `Exporter` says."""
+        return {}
+
+    def write(self, rule: SteeringRule, base: Path, out: Path) -> Written:
         """As `Exporter` says."""
         config = plain_config(base)
         located = models.shards(base)
@@ -59,14 +66,19 @@ class HuggingFaceExporter:
         write_tensors(out, tensors)
         weight_map = {name: names[path] for name, path in located.items()} | dict.fromkeys(tensors, STEERING_FILE)
         size = sum(path.stat().st_size for path in names) + (out / STEERING_FILE).stat().st_size
-        _write_json(out / _INDEX_FILE, {"metadata": {"total_size": size}, "weight_map": weight_map})
+        write_json(out / _INDEX_FILE, {"metadata": {"total_size": size}, "weight_map": weight_map})
         write_repository(out, base, steered_config(config, rule), payload(rule.base.family))
+        return Written(rule)
 
     def inspect(self, folder: Path, rule: SteeringRule, base: Path) -> Sequence[Check]:
         """As `Exporter` says."""
         expected = steered_config(storage.read_json(base / "config.json"), rule)
         checks = repository_checks(folder, base, expected, payload(rule.base.family))
         return [*checks, *_tensor_checks(folder, rule, base)]
+
+    def reference(self, folder: Path, rule: SteeringRule, base: Path) -> tuple[Player, int]:  # noqa: ARG002
+        """As `Exporter` says."""
+        return stock_reference(rule, base)
 
     def load(self, folder: Path) -> Artifact:
         """As `Exporter` says. Runs the repository's code, which `inspect` has found to be this library's own."""
@@ -123,7 +135,7 @@ def write_tensors(out: Path, tensors: dict[str, Array]) -> None:
 
 def write_repository(out: Path, base: Path, config: dict[str, Any], code: dict[str, bytes]) -> None:
     """Write all that a repository holds besides tensors: config, code, and the small files of the base."""
-    _write_json(out / "config.json", config)
+    write_json(out / "config.json", config)
     for name, content in code.items():
         (out / name).write_bytes(content)
     copy_companions(base, out)
@@ -139,7 +151,7 @@ def repository_checks(folder: Path, base: Path, config: dict[str, Any], code: di
         Check("code files that are not the library's", len(strange), 0, " ".join(strange)),
         Check("config entries that differ", len(settings), 0, " ".join(settings)),
     ]
-    changed = _changed_companions(folder, base)
+    changed = changed_companions(folder, base)
     carried = Check("files of the base that differ", len(changed), 0, " ".join(changed))
     # Opening a tokenizer may run code, and a damaged one may not open.
     tokens = _tokenizer_checks(folder, base) if all(check.ok for check in (*trust, carried)) else []
@@ -194,22 +206,30 @@ def steered_config(config: dict[str, Any], rule: SteeringRule) -> dict[str, Any]
 def steering_tensors(rule: SteeringRule, base: Path) -> dict[str, Array]:
     """The tensors that an export adds, by checkpoint key.
 
-    Per steered layer W_down[:, idx] @ delta, (D,) float32, folded in float64 from the stored weights and without
-    the strength; per gate layer the feature indices, int64; the gate's weights, float32.
+    Per steered layer its vector; per gate layer the feature indices, int64; the gate's weights, float32.
     """
-    located, family, tensors = models.shards(base), rule.base.family, {}
+    located, family = models.shards(base), rule.base.family
     layers = models.layers_key(family, located)
-    for layer in rule.layers():
-        index, delta = rule.neurons_of(layer)
-        columns_DK = models.down_columns(family, located, layer, torch.tensor(index))
-        vector_D = columns_DK.double().numpy() @ delta.astype(np.float64)
-        tensors[f"{layers}.{layer}.mlp.steering_vector"] = vector_D.astype(np.float32)
+    tensors = {f"{layers}.{layer}.mlp.steering_vector": vector for layer, vector in vectors(rule, base).items()}
     if rule.gate is not None:
         for layer in np.unique(rule.gate.layer):
             tensors[f"{layers}.{layer}.mlp.steering_index"] = rule.gate.index[rule.gate.layer == layer]
         gate = f"{models.decoder_key(family, located)}steering_gate"
         tensors |= {f"{gate}.{name}": value for name, value in rule.gate.weights().items()}
     return tensors
+
+
+def vectors(rule: SteeringRule, base: Path) -> dict[int, Array]:
+    """W_down[:, idx] @ delta of each steered layer, (D,) float32: folded in float64 from the stored weights.
+
+    Without the strength, which stays a dial.
+    """
+    located, folded = models.shards(base), {}
+    for layer in rule.layers():
+        index, delta = rule.neurons_of(layer)
+        columns_DK = models.down_columns(rule.base.family, located, layer, torch.tensor(index))
+        folded[layer] = (columns_DK.double().numpy() @ delta.astype(np.float64)).astype(np.float32)
+    return folded
 
 
 def payload(family: str) -> dict[str, bytes]:
@@ -220,6 +240,8 @@ def payload(family: str) -> dict[str, bytes]:
 
 class _SteeredRepo:
     """An opened export. Modes are set with the dials that users have."""
+
+    tolerance = FLOAT32
 
     def __init__(self, model: Any, loading_report: list[str]) -> None:  # noqa: ANN401 - a class of the repository
         self.model = model
@@ -286,11 +308,11 @@ def _name_tokenizer_class(base: Path, out: Path) -> None:
         name = type(AutoTokenizer.from_pretrained(base)).__name__
         # Transformers 5 knows its general class by the name that 4 has for it, not the other way round.
         portable = "PreTrainedTokenizerFast" if name == "TokenizersBackend" else name
-        _write_json(path, {**settings, "tokenizer_class": portable})
+        write_json(path, {**settings, "tokenizer_class": portable})
 
 
-def _changed_companions(folder: Path, base: Path) -> list[str]:
-    """What was carried from the base and is not as it was there; the tokenizer's class may have been added."""
+def changed_companions(folder: Path, base: Path) -> list[str]:
+    """Files carried from the base that are not as they were there; the tokenizer's class may have been added."""
     changed = {name for name, source in companions(base).items() if _content(folder / name) != source.read_bytes()}
     settings = "tokenizer_config.json"
     if settings in changed and (folder / settings).exists():
@@ -346,5 +368,6 @@ def _content(path: Path) -> bytes:
     return path.read_bytes() if path.exists() else b""
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write JSON as all files of an artifact have it."""
     path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -4,7 +4,7 @@ As `hf`, the same classes and the same rule, but without weight files: the confi
 commit or by the path of its folder, and the fingerprint that its tensors must have.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 from adaras_export import models, storage
 from adaras_export.errors import ExportError
 from adaras_export.exporters import hf
-from adaras_export.exporters.base import Commission, Exporter, Feature
-from adaras_export.parity import Artifact, Check
+from adaras_export.exporters.base import Commission, Exporter, Feature, Written, stock_reference
+from adaras_export.parity import Artifact, Check, Player
 from adaras_export.rule import SteeringRule
 from adaras_export.storage import Array
 
@@ -34,13 +34,18 @@ class ThinExporter:
 
     name: str = "hf-thin"
     drops: frozenset[Feature] = frozenset()
+    options: frozenset[str] = frozenset()
     commission: Commission | None = None
 
     def commissioned(self, commission: Commission) -> Exporter:
         """As `Exporter` says."""
         return replace(self, commission=commission)
 
-    def write(self, rule: SteeringRule, base: Path, out: Path) -> None:
+    def recorded(self) -> Mapping[str, Any]:
+        """As `Exporter` says."""
+        return {}
+
+    def write(self, rule: SteeringRule, base: Path, out: Path) -> Written:
         """As `Exporter` says."""
         if (base / "adapter_config.json").exists():
             raise ExportError(
@@ -50,6 +55,7 @@ class ThinExporter:
         hf.plain_config(base)
         hf.write_tensors(out, _tensors(rule, base))
         hf.write_repository(out, base, self._config(rule, base), payload(rule.base.family))
+        return Written(rule)
 
     def inspect(self, folder: Path, rule: SteeringRule, base: Path) -> Sequence[Check]:
         """As `Exporter` says."""
@@ -62,6 +68,10 @@ class ThinExporter:
             Check("steering tensors that differ", len(wrong), 0, " ".join(wrong)),
             Check("tensors missing or unknown", len(strange), 0, " ".join(strange)),
         ]
+
+    def reference(self, folder: Path, rule: SteeringRule, base: Path) -> tuple[Player, int]:  # noqa: ARG002
+        """As `Exporter` says."""
+        return stock_reference(rule, base)
 
     def load(self, folder: Path) -> Artifact:
         """As `Exporter` says. Runs the repository's code, which `inspect` has found to be this library's own."""

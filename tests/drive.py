@@ -1,4 +1,4 @@
-"""Runs exported graphs in the environments of other runtimes, by the drivers of tests/runtimes, and judges the results."""
+"""Runs exported graphs in the environments of other runtimes, by the drivers of tests/runtimes; judges the results."""
 
 import json
 import os
@@ -9,7 +9,6 @@ from pathlib import Path
 
 import onnx
 import pytest
-import tiny
 from elsewhere import as_output
 from tiny import EOS, LAYERS, PAD, PROMPTS, require_answers
 
@@ -72,7 +71,7 @@ def require_built(runtime, *, required):
 
 
 def require_result(result, expected):
-    """Assert that tokens, logits, p(correct) and decisions are the oracle's; for one batch, or a list of single rows."""
+    """Assert that tokens, logits, p(correct) and decisions are the oracle's; of a batch, or of a list of single rows."""
     if isinstance(result, list):
         for one, answer in zip(result, expected, strict=True):
             require_result(one, [answer])

@@ -11,7 +11,7 @@ from adaras_export.exporters.onnx import EXPORTER
 
 @pytest.fixture(scope="session")
 def artifacts(rules, folders, tmp_path_factory):
-    """The folder of an export, by (*key of ``rules``, flavour): "", "inline", "genai"; "... negated" for a wrong one."""
+    """The folder of an export, by (*key of ``rules``, flavour): "", "inline", "genai", or one of these negated."""
 
     def write(key):
         *rule, flavour = key

@@ -40,8 +40,8 @@ def test_a_graph_saved_after_optimisation_gives_what_the_oracle_gives(suffix, fo
 def test_what_a_call_feeds_holds_for_that_call(name, found, rules, stock):
     rule, dials = rules[KEY], DIALS[name]
     assert rule.strength == STRENGTH
-    threshold = dials.get("steering_threshold", rule.gate.threshold)
-    rule = replace(rule, strength=dials.get("steering_strength", STRENGTH), gate=replace(rule.gate, threshold=threshold))
+    gate = replace(rule.gate, threshold=dials.get("steering_threshold", rule.gate.threshold))
+    rule = replace(rule, strength=dials.get("steering_strength", STRENGTH), gate=gate)
     result = found["dials"][list(DIALS).index(name)]
     require_result(result, tiny.answers(stock["qwen3"], rule))
 

@@ -1,6 +1,5 @@
 """Every runtime, in an environment of its own, gives the oracle's tokens, logits, p(correct) and decisions."""
 
-
 import pytest
 import tiny
 from drive import require_result
@@ -17,7 +16,7 @@ SHARED = {"modes": ["batch", "single", "batch-shared", "single-shared"]}
 RUNS = {
     "onnxruntime": {
         **{(name, *CAUSAL, ""): BOTH for name in ("llama", "qwen2", "qwen3", "mistral", "gemma3_text", "phi3")},
-        **{("llama", *rule, ""): BOTH for rule in (NONE, GENERATED)},
+        **{("llama", *rule, ""): BOTH for rule in (NONE, GENERATED, LATER)},
         ("mistral-window", *CAUSAL, ""): BOTH,
         ("qwen3", *CAUSAL, "inline"): BOTH,
         ("llama", *CAUSAL, "negated"): WRONG,

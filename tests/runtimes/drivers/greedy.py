@@ -1,8 +1,8 @@
 """What the drivers share: jobs in, results out, and greedy decoding with numpy over a graph with KV inputs.
 
 A driver is a script that a runtime's own environment runs. It reads a list of jobs as JSON from standard input, each
-{"folder", "rows", "pad", "end", "steps", "state", "modes"}, and prints on the last line, as JSON, one {mode: result} per
-job. A result of generating has "sequences" (the new tokens by row), "logits" (steps, rows, vocabulary) and "decisions"
+{"folder", "rows", "pad", "end", "steps", "state", "modes"}, and prints one {mode: result} per job, as JSON on the last
+line. A result of generating has "sequences" (the new tokens by row), "logits" (steps, rows, vocabulary) and "decisions"
 (p(correct) and whether steered, by row; none without a gate). "state" is the number of the KV layer that holds them.
 """
 

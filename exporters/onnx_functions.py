@@ -1,0 +1,189 @@
+"""The custom operators of target `onnx`: model-local functions of domain `adaras`, specified in docs/onnx-ops.md.
+
+A runtime that knows nothing of them runs their bodies; one that has kernels of these names may run those instead.
+
+B sequences, S tokens of this call, A columns of the attention mask, P columns of the KV cache before this call,
+F gate features, H gate width, C = KV heads * head size, D model width.
+"""
+
+import onnx
+
+DOMAIN = "adaras"
+VERSION = 1
+
+# x (B, S, D), scale (B, S, 1) float, vector (D,) float -> (B, S, D) in the type of x
+_ADAPTIVE_STEER = """
+<domain: "adaras", opset_import: ["" : 23]>
+AdaptiveSteer (x, scale, vector) => (y)
+{
+    change = Mul (scale, vector)
+    change_x = CastLike (change, x)
+    y = Add (x, change_x)
+}
+"""
+
+# input_ids (B, S), attention_mask (B, A), last_prompt_token () float: 1 or 0
+# -> tokens (B, S, 1) or (1, 1, 1) float: 1 at the tokens to steer; prompt () bool; first () bool
+_STEERED_TOKENS = """
+<domain: "adaras", opset_import: ["" : 23]>
+SteeredTokens (input_ids, attention_mask, last_prompt_token) => (tokens, prompt, first)
+{
+    one = Constant <value_ints = [1]> ()
+    length = Shape <start = 1, end = 2> (input_ids)
+    counts = ReduceSum <keepdims = 0> (attention_mask, one)
+    longest = ReduceMax <keepdims = 1> (counts)
+    is_first = LessOrEqual (longest, length)
+    has_several = Greater (length, one)
+    is_prompt = Or (is_first, has_several)
+    first = Squeeze (is_first)
+    prompt = Squeeze (is_prompt)
+    tokens = If (prompt) <
+        then_branch = last_token () => (tokens_then) {
+            begin = Neg (length)
+            end = Constant <value_ints = [9223372036854775807]> ()
+            valid = Slice (attention_mask, begin, end, one)
+            step = Constant <value_int = 1> ()
+            columns = Squeeze (length)
+            limit = Add (columns, step)
+            column = Range (step, limit, step)
+            place = Mul (valid, column)
+            last = ReduceMax <keepdims = 1> (place, one)
+            at_last = Equal (place, last)
+            is_valid = Cast <to = 9> (valid)
+            chosen = And (at_last, is_valid)
+            chosen_float = Cast <to = 1> (chosen)
+            weighted = Mul (chosen_float, last_prompt_token)
+            axis = Constant <value_ints = [2]> ()
+            tokens_then = Unsqueeze (weighted, axis)
+        },
+        else_branch = every_token () => (tokens_else) {
+            tokens_else = Constant <value = float[1, 1, 1] {1.0}> ()
+        }
+    >
+}
+"""
+
+# past_key (B, KV heads, P, head size), first () bool -> decision (B, 1, 1) float: 1 where the row is steered
+_PAST_DECISION = """
+<domain: "adaras", opset_import: ["" : 23]>
+PastDecision (past_key, first) => (decision)
+{
+    begin = Constant <value_ints = [0, 0, 0]> ()
+    end = Constant <value_ints = [1, 1, 1]> ()
+    axes = Constant <value_ints = [1, 2, 3]> ()
+    slot = Slice (past_key, begin, end, axes)
+    axis = Constant <value_ints = [2]> ()
+    found = ReduceSum <keepdims = 0> (slot, axis)
+    found_float = Cast <to = 1> (found)
+    zero = Constant <value_float = 0.0> ()
+    decision = Where (first, zero, found_float)
+}
+"""
+
+# features (B, S, F), attention_mask (B, A), past_key and past_value (B, KV heads, P, head size), prompt () bool,
+# first () bool, attention_weight (F, 1), hidden_weight (F, H), hidden_bias (H,), output_weight (H, 1); scalars:
+# attention_bias, output_bias, threshold
+# -> decision (B, 1, 1) float, present_key and present_value (B, KV heads, max(P, A), head size)
+_REASONING_GATE = """
+<domain: "adaras", opset_import: ["" : 23, "adaras" : 1]>
+ReasoningGate (features, attention_mask, past_key, past_value, prompt, first, attention_weight, attention_bias,
+               hidden_weight, hidden_bias, output_weight, output_bias, threshold)
+    => (decision, present_key, present_value)
+{
+    decision, present_key, present_value = If (prompt) <
+        then_branch = judge () => (decision_then, key_then, value_then) {
+            zero = Constant <value_float = 0.0> ()
+            i0 = Constant <value_ints = [0]> ()
+            i1 = Constant <value_ints = [1]> ()
+            i2 = Constant <value_ints = [2]> ()
+            length = Shape <start = 1, end = 2> (features)
+            begin = Neg (length)
+            end = Constant <value_ints = [9223372036854775807]> ()
+            mask = Slice (attention_mask, begin, end, i1)
+            is_valid_2 = Cast <to = 9> (mask)
+            is_valid = Unsqueeze (is_valid_2, i2)
+            features_float = Cast <to = 1> (features)
+            x = Where (is_valid, features_float, zero)
+            score_linear = MatMul (x, attention_weight)
+            score_biased = Add (score_linear, attention_bias)
+            score = Tanh (score_biased)
+            weight_any = Exp (score)
+            weight = Where (is_valid, weight_any, zero)
+            pre = MatMul (x, hidden_weight)
+            pre_weighted = Mul (pre, weight)
+            new_sum = ReduceSum <keepdims = 0> (pre_weighted, i1)
+            new_weight = ReduceSum <keepdims = 0> (weight, i1)
+
+            past_slot = Slice (past_value, i0, i1, i2)
+            past_row = ReduceSum <keepdims = 0> (past_slot, i2)
+            rows_left = Constant <value_ints = [0, -1]> ()
+            past_flat = Reshape (past_row, rows_left)
+            past_float = Cast <to = 1> (past_flat)
+            past_seen = Where (first, zero, past_float)
+            width = Shape (hidden_bias)
+            used = Add (width, i2)
+            old_weight = Slice (past_seen, i1, i2, i1)
+            old_mean = Slice (past_seen, i2, used, i1)
+            old_sum = Mul (old_mean, old_weight)
+
+            all_weight = Add (old_weight, new_weight)
+            all_sum = Add (old_sum, new_sum)
+            mean = Div (all_sum, all_weight)
+            hidden_linear = Add (mean, hidden_bias)
+            hidden = Relu (hidden_linear)
+            output_linear = MatMul (hidden, output_weight)
+            output = Add (output_linear, output_bias)
+            probability = Sigmoid (output)
+
+            below = Less (probability, threshold)
+            decision_2 = Cast <to = 1> (below)
+            decision_then = Unsqueeze (decision_2, i2)
+
+            kv_shape = Shape (past_value)
+            kv_sizes = Slice (kv_shape, i1, end, i0)
+            batch = Shape <start = 0, end = 1> (features)
+            heads = Shape <start = 1, end = 2> (past_value)
+            size = Shape <start = 3, end = 4> (past_value)
+            channels = Mul (heads, size)
+            free = Sub (channels, used)
+            pads = Concat <axis = 0> (i0, i0, i0, free)
+            seen = Concat <axis = 1> (probability, all_weight, mean)
+            seen_padded = Pad (seen, pads)
+            slot_shape = Concat <axis = 0> (batch, heads, i1, size)
+            seen_slot = Reshape (seen_padded, slot_shape)
+            value_slot = CastLike (seen_slot, past_value)
+
+            before = Shape <start = 2, end = 3> (past_value)
+            after = Shape <start = 1, end = 2> (attention_mask)
+            columns = Max (before, after)
+            present_shape = Concat <axis = 0> (batch, heads, columns, size)
+            value_then = Expand (value_slot, present_shape)
+            i3 = Constant <value_ints = [3]> ()
+            decision_4 = Unsqueeze (decision_then, i3)
+            key_slot = CastLike (decision_4, past_key)
+            key_then = Expand (key_slot, present_shape)
+        },
+        else_branch = remember () => (decision_else, key_else, value_else) {
+            i0 = Constant <value_ints = [0]> ()
+            i1 = Constant <value_ints = [1]> ()
+            i2 = Constant <value_ints = [2]> ()
+            before = Shape <start = 2, end = 3> (past_key)
+            after = Shape <start = 1, end = 2> (attention_mask)
+            columns = Max (before, after)
+            present_shape = Concat <axis = 0> (i1, i1, columns, i1)
+            key_slot = Slice (past_key, i0, i1, i2)
+            key_else = Expand (key_slot, present_shape)
+            value_slot = Slice (past_value, i0, i1, i2)
+            value_else = Expand (value_slot, present_shape)
+            decision_else = adaras.PastDecision (past_key, first)
+        }
+    >
+}
+"""
+
+
+def functions() -> dict[str, onnx.FunctionProto]:
+    """Every function of the domain, by name."""
+    texts = (_ADAPTIVE_STEER, _STEERED_TOKENS, _PAST_DECISION, _REASONING_GATE)
+    parsed = [onnx.parser.parse_function(text) for text in texts]
+    return {function.name: function for function in parsed}
