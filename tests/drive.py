@@ -71,7 +71,7 @@ def require_built(runtime, *, required):
 
 
 def require_result(result, expected):
-    """Assert that tokens, logits, p(correct) and decisions are the oracle's; of a batch, or of a list of single rows."""
+    """Assert that tokens, logits, p(correct) and decisions are the oracle's, of a batch or a list of single rows."""
     if isinstance(result, list):
         for one, answer in zip(result, expected, strict=True):
             require_result(one, [answer])
