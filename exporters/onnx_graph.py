@@ -76,11 +76,11 @@ def plain_graph(model: nn.Module, out: Path) -> None:
         "position_ids": torch.arange(past, past + tokens).repeat(batch, 1),
         "past": [torch.zeros(batch, shape.heads, past, shape.size, dtype=_dtype(model)) for _ in pasts],
     }
-    dynamic = {
-        "input_ids": {0: "batch", 1: "sequence"},
-        "attention_mask": {0: "batch", 1: "total"},
-        "position_ids": {0: "batch", 1: "sequence"},
-        "past": [{0: "batch", 2: "past"} for _ in pasts],
+    dynamic = {  # Transformers.js makes the first, empty cache from these names: it takes any but batch_size for 0
+        "input_ids": {0: "batch_size", 1: "sequence_length"},
+        "attention_mask": {0: "batch_size", 1: "total_sequence_length"},
+        "position_ids": {0: "batch_size", 1: "sequence_length"},
+        "past": [{0: "batch_size", 2: "past_sequence_length"} for _ in pasts],
     }
     try:
         with _quiet_exporter():
