@@ -167,8 +167,8 @@ def require_both(labels: Array, part: str) -> None:
     correct = int(labels.sum())
     if not 2 <= correct <= len(labels) - 2:
         raise TraceError(
-            f"traces: {correct} of {len(labels)} {part} questions are answered correctly; expected two or more of either "
-            "kind; give more questions, or easier and harder ones"
+            f"traces: {correct} of {len(labels)} {part} questions are answered correctly; expected two or more of "
+            "either kind; give more questions, or easier and harder ones"
         )
 
 

@@ -9,8 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
-
 from adaras_export import gate, traces
 from adaras_export.errors import TraceError
 from adaras_export.exporters.base import Written
@@ -105,7 +103,8 @@ def _threshold(p_correct: Array, asked: Prompts, was_steered: Array) -> float:
     count, steered = len(was_steered), int(was_steered.sum())
     if not _FEWEST <= steered <= count - _FEWEST:
         raise TraceError(
-            f"calibration: the base's gate steers {steered} of {count} prompts; expected {_FEWEST} or more of either kind"
+            f"calibration: on the base, the gate steers {steered} of {count} prompts; expected {_FEWEST} or more of "
+            "either kind"
         )
     return gate.agreeing_threshold(p_correct, was_steered)
 

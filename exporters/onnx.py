@@ -20,7 +20,7 @@ from torch import Tensor
 
 from adaras_export import models, storage
 from adaras_export.errors import ArtifactError, ExportError
-from adaras_export.exporters import calibration, hf, hf_thin, onnx_functions, onnx_graph, onnx_quantize
+from adaras_export.exporters import hf, hf_thin, onnx_functions, onnx_genai, onnx_graph, onnx_quantize
 from adaras_export.exporters.base import (
     Commission,
     Exporter,
@@ -29,18 +29,26 @@ from adaras_export.exporters.base import (
     copy_companions,
     stock_reference,
 )
+from adaras_export.exporters.calibration import Prompts, calibrated
 from adaras_export.exporters.onnx_graph import DATA_FILE, STRENGTH, THRESHOLD
 from adaras_export.parity import Artifact, Check, Mode, Play, Player, Tolerance, play_model
 from adaras_export.rule import SteeringRule
 from adaras_export.storage import Array
 
 GRAPH = "onnx/model.onnx"
+_GENAI_CONFIG = "genai_config.json"
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
 _BITS = {"int8": 8, "int4": 4}
 
 # Units of float32. ONNX Runtime's kernels sum in other orders than PyTorch's, and a sharp softmax magnifies that:
 # measured over fifteen toy bases in all modes: up to 82 units (Granite), 19 without it.
-_TOLERANCES = {"fp32": Tolerance(256, off=True), "fp16": Tolerance(64 * 2**13, off=True, probability=2e-2)}
+_EXACT = Tolerance(256, off=True)
+_TOLERANCES = {
+    "fp32": _EXACT,
+    "fp16": Tolerance(64 * 2**13, off=True, probability=2e-2),
+    "int8": _EXACT,
+    "int4": _EXACT,
+}
 
 
 @dataclass(frozen=True)
@@ -49,24 +57,29 @@ class OnnxExporter:
 
     precision: str = "fp32"
     inline: bool = False
+    genai: bool = False
     calibration: str | Path | None = None
 
     name: ClassVar[str] = "onnx"
     drops: ClassVar[frozenset[Feature]] = frozenset()
-    options: ClassVar[frozenset[str]] = frozenset({"precision", "inline", "calibration"})
+    options: ClassVar[frozenset[str]] = frozenset({"precision", "inline", "genai", "calibration"})
 
     def commissioned(self, commission: Commission) -> Exporter:
         """As `Exporter` says."""
         chosen = replace(self, **commission.options)
         if chosen.precision not in PRECISIONS:
             raise ExportError(f"onnx: precision {chosen.precision}; expected one of: {', '.join(PRECISIONS)}")
+        if chosen.genai and chosen.precision == "fp16":
+            raise ExportError("onnx: --genai with fp16 runs on no CPU, so it could not be verified; expected another")
+        if chosen.genai and chosen.precision in _BITS:
+            raise ExportError(f"onnx: --genai with {chosen.precision}: its builder fuses weights; leave out --genai")
         if chosen.calibration is not None and chosen.precision == "fp32":
-            raise ExportError("onnx: calibration with precision fp32, where the gate decides as the rule's does")
+            raise ExportError("onnx: calibration with fp32, whose gate decides as the rule's; leave out --calibration")
         return chosen
 
     def recorded(self) -> Mapping[str, Any]:
         """As `Exporter` says."""
-        return {"precision": self.precision, "inline": self.inline}
+        return {"precision": self.precision, "inline": self.inline, "genai": self.genai}
 
     def write(self, rule: SteeringRule, base: Path, out: Path) -> Written:
         """As `Exporter` says."""
@@ -75,22 +88,26 @@ class OnnxExporter:
         prompts = self._gate_prompts(rule)
         graph = out / GRAPH
         graph.parent.mkdir()
-        self._write_plain(base, graph)
+        if self.genai:
+            onnx_genai.build_graph(base, graph, rule.base.family)
+        else:
+            self._write_plain(base, graph)
         model = ir.load(graph)
         onnx_graph.steer(model, rule, hf.vectors(rule, base))
         ir.save(model, graph)  # the weights stay in their file
         written = Written(rule)
         if prompts is not None:
-            written = calibration.calibrated(rule, base, _SteeredGraph(graph, _TOLERANCES[self.precision]), prompts)
+            written = calibrated(rule, base, _SteeredGraph(graph, _TOLERANCES[self.precision]), prompts)
             rule = written.rule
-            model.graph.initializers[THRESHOLD].const_value = ir.tensor(
-                onnx_graph.tensors(rule, {})[THRESHOLD], name=THRESHOLD
-            )
+            threshold = onnx_graph.tensors(rule, {})[THRESHOLD]
+            model.graph.initializers[THRESHOLD].const_value = ir.tensor(threshold, name=THRESHOLD)
             ir.save(model, graph)
         if self.inline:
             onnx.save(inline_local_functions(onnx.load(graph, load_external_data=False)), graph)
-        onnx.checker.check_model(graph, full_check=True)
+        if not self.genai:  # the builder's own nodes do not pass
+            onnx.checker.check_model(graph, full_check=True)
         hf.write_json(out / "config.json", self._config(config, rule))
+        hf.write_json(out / _GENAI_CONFIG, _genai_config(model, base, rule))
         copy_companions(base, out)
         return written
 
@@ -101,6 +118,8 @@ class OnnxExporter:
         expected = self._config(storage.read_json(base / "config.json"), rule)
         found = storage.read_json(folder / "config.json")
         settings = [key for key in sorted({*expected, *found}) if found.get(key) != expected.get(key)]
+        if storage.read_json(folder / _GENAI_CONFIG) != _genai_config(model, base, rule):
+            settings.append(_GENAI_CONFIG)
         stored = {name: value.const_value for name, value in model.graph.initializers.items()}
         wanted = onnx_graph.tensors(rule, hf.vectors(rule, base))
         wrong = [name for name, value in wanted.items() if not _equal(stored.get(name), value)]
@@ -155,13 +174,13 @@ class OnnxExporter:
             onnx_quantize.quantise(quantised, _BITS[self.precision])
             ir.save(quantised, graph, external_data=DATA_FILE)
 
-    def _gate_prompts(self, rule: SteeringRule) -> calibration.Prompts | None:
+    def _gate_prompts(self, rule: SteeringRule) -> Prompts | None:
         """What the gate is asked, where its decisions may differ from those that the rule was made with."""
         if rule.gate is None and self.calibration is not None:
             raise ExportError("onnx: calibration of a rule without a gate, which has no threshold")
         if rule.gate is None or self.precision == "fp32":
             return None
-        return calibration.Prompts.of(self.calibration)
+        return Prompts.of(self.calibration)
 
     def _config(self, config: dict[str, Any], rule: SteeringRule) -> dict[str, Any]:
         """The base's config.json; with a gate, it counts the layer of the KV cache that the gate's state is in.
@@ -221,10 +240,12 @@ class _SteeredGraph:
         try:
             self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's errors have no class of their own in common
-            raise ArtifactError(f"{path}: cannot be opened ({str(error).strip().partition(chr(10))[0]})") from error
+            raise ArtifactError(f"{path}: cannot be opened ({_first_line(error)})") from error
+        self.path = path
         self.tolerance = tolerance
         self.outputs = [one.name for one in self.session.get_outputs()]
-        self.pasts = {one.name: one for one in self.session.get_inputs() if one.name.startswith("past_key_values.")}
+        self.inputs = {one.name: one for one in self.session.get_inputs()}
+        self.pasts = {name: one for name, one in self.inputs.items() if name.startswith("past_key_values.")}
         self.gated = THRESHOLD in {one.name for one in self.session.get_overridable_initializers()}
         self.dials: dict[str, Array] = {}
 
@@ -237,16 +258,30 @@ class _SteeredGraph:
         elif mode != "rule" and self.gated:
             self.dials = {THRESHOLD: np.asarray(2 if mode == "always" else mode, np.float32)}  # p(correct) is below 2
         try:
-            return play_model(self, rows, follow_BS)
+            return self._play(rows, follow_BS)
         finally:
             self.dials = {}
+
+    def _play(self, rows: Sequence[Sequence[int]], follow_BS: Tensor | None) -> Play:
+        if "position_ids" in self.inputs:
+            return play_model(self, rows, follow_BS)
+        follow = [None] * len(rows) if follow_BS is None else [row[None] for row in follow_BS]
+        alone = [play_model(self, [row], one) for row, one in zip(rows, follow, strict=True)]  # it cannot pad left
+        logits, tokens, probability = zip(*(vars(one).values() for one in alone), strict=True)
+        judged = torch.cat(probability) if self.gated else None
+        return Play(torch.cat(logits), torch.cat(tokens), judged)
 
     def __call__(self, *, past_key_values: Any, use_cache: bool, **tokens: Tensor) -> Any:  # noqa: ANN401, ARG002
         """One call, as of a model of Transformers."""
         batch = len(tokens["input_ids"])
         past = self._empty(batch) if past_key_values is None else past_key_values.tensors
-        feeds = {name: value.numpy() for name, value in tokens.items()} | past | self.dials
-        found = dict(zip(self.outputs, self.session.run(None, feeds), strict=True))
+        wanted = {name: value.numpy() for name, value in tokens.items() if name in self.inputs}
+        feeds = wanted | past | self.dials
+        try:
+            outputs = self.session.run(None, feeds)
+        except Exception as error:  # as above
+            raise ArtifactError(f"{self.path}: {_first_line(error)}") from error
+        found = dict(zip(self.outputs, outputs, strict=True))
         logits = torch.from_numpy(found.pop("logits"))
         tensors = {name.replace("present.", "past_key_values."): value for name, value in found.items()}
         cache = SimpleNamespace(tensors=tensors)
@@ -273,6 +308,17 @@ class _SteeredGraph:
         }
 
 
+def _genai_config(model: ir.Model, base: Path, rule: SteeringRule) -> dict[str, Any]:
+    path = base / "generation_config.json"
+    generation = storage.read_json(path) if path.exists() else {}
+    config = storage.read_json(base / "config.json")
+    return onnx_genai.genai_config(model, config, generation, rule.base.family, GRAPH)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
 def _layer_of(name: str) -> int:
     return int(name.split(".")[1])
 
@@ -290,7 +336,7 @@ def _graph(folder: Path) -> ir.Model:
     try:
         return ir.load(path)
     except Exception as error:  # protobuf's own errors, a missing file, a field that onnx-ir does not know
-        raise ArtifactError(f"{path}: {str(error).strip().partition(chr(10))[0]}; expected an ONNX graph") from error
+        raise ArtifactError(f"{path}: {_first_line(error)}; expected an ONNX graph") from error
 
 
 def _strange_functions(model: ir.Model) -> list[str]:

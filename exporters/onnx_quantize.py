@@ -63,7 +63,9 @@ def overwrite(model: nn.Module, graph: ir.Model) -> None:
         own_NK = (module.weight.T if is_transposed else module.weight).detach()
         # A weight may be a whole step off: with 4 bits, -8 steps can be said and +8 cannot.
         if own_NK.shape != weight_NK.shape or not bool(((own_NK - weight_NK).abs() <= 1.001 * step_NK).all()):
-            raise ArtifactError(f"{one.node}: does not hold the base's {one.module}.weight; expected it within one step")
+            raise ArtifactError(
+                f"{one.node}: does not hold the base's {one.module}.weight; expected it within one step"
+            )
         weight = (weight_NK.T if is_transposed else weight_NK).contiguous()
         module.weight = nn.Parameter(weight, requires_grad=False)
 
