@@ -8,6 +8,7 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
+import torch
 from elsewhere import as_output
 from tiny import EOS, LAYERS, PAD, PROMPTS, require_answers
 
@@ -80,6 +81,16 @@ def require_result(result, expected):
     for (probability, steered), answer in zip(result["decisions"], gated, strict=True):
         assert probability == pytest.approx(answer["probability"], abs=1e-5)
         assert steered == answer["steered"]
+
+
+def as_answers(results):
+    """The results of single rows in the form that the oracle gives."""
+    answers = []
+    for result in results:
+        [ids], logits = result["sequences"], torch.tensor(result["logits"])[:, 0]
+        [(probability, steered)] = result["decisions"]
+        answers.append({"ids": ids, "logits": logits, "probability": probability, "steered": steered})
+    return answers
 
 
 def negated(source, target):
