@@ -7,8 +7,8 @@ import subprocess
 from collections import namedtuple
 from pathlib import Path
 
-import onnx
 import pytest
+import torch
 from elsewhere import as_output
 from tiny import EOS, LAYERS, PAD, PROMPTS, require_answers
 
@@ -83,8 +83,20 @@ def require_result(result, expected):
         assert steered == answer["steered"]
 
 
+def as_answers(results):
+    """The results of single rows in the form that the oracle gives."""
+    answers = []
+    for result in results:
+        [ids], logits = result["sequences"], torch.tensor(result["logits"])[:, 0]
+        [(probability, steered)] = result["decisions"]
+        answers.append({"ids": ids, "logits": logits, "probability": probability, "steered": steered})
+    return answers
+
+
 def negated(source, target):
     """An export like ``source`` that steers the other way."""
+    import onnx
+
     shutil.copytree(source, target)
     path = target / "onnx" / "model.onnx"
     graph = onnx.load(path, load_external_data=False)

@@ -6,21 +6,21 @@ import drive
 import pytest
 import tiny
 
-from adaras_export.exporters.onnx import EXPORTER
-
 
 @pytest.fixture(scope="session")
 def artifacts(rules, folders, tmp_path_factory):
-    """The folder of an export, by (*key of ``rules``, flavour): "", "inline", "genai", or one of these negated."""
+    """The folder of an export, by (*key of ``rules``, flavour): words of "genai inline int4 int8 fp16 negated"."""
 
     def write(key):
+        from adaras_export.exporters.onnx import EXPORTER, PRECISIONS
+
         *rule, flavour = key
         folder = tmp_path_factory.mktemp("onnx") / "-".join(map(str, rule))
         if flavour.endswith("negated"):
             return drive.negated(found[(*rule, flavour.removesuffix("negated").strip())], folder)
         folder.mkdir()
-        exporter = replace(EXPORTER, **({flavour: True} if flavour else {}))
-        exporter.write(rules[tuple(rule)], folders[rule[0]], folder)
+        options = [("precision", word) if word in PRECISIONS else (word, True) for word in flavour.split()]
+        replace(EXPORTER, **dict(options)).write(rules[tuple(rule)], folders[rule[0]], folder)
         return folder
 
     found = tiny.Lazy(write)

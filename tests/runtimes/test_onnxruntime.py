@@ -51,3 +51,12 @@ def test_another_dial_is_told_from_the_rules_own(name, found, told):
     result = found["dials"][list(DIALS).index(name)]
     with pytest.raises(AssertionError):
         require_result(result, told[KEY])
+
+
+def test_the_build_for_gpus_runs_where_there_is_none(driven):
+    """Alone in its environment: beside onnxruntime, whichever is installed last has written over the other."""
+    asked = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    key = (*KEY, "")
+    found = driven("onnxruntime-gpu", {key: {"modes": ["providers"], "providers": asked}})[key]["providers"]
+    assert set(asked) <= set(found["built"])
+    assert found["used"] in (asked, asked[1:])

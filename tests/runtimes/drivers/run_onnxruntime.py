@@ -36,8 +36,7 @@ def run(job, rows, session=None, dials=None):
         feeds = {name: value for name, value in feeds.items() if name in inputs}
         return dict(zip(names, session.run(None, {**feeds, **given}), strict=True))
 
-    found = generate(call, caches, job, rows)
-    return {**found, "providers": session.get_providers()}
+    return generate(call, caches, job, rows)
 
 
 def at_levels(job):
@@ -63,6 +62,11 @@ def dialled(job):
     return [run(job, job["rows"], session, dials) for dials in job["dials"]]
 
 
+def providers(job):
+    """What this build of ONNX Runtime brings, and what of it runs here."""
+    return {"built": onnxruntime.get_available_providers(), "used": open_graph(job).get_providers()}
+
+
 if __name__ == "__main__":
     serve(
         {
@@ -71,5 +75,6 @@ if __name__ == "__main__":
             "levels": at_levels,
             "saved": saved,
             "dials": dialled,
+            "providers": providers,
         }
     )

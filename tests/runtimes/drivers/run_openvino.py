@@ -9,7 +9,7 @@ from greedy import each, generate, serve
 
 def run(job, rows):
     path = Path(job["folder"], "onnx", "model.onnx")
-    compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": job["hint"]})
+    compiled = openvino.Core().compile_model(path, "CPU", job["settings"])
     inputs = {port.get_any_name(): port.get_partial_shape() for port in compiled.inputs}
     caches = {
         name: (shape[1].get_length(), shape[3].get_length())
