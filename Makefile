@@ -31,7 +31,7 @@ test-matrix: $(INSTALLED) $(OLDER)/.installed $(PEERS)/.installed
 	mkdir -p build
 	test -f build/modes-5.json || $(BIN)/python -m pytest tests/exporters --modes build/modes-5.json
 	$(OLDER)/bin/python -m pytest tests/exporters tests/test_models.py tests/test_runtime.py tests/test_steering.py \
-		--modes build/modes-4.json
+		-m "not (onnx and slow)" --modes build/modes-4.json
 	$(PEERS)/bin/python -m pytest tests/exporters/test_loading.py tests/exporters/test_lm_eval.py
 	$(BIN)/python tests/modes.py $(if $(UPDATE),,--check) build/modes-4.json build/modes-5.json
 
@@ -71,8 +71,7 @@ $(SMOLLM2): $(INSTALLED)
 $(OLDER)/.installed: pyproject.toml constraints.txt constraints-4.57.txt
 	test -x $(OLDER)/bin/python || $(PYTHON) -m venv $(OLDER)
 	grep -vE '^(huggingface_hub|tokenizers|transformers)==' constraints.txt | cat - constraints-4.57.txt > $(OLDER)/pins.txt
-	$(OLDER)/bin/python $(PIP) --constraint $(OLDER)/pins.txt --editable '.[identify,eval,gguf,peft,dev]' \
-		'optimum-onnx[onnxruntime]'
+	$(OLDER)/bin/python $(PIP) --constraint $(OLDER)/pins.txt --editable '.[identify,eval,gguf,onnx,peft,dev]' optimum-onnx
 	touch $@
 
 $(PEERS)/.installed: pyproject.toml constraints.txt

@@ -132,10 +132,14 @@ def state(past, part):
     return past[f"past_key_values.{tiny.LAYERS}.{part}"]
 
 
-KEYS = [(name, *rule) for name in tiny.NAMES for rule in (RULES if name == "qwen3" else RULES[:2])]
+def keys():
+    for name in tiny.NAMES:
+        for rule in RULES if name == "qwen3" else RULES[:2]:
+            marks = () if name in ("qwen3", "llama") else pytest.mark.slow
+            yield pytest.param((name, *rule), marks=marks, id="-".join(map(str, (name, *rule))))
 
 
-@pytest.mark.parametrize("key", KEYS, ids=lambda key: "-".join(map(str, key)))
+@pytest.mark.parametrize("key", keys())
 def test_a_graph_equals_the_oracle_in_a_batch_and_row_by_row(key, steered, told):
     runner = Runner(session(steered[key]))
     logits, _, past = runner.respond()
