@@ -136,10 +136,9 @@ def _verified(exporter: Exporter, folder: Path, rule: SteeringRule, base: Path) 
         return ParityReport((*stored, Check("not run, because its code or its settings differ", 1, 0)))
     script = rehearse(*exporter.reference(folder, rule, base))  # one model in memory at a time
     try:
-        artifact = exporter.load(folder)
+        return ParityReport((*stored, *compare(script, exporter.load(folder))))
     except ArtifactError as error:
-        return ParityReport((*stored, Check("not run, because it does not open", 1, 0, str(error))))
-    return ParityReport((*stored, *compare(script, artifact)))
+        return ParityReport((*stored, Check("it does not open or run", 1, 0, str(error))))
 
 
 def _refuse_loss(rule: SteeringRule, exporter: Exporter, accepted: Sequence[str]) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from adaras_export import models, storage
 from adaras_export.errors import ArtifactError, ExportError
-from adaras_export.exporters import hf, onnx_functions, onnx_graph
+from adaras_export.exporters import hf, onnx_functions, onnx_genai, onnx_graph
 from adaras_export.exporters.base import (
     Commission,
     Exporter,
@@ -34,6 +34,7 @@ from adaras_export.rule import SteeringRule
 from adaras_export.storage import Array
 
 GRAPH = "onnx/model.onnx"
+_GENAI_CONFIG = "genai_config.json"
 PRECISIONS = ("fp32", "fp16")
 
 # Units of float32. ONNX Runtime's kernels sum in other orders than PyTorch's, and a sharp softmax magnifies that:
@@ -47,21 +48,24 @@ class OnnxExporter:
 
     precision: str = "fp32"
     inline: bool = False
+    genai: bool = False
 
     name: ClassVar[str] = "onnx"
     drops: ClassVar[frozenset[Feature]] = frozenset()
-    options: ClassVar[frozenset[str]] = frozenset({"precision", "inline"})
+    options: ClassVar[frozenset[str]] = frozenset({"precision", "inline", "genai"})
 
     def commissioned(self, commission: Commission) -> Exporter:
         """As `Exporter` says."""
         chosen = replace(self, **commission.options)
         if chosen.precision not in PRECISIONS:
             raise ExportError(f"onnx: precision {chosen.precision}; expected one of: {', '.join(PRECISIONS)}")
+        if chosen.genai and chosen.precision == "fp16":
+            raise ExportError("onnx: --genai with fp16 runs on no CPU, so it could not be verified; expected another")
         return chosen
 
     def recorded(self) -> Mapping[str, Any]:
         """As `Exporter` says."""
-        return {"precision": self.precision, "inline": self.inline}
+        return {"precision": self.precision, "inline": self.inline, "genai": self.genai}
 
     def write(self, rule: SteeringRule, base: Path, out: Path) -> Written:
         """As `Exporter` says."""
@@ -69,14 +73,19 @@ class OnnxExporter:
         _require_tokenizer(base)
         graph = out / GRAPH
         graph.parent.mkdir()
-        self._write_plain(base, graph)
+        if self.genai:
+            onnx_genai.build_graph(base, graph, rule.base.family)
+        else:
+            self._write_plain(base, graph)
         model = ir.load(graph)
         onnx_graph.steer(model, rule, hf.vectors(rule, base))
         ir.save(model, graph)  # the weights stay in their file
         if self.inline:
             onnx.save(inline_local_functions(onnx.load(graph, load_external_data=False)), graph)
-        onnx.checker.check_model(graph, full_check=True)
+        if not self.genai:  # the builder's own nodes do not pass
+            onnx.checker.check_model(graph, full_check=True)
         hf.write_json(out / "config.json", self._config(config, rule))
+        hf.write_json(out / _GENAI_CONFIG, _genai_config(model, base, rule))
         copy_companions(base, out)
         return Written(rule)
 
@@ -87,6 +96,8 @@ class OnnxExporter:
         expected = self._config(storage.read_json(base / "config.json"), rule)
         found = storage.read_json(folder / "config.json")
         settings = [key for key in sorted({*expected, *found}) if found.get(key) != expected.get(key)]
+        if storage.read_json(folder / _GENAI_CONFIG) != _genai_config(model, base, rule):
+            settings.append(_GENAI_CONFIG)
         stored = {name: value.const_value for name, value in model.graph.initializers.items()}
         wanted = onnx_graph.tensors(rule, hf.vectors(rule, base))
         wrong = [name for name, value in wanted.items() if not _equal(stored.get(name), value)]
@@ -180,10 +191,12 @@ class _SteeredGraph:
         try:
             self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's errors have no class of their own in common
-            raise ArtifactError(f"{path}: cannot be opened ({str(error).strip().partition(chr(10))[0]})") from error
+            raise ArtifactError(f"{path}: cannot be opened ({_first_line(error)})") from error
+        self.path = path
         self.tolerance = tolerance
         self.outputs = [one.name for one in self.session.get_outputs()]
-        self.pasts = {one.name: one for one in self.session.get_inputs() if one.name.startswith("past_key_values.")}
+        self.inputs = {one.name: one for one in self.session.get_inputs()}
+        self.pasts = {name: one for name, one in self.inputs.items() if name.startswith("past_key_values.")}
         self.gated = THRESHOLD in {one.name for one in self.session.get_overridable_initializers()}
         self.dials: dict[str, Array] = {}
 
@@ -196,16 +209,30 @@ class _SteeredGraph:
         elif mode != "rule" and self.gated:
             self.dials = {THRESHOLD: np.asarray(2 if mode == "always" else mode, np.float32)}  # p(correct) is below 2
         try:
-            return play_model(self, rows, follow_BS)
+            return self._play(rows, follow_BS)
         finally:
             self.dials = {}
+
+    def _play(self, rows: Sequence[Sequence[int]], follow_BS: Tensor | None) -> Play:
+        if "position_ids" in self.inputs:
+            return play_model(self, rows, follow_BS)
+        follow = [None] * len(rows) if follow_BS is None else [row[None] for row in follow_BS]
+        alone = [play_model(self, [row], one) for row, one in zip(rows, follow, strict=True)]  # it cannot pad left
+        logits, tokens, probability = zip(*(vars(one).values() for one in alone), strict=True)
+        judged = torch.cat(probability) if self.gated else None
+        return Play(torch.cat(logits), torch.cat(tokens), judged)
 
     def __call__(self, *, past_key_values: Any, use_cache: bool, **tokens: Tensor) -> Any:  # noqa: ANN401, ARG002
         """One call, as of a model of Transformers."""
         batch = len(tokens["input_ids"])
         past = self._empty(batch) if past_key_values is None else past_key_values.tensors
-        feeds = {name: value.numpy() for name, value in tokens.items()} | past | self.dials
-        found = dict(zip(self.outputs, self.session.run(None, feeds), strict=True))
+        wanted = {name: value.numpy() for name, value in tokens.items() if name in self.inputs}
+        feeds = wanted | past | self.dials
+        try:
+            outputs = self.session.run(None, feeds)
+        except Exception as error:  # as above
+            raise ArtifactError(f"{self.path}: {_first_line(error)}") from error
+        found = dict(zip(self.outputs, outputs, strict=True))
         logits = torch.from_numpy(found.pop("logits"))
         tensors = {name.replace("present.", "past_key_values."): value for name, value in found.items()}
         cache = SimpleNamespace(tensors=tensors)
@@ -219,6 +246,17 @@ class _SteeredGraph:
         return {
             name: np.zeros((batch, one.shape[1], 0, one.shape[3]), types[one.type]) for name, one in self.pasts.items()
         }
+
+
+def _genai_config(model: ir.Model, base: Path, rule: SteeringRule) -> dict[str, Any]:
+    path = base / "generation_config.json"
+    generation = storage.read_json(path) if path.exists() else {}
+    config = storage.read_json(base / "config.json")
+    return onnx_genai.genai_config(model, config, generation, rule.base.family, GRAPH)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def _layer_of(name: str) -> int:
@@ -238,7 +276,7 @@ def _graph(folder: Path) -> ir.Model:
     try:
         return ir.load(path)
     except Exception as error:  # protobuf's own errors, a missing file, a field that onnx-ir does not know
-        raise ArtifactError(f"{path}: {str(error).strip().partition(chr(10))[0]}; expected an ONNX graph") from error
+        raise ArtifactError(f"{path}: {_first_line(error)}; expected an ONNX graph") from error
 
 
 def _strange_functions(model: ir.Model) -> list[str]:

@@ -282,6 +282,14 @@ class _Surgeon:
         prefix = f"{self.layers.rpartition('.')[0]}.steering_gate"
         weights = [self._constant(f"{prefix}.{name}") for name in gate.weights()]
         key, value = self._more_cache()
+        _, heads, _, size = _shape(key)
+        assert isinstance(heads, int)
+        assert isinstance(size, int)
+        if (hidden := len(gate.hidden_bias)) > heads * size - 2:
+            raise ExportError(
+                f"rule: a gate of {hidden} hidden units; expected at most {heads * size - 2}, as its state rides in a "
+                "column of the KV cache; train a smaller one"
+            )
         threshold = self._dial(THRESHOLD)
         decision, present_key, present_value = self._call(
             "ReasoningGate",

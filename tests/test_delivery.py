@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from adaras_export import delivery, storage
 from adaras_export.delivery import export, verify
 from adaras_export.errors import ArtifactError, ExportError, ParityError, RuleError
+from adaras_export.exporters.base import Written
 from adaras_export.exporters.hf import HuggingFaceExporter
 from adaras_export.models import BaseModel
 from adaras_export.rule import SteeringRule
@@ -352,7 +353,7 @@ def test_truncated_weights_are_named(name, check, receipt, folder):
     found = failures(with_a_new_receipt(folder) if receipt == "new" else folder)
     assert check in found
     assert ("files changed" in found) == (receipt == "old")
-    assert "cannot be opened" in found["not run, because it does not open"]
+    assert "cannot be opened" in found["it does not open or run"]
 
 
 @pytest.mark.parametrize("name", ["model-steering.safetensors", "model-base.safetensors", "rule.safetensors"])
@@ -516,6 +517,7 @@ class Sloppy(HuggingFaceExporter):
 
     def write(self, rule, base, out):
         super().write(rule.with_strength(-rule.strength), base, out)
+        return Written(rule)
 
     def inspect(self, folder, rule, base):
         return super().inspect(folder, rule.with_strength(-rule.strength), base)

@@ -502,7 +502,7 @@ def test_a_truncated_or_missing_steering_file_is_named(folder):
     path.unlink()
     found = failures(folder)
     assert "layers.2.mlp.steering_vector" in found["tensors missing or unknown"]
-    assert "cannot be opened" in found["not run, because it does not open"]
+    assert "cannot be opened" in found["it does not open or run"]
 
 
 def test_the_loader_is_only_in_thin_repositories():
