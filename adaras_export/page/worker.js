@@ -42,7 +42,7 @@ const jobs = {
         for (const row of rows.filter(({ over }) => !over)) {
           const id = await row.next();
           if (step === 0 && row.decision) postMessage({ kind: "decision", ...row.decision, column: row.column });
-          row.over = ends.has(id);
+          row.over = ends.has(id) || step + 1 === newTokens;
           postMessage({ kind: "token", column: row.column, id, text: row.text(), perSecond: row.perSecond() });
         }
         await new Promise((resolve) => setTimeout(resolve)); // lets "stop" in
