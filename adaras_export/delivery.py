@@ -134,8 +134,8 @@ def _verified(exporter: Exporter, folder: Path, rule: SteeringRule, base: Path) 
     stored = list(exporter.inspect(folder, rule, base))
     if not all(check.ok for check in stored[:2]):  # never run code that is not ours, or that its settings name
         return ParityReport((*stored, Check("not run, because its code or its settings differ", 1, 0)))
-    script = rehearse(*exporter.reference(folder, rule, base))  # one model in memory at a time
     try:
+        script = rehearse(*exporter.reference(folder, rule, base))  # one model in memory at a time
         return ParityReport((*stored, *compare(script, exporter.load(folder))))
     except ArtifactError as error:
         return ParityReport((*stored, Check("it does not open or run", 1, 0, str(error))))

@@ -100,11 +100,11 @@ def train_gate(  # noqa: PLR0913 - one decision of the researcher each
             f"gate: {features} features below layer {below_layer}; expected one or more, below layer 1 to {base.layers}"
         )
     reading = reading or Reading()
-    prompts, labels = _questions(traces)
+    prompts, labels = labelled_prompts(traces)
     parts = split([str(row) for row in range(len(prompts))], _shares(validation_share), seed)
     train, validation = (np.array(sorted(map(int, parts[name]))) for name in ("train", "validation"))
-    _require_both(labels, train, "training")
-    _require_both(labels, validation, "validation")
+    require_both(labels[train], "training")
+    require_both(labels[validation], "validation")
     rows = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     means_NLM = np.stack(row_means(model, rows, range(below_layer), reading.token_budget, reading.progress))
     if bad := sorted({int(layer) for layer in np.argwhere(~np.isfinite(means_NLM))[:, 1]}):
@@ -144,7 +144,7 @@ def gate_probabilities(
     return found
 
 
-def _questions(traces: Sequence[Trace]) -> tuple[list[Prompt], Array]:
+def labelled_prompts(traces: Sequence[Trace]) -> tuple[list[Prompt], Array]:
     """The prompts, and whether most of their traces are correct, (N,) bool; a tie counts as incorrect."""
     by_prompt: dict[str, list[Trace]] = {}  # one prompt under two ids must not be in both parts
     for group in by_question(traces).values():
@@ -158,12 +158,17 @@ def _shares(validation: float) -> dict[str, float]:
     return {"train": 1 - validation, "validation": validation}
 
 
-def _require_both(labels: Array, rows: Array, part: str) -> None:
-    correct = int(labels[rows].sum())
-    if not 2 <= correct <= len(rows) - 2:
+def require_both(labels: Array, part: str) -> None:
+    """Refuse labels that no threshold can be fitted to.
+
+    Raises:
+        TraceError: there are less than two of either kind.
+    """
+    correct = int(labels.sum())
+    if not 2 <= correct <= len(labels) - 2:
         raise TraceError(
-            f"traces: {correct} of {len(rows)} {part} questions are answered correctly; expected two or more of either "
-            "kind; give more questions, or easier and harder ones"
+            f"traces: {correct} of {len(labels)} {part} questions are answered correctly; expected two or more of "
+            "either kind; give more questions, or easier and harder ones"
         )
 
 
@@ -326,14 +331,30 @@ def youden_threshold(p_correct: Array, correct: Array) -> float:
     J = share of incorrect below t - share of correct below t. The lowest such t, so that ties steer less.
     """
     p_correct = p_correct.astype(np.float32)
-    scores = np.unique(p_correct)
-    # Runtimes compare in float32, where the middle of two neighbours would round to either; the upper one separates.
-    middle = ((scores[1:].astype(np.float64) + scores[:-1]) / 2).astype(np.float32)
-    cuts = np.concatenate([[np.float32(0)], np.where(middle > scores[:-1], middle, scores[1:])])
+    cuts = _cuts(p_correct)
     wrong, right = p_correct[~correct], p_correct[correct]
     # J times both counts, in integers: fractions would round ties apart.
     j = [int((wrong < cut).sum()) * len(right) - int((right < cut).sum()) * len(wrong) for cut in cuts]
     return float(cuts[int(np.argmax(j))])
+
+
+def agreeing_threshold(p_correct: Array, is_steered: Array) -> float:
+    """The threshold t, midway between two scores, for which "p < t" is most often what ``is_steered`` (N,) says.
+
+    The lowest such t, so that ties steer less.
+    """
+    p_correct = p_correct.astype(np.float32)
+    cuts = _cuts(p_correct)
+    agreeing = [int(((p_correct < cut) == is_steered).sum()) for cut in cuts]
+    return float(cuts[int(np.argmax(agreeing))])
+
+
+def _cuts(p_correct: Array) -> Array:
+    """0 and a number between every two neighbouring scores, float32, ascending."""
+    scores = np.unique(p_correct)
+    # Runtimes compare in float32, where the middle of two neighbours would round to either; the upper one separates.
+    middle = ((scores[1:].astype(np.float64) + scores[:-1]) / 2).astype(np.float32)
+    return np.concatenate([[np.float32(0)], np.where(middle > scores[:-1], middle, scores[1:])])
 
 
 def auc_interval(p_correct: Array, correct: Array) -> tuple[float, float, float]:

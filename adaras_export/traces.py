@@ -115,6 +115,16 @@ def read_questions(path: str | Path) -> list[Question]:
     return questions
 
 
+def read_prompts(path: str | Path) -> list[Trace] | list[Question]:
+    """The labelled traces of a JSONL file whose first line has a label, else its questions.
+
+    Raises:
+        TraceError: as of `read_traces` and `read_questions`.
+    """
+    _, first = next(_parsed(path, dict))
+    return read_traces(path) if {"correct", "is_good"} & first.keys() else read_questions(path)
+
+
 def write_traces(path: str | Path, traces: Sequence[Trace]) -> None:
     """Write what `read_traces` reads; the file is replaced as a whole or left as it was.
 

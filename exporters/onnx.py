@@ -7,6 +7,7 @@ The base is exported as plain ONNX, the rule is put into the graph (`onnx_graph`
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from adaras_export import models, storage
 from adaras_export.errors import ArtifactError, ExportError
-from adaras_export.exporters import hf, onnx_functions, onnx_genai, onnx_graph, onnx_page
+from adaras_export.exporters import hf, hf_thin, onnx_functions, onnx_genai, onnx_graph, onnx_page, onnx_quantize
 from adaras_export.exporters.base import (
     Commission,
     Exporter,
@@ -28,6 +29,7 @@ from adaras_export.exporters.base import (
     copy_companions,
     stock_reference,
 )
+from adaras_export.exporters.calibration import Prompts, calibrated
 from adaras_export.exporters.onnx_graph import DATA_FILE, STRENGTH, THRESHOLD
 from adaras_export.parity import Artifact, Check, Mode, Play, Player, Tolerance, play_model
 from adaras_export.rule import SteeringRule
@@ -35,11 +37,18 @@ from adaras_export.storage import Array
 
 GRAPH = "onnx/model.onnx"
 _GENAI_CONFIG = "genai_config.json"
-PRECISIONS = ("fp32", "fp16")
+PRECISIONS = ("fp32", "fp16", "int8", "int4")
+_BITS = {"int8": 8, "int4": 4}
 
 # Units of float32. ONNX Runtime's kernels sum in other orders than PyTorch's, and a sharp softmax magnifies that:
 # measured over fifteen toy bases in all modes: up to 82 units (Granite), 19 without it.
-_TOLERANCES = {"fp32": Tolerance(256, off=True), "fp16": Tolerance(64 * 2**13, off=True, probability=2e-2)}
+_EXACT = Tolerance(256, off=True)
+_TOLERANCES = {
+    "fp32": _EXACT,
+    "fp16": Tolerance(64 * 2**13, off=True, probability=2e-2),
+    "int8": _EXACT,
+    "int4": _EXACT,
+}
 
 
 @dataclass(frozen=True)
@@ -50,10 +59,11 @@ class OnnxExporter:
     inline: bool = False
     genai: bool = False
     page: bool = False
+    calibration: str | Path | None = None
 
     name: ClassVar[str] = "onnx"
     drops: ClassVar[frozenset[Feature]] = frozenset()
-    options: ClassVar[frozenset[str]] = frozenset({"precision", "inline", "genai", "page"})
+    options: ClassVar[frozenset[str]] = frozenset({"precision", "inline", "genai", "page", "calibration"})
 
     def commissioned(self, commission: Commission) -> Exporter:
         """As `Exporter` says."""
@@ -62,6 +72,10 @@ class OnnxExporter:
             raise ExportError(f"onnx: precision {chosen.precision}; expected one of: {', '.join(PRECISIONS)}")
         if chosen.genai and chosen.precision == "fp16":
             raise ExportError("onnx: --genai with fp16 runs on no CPU, so it could not be verified; expected another")
+        if chosen.genai and chosen.precision in _BITS:
+            raise ExportError(f"onnx: --genai with {chosen.precision}: its builder fuses weights; leave out --genai")
+        if chosen.calibration is not None and chosen.precision == "fp32":
+            raise ExportError("onnx: calibration with fp32, whose gate decides as the rule's; leave out --calibration")
         return chosen
 
     def recorded(self) -> Mapping[str, Any]:
@@ -72,6 +86,7 @@ class OnnxExporter:
         """As `Exporter` says."""
         config = hf.plain_config(base)
         _require_tokenizer(base)
+        prompts = self._gate_prompts(rule)
         graph = out / GRAPH
         graph.parent.mkdir()
         if self.page:  # first, because npm may fail
@@ -83,6 +98,13 @@ class OnnxExporter:
         model = ir.load(graph)
         onnx_graph.steer(model, rule, hf.vectors(rule, base))
         ir.save(model, graph)  # the weights stay in their file
+        written = Written(rule)
+        if prompts is not None:
+            written = calibrated(rule, base, _SteeredGraph(graph, _TOLERANCES[self.precision]), prompts)
+            rule = written.rule
+            threshold = onnx_graph.tensors(rule, {})[THRESHOLD]
+            model.graph.initializers[THRESHOLD].const_value = ir.tensor(threshold, name=THRESHOLD)
+            ir.save(model, graph)
         if self.inline:
             onnx.save(inline_local_functions(onnx.load(graph, load_external_data=False)), graph)
         if not self.genai:  # the builder's own nodes do not pass
@@ -92,7 +114,7 @@ class OnnxExporter:
         hf.write_json(out / "config.json", self._config(config, rule))
         hf.write_json(out / _GENAI_CONFIG, _genai_config(model, base, rule))
         copy_companions(base, out)
-        return Written(rule)
+        return written
 
     def inspect(self, folder: Path, rule: SteeringRule, base: Path) -> Sequence[Check]:
         """As `Exporter` says."""
@@ -113,12 +135,23 @@ class OnnxExporter:
             Check("config entries that differ", len(settings), 0, " ".join(settings)),
             Check("files of the base that differ", len(changed), 0, " ".join(changed)),
             Check("steering tensors that differ", len(wrong), 0, " ".join(wrong)),
-            Check("files of the page that differ", len(page), 0, " ".join(page)),
+            *([Check("files of the page that differ", len(page), 0, " ".join(page))] if self.page else []),
         ]
 
-    def reference(self, folder: Path, rule: SteeringRule, base: Path) -> tuple[Player, int]:  # noqa: ARG002
-        """As `Exporter` says."""
-        return stock_reference(rule, base)
+    def reference(self, folder: Path, rule: SteeringRule, base: Path) -> tuple[Player, int]:
+        """As `Exporter` says: with fewer bits, vectors folded from the base's weights on a base with rounded ones."""
+        if self.precision == "fp32":
+            return stock_reference(rule, base)
+        with TemporaryDirectory() as scratch:
+            repository = Path(scratch) / "reference"  # Transformers keeps the code of each name that it has met
+            repository.mkdir()
+            hf_thin.EXPORTER.write(rule, base, repository)
+            opened: Any = hf.open_repository(repository)
+        if self.precision == "fp16":
+            onnx_quantize.round_to_half(opened.model)
+        else:
+            onnx_quantize.overwrite(opened.model, _graph(folder))
+        return opened, int(opened.model.config.vocab_size)
 
     def load(self, folder: Path) -> Artifact:
         """As `Exporter` says."""
@@ -137,7 +170,24 @@ class OnnxExporter:
 
         dtype = torch.float16 if self.precision == "fp16" else torch.float32
         model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
-        onnx_graph.plain_graph(model, graph)
+        if self.precision not in _BITS:
+            onnx_graph.plain_graph(model, graph)
+            return
+        with TemporaryDirectory(dir=graph.parent) as scratch:
+            plain = Path(scratch) / graph.name
+            onnx_graph.plain_graph(model, plain)
+            del model
+            quantised = ir.load(plain)  # whose weights are read from the file, one by one
+            onnx_quantize.quantise(quantised, _BITS[self.precision])
+            ir.save(quantised, graph, external_data=DATA_FILE)
+
+    def _gate_prompts(self, rule: SteeringRule) -> Prompts | None:
+        """What the gate is asked, where its decisions may differ from those that the rule was made with."""
+        if rule.gate is None and self.calibration is not None:
+            raise ExportError("onnx: calibration of a rule without a gate, which has no threshold")
+        if rule.gate is None or self.precision == "fp32":
+            return None
+        return Prompts.of(self.calibration)
 
     def _config(self, config: dict[str, Any], rule: SteeringRule) -> dict[str, Any]:
         """The base's config.json; with a gate, it counts the layer of the KV cache that the gate's state is in.
@@ -150,9 +200,8 @@ class OnnxExporter:
             steered[layers] = config[layers] + 1
             if "layer_types" in config:
                 steered["layer_types"] = [*config["layer_types"], "full_attention"]
-        caches = {"kv_cache_dtype": {"fp16": "float16"}} if self.precision == "fp16" else {}
-        dtype = "fp16" if self.precision == "fp16" else "fp32"
-        steered["transformers.js_config"] = {"dtype": dtype, "use_external_data_format": True, **caches}
+        # Its name for the file without a suffix; types it takes from the graph.
+        steered["transformers.js_config"] = {"dtype": "fp32", "use_external_data_format": True}
         return steered
 
 
@@ -247,6 +296,17 @@ class _SteeredGraph:
             value = tensors[max((name for name in tensors if name.endswith(".value")), key=_layer_of)]
             cache.steering_state = SimpleNamespace(probability=torch.from_numpy(value[:, 0, 0, 0]))
         return SimpleNamespace(logits=logits, past_key_values=cache)
+
+    def p_correct(self, rows: Sequence[Sequence[int]]) -> Array:
+        """p(correct) of each prompt of token ids, (N,) float32."""
+        found = np.zeros(len(rows), np.float32)
+        for position, row in enumerate(rows):
+            ids = torch.tensor([row])
+            tokens = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            tokens["position_ids"] = torch.arange(len(row)).unsqueeze(0)
+            cache = self(**tokens, past_key_values=None, use_cache=True).past_key_values
+            found[position] = cache.steering_state.probability.item()
+        return found
 
     def _empty(self, batch: int) -> dict[str, Array]:
         types = {"tensor(float)": np.float32, "tensor(float16)": np.float16}

@@ -76,11 +76,11 @@ def plain_graph(model: nn.Module, out: Path) -> None:
         "position_ids": torch.arange(past, past + tokens).repeat(batch, 1),
         "past": [torch.zeros(batch, shape.heads, past, shape.size, dtype=_dtype(model)) for _ in pasts],
     }
-    dynamic = {
-        "input_ids": {0: "batch", 1: "sequence"},
-        "attention_mask": {0: "batch", 1: "total"},
-        "position_ids": {0: "batch", 1: "sequence"},
-        "past": [{0: "batch", 2: "past"} for _ in pasts],
+    dynamic = {  # Transformers.js makes the first, empty cache from these names: it takes any but batch_size for 0
+        "input_ids": {0: "batch_size", 1: "sequence_length"},
+        "attention_mask": {0: "batch_size", 1: "total_sequence_length"},
+        "position_ids": {0: "batch_size", 1: "sequence_length"},
+        "past": [{0: "batch_size", 2: "past_sequence_length"} for _ in pasts],
     }
     try:
         with _quiet_exporter():
@@ -266,6 +266,7 @@ class _Surgeon:
             where = f"{self.layers}.{layer}.mlp"
             vector = self._constant(f"{where}.steering_vector")
             [steered] = self._call("AdaptiveSteer", [down.leaving, scale, vector], ["steered"], where)
+            steered.type, steered.shape = down.leaving.type, down.leaving.shape
             node = steered.producer()
             assert node is not None
             down.leaving.replace_all_uses_with(steered)
@@ -323,12 +324,9 @@ class _Surgeon:
         prefix = _node_path(f"{self.layers}.{layer}.{self.down}") + "/"
         nodes = [node for node in self.graph if (node.name or "").startswith(prefix)]
         inside = set(nodes)
-        entering = {
-            value
-            for node in nodes
-            for value in node.inputs
-            if value is not None and value.const_value is None and value.producer() not in inside
-        }
+        # The first input is the data; others are weights, or the shape of a Reshape.
+        made = {value for node in nodes for value in node.outputs}
+        entering = {value for node in nodes if (value := node.inputs[0]) is not None and value not in made}
         leaving = [
             value
             for node in nodes

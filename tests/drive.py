@@ -1,0 +1,95 @@
+"""Runs exported graphs in the environments of other runtimes, by the drivers of tests/runtimes; judges the results."""
+
+import json
+import os
+import shutil
+import subprocess
+from collections import namedtuple
+from pathlib import Path
+
+import onnx
+import pytest
+from elsewhere import as_output
+from tiny import EOS, LAYERS, PAD, PROMPTS, require_answers
+
+ROOT = Path(__file__).parents[1]
+DRIVERS = Path(__file__).parent / "runtimes" / "drivers"
+NODE = Path(__file__).parent / "runtimes" / "node"
+
+# What runs a driver, and the file that says that `make test-runtimes` has built its environment.
+Environment = namedtuple("Environment", "command built")
+
+
+def _python(folder, driver):
+    return Environment([ROOT / folder / "bin" / "python", DRIVERS / driver], ROOT / folder / ".installed")
+
+
+def _node(driver):
+    return Environment(["node", NODE / driver], NODE / "node_modules" / ".installed")
+
+
+RUNTIMES = {
+    "onnxruntime": _python(".venv-runtimes", "run_onnxruntime.py"),
+    "onnxruntime-gpu": _python(".venv-ort-gpu", "run_onnxruntime.py"),
+    "genai": _python(".venv-runtimes", "run_genai.py"),
+    "openvino": _python(".venv-runtimes", "run_openvino.py"),
+    "optimum": _python(".venv-4.57", "run_optimum.py"),
+    "transformers.js": _node("run_transformers.mjs"),
+    "web": _node("run_web.mjs"),
+}
+
+
+def job(folder, key, modes, **more):
+    """What a driver is to do with the export in ``folder`` of the rule ``key``."""
+    state = None if key[1] is None else LAYERS  # the KV layer behind the model's own
+    asked = {"folder": str(folder), "rows": PROMPTS, "pad": PAD, "end": EOS, "steps": 6, "state": state, "modes": modes}
+    return {**asked, **more}
+
+
+def run_driver(runtime, jobs, folder):
+    """What the driver of a runtime found, by the keys of ``jobs``; ``folder`` is its home."""
+    environment = {"PATH": os.environ["PATH"], "HOME": str(folder), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        RUNTIMES[runtime].command,
+        input=json.dumps([*jobs.values()]),
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return dict(zip(jobs, json.loads(done.stdout.splitlines()[-1]), strict=True))
+
+
+def require_built(runtime, *, required):
+    """Skip the running test, or fail it, where the runtime's environment is absent."""
+    if RUNTIMES[runtime].built.exists() and shutil.which(RUNTIMES[runtime].command[0]):
+        return
+    missing = f"{runtime} is not installed; make test-runtimes builds its environment"
+    (pytest.fail if required else pytest.skip)(missing)
+
+
+def require_result(result, expected):
+    """Assert that tokens, logits, p(correct) and decisions are the oracle's, of a batch or a list of single rows."""
+    if isinstance(result, list):
+        for one, answer in zip(result, expected, strict=True):
+            require_result(one, [answer])
+        return
+    require_answers(as_output(result), expected)
+    gated = [answer for answer in expected if answer["probability"] is not None]
+    for (probability, steered), answer in zip(result["decisions"], gated, strict=True):
+        assert probability == pytest.approx(answer["probability"], abs=1e-5)
+        assert steered == answer["steered"]
+
+
+def negated(source, target):
+    """An export like ``source`` that steers the other way."""
+    shutil.copytree(source, target)
+    path = target / "onnx" / "model.onnx"
+    graph = onnx.load(path, load_external_data=False)
+    [strength] = [tensor for tensor in graph.graph.initializer if tensor.name == "steering_strength"]
+    value = onnx.numpy_helper.to_array(strength)
+    strength.CopyFrom(onnx.numpy_helper.from_array(-value, strength.name))
+    onnx.save(graph, path)
+    return target
