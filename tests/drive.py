@@ -7,7 +7,6 @@ import subprocess
 from collections import namedtuple
 from pathlib import Path
 
-import onnx
 import pytest
 from elsewhere import as_output
 from tiny import EOS, LAYERS, PAD, PROMPTS, require_answers
@@ -85,6 +84,8 @@ def require_result(result, expected):
 
 def negated(source, target):
     """An export like ``source`` that steers the other way."""
+    import onnx
+
     shutil.copytree(source, target)
     path = target / "onnx" / "model.onnx"
     graph = onnx.load(path, load_external_data=False)

@@ -6,14 +6,14 @@ import drive
 import pytest
 import tiny
 
-from adaras_export.exporters.onnx import EXPORTER
-
 
 @pytest.fixture(scope="session")
 def artifacts(rules, folders, tmp_path_factory):
     """The folder of an export, by (*key of ``rules``, flavour): "", "inline", "genai", or one of these negated."""
 
     def write(key):
+        from adaras_export.exporters.onnx import EXPORTER
+
         *rule, flavour = key
         folder = tmp_path_factory.mktemp("onnx") / "-".join(map(str, rule))
         if flavour.endswith("negated"):
