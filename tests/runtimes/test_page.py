@@ -1,13 +1,10 @@
 """The web page in headless Chromium: both columns are the oracle's, token for token, and nothing leaves the machine."""
 
-import json
-import os
 import shutil
-import subprocess
 from dataclasses import replace
-from pathlib import Path
 from urllib.parse import urlsplit
 
+import drive
 import oracle
 import pytest
 import tiny
@@ -16,24 +13,20 @@ import transformers
 from adaras_export.delivery import export, verify
 from adaras_export.models import BaseModel
 
-PYTHON = Path(__file__).parents[2] / ".venv-runtimes" / "bin" / "python"
-DRIVER = Path(__file__).parent / "drivers" / "run_page.py"
 TOKENS = 12
 ASKS = [{"prompt": tiny.build_tokenizer().decode(prompt), "tokens": TOKENS} for prompt in tiny.PROMPTS]
 
-pytestmark = [pytest.mark.onnx, pytest.mark.slow, pytest.mark.network]  # npm may have to fetch the page's libraries
+pytestmark = [pytest.mark.onnx, pytest.mark.network]  # npm fetches the page's libraries
 
 
 @pytest.fixture(scope="module")
-def environment(pytestconfig):
-    """The path of Chromium; skips, or fails, where something that the tests need is absent."""
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    playwright = PYTHON.exists() and not subprocess.run([PYTHON, "-c", "import playwright"], check=False).returncode
-    have = {"npm": shutil.which("npm"), "Chromium": chromium, "Playwright (make test-runtimes)": playwright}
-    if absent := [name for name, found in have.items() if not found]:
-        required = pytestconfig.getoption("require_runtimes", default=False)
-        (pytest.fail if required else pytest.skip)(f"not installed: {', '.join(absent)}")
-    return chromium
+def chromium(pytestconfig):
+    """Its path; skips, or fails, where something that the tests need is absent."""
+    drive.require_built("page", required=pytestconfig.option.require_runtimes)
+    found = {name: shutil.which(name) for name in ("npm", "chromium")}
+    if absent := [name for name, path in found.items() if path is None]:
+        (pytest.fail if pytestconfig.option.require_runtimes else pytest.skip)(f"not installed: {', '.join(absent)}")
+    return found["chromium"]
 
 
 class Page:
@@ -69,22 +62,8 @@ class Page:
             assert found[column]["text"] == self.tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def drive(environment, pages, asks, folder):
-    """What `run_page.py` found, by page."""
-    done = subprocess.run(
-        [PYTHON, DRIVER],
-        input=json.dumps([{"chromium": environment, "folder": str(page.folder), "asks": asks} for page in pages]),
-        env={"PATH": os.environ["PATH"], "HOME": str(folder)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 @pytest.fixture(scope="module")
-def gated(environment, folders, rules, tmp_path_factory):
+def gated(chromium, folders, rules, tmp_path_factory):
     return Page(
         tmp_path_factory.mktemp("page") / "gated",
         folders["llama"],
@@ -94,7 +73,7 @@ def gated(environment, folders, rules, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def ungated(environment, folders, tmp_path_factory):
+def ungated(chromium, folders, tmp_path_factory):
     """Of a base without a chat template."""
     base = shutil.copytree(folders["qwen3"], tmp_path_factory.mktemp("base") / "plain")
     (base / "chat_template.jinja").unlink()
@@ -103,13 +82,14 @@ def ungated(environment, folders, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def found(environment, gated, ungated, tmp_path_factory):
+def found(chromium, gated, ungated, tmp_path_factory):
     """What the browser showed: of every prompt by the rule; of the first with strength 0, with -0.5 of the rule's, and
     whatever the gate says.
     """
     asks = [*ASKS, *({**ASKS[0], "times": times} for times in (0, -0.5)), {**ASKS[0], "always": True}]
-    shown = drive(environment, [gated, ungated], asks, tmp_path_factory.mktemp("home"))
-    return dict(zip(("gated", "ungated"), shown, strict=True))
+    pages = {"gated": gated, "ungated": ungated}
+    jobs = {name: {"chromium": chromium, "folder": str(page.folder), "asks": asks} for name, page in pages.items()}
+    return drive.run_driver("page", jobs, tmp_path_factory.mktemp("chromium"))
 
 
 def test_both_columns_are_the_oracles_token_for_token(found, gated, ungated):

@@ -53,7 +53,7 @@ def answer(page, ask):
 def run(browser, job):
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=job["folder"]))
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    context = browser.new_context(viewport={"width": 1000, "height": 700})
+    context = browser.new_context()
     requests, complaints = [], []
     context.on("request", lambda request: requests.append(request.url))
     context.on("console", lambda message: complaints.append(message.text))
@@ -63,8 +63,6 @@ def run(browser, job):
         page.goto(f"http://127.0.0.1:{server.server_port}/")
         page.wait_for_selector(READY, timeout=300_000)
         answers = [answer(page, ask) for ask in job["asks"]]
-        if "picture" in job:
-            page.screenshot(path=job["picture"], full_page=True)
     finally:
         context.close()
         server.shutdown()
