@@ -8,6 +8,7 @@ let answers = {}; // by column: the tokens' ids, and the text after each of them
 
 const handlers = {
   progress({ loaded, total }) {
+    if (at("loading").hidden) return; // a file that still came when another had failed
     at("loading").value = total ? loaded / total : 0;
     say(`Loading the model: ${megabytes(loaded)} of ${megabytes(total)} MB`);
   },

@@ -83,12 +83,17 @@ def ungated(chromium, folders, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def found(chromium, gated, ungated, tmp_path_factory):
-    """What the browser showed: of every prompt by the rule; of the first with strength 0, with -0.5 of the rule's, and
-    whatever the gate says.
+    """What the browser showed: of every prompt by the rule; of the first with strength 0, with -0.5 of the rule's,
+    whatever the gate says, and when it was stopped. Of a page whose weights are missing, too.
     """
-    asks = [*ASKS, *({**ASKS[0], "times": times} for times in (0, -0.5)), {**ASKS[0], "always": True}]
-    pages = {"gated": gated, "ungated": ungated}
-    jobs = {name: {"chromium": chromium, "folder": str(page.folder), "asks": asks} for name, page in pages.items()}
+    more = ({"times": 0}, {"times": -0.5}, {"always": True}, {"stop": True, "tokens": 4000})
+    asks = [*ASKS, *({**ASKS[0], **one} for one in more)]
+    broken = shutil.copytree(gated.folder, tmp_path_factory.mktemp("page") / "broken")
+    (broken / "onnx" / "model.onnx_data").unlink()
+    wanted = {"gated": (gated.folder, asks), "ungated": (ungated.folder, asks), "broken": (broken, [])}
+    jobs = {
+        name: {"chromium": chromium, "folder": str(folder), "asks": asks} for name, (folder, asks) in wanted.items()
+    }
     return drive.run_driver("page", jobs, tmp_path_factory.mktemp("chromium"))
 
 
@@ -125,8 +130,19 @@ def test_the_gate_can_be_overruled(found, gated):
     gated.require(found["gated"]["answers"][6], ASKS[0], gated.rule.ungated())
 
 
+def test_it_can_be_stopped(found):
+    stopped = found["gated"]["answers"][7]
+    assert stopped["status"] in ("Stopped.", "Done.")  # the model may come to an end before the click arrives
+    assert 1 <= len(stopped["base"]["ids"]) < 4000
+
+
+def test_a_file_that_is_missing_is_said(found):
+    assert "model.onnx_data" in found["broken"]["loaded"]
+
+
 def test_nothing_leaves_the_machine_and_nothing_is_complained_of(found):
-    for shown in found.values():
+    assert {shown["loaded"] for name, shown in found.items() if name != "broken"} == {"Ready."}
+    for shown in (found["gated"], found["ungated"]):
         assert {urlsplit(address).hostname for address in shown["requests"]} == {"127.0.0.1"}
         assert any(address.endswith("/onnx/model_dial.onnx") for address in shown["requests"])
         assert shown["complaints"] == []

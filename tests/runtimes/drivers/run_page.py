@@ -1,7 +1,8 @@
 """Driver of the web page: Chromium without a window, and a server on loopback that sends files and nothing else.
 
 Reads a list of jobs as JSON, each {"chromium", "folder", "asks"}; an ask is {"prompt", "tokens"} and, where wanted,
-"times" (of the rule's strength) and "always". Prints for each job {"answers", "requests", "complaints"}.
+"times" (of the rule's strength), "always" (whatever the gate says) and "stop" (at the first token). Prints for each job
+{"loaded", "answers", "requests", "complaints"}, the first of which is what the page says when it has loaded the model.
 """
 
 import json
@@ -39,6 +40,9 @@ def answer(page, ask):
     if page.is_visible("#always"):
         page.set_checked("#always", ask.get("always", False))
     page.click("#go")
+    if ask.get("stop"):
+        page.wait_for_selector("#base:not(:empty)")
+        page.click("#stop")
     page.wait_for_selector(READY, timeout=300_000)
     found = {"status": page.inner_text("#status"), "parting": page.inner_text("#parting")}
     for column in ("base", "steered"):
@@ -62,11 +66,12 @@ def run(browser, job):
         page = context.new_page()
         page.goto(f"http://127.0.0.1:{server.server_port}/")
         page.wait_for_selector(READY, timeout=300_000)
+        loaded = page.inner_text("#status")
         answers = [answer(page, ask) for ask in job["asks"]]
     finally:
         context.close()
         server.shutdown()
-    return {"answers": answers, "requests": requests, "complaints": complaints}
+    return {"loaded": loaded, "answers": answers, "requests": requests, "complaints": complaints}
 
 
 if __name__ == "__main__":
