@@ -127,7 +127,7 @@ class Session:
             "position_ids": np.arange(past, past + tokens)[None],
         }
         for name, value in {**fed, **self.dials}.items():
-            binding.bind_cpu_input(name, value)
+            binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(value))
         for name, value in caches.items():
             binding.bind_ortvalue_input(name, value)
         for output in self.session.get_outputs():

@@ -159,17 +159,26 @@ ReasoningGate (features, attention_mask, past_key, past_value, prompt, first, at
             key_then = Expand (key_slot, present_shape)
         },
         else_branch = remember () => (decision_else, key_else, value_else) {
-            i0 = Constant <value_ints = [0]> ()
-            i1 = Constant <value_ints = [1]> ()
-            i2 = Constant <value_ints = [2]> ()
             before = Shape <start = 2, end = 3> (past_key)
             after = Shape <start = 1, end = 2> (attention_mask)
-            columns = Max (before, after)
-            present_shape = Concat <axis = 0> (i1, i1, columns, i1)
-            key_slot = Slice (past_key, i0, i1, i2)
-            key_else = Expand (key_slot, present_shape)
-            value_slot = Slice (past_value, i0, i1, i2)
-            value_else = Expand (value_slot, present_shape)
+            has_room_1 = GreaterOrEqual (before, after)
+            has_room = Squeeze (has_room_1)
+            key_else, value_else = If (has_room) <
+                then_branch = stay () => (key_same, value_same) {
+                    key_same = Identity (past_key)
+                    value_same = Identity (past_value)
+                },
+                else_branch = grow () => (key_grown, value_grown) {
+                    i0 = Constant <value_ints = [0]> ()
+                    i1 = Constant <value_ints = [1]> ()
+                    i2 = Constant <value_ints = [2]> ()
+                    present_shape = Concat <axis = 0> (i1, i1, after, i1)
+                    key_slot = Slice (past_key, i0, i1, i2)
+                    key_grown = Expand (key_slot, present_shape)
+                    value_slot = Slice (past_value, i0, i1, i2)
+                    value_grown = Expand (value_slot, present_shape)
+                }
+            >
             decision_else = adaras.PastDecision (past_key, first)
         }
     >
