@@ -308,6 +308,7 @@ def export(
     precision: Annotated[str | None, typer.Option(help="onnx: fp32 (default), fp16, int8 or int4 weights.")] = None,
     inline: Annotated[bool, typer.Option("--inline", help="onnx: no functions in the graph, for OpenVINO.")] = False,
     genai: Annotated[bool, typer.Option("--genai", help="onnx: the graph of ONNX Runtime GenAI's builder.")] = False,
+    page: Annotated[bool, typer.Option("--page", help="onnx: a web page beside it, with libraries from npm.")] = False,
     calibration: Annotated[Path | None, typer.Option(help="onnx: JSONL of prompts, for the gate's threshold.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -317,7 +318,7 @@ def export(
 
     _quiet_libraries()
     accepted = [feature for feature in accept_loss.split(",") if feature]
-    chosen = {"precision": precision, "inline": inline, "genai": genai, "calibration": calibration}
+    chosen = {"precision": precision, "inline": inline, "genai": genai, "page": page, "calibration": calibration}
     options = {name: value for name, value in chosen.items() if value not in (None, False)}
     how: dict[str, Any] = {"accept_loss": accepted, "evaluation": evaluation, "copy": copy, **options}
     report = run(SteeringRule.load(rule), base=base, to=to, out=out, **how)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from adaras_export import models, storage
 from adaras_export.errors import ArtifactError, ExportError
-from adaras_export.exporters import hf, hf_thin, onnx_functions, onnx_genai, onnx_graph, onnx_quantize
+from adaras_export.exporters import hf, hf_thin, onnx_functions, onnx_genai, onnx_graph, onnx_page, onnx_quantize
 from adaras_export.exporters.base import (
     Commission,
     Exporter,
@@ -58,11 +58,12 @@ class OnnxExporter:
     precision: str = "fp32"
     inline: bool = False
     genai: bool = False
+    page: bool = False
     calibration: str | Path | None = None
 
     name: ClassVar[str] = "onnx"
     drops: ClassVar[frozenset[Feature]] = frozenset()
-    options: ClassVar[frozenset[str]] = frozenset({"precision", "inline", "genai", "calibration"})
+    options: ClassVar[frozenset[str]] = frozenset({"precision", "inline", "genai", "page", "calibration"})
 
     def commissioned(self, commission: Commission) -> Exporter:
         """As `Exporter` says."""
@@ -79,7 +80,7 @@ class OnnxExporter:
 
     def recorded(self) -> Mapping[str, Any]:
         """As `Exporter` says."""
-        return {"precision": self.precision, "inline": self.inline, "genai": self.genai}
+        return {"precision": self.precision, "inline": self.inline, "genai": self.genai, "page": self.page}
 
     def write(self, rule: SteeringRule, base: Path, out: Path) -> Written:
         """As `Exporter` says."""
@@ -88,6 +89,8 @@ class OnnxExporter:
         prompts = self._gate_prompts(rule)
         graph = out / GRAPH
         graph.parent.mkdir()
+        if self.page:  # first, because npm may fail
+            onnx_page.write_files(out)
         if self.genai:
             onnx_genai.build_graph(base, graph, rule.base.family)
         else:
@@ -106,6 +109,8 @@ class OnnxExporter:
             onnx.save(inline_local_functions(onnx.load(graph, load_external_data=False)), graph)
         if not self.genai:  # the builder's own nodes do not pass
             onnx.checker.check_model(graph, full_check=True)
+        if self.page:
+            onnx_page.write_graph(graph, out)
         hf.write_json(out / "config.json", self._config(config, rule))
         hf.write_json(out / _GENAI_CONFIG, _genai_config(model, base, rule))
         copy_companions(base, out)
@@ -124,11 +129,13 @@ class OnnxExporter:
         wanted = onnx_graph.tensors(rule, hf.vectors(rule, base))
         wrong = [name for name, value in wanted.items() if not _equal(stored.get(name), value)]
         changed = hf.changed_companions(folder, base)
+        page = onnx_page.differing(folder / GRAPH, folder) if self.page else []
         return [
             Check("operators that are not the library's", len(strange), 0, " ".join(strange)),
             Check("config entries that differ", len(settings), 0, " ".join(settings)),
             Check("files of the base that differ", len(changed), 0, " ".join(changed)),
             Check("steering tensors that differ", len(wrong), 0, " ".join(wrong)),
+            *([Check("files of the page that differ", len(page), 0, " ".join(page))] if self.page else []),
         ]
 
     def reference(self, folder: Path, rule: SteeringRule, base: Path) -> tuple[Player, int]:
@@ -156,7 +163,7 @@ class OnnxExporter:
 
     def usage(self) -> str:
         """As `Exporter` says."""
-        return _USAGE
+        return _USAGE + (onnx_page.USAGE if self.page else "")
 
     def _write_plain(self, base: Path, graph: Path) -> None:
         from transformers import AutoModelForCausalLM

@@ -36,6 +36,7 @@ RUNTIMES = {
     "optimum": _python(".venv-4.57", "run_optimum.py"),
     "transformers.js": _node("run_transformers.mjs"),
     "web": _node("run_web.mjs"),
+    "page": _python(".venv-runtimes", "run_page.py"),
 }
 
 

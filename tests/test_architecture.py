@@ -45,7 +45,14 @@ def test_each_layer_imports_only_what_stands_below_it():
 
 
 @pytest.mark.parametrize(
-    "module", ["adaras_export", "adaras_export.rule", "adaras_export.statistics", "adaras_export.exporters"]
+    "module",
+    [
+        "adaras_export",
+        "adaras_export.rule",
+        "adaras_export.statistics",
+        "adaras_export.exporters",
+        "adaras_export.onnx_runner",
+    ],
 )
 def test_values_are_imported_without_torch_or_transformers(module):
     heavy = "{'torch', 'transformers', 'sklearn', 'huggingface_hub'}"
