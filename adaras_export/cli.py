@@ -341,6 +341,20 @@ def verify(
         raise ParityError(f"{folder}: {len(report.failed())} of {len(report.checks)} checks failed")
 
 
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Say what works here: versions, extras, ONNX Runtime's providers, a GPU."""
+    from adaras_export.doctor import examine
+    from adaras_export.errors import BrokenInstallationError
+
+    findings = examine()
+    broken = [finding for finding in findings if finding.ok is False]
+    record = {"ok": not broken, "findings": [vars(finding) for finding in findings]}
+    _print(record, "\n".join(finding.line() for finding in findings), as_json)
+    if broken:
+        raise BrokenInstallationError("; ".join(f"{finding.name}: {finding.text}" for finding in broken))
+
+
 def main() -> None:
     """Run the command line; every error of the user's input is one line."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")

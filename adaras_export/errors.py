@@ -7,7 +7,8 @@ AdarasError
 ├── RuleError              a neuron set, gate or rule that contradicts itself or the model
 ├── ExportError            a target cannot express the rule, or cannot be written
 ├── ParityError            an artifact does not behave like the rule
-└── MissingExtraError      an optional library is not installed
+├── MissingExtraError      an optional library is not installed
+└── BrokenInstallationError  libraries that exclude each other are installed together
 
 A message is one line: subject, found, expected, remedy. The command line turns ParityError into exit 1
 and every other AdarasError into exit 2; anything else is a bug of ours and keeps its traceback.
@@ -47,6 +48,10 @@ class ParityError(AdarasError):
 
 class MissingExtraError(AdarasError):
     """An optional library is not installed."""
+
+
+class BrokenInstallationError(AdarasError):
+    """Libraries that exclude each other are installed together."""
 
 
 def require(module: str, extra: str, purpose: str) -> ModuleType:

@@ -3,10 +3,10 @@
 python benchmarks/onnx.py [--model DIR] [--threads 2] [--repeats 10] [--precisions fp32,int4]
 
 In ONNX Runtime on a CPU, with IO binding, SmolLM2-135M-Instruct by default. 50 random neurons in the upper half of the
-layers, and where there is a gate, one of 64 random features in the lower half: cost does not depend on which. "plain again"
-is the plain graph opened a second time: how far its ratio is from 1 is the noise. "gated, left alone": the gate decides
-not to steer; "gated, steered": to steer. Then the steered graph against the steered model in PyTorch, and time and peak
-memory of the export in a process of its own. The last table has the rows for RESULTS.md.
+layers, and where there is a gate, one of 64 random features in the lower half: cost does not depend on which. "plain
+again" is the plain graph opened a second time: how far its ratio is from 1 is the noise. "gated, left alone": the gate
+decides not to steer; "gated, steered": to steer. Then the steered graph against the steered model in PyTorch, and time
+and peak memory of the export in a process of its own. The last table has the rows for RESULTS.md.
 """
 
 import sys
@@ -43,7 +43,6 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from adaras_export import BaseModel, SteeringRule, exporters
 from adaras_export.exporters.base import Commission
 from adaras_export.exporters.onnx import GRAPH
-from adaras_export.steering import steered
 
 CONTEXT, BLOCK = 256, 8
 BUDGET = "<= 1.02"
@@ -128,7 +127,7 @@ class Session:
             "position_ids": np.arange(past, past + tokens)[None],
         }
         for name, value in {**fed, **self.dials}.items():
-            binding.bind_cpu_input(name, value)
+            binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(value))
         for name, value in caches.items():
             binding.bind_ortvalue_input(name, value)
         for output in self.session.get_outputs():

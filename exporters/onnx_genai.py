@@ -14,9 +14,9 @@ from adaras_export.errors import ExportError, require
 from adaras_export.exporters.onnx_graph import DATA_FILE
 from adaras_export.storage import read_json
 
-# The families that the builder of version 0.18 builds, beside Transformers 5: it fails on gemma3_text and smollm3, and
-# takes olmo2 for olmo, which has another order of norms.
-BUILDER_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "granite", "phi3")
+# The families whose graphs by the builder of version 0.18, beside Transformers 5, equal the base. It fails on
+# gemma3_text and smollm3, takes olmo2 for olmo, which has another order of norms, and its gemma2 is off by 2e-3.
+BUILDER_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "granite", "phi3")
 # GenAI has no such types; all decoders of text run in one loop, whatever they are called.
 _TYPES = {"olmo2": "olmo", "gpt_neox": "llama", "gpt2": "llama"}
 
@@ -38,8 +38,10 @@ def build_graph(base: Path, graph: Path, family: str) -> None:
         )
     with tempfile.TemporaryDirectory(dir=graph.parent) as scratch:
         out = Path(scratch) / "built"
-        how = ["-i", str(base), "-o", str(out), "-p", "fp32", "-e", "cpu", "-c", scratch]
-        builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", *how, "--extra_options", "hf_remote=false"]
+        # A cache of a sliding window would not carry the layer of the gate's state, which has no window.
+        own = ["hf_remote=false", "windowed_kv_cache=false"]
+        how = ["-i", str(base), "-o", str(out), "-p", "fp32", "-e", "cpu", "-c", scratch, "--extra_options", *own]
+        builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", *how]
         done = subprocess.run(builder, capture_output=True, text=True, check=False)
         if done.returncode:
             reason = done.stderr.strip().rpartition("\n")[2]

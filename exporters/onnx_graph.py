@@ -266,6 +266,7 @@ class _Surgeon:
             where = f"{self.layers}.{layer}.mlp"
             vector = self._constant(f"{where}.steering_vector")
             [steered] = self._call("AdaptiveSteer", [down.leaving, scale, vector], ["steered"], where)
+            steered.type, steered.shape = down.leaving.type, down.leaving.shape
             node = steered.producer()
             assert node is not None
             down.leaving.replace_all_uses_with(steered)
@@ -324,7 +325,8 @@ class _Surgeon:
         nodes = [node for node in self.graph if (node.name or "").startswith(prefix)]
         inside = set(nodes)
         # The first input is the data; others are weights, or the shape of a Reshape.
-        entering = {node.inputs[0] for node in nodes} - {value for node in nodes for value in node.outputs}
+        made = {value for node in nodes for value in node.outputs}
+        entering = {value for node in nodes if (value := node.inputs[0]) is not None and value not in made}
         leaving = [
             value
             for node in nodes
