@@ -29,11 +29,13 @@ class Tolerance:
         units: of logits, in roundings of the largest one in float32.
         off: whether logits may differ by as much with strength 0 too; else they must be equal, bit for bit.
         probability: of p(correct).
+        ties: whether a greedy token may be another one whose logit is as good, within twice the limit.
     """
 
     units: float
     off: bool = False
     probability: float = 1e-4
+    ties: bool = False
 
     def of(self, logits: Tensor) -> float:
         """The limit for logits like these."""
@@ -150,7 +152,7 @@ def compare(script: Script, artifact: Artifact) -> list[Check]:
     for name, (mode, expected) in script.plays.items():
         found = artifact.play(script.rows, mode, expected.tokens_BS)
         limit = 0.0 if mode == "off" and not tolerance.off else tolerance.of(expected.logits_BSV)
-        checks += _logit_checks(name, expected, found, limit)
+        checks += _logit_checks(name, expected, found, limit, tie=2 * limit if tolerance.ties else 0)
         if mode == "rule" and expected.probability_B is not None:
             checks.append(_probability_check(expected, found, tolerance.probability))
     by_rule, always, off = (script.plays[name][1] for name in ("by the rule", "steered always", "off"))
@@ -162,10 +164,11 @@ def compare(script: Script, artifact: Artifact) -> list[Check]:
     return checks
 
 
-def _logit_checks(name: str, expected: Play, found: Play, limit: float) -> list[Check]:
+def _logit_checks(name: str, expected: Play, found: Play, limit: float, tie: float) -> list[Check]:
     prefill = _distance(found.logits_BSV[:, 0], expected.logits_BSV[:, 0])
     decode = _distance(found.logits_BSV[:, 1:], expected.logits_BSV[:, 1:])
-    other = int((found.tokens_BS != expected.tokens_BS).sum())
+    best_BS, taken_BS = (expected.logits_BSV.gather(-1, one.tokens_BS[..., None])[..., 0] for one in (expected, found))
+    other = int(((found.tokens_BS != expected.tokens_BS) & ~(best_BS - taken_BS <= tie)).sum())
     return [
         Check(f"{name}, prefill logits", prefill, limit),
         Check(f"{name}, decode logits", decode, limit),

@@ -41,14 +41,11 @@ PRECISIONS = ("fp32", "fp16", "int8", "int4")
 _BITS = {"int8": 8, "int4": 4}
 
 # Units of float32. ONNX Runtime's kernels sum in other orders than PyTorch's, and a sharp softmax magnifies that:
-# measured over fifteen toy bases in all modes: up to 82 units (Granite), 19 without it.
-_EXACT = Tolerance(256, off=True)
-_TOLERANCES = {
-    "fp32": _EXACT,
-    "fp16": Tolerance(64 * 2**13, off=True, probability=2e-2),
-    "int8": _EXACT,
-    "int4": _EXACT,
-}
+# measured over fifteen toy bases in all modes: up to 82 units (Granite), 19 without it; with 8 and 4 bits up to 59.
+_FLOAT32 = Tolerance(256, off=True)
+# 2**13 of them are one of float16: measured over the same bases, which are small and steep, up to 17.4 and p(correct)
+# off by 0.001; on SmolLM2-135M 0.8 and 0.0004. The effect of steering there: 880 and more.
+_FLOAT16 = Tolerance(32 * 2**13, off=True, probability=4e-3, ties=True)
 
 
 @dataclass(frozen=True)
@@ -100,7 +97,7 @@ class OnnxExporter:
         ir.save(model, graph)  # the weights stay in their file
         written = Written(rule)
         if prompts is not None:
-            written = calibrated(rule, base, _SteeredGraph(graph, _TOLERANCES[self.precision]), prompts)
+            written = calibrated(rule, base, _SteeredGraph(graph, self._tolerance()), prompts)
             rule = written.rule
             threshold = onnx_graph.tensors(rule, {})[THRESHOLD]
             model.graph.initializers[THRESHOLD].const_value = ir.tensor(threshold, name=THRESHOLD)
@@ -155,7 +152,7 @@ class OnnxExporter:
 
     def load(self, folder: Path) -> Artifact:
         """As `Exporter` says."""
-        return _SteeredGraph(folder / GRAPH, _TOLERANCES[self.precision])
+        return _SteeredGraph(folder / GRAPH, self._tolerance())
 
     def tags(self) -> Sequence[str]:
         """As `Exporter` says."""
@@ -164,6 +161,9 @@ class OnnxExporter:
     def usage(self) -> str:
         """As `Exporter` says."""
         return _USAGE + (onnx_page.USAGE if self.page else "")
+
+    def _tolerance(self) -> Tolerance:
+        return _FLOAT16 if self.precision == "fp16" else _FLOAT32
 
     def _write_plain(self, base: Path, graph: Path) -> None:
         from transformers import AutoModelForCausalLM

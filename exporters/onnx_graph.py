@@ -99,6 +99,7 @@ def plain_graph(model: nn.Module, out: Path) -> None:
         raise ExportError(f"{_name(model)}: torch cannot export it to ONNX ({reason})") from error
     assert program is not None
     _name_by_module(program.model)
+    _cast_to_scales(program.model)
     ir.save(program.model, out, external_data=DATA_FILE)
 
 
@@ -159,6 +160,24 @@ def _name_by_module(model: ir.Model) -> None:
     for old, new in rename.items():
         if new not in model.graph.initializers:
             model.graph.initializers[old].name = new
+
+
+def _cast_to_scales(model: ir.Model) -> None:
+    """Give every RMSNormalization its input in the type of its scale: ONNX Runtime knows no mixture of types there.
+
+    Gemma and OLMo 2 have a float32 scale for float16 activations.
+    """
+    for node in list(model.graph):
+        if node.op_type != "RMSNormalization":
+            continue
+        entering, scale = node.inputs
+        assert entering is not None
+        assert scale is not None
+        if scale.dtype is not None and entering.dtype != scale.dtype:
+            cast = ir.node("Cast", [entering], attributes={"to": scale.dtype.value}, name=f"{node.name}_cast")
+            cast.outputs[0].name = f"{entering.name}_cast_{node.name}"
+            model.graph.insert_before(node, cast)
+            node.replace_input_with(0, cast.outputs[0])
 
 
 def _node_path(module: str) -> str:

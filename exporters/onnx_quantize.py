@@ -155,8 +155,7 @@ def _projections(model: ir.Model) -> Iterator[_Projection]:
         columns, bits = (node.attributes[name].as_int() for name in ("K", "bits"))
         packed, scales = (one.const_value.numpy() for one in node.inputs[1:3])  # type: ignore[union-attr]
         parts = [packed & 15, packed >> 4] if bits == 4 else [packed]
-        value_NGB = np.stack(parts, axis=-1).reshape(*packed.shape[:2], BLOCK).astype(np.float32) - 2 ** (bits - 1)
-        scale_NG1 = scales.reshape(*packed.shape[:2], 1)
-        step_NK = np.broadcast_to(np.abs(scale_NG1), value_NGB.shape).reshape(len(packed), -1)[:, :columns]
-        weight_NK = (value_NGB * scale_NG1).reshape(len(packed), -1)[:, :columns]
+        value_NK = np.stack(parts, axis=-1).reshape(len(packed), -1).astype(np.float32) - 2 ** (bits - 1)
+        scale_NK = np.repeat(scales.reshape(len(packed), -1), BLOCK, axis=1)
+        weight_NK, step_NK = (value_NK * scale_NK)[:, :columns], np.abs(scale_NK)[:, :columns]
         yield _Projection(str(node.name), _module_of(node), weight_NK, step_NK)

@@ -15,7 +15,14 @@ from hypothesis import strategies as st
 
 from adaras_export import gate as gate_file
 from adaras_export.errors import MissingExtraError, RuleError, TraceError
-from adaras_export.gate import auc_interval, f_scores, gate_probabilities, train_gate, youden_threshold
+from adaras_export.gate import (
+    agreeing_threshold,
+    auc_interval,
+    f_scores,
+    gate_probabilities,
+    train_gate,
+    youden_threshold,
+)
 from adaras_export.neurons import Reading
 from adaras_export.traces import Trace, digest, split
 
@@ -143,6 +150,26 @@ def test_the_threshold_is_the_lowest_that_maximises_youdens_j(drawn):
 
 def test_the_threshold_of_two_clear_groups_lies_between_them():
     assert youden_threshold(np.array([0.1, 0.2, 0.6, 0.8]), np.array([False, False, True, True])) == pytest.approx(0.4)
+
+
+@given(outcomes)
+def test_the_agreeing_threshold_is_the_lowest_that_decides_most_prompts_alike(drawn):
+    p_correct, is_steered = drawn
+
+    def alike(threshold):
+        return int(((p_correct < np.float32(threshold)) == is_steered).sum())
+
+    threshold = agreeing_threshold(p_correct, is_steered)
+    # Above all scores every prompt is steered, whatever it is: no threshold is fitted there.
+    assert alike(threshold) == max(alike(cut) for cut in [0.0, *p_correct.tolist()])
+    lower = p_correct[p_correct < np.float32(threshold)]
+    assert all(alike(cut) < alike(threshold) for cut in lower)
+
+
+def test_a_threshold_that_agrees_with_a_monotonous_change_of_all_scores_decides_every_prompt_alike():
+    before = np.array([0.2, 0.9, 0.4, 0.5, 0.7])
+    threshold = agreeing_threshold(before**3, before < 0.45)
+    assert threshold == pytest.approx((0.4**3 + 0.5**3) / 2)
 
 
 @given(outcomes)

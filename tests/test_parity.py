@@ -11,7 +11,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from adaras_export.exporters.hf import EXPORTER
-from adaras_export.parity import Check, ParityReport, Play, ReferencePlayer, compare, play_model, rehearse
+from adaras_export.parity import Check, ParityReport, Play, ReferencePlayer, Tolerance, compare, play_model, rehearse
 from adaras_export.rule import SteeringRule
 
 CAUSAL, LATER = ("causal", "last_prompt_token"), ("later", "first_generated_token")
@@ -63,6 +63,39 @@ def test_an_export_passes_with_room_to_spare_and_the_effect_of_steering_is_far_a
     effect = next(check for check in checks if check.name == "effect of steering on logits")
     assert effect.limit is None
     assert effect.figure > 1000 * logits[0].limit
+
+
+def test_another_greedy_token_passes_only_where_it_is_as_good_and_the_tolerance_says_so(scripts):
+    script = scripts[KEYS[0]]
+    expected = script.plays["by the rule"][1]
+    logits = expected.logits_BSV.clone()
+    best = logits[0, 0].argmax()
+    second = logits[0, 0].topk(2).indices[1]
+    logits[0, 0, second] = logits[0, 0, best]
+    close = Play(logits, expected.tokens_BS, expected.probability_B)
+    other = expected.tokens_BS.clone()
+    other[0, 0] = second
+
+    def differing(reference, ties):
+        class Side:
+            tolerance = Tolerance(64, off=True, ties=ties)
+
+            def findings(self):
+                return []
+
+            def play(self, rows, mode, follow):
+                return Play(logits, other, expected.probability_B)
+
+        plays = {name: (mode, reference) for name, (mode, _) in script.plays.items()}
+        found = {check.name: check.figure for check in compare(replace(script, plays=plays), Side())}
+        return found["by the rule, greedy tokens that differ"]
+
+    nudged = logits.clone()
+    nudged[0, 0, best] += Tolerance(64).of(logits)
+    tied = Play(nudged, expected.tokens_BS, expected.probability_B)
+    assert [differing(close, ties) for ties in (False, True)] == [0, 0]
+    assert [differing(tied, ties) for ties in (False, True)] == [1, 0]
+    assert [differing(expected, ties) for ties in (False, True)] == [1, 1]
 
 
 def negated(rule):

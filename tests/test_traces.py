@@ -16,6 +16,7 @@ from adaras_export.traces import (
     by_question,
     digest,
     question_line,
+    read_prompts,
     read_questions,
     read_traces,
     require_disjoint,
@@ -51,6 +52,18 @@ def test_written_traces_are_read_as_they_were(tmp_path_factory, rows):
     traces = [Trace(f"q{n}#0", f"q{n}", *row) for n, row in enumerate(rows)]
     write_traces(path, traces)
     assert read_traces(path) == traces
+
+
+def test_a_file_of_traces_and_one_of_questions_are_told_apart_by_their_labels(tmp_path):
+    reference = {"id": 1, "_id": 2, "question": "1+1", "thinking": "2", "is_good": True}
+    question = {"id": "q", "prompt": "1+1=", "answer": "2"}
+    assert read_prompts(jsonl(tmp_path / "a", ROW)) == [trace()]
+    assert read_prompts(jsonl(tmp_path / "b", reference))[0].correct
+    assert read_prompts(jsonl(tmp_path / "c", question)) == [Question("q", "1+1=", "2")]
+    with pytest.raises(TraceError, match="d:2: is not JSON"):
+        read_prompts(jsonl(tmp_path / "d", question, "{"))
+    with pytest.raises(TraceError, match="e: is empty"):
+        read_prompts(jsonl(tmp_path / "e"))
 
 
 @given(st.lists(st.tuples(prompts, texts), min_size=1, max_size=5))

@@ -34,18 +34,6 @@ pytestmark = pytest.mark.onnx
 
 
 @pytest.fixture(scope="session")
-def plain(folders, tmp_path_factory):
-    """The plain graph of a base, by name; the slow part, so it is made once."""
-
-    def make(name):
-        out = tmp_path_factory.mktemp("plain") / "model.onnx"
-        onnx_graph.plain_graph(tiny.build_model(name), out)
-        return out
-
-    return tiny.Lazy(make)
-
-
-@pytest.fixture(scope="session")
 def steered(plain, rules, folders):
     """The path of a steered graph, beside the weights of the plain one, by the keys of ``rules``."""
 
