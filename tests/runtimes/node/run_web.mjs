@@ -6,27 +6,25 @@ import * as ort from "onnxruntime-web/wasm";
 import { decisions, each, padded, serve } from "./jobs.mjs";
 
 ort.env.wasm.numThreads = 1;
-ort.env.logLevel = "error"; // each overridable initialiser is a warning
+const quiet = { logSeverityLevel: 3 }; // each overridable initialiser is a warning
 
 async function open(job) {
   const folder = join(job.folder, "onnx");
   const externalData = [{ path: "model.onnx_data", data: await readFile(join(folder, "model.onnx_data")) }];
-  return ort.InferenceSession.create(await readFile(join(folder, job.graph ?? "model.onnx")), { externalData });
+  return ort.InferenceSession.create(await readFile(join(folder, "model.onnx")), { externalData, ...quiet });
 }
 
-async function run(job, rows, dials = {}) {
+async function run(job, rows) {
   const session = await open(job);
   const int64 = (lists) => new ort.Tensor("int64", BigInt64Array.from(lists.flat(), BigInt), [lists.length, lists[0].length]);
-  const numbers = Object.fromEntries(Object.entries(dials).map(([name, value]) => [name, scalar(value)]));
   let { ids, mask } = padded(rows, job.pad);
   let cache = emptyCache(session, rows.length);
   const chosen = rows.map(() => []);
   const logits = [];
   const over = (row) => row.includes(job.end);
   while (logits.length < job.steps && !chosen.every(over)) {
-    const positions = mask.map((row) => row.map(((sum) => (bit) => Math.max((sum += bit) - 1, 0))(0)).slice(-ids[0].length));
-    const feeds = { ...cache, ...numbers, input_ids: int64(ids), attention_mask: int64(mask) };
-    if (session.inputNames.includes("position_ids")) feeds.position_ids = int64(positions);
+    const feeds = { ...cache, input_ids: int64(ids), attention_mask: int64(mask) };
+    if (session.inputNames.includes("position_ids")) feeds.position_ids = int64(positions(mask, ids[0].length));
     const out = await session.run(feeds);
     const last = lastLogits(out.logits);
     logits.push(last);
@@ -39,8 +37,9 @@ async function run(job, rows, dials = {}) {
   return { sequences: chosen, logits, decisions: decisions(job.state, cache, rows.length) };
 }
 
-function scalar(value) {
-  return new ort.Tensor("float32", [value], []);
+// Of the last `count` tokens: how many valid ones stand before each.
+function positions(mask, count) {
+  return mask.map((row) => row.map((_, at) => row.slice(0, at).filter((valid) => valid).length).slice(-count));
 }
 
 function emptyCache(session, rows) {
