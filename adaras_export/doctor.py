@@ -35,7 +35,7 @@ def examine(installed: Callable[[str], str | None] | None = None) -> list[Findin
     """Look at this environment; ``installed`` gives the version of a distribution, or None."""
     installed = installed or _installed
     core = [Finding(name, found is not None, found or "missing") for name in _CORE for found in [installed(name)]]
-    return [*core, *_extras(installed), _onnxruntime(installed), _providers(installed), _gpu()]
+    return [*core, *_extras(installed), onnxruntime(installed), _providers(installed), _gpu()]
 
 
 def _installed(name: str) -> str | None:
@@ -55,8 +55,12 @@ def _extras(installed: Callable[[str], str | None]) -> list[Finding]:
     return findings
 
 
-def _onnxruntime(installed: Callable[[str], str | None]) -> Finding:
-    """Both builds unpack into one folder, so that of two the later wins, and removing one breaks the other."""
+def onnxruntime(installed: Callable[[str], str | None] | None = None) -> Finding:
+    """Whether there is one build of ONNX Runtime.
+
+    Both builds unpack into one folder, so that of two the later wins, and removing one breaks the other.
+    """
+    installed = installed or _installed
     found = [f"{name} {installed(name)}" for name in _RUNTIMES if installed(name)]
     if len(found) == 2:
         remedy = "pip uninstall both, then install one of them"

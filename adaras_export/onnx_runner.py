@@ -13,20 +13,26 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from adaras_export import storage
-from adaras_export.errors import AdarasError, ArtifactError, MissingExtraError, RuleError, TraceError, require
+from adaras_export import doctor, storage
+from adaras_export.errors import (
+    AdarasError,
+    ArtifactError,
+    BrokenInstallationError,
+    MissingExtraError,
+    RuleError,
+    TraceError,
+    require,
+)
 from adaras_export.storage import Array
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _PURPOSE = "running an ONNX export"
 _STRENGTH, _THRESHOLD = "steering_strength", "steering_threshold"
-_OPSET_FIELD = 8  # of ModelProto
 
 
 @dataclass(frozen=True)
@@ -89,7 +95,8 @@ class OnnxModel:
 
         Raises:
             ArtifactError: it is no such folder, a file is missing, or this onnxruntime cannot open the graph.
-            MissingExtraError: a library is not installed, two that exclude each other are, or it has no such provider.
+            MissingExtraError: a library is not installed, or has no such provider.
+            BrokenInstallationError: two builds of onnxruntime are installed.
         """
         folder = Path(folder)
         _require_one_onnxruntime()
@@ -244,20 +251,9 @@ def _value(array: Array) -> Any:  # noqa: ANN401 - onnxruntime has no types
 
 def _require_one_onnxruntime() -> None:
     require("onnxruntime", "onnx", _PURPOSE)
-    found = {name: _version(name) for name in ("onnxruntime", "onnxruntime-gpu")}
-    if all(found.values()):
-        both = " and ".join(f"{name} {installed}" for name, installed in found.items())
-        raise MissingExtraError(
-            f"{both} are both installed and overwrite each other; expected one: "
-            "pip uninstall onnxruntime onnxruntime-gpu, then pip install the one that you want"
-        )
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+    found = doctor.onnxruntime()
+    if found.ok is False:
+        raise BrokenInstallationError(found.text)
 
 
 def _session(path: Path, provider: str) -> Any:  # noqa: ANN401 - onnxruntime has no types
@@ -279,8 +275,8 @@ def _session(path: Path, provider: str) -> Any:  # noqa: ANN401 - onnxruntime ha
     except Exception as error:  # ONNX Runtime's errors have no class of their own in common
         reason = str(error).strip().partition("\n")[0]
         raise ArtifactError(
-            f"{path}: onnxruntime {onnxruntime.__version__} cannot open this graph of opset {_opset(path)} ({reason}); "
-            "expected an intact export and an onnxruntime that knows the opset: pip install --upgrade onnxruntime"
+            f"{path}: onnxruntime {onnxruntime.__version__} cannot open this graph ({reason}); expected an intact "
+            "export, and an onnxruntime that knows its opset: pip install --upgrade onnxruntime"
         ) from error
     if session.get_providers()[0] != PROVIDERS[provider]:  # it falls back to the CPU where a library is missing
         raise no_provider
@@ -366,42 +362,6 @@ def _chat_template(folder: Path) -> _Template | None:
     texts = {key: value["content"] if isinstance(value, dict) else value for key, value in named.items()}
     special = {key: text for key, text in texts.items() if isinstance(text, str)}
     return None if source is None else _Template(source, special)
-
-
-def _opset(path: Path) -> str:
-    """The version of ONNX' own operators that a graph names; without the onnx library, which need not be there."""
-    content = memoryview(path.read_bytes())
-    try:
-        opsets = [dict(_fields(one)) for field, one in _fields(content) if field == _OPSET_FIELD]
-        return next(str(opset[2]) for opset in opsets if not opset.get(1))
-    except (StopIteration, IndexError, KeyError, TypeError):
-        return "unknown"
-
-
-def _fields(content: memoryview) -> Iterator[tuple[int, Any]]:
-    """Numbers and values of a protobuf message's fields: whole numbers, or bytes."""
-    at = 0
-    while at < len(content):
-        key, at = _whole_number(content, at)
-        kind = key & 7
-        if kind == 0:
-            value, at = _whole_number(content, at)
-            yield key >> 3, value
-        else:
-            size, at = _whole_number(content, at) if kind == 2 else ({1: 8, 5: 4}[kind], at)
-            yield key >> 3, content[at : at + size]
-            at += size
-
-
-def _whole_number(content: memoryview, at: int) -> tuple[int, int]:
-    """A number of seven bits a byte, lowest first, and where it ends."""
-    number = shift = 0
-    while True:
-        byte = content[at]
-        number |= (byte & 127) << shift
-        at, shift = at + 1, shift + 7
-        if byte < 128:
-            return number, at
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

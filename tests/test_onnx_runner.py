@@ -13,7 +13,7 @@ import tiny
 from tiny import PROMPTS
 
 from adaras_export import onnx_runner
-from adaras_export.errors import ArtifactError, MissingExtraError, RuleError, TraceError
+from adaras_export.errors import ArtifactError, BrokenInstallationError, MissingExtraError, RuleError, TraceError
 from adaras_export.exporters import onnx_graph
 from adaras_export.exporters.onnx import OnnxExporter
 from adaras_export.onnx_runner import Decision, Decoding, OnnxModel
@@ -247,22 +247,20 @@ def test_a_graph_of_a_later_opset_is_named_with_both_versions(folder):
     graph = onnx.load(path, load_external_data=False)
     next(one for one in graph.opset_import if one.domain == "").version = 99
     onnx.save(graph, path)
-    with pytest.raises(
-        ArtifactError, match=r"onnxruntime \d+\.\S+ cannot open this graph of opset 99 \(.*\); expected"
-    ):
+    with pytest.raises(ArtifactError, match=r"onnxruntime \d+\.\S+ cannot open this graph \(.*Opset 99 .*\); expected"):
         OnnxModel(folder)
 
 
 @pytest.mark.parametrize("content", [b"", b"no graph", b"\xff" * 40])
 def test_a_file_that_is_no_graph_is_named(content, folder):
     (folder / "onnx" / "model.onnx").write_bytes(content)
-    with pytest.raises(ArtifactError, match=r"model\.onnx: onnxruntime .* of opset unknown"):
+    with pytest.raises(ArtifactError, match=r"model\.onnx: onnxruntime .* cannot open this graph"):
         OnnxModel(folder)
 
 
 def test_weights_that_are_missing_are_named(folder):
     (folder / "onnx" / "model.onnx_data").unlink()
-    with pytest.raises(ArtifactError, match=r"of opset 23 \(.*model\.onnx_data"):
+    with pytest.raises(ArtifactError, match=r"cannot open this graph \(.*model\.onnx_data"):
         OnnxModel(folder)
 
 
@@ -273,7 +271,9 @@ def test_two_onnxruntimes_in_one_environment_are_refused(exported, tmp_path, mon
             f"Name: {name.replace('_', '-')}\nVersion: 1.2.3\n"
         )
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(MissingExtraError, match=r"^onnxruntime 1\.2\.3 and onnxruntime-gpu 1\.2\.3 are both installed"):
+    with pytest.raises(
+        BrokenInstallationError, match=r"^onnxruntime 1\.2\.3 and onnxruntime-gpu .* overwrite each other"
+    ):
         OnnxModel(exported[NONE])
 
 
