@@ -15,6 +15,8 @@ class CardContext:
 
     repository: str
     usage: str
+    weights: str
+    library: str
     tags: Sequence[str]
     drops: Sequence[str]
     license: str | None
@@ -40,7 +42,7 @@ def _header(rule: SteeringRule, context: CardContext) -> str:
         "---",
         *([f"license: {context.license}"] if context.license else []),
         *([f"base_model: {rule.base.id}", "base_model_relation: finetune"] if rule.base.revision else []),
-        "library_name: transformers",
+        f"library_name: {context.library}",
         "pipeline_tag: text-generation",
         "tags:",
         *(f"- {tag}" for tag in tags),
@@ -58,8 +60,8 @@ def _what_changed(rule: SteeringRule, context: CardContext) -> str:
     return f"""# {context.repository}
 
 `{base.id}`{revision}, steered at test time by AdaRAS ([paper](https://arxiv.org/abs/2601.19847)): while the model
-generates, a fixed amount is added to {len(rule.neurons)} of its {base.layers * base.mlp_size} MLP neurons. No weight
-of the base is changed; its files are here as they were.
+generates, a fixed amount is added to {len(rule.neurons)} of its {base.layers * base.mlp_size} MLP neurons.
+{context.weights}
 {dropped}
 ## What was changed
 

@@ -83,7 +83,8 @@ def export(  # noqa: PLR0913 - one job with the options that the command line ha
         parity = ParityReport((*written.notes, *_verified(exporter, stage, rule, folder).checks))
         if not parity.ok:
             raise ParityError(f"{out}: not written: " + "; ".join(check.line().strip() for check in parity.failed()))
-        context = CardContext(out.name, exporter.usage(), exporter.tags(), dropped, _license(folder), measured)
+        own = (exporter.usage(), exporter.weights(), exporter.library, exporter.tags())
+        context = CardContext(out.name, *own, dropped, _license(folder), measured)
         (stage / "README.md").write_text(card(rule, parity, context), encoding="utf-8")
         files = _hashes(stage)
         receipt = _receipt(rule, exporter, parity, files) | {

@@ -62,6 +62,11 @@ class Exporter(Protocol):
         ...
 
     @property
+    def library(self) -> str:
+        """What the Hub is to say that opens it."""
+        ...
+
+    @property
     def options(self) -> frozenset[str]:
         """Names of the options that are this target's own."""
         ...
@@ -108,6 +113,10 @@ class Exporter(Protocol):
 
     def tags(self) -> Sequence[str]:
         """Tags of the model card that are this target's own."""
+        ...
+
+    def weights(self) -> str:
+        """A sentence for the card: what became of the base's weights."""
         ...
 
     def usage(self) -> str:

@@ -60,10 +60,10 @@ class Prompts:
         found = traces.read_prompts(path)
         labelled = [one for one in found if isinstance(one, Trace)]
         if not labelled:
-            return cls([one.prompt for one in found], "calibration")
+            return cls([one.prompt for one in found], "calibration prompts")
         prompts, is_correct = gate.labelled_prompts(labelled)
         gate.require_both(is_correct, "calibration")
-        return cls(prompts, "calibration", is_correct)
+        return cls(prompts, "calibration prompts", is_correct)
 
 
 def calibrated(rule: SteeringRule, base: Path, artifact: Judge, asked: Prompts) -> Written:
@@ -92,7 +92,7 @@ def calibrated(rule: SteeringRule, base: Path, artifact: Judge, asked: Prompts) 
     threshold = _threshold(p_correct, asked, was_steered)
     questions = (*own.questions, *(traces.digest(prompt) for prompt in asked.prompts))
     after = float(((p_correct < threshold) == was_steered).mean())
-    detail = f"of {count} of {asked.source}; {before:.3g} with threshold {own.threshold:.6g} instead of {threshold:.6g}"
+    detail = f"of {count} {asked.source}; {before:.3g} with threshold {own.threshold:.6g} instead of {threshold:.6g}"
     fitted = replace(rule, gate=replace(own, threshold=threshold, questions=questions))
     return Written(fitted, (Check(AGREEMENT, after, None, detail),))
 

@@ -45,6 +45,7 @@ class HuggingFaceExporter:
     name: str = "hf"
     drops: frozenset[Feature] = frozenset()
     options: frozenset[str] = frozenset()
+    library: str = "transformers"
     copy: bool = False
 
     def commissioned(self, commission: Commission) -> Exporter:
@@ -87,6 +88,10 @@ class HuggingFaceExporter:
     def tags(self) -> Sequence[str]:
         """As `Exporter` says."""
         return ("custom_code",)
+
+    def weights(self) -> str:
+        """As `Exporter` says."""
+        return "No weight of the base is changed; its files are here as they were."
 
     def usage(self) -> str:
         """As `Exporter` says."""

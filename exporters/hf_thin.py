@@ -35,6 +35,7 @@ class ThinExporter:
     name: str = "hf-thin"
     drops: frozenset[Feature] = frozenset()
     options: frozenset[str] = frozenset()
+    library: str = "transformers"
     commission: Commission | None = None
 
     def commissioned(self, commission: Commission) -> Exporter:
@@ -81,6 +82,10 @@ class ThinExporter:
     def tags(self) -> Sequence[str]:
         """As `Exporter` says."""
         return ("custom_code",)
+
+    def weights(self) -> str:
+        """As `Exporter` says."""
+        return "No weight of the base is changed; none is here, they are fetched from where the base is."
 
     def usage(self) -> str:
         """As `Exporter` says."""

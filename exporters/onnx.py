@@ -60,6 +60,7 @@ class OnnxExporter:
 
     name: ClassVar[str] = "onnx"
     drops: ClassVar[frozenset[Feature]] = frozenset()
+    library: ClassVar[str] = "transformers.js"
     options: ClassVar[frozenset[str]] = frozenset({"precision", "inline", "genai", "page", "calibration"})
 
     def commissioned(self, commission: Commission) -> Exporter:
@@ -157,6 +158,13 @@ class OnnxExporter:
     def tags(self) -> Sequence[str]:
         """As `Exporter` says."""
         return ("onnx", "onnxruntime", "transformers.js")
+
+    def weights(self) -> str:
+        """As `Exporter` says."""
+        how = {"fp32": "in float32, none of them changed", "fp16": "rounded to float16"}
+        bits = f"those of the projections in {_BITS.get(self.precision)} bits, in symmetric blocks of 32"
+        rounded = "" if self.precision == "fp32" else " The base that it was verified against has the same rounding."
+        return f"The base's weights are here as an ONNX graph, {how.get(self.precision, bits)}.{rounded}"
 
     def usage(self) -> str:
         """As `Exporter` says."""

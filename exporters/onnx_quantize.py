@@ -150,12 +150,19 @@ class _Projection:
 
 def _projections(model: ir.Model) -> Iterator[_Projection]:
     for node in model.graph:
-        if node.op_type != _OPERATOR:
-            continue
-        columns, bits = (node.attributes[name].as_int() for name in ("K", "bits"))
-        packed, scales = (one.const_value.numpy() for one in node.inputs[1:3])  # type: ignore[union-attr]
-        parts = [packed & 15, packed >> 4] if bits == 4 else [packed]
-        value_NK = np.stack(parts, axis=-1).reshape(len(packed), -1).astype(np.float32) - 2 ** (bits - 1)
-        scale_NK = np.repeat(scales.reshape(len(packed), -1), BLOCK, axis=1)
-        weight_NK, step_NK = (value_NK * scale_NK)[:, :columns], np.abs(scale_NK)[:, :columns]
-        yield _Projection(str(node.name), _module_of(node), weight_NK, step_NK)
+        if node.op_type == _OPERATOR:
+            try:
+                found = _projection(node)
+            except (OSError, ValueError, KeyError, AttributeError) as error:  # cut off, or not as `quantise` writes it
+                raise ArtifactError(f"{node.name}: its weight cannot be read ({error})") from error
+            yield found
+
+
+def _projection(node: ir.Node) -> _Projection:
+    columns, bits = (node.attributes[name].as_int() for name in ("K", "bits"))
+    packed, scales = (one.const_value.numpy() for one in node.inputs[1:3])  # type: ignore[union-attr]
+    parts = [packed & 15, packed >> 4] if bits == 4 else [packed]
+    value_NK = np.stack(parts, axis=-1).reshape(len(packed), -1).astype(np.float32) - 2 ** (bits - 1)
+    scale_NK = np.repeat(scales.reshape(len(packed), -1), BLOCK, axis=1)
+    weight_NK, step_NK = (value_NK * scale_NK)[:, :columns], np.abs(scale_NK)[:, :columns]
+    return _Projection(str(node.name), _module_of(node), weight_NK, step_NK)

@@ -13,7 +13,9 @@ from adaras_export.parity import Check, ParityReport
 
 BASE = BaseModel("somebody/tiny", "qwen3", tiny.LAYERS, tiny.MLP_SIZE, tiny.HIDDEN_SIZE, revision="c0ffee")
 RULE = tiny.make_rule(BASE, gate=tiny.make_gate(threshold=0.25), strength=0.3)
-CONTEXT = CardContext("tiny-steered", EXPORTER.usage(), EXPORTER.tags(), (), "apache-2.0", None)
+CONTEXT = CardContext(
+    "tiny-steered", EXPORTER.usage(), EXPORTER.weights(), "transformers", EXPORTER.tags(), (), "apache-2.0", None
+)
 PARITY = ParityReport((Check("by the rule, prefill logits", 1.5e-6, 3e-5), Check("effect", 2.5, None)))
 EVALUATION = {
     "questions": 500,

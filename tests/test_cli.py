@@ -349,6 +349,11 @@ WRONG = {
     "collect {job}/test.jsonl {on} --temperature 0": r"TraceError: collect: 8 attempts at temperature 0",
     "collect {job}/test.jsonl {on} --top-p 2": r"TraceError: sampling: top_p 2.0",
     "export {rule} --base {model} --to floppy -o {bad}/out": r"ExportError: .*floppy.*expected one of: .*hf",
+    "export {rule} {to} --calibration {traces}": r"ExportError: hf: has no option calibration",
+    "export {rule} --base {model} --to onnx -o {bad}/out --calibration {traces}": r"ExportError: .* with fp32",
+    "export {rule} --base {model} --to onnx -o {bad}/out --precision int4 --calibration {bad}/malformed.jsonl": (
+        r"TraceError: .*malformed.jsonl:2: is not JSON"
+    ),
     "demo --model gpt9 -o {bad}/out": r"ExportError: demo: no model gpt9; expected one of: planted, smollm2",
     # the command line itself
     "nothing": r"UsageError: No such command 'nothing'; see adaras-export --help",

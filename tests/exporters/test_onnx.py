@@ -127,7 +127,7 @@ def keys():
             yield pytest.param((name, *rule), marks=marks, id="-".join(map(str, (name, *rule))))
 
 
-@pytest.mark.parametrize("key", keys())
+@pytest.mark.parametrize("key", [*keys()])
 def test_a_graph_equals_the_oracle_in_a_batch_and_row_by_row(key, steered, told):
     runner = Runner(session(steered[key]))
     logits, _, past = runner.respond()

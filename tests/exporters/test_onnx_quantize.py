@@ -210,7 +210,7 @@ def folder(delivered, tmp_path):
 def test_an_export_is_delivered_and_verifies_after_it_was_moved(delivered, folder, rules):
     assert delivered.parity.ok
     receipt = json.loads((folder / "receipt.json").read_text())
-    assert receipt["options"] == {"precision": "int4", "inline": False, "genai": False}
+    assert receipt["options"]["precision"] == "int4"
     assert receipt["rule"] == receipt["given_rule"] == rules[GATED].fingerprint
     assert calibration.AGREEMENT in (folder / "README.md").read_text()
     assert verify(folder).ok
@@ -264,6 +264,16 @@ def test_rounded_weights_that_are_not_the_bases_are_named(change, says, folder):
     ir.save(model, folder / GRAPH)
     [found] = [check for check in verify(folder).failed() if check.name == "it does not open or run"]
     assert re.search(says, found.detail)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
+def test_weights_that_cannot_be_read_are_one_failed_check(damage, folder):
+    path = folder / "onnx" / onnx_graph.DATA_FILE
+    path.write_bytes(path.read_bytes()[:1000])
+    if damage == "missing":
+        path.unlink()
+    found = {check.name: check.detail for check in verify(folder).failed()}
+    assert re.search("MatMulNBits: its weight cannot be read", found["it does not open or run"])
 
 
 # Half precision
