@@ -312,6 +312,7 @@ def failed(report):
     return {check.name for check in report.failed()}
 
 
+@pytest.mark.slow
 def test_an_export_has_what_the_runtimes_need(delivered, folders):
     names = {str(path.relative_to(delivered.path)) for path in delivered.path.rglob("*") if path.is_file()}
     assert names == {
@@ -329,10 +330,12 @@ def test_an_export_has_what_the_runtimes_need(delivered, folders):
     assert models.BaseModel.of(folders["llama"]).layers == tiny.LAYERS  # the base is as it was
 
 
+@pytest.mark.slow
 def test_what_was_exported_verifies_after_it_was_moved(folder):
     assert verify(folder).ok
 
 
+@pytest.mark.slow
 def test_weights_stay_beside_the_graph_and_steering_tensors_in_it(delivered):
     model = ir.load(delivered.path / GRAPH)
     places = {
@@ -343,6 +346,7 @@ def test_weights_stay_beside_the_graph_and_steering_tensors_in_it(delivered):
     assert all(outside != ("steering" in name) for name, outside in places.items())
 
 
+@pytest.mark.slow
 def test_an_inlined_export_has_no_functions_and_computes_the_same(rules, folders, told, tmp_path):
     out = tmp_path / "inlined"
     export(rules[GATED], base=folders["qwen3"], to="onnx", out=out, inline=True)
@@ -366,6 +370,7 @@ def edit(folder, change):
     path.write_text(json.dumps(receipt))
 
 
+@pytest.mark.slow
 def test_a_changed_vector_is_found(folder):
     def negate(model):
         value = next(one for name, one in model.graph.initializers.items() if name.endswith("steering_vector"))
@@ -375,6 +380,7 @@ def test_a_changed_vector_is_found(folder):
     assert {"steering tensors that differ", "by the rule, prefill logits"} <= failed(verify(folder))
 
 
+@pytest.mark.slow
 def test_a_graph_that_names_other_operators_is_not_run(folder, monkeypatch):
     def rename(model):
         node = next(one for one in model.graph if one.op_type == "AdaptiveSteer")
@@ -385,6 +391,7 @@ def test_a_graph_that_names_other_operators_is_not_run(folder, monkeypatch):
     assert "operators that are not the library's" in failed(verify(folder))
 
 
+@pytest.mark.slow
 def test_a_changed_function_is_found_and_not_run(folder, monkeypatch):
     def change(model):
         function = next(one for (_, name, _), one in model.functions.items() if name == "AdaptiveSteer")
@@ -395,6 +402,7 @@ def test_a_changed_function_is_found_and_not_run(folder, monkeypatch):
     assert "operators that are not the library's" in failed(verify(folder))
 
 
+@pytest.mark.slow
 def test_weights_from_elsewhere_are_found_and_not_read(folder, monkeypatch):
     def point(model):
         value = next(one for one in model.graph.initializers.values() if isinstance(one.const_value, ir.ExternalTensor))
@@ -409,6 +417,7 @@ def test_weights_from_elsewhere_are_found_and_not_read(folder, monkeypatch):
     assert "operators that are not the library's" in failed(verify(folder))
 
 
+@pytest.mark.slow
 def test_a_graph_that_does_not_open_is_one_failed_check(folder):
     def raise_opset(model):
         model.opset_imports[""] = 99

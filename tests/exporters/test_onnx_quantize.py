@@ -78,6 +78,7 @@ KEYS = [(name, *CAUSAL) for name in tiny.NAMES] + [("qwen3", *LATER), ("llama", 
 
 @each_precision
 @pytest.mark.parametrize("key", KEYS, ids=lambda key: "-".join(map(str, key)))
+@pytest.mark.slow
 def test_it_equals_the_base_with_the_rounded_weights_and_the_vectors_of_the_exact_ones(
     key, precision, quick, rules, folders, tmp_path
 ):
@@ -207,6 +208,7 @@ def folder(delivered, tmp_path):
     return shutil.copytree(delivered.path, tmp_path / "copy")
 
 
+@pytest.mark.slow
 def test_an_export_is_delivered_and_verifies_after_it_was_moved(delivered, folder, rules):
     assert delivered.parity.ok
     receipt = json.loads((folder / "receipt.json").read_text())
@@ -258,6 +260,7 @@ def repeat(model):
         (repeat, r"/q_proj/MatMulNBits: expected one MatMulNBits for a projection of the base"),
     ],
 )
+@pytest.mark.slow
 def test_rounded_weights_that_are_not_the_bases_are_named(change, says, folder):
     model = ir.load(folder / GRAPH)
     change(model)
@@ -267,6 +270,7 @@ def test_rounded_weights_that_are_not_the_bases_are_named(change, says, folder):
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing"])
+@pytest.mark.slow
 def test_weights_that_cannot_be_read_are_one_failed_check(damage, folder):
     path = folder / "onnx" / onnx_graph.DATA_FILE
     path.write_bytes(path.read_bytes()[:1000])
@@ -289,6 +293,7 @@ def half(rules, folders, tmp_path_factory):
 HALF = ("gemma3_text", *CAUSAL)
 
 
+@pytest.mark.slow
 def test_in_half_precision_it_is_close_to_the_base_with_halved_weights_and_to_the_base(half, rules, stock):
     """Measured: 0.007 from the first and 0.008 from the second; steering moves the logits by 9."""
     assert half.parity.ok
@@ -306,6 +311,7 @@ def test_in_half_precision_it_is_close_to_the_base_with_halved_weights_and_to_th
     assert verify(half.path).ok
 
 
+@pytest.mark.slow
 def test_sums_over_4096_tokens_survive_in_half_precision(half):
     """The next turn goes on from the sums in the KV cache as if all had been one prompt."""
     opened = EXPORTER.load(half.path)
@@ -353,6 +359,7 @@ def calibrated(rule, folders, out, path, precision="int4"):
     return export(rule, base=folders["qwen3"], to="onnx", out=out, precision=precision, calibration=path)
 
 
+@pytest.mark.slow
 def test_labelled_prompts_give_the_threshold_of_youdens_j_on_the_rounded_model(judged, rules, folders, tmp_path):
     labels = np.random.default_rng(0).random(len(PROMPTS)) < 0.5
     attempts = [(row, attempt) for row in range(len(PROMPTS)) for attempt in range(3)]
@@ -382,6 +389,7 @@ def require_delivered(report, rule, given):
     assert verify(report.path).ok
 
 
+@pytest.mark.slow
 def test_prompts_alone_give_the_threshold_that_decides_as_the_base_did(judged, rules, folders, tmp_path, caplog):
     before, after = judged
     rule = with_threshold(rules[GATED], np.median(before))
