@@ -24,7 +24,7 @@ AdaptiveSteer (x, scale, vector) => (y)
 
 # input_ids (B, S), attention_mask (B, A), last_prompt_token () float: 1 or 0
 # -> tokens (B, S, 1) float: 1 at the tokens to steer; prompt () bool; first () bool
-# No If, though it would save 3 us a call: with one, OpenVINO 2026.4 steered by wrong amounts on its CPU.
+# No If, though it would save 3 us a call: see ReasoningGate.
 _STEERED_TOKENS = """
 <domain: "adaras", opset_import: ["" : 23]>
 SteeredTokens (input_ids, attention_mask, last_prompt_token) => (tokens, prompt, first)
@@ -79,14 +79,15 @@ PastDecision (past_key, first) => (decision)
 # first () bool, attention_weight (F, 1), hidden_weight (F, H), hidden_bias (H,), output_weight (H, 1); scalars:
 # attention_bias, output_bias, threshold
 # -> decision (B, 1, 1) float, present_key and present_value (B, KV heads, max(P, A), head size)
+# The If gives nothing but outputs of the graph: OpenVINO 2026.4 reads garbage from any other (seen on its CPU).
 _REASONING_GATE = """
-<domain: "adaras", opset_import: ["" : 23, "adaras" : 1]>
+<domain: "adaras", opset_import: ["" : 23]>
 ReasoningGate (features, attention_mask, past_key, past_value, prompt, first, attention_weight, attention_bias,
                hidden_weight, hidden_bias, output_weight, output_bias, threshold)
     => (decision, present_key, present_value)
 {
-    decision, present_key, present_value = If (prompt) <
-        then_branch = judge () => (decision_then, key_then, value_then) {
+    present_key, present_value = If (prompt) <
+        then_branch = judge () => (key_then, value_then) {
             zero = Constant <value_float = 0.0> ()
             i0 = Constant <value_ints = [0]> ()
             i1 = Constant <value_ints = [1]> ()
@@ -133,8 +134,6 @@ ReasoningGate (features, attention_mask, past_key, past_value, prompt, first, at
             probability = Sigmoid (output)
 
             below = Less (probability, threshold)
-            decision_2 = Cast <to = 1> (below)
-            decision_then = Unsqueeze (decision_2, i2)
 
             kv_shape = Shape (past_value)
             kv_sizes = Slice (kv_shape, i1, end, i0)
@@ -156,12 +155,12 @@ ReasoningGate (features, attention_mask, past_key, past_value, prompt, first, at
             columns = Max (before, after)
             present_shape = Concat <axis = 0> (batch, heads, columns, size)
             value_then = Expand (value_slot, present_shape)
-            i3 = Constant <value_ints = [3]> ()
-            decision_4 = Unsqueeze (decision_then, i3)
-            key_slot = CastLike (decision_4, past_key)
+            i23 = Constant <value_ints = [2, 3]> ()
+            below_4 = Unsqueeze (below, i23)
+            key_slot = CastLike (below_4, past_key)
             key_then = Expand (key_slot, present_shape)
         },
-        else_branch = remember () => (decision_else, key_else, value_else) {
+        else_branch = remember () => (key_else, value_else) {
             before = Shape <start = 2, end = 3> (past_key)
             after = Shape <start = 1, end = 2> (attention_mask)
             has_room_1 = GreaterOrEqual (before, after)
@@ -182,9 +181,15 @@ ReasoningGate (features, attention_mask, past_key, past_value, prompt, first, at
                     value_grown = Expand (value_slot, present_shape)
                 }
             >
-            decision_else = adaras.PastDecision (past_key, first)
         }
     >
+    origin = Constant <value_ints = [0, 0, 0]> ()
+    one = Constant <value_ints = [1, 1, 1]> ()
+    axes = Constant <value_ints = [1, 2, 3]> ()
+    slot = Slice (present_key, origin, one, axes)
+    last_axis = Constant <value_ints = [3]> ()
+    slot_3 = Squeeze (slot, last_axis)
+    decision = Cast <to = 1> (slot_3)
 }
 """
 

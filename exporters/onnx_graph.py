@@ -266,7 +266,7 @@ class _Surgeon:
         self.graph = model.graph
         self.rule = rule
         self.stored = stored
-        self.used = {"PastDecision"} if rule.gate is not None else set()
+        self.used: set[str] = set()
         self.inputs = {str(value.name): value for value in self.graph.inputs}
         self.layers = _layers(rule)
         self.down = models.FAMILIES[rule.base.family].down

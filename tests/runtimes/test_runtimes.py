@@ -72,7 +72,8 @@ RUNS = {
     },
     "openvino": {
         ("qwen3", *CAUSAL, "inline"): {**BOTH, **F32},
-        ("llama", *NONE, "inline"): {**BOTH, **F32},
+        **{("llama", *rule, "inline"): {**BOTH, **F32} for rule in (CAUSAL, NONE, LATER)},
+        ("gemma3_text", *CAUSAL, "inline"): {**BOTH, **F32},
         **{("qwen3", *CAUSAL, f"{precision} inline"): {**BOTH, **F32} for precision in FEWER_BITS},
         ("qwen3", *CAUSAL, "inline negated"): {**WRONG, **F32},
     },
