@@ -1,0 +1,66 @@
+"""The commands and snippets of docs/onnx.md, followed as they stand there."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+
+import adaras_export.demo
+from adaras_export import cli
+from adaras_export.models import BaseModel
+from adaras_export.rule import NeuronSet, SteeringRule
+
+PAGE = (Path(__file__).parent.parent / "docs" / "onnx.md").read_text()
+MODEL = Path(adaras_export.demo.__file__).parent / "planted_model"
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
+
+
+def command(beginning):
+    [found] = [line for block in blocks("bash") for line in block.splitlines() if line.startswith(beginning)]
+    return shlex.split(found, comments=True)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder in which the export of the page has been made, of a rule that takes less time than the demo's."""
+    place = tmp_path_factory.mktemp("docs")
+    (place / "demo-out").mkdir()
+    base = BaseModel.of(MODEL)
+    neurons = NeuronSet([base.layers - 1], [0], [1.0], base=base)
+    SteeringRule(neurons, 0.5, base, gate=tiny.make_gate()).save(place / "demo-out" / "rule-attribution.safetensors")
+    (place / "adaras_export" / "demo").mkdir(parents=True)
+    (place / "adaras_export" / "demo" / "planted_model").symlink_to(MODEL)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        patch.setattr("sys.argv", command("adaras-export export"))
+        with pytest.raises(SystemExit) as status:
+            cli.main()
+    assert not status.value.code
+    return place
+
+
+@pytest.mark.slow
+def test_the_runner_answers_as_the_page_says(place):
+    asked = [sys.executable, *command("python -m adaras_export.onnx_runner")[1:]]
+    done = subprocess.run(asked, cwd=place, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+    assert "steered" in done.stderr
+
+
+@pytest.mark.slow
+def test_the_loop_of_one_call_runs_as_it_stands(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    [snippet] = [block for block in blocks("python") if "InferenceSession" in block]
+    exec(snippet, {})
+    token, probability, steered = capsys.readouterr().out.splitlines()
+    assert token.isdigit()
+    assert 0 < float(probability.removeprefix("p(correct) ")) < 1
+    assert steered in ("steered True", "steered False")
