@@ -53,6 +53,7 @@ bench: $(SMOLLM2)  ## ratios, side by side; see benchmarks/RESULTS.md
 	$(BIN)/python benchmarks/identify.py
 	$(BIN)/python benchmarks/decode.py
 	$(BIN)/python benchmarks/export.py
+	$(BIN)/python benchmarks/onnx.py
 
 clean:
 	rm -rf $(VENV) $(OLDER) $(PEERS) $(RUNTIMES) $(ORT_GPU) $(NODE)/node_modules .cache build dist demo-out demo-smollm2-out

@@ -181,10 +181,9 @@ def ratio(times: Mapping[str, Times], name: str, against: str) -> str:
 def beside_torch(paths: Mapping[str, Path], base: Path, arguments: Namespace) -> list[list[str]]:
     """The same steered decoding step in both runtimes, float32, always steered."""
     rule = rules(base)["ungated"]
-    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     with tempfile.TemporaryDirectory(dir=base.parent) as out:
         exporters.load("hf").write(rule, base, Path(out))
-        model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True, dtype=torch.float32).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True, dtype=torch.float32).eval()
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         model(input_ids=torch.ones(1, CONTEXT, dtype=torch.int64), past_key_values=cache, use_cache=True)
@@ -193,7 +192,7 @@ def beside_torch(paths: Mapping[str, Path], base: Path, arguments: Namespace) ->
     def in_torch() -> None:
         for _ in range(BLOCK):
             model(input_ids=torch.ones(1, 1, dtype=torch.int64), past_key_values=cache, use_cache=True)
-        cache.crop(CONTEXT)
+        cache.crop(-BLOCK)
 
     _, _, sides = decoding({"ONNX Runtime": Session(paths["ungated"], arguments.threads)}, arguments)
     times = in_turn({"PyTorch": in_torch, **sides}, arguments.repeats)
