@@ -48,8 +48,8 @@ def load_file(path: str | Path, kind: str) -> tuple[dict[str, Array], dict[str, 
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
             arrays = {name: file.get_tensor(name) for name in file.keys()}
+        _require_numpy_types(arrays)
     except (SafetensorError, OSError, TypeError) as error:
-        # TypeError: safetensors has no NumPy type for bfloat16 and the 8-bit floats.
         reason = "no such file" if not path.exists() else str(error)
         raise ArtifactError(f"{path}: {reason}; expected a {kind} file of adaras_export") from error
     record = _parse(path, metadata.get(_KEY), kind)
@@ -57,6 +57,12 @@ def load_file(path: str | Path, kind: str) -> tuple[dict[str, Array], dict[str, 
     if found != kind:
         raise ArtifactError(f"{path}: is a {found} file; expected a {kind} file")
     return arrays, record
+
+
+def _require_numpy_types(arrays: Mapping[str, Array]) -> None:
+    """Refuse bfloat16 and 8-bit floats, as safetensors does unless another library has taught NumPy such types."""
+    if strange := sorted({str(array.dtype) for array in arrays.values() if array.dtype.kind not in "biuf"}):
+        raise TypeError(f"holds {', '.join(strange)}")
 
 
 def replace_file(path: str | Path, content: bytes) -> None:
