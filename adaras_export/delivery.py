@@ -117,8 +117,10 @@ def verify(path: str | Path, base: str | Path | None = None) -> ParityReport:
             BaseModel.from_record(receipt["base"], str(folder)),
         )
         checks = _file_checks(folder, receipt["files"])
-        rule_hash, origin, options = receipt["rule"], receipt["source"], receipt["options"]
-    except (KeyError, TypeError, AttributeError) as error:
+        rule_hash, origin, options = receipt["rule"], receipt["source"], dict(receipt.get("options", {}))
+        if unknown := sorted(options.keys() - exporter.options):
+            raise KeyError(f"option {unknown[0]}")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ArtifactError(f"{folder / _RECEIPT_FILE}: damaged receipt ({error}); export again") from error
     rule = SteeringRule.load(folder / _RULE_FILE)
     checks.append(Check("rule other than the receipt's", float(rule.fingerprint != rule_hash), 0))

@@ -201,7 +201,8 @@ class OnnxExporter:
 
         Transformers.js takes the number of layers from there.
         """
-        steered = {**config, "adaras": hf.steered_config(config, rule)["adaras"]}
+        settings = hf.steered_config(config, rule)["adaras"] | {"precision": self.precision}
+        steered = {**config, "adaras": settings}
         if rule.gate is not None:
             layers = models.FAMILIES[rule.base.family].sizes[0]
             steered[layers] = config[layers] + 1

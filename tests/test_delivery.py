@@ -538,6 +538,12 @@ def test_a_quantised_base_is_refused(rules, folders, tmp_path):
     assert names_of(tmp_path) == ["base"]
 
 
+def test_a_receipt_with_an_option_that_its_target_lacks_is_damaged(folder):
+    edit_json(folder / "receipt.json", options={"precision": "int4"})
+    with pytest.raises(ArtifactError, match="damaged receipt .*option precision"):
+        verify(folder)
+
+
 def test_the_base_of_another_rule_is_refused_before_anything_is_written(rules, folders, tmp_path):
     with pytest.raises(RuleError, match=r"family qwen3 \(expected llama\)"):
         export(rules[KEY], base=folders["qwen3"], to="hf", out=tmp_path / "out")
