@@ -118,10 +118,9 @@ def verify(path: str | Path, base: str | Path | None = None) -> ParityReport:
         )
         checks = _file_checks(folder, receipt["files"])
         rule_hash, origin, options = receipt["rule"], receipt["source"], dict(receipt.get("options", {}))
-        if unknown := sorted(options.keys() - exporter.options):
-            raise KeyError(f"option {unknown[0]}")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ArtifactError(f"{folder / _RECEIPT_FILE}: damaged receipt ({error}); export again") from error
+    _refuse_options(exporter, options)
     rule = SteeringRule.load(folder / _RULE_FILE)
     checks.append(Check("rule other than the receipt's", float(rule.fingerprint != rule_hash), 0))
     found = origin if base is None else base

@@ -538,9 +538,9 @@ def test_a_quantised_base_is_refused(rules, folders, tmp_path):
     assert names_of(tmp_path) == ["base"]
 
 
-def test_a_receipt_with_an_option_that_its_target_lacks_is_damaged(folder):
+def test_a_receipt_with_an_option_that_its_target_lacks_is_refused(folder):
     edit_json(folder / "receipt.json", options={"precision": "int4"})
-    with pytest.raises(ArtifactError, match="damaged receipt .*option precision"):
+    with pytest.raises(ExportError, match="hf: has no option precision; expected of: none"):
         verify(folder)
 
 
