@@ -23,15 +23,15 @@ demo-smollm2: $(SMOLLM2)  ## the same on SmolLM2-135M-Instruct, from a PyPI whee
 
 test: $(SMOLLM2)  ## every test, the notebook included
 	mkdir -p build
-	$(BIN)/python -m pytest --ignore tests/runtimes --cov --cov-report=term:skip-covered --modes build/modes-5.json
+	$(BIN)/python -m pytest --ignore tests/runtimes --cov --cov-report=term:skip-covered --modes=build/modes-5.json
 	$(BIN)/python -m pytest --nbmake --nbmake-timeout=600 notebooks
 
 # The exports under the older Transformers, and beside the quantisers and lm-eval, which slow every other process down.
 test-matrix: $(INSTALLED) $(OLDER)/.installed $(PEERS)/.installed
 	mkdir -p build
-	test -f build/modes-5.json || $(BIN)/python -m pytest tests/exporters --modes build/modes-5.json
+	test -f build/modes-5.json || $(BIN)/python -m pytest tests/exporters --modes=build/modes-5.json
 	$(OLDER)/bin/python -m pytest tests/exporters tests/test_models.py tests/test_runtime.py tests/test_steering.py \
-		-m "not (onnx and slow)" --modes build/modes-4.json
+		-m "not (onnx and slow)" --modes=build/modes-4.json
 	$(PEERS)/bin/python -m pytest tests/exporters/test_loading.py tests/exporters/test_lm_eval.py
 	$(BIN)/python tests/modes.py $(if $(UPDATE),,--check) build/modes-4.json build/modes-5.json
 

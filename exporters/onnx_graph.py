@@ -67,6 +67,7 @@ def plain_graph(model: nn.Module, out: Path) -> None:
     Raises:
         ExportError: torch cannot export it.
     """
+    _require_constant_rotation(model)
     shape = cache_shape(model)
     pasts = [f"past_key_values.{layer}.{part}" for layer in range(shape.layers) for part in ("key", "value")]
     batch, tokens, past = 2, 3, 2  # any sizes but 0 and 1, which torch would take for constants
@@ -95,12 +96,24 @@ def plain_graph(model: nn.Module, out: Path) -> None:
                 verbose=False,
             )
     except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = str(error.__cause__ or error).strip().partition("\n")[0]
         raise ExportError(f"{_name(model)}: torch cannot export it to ONNX ({reason})") from error
     assert program is not None
     _name_by_module(program.model)
     _cast_to_scales(program.model)
     ir.save(program.model, out, external_data=DATA_FILE)
+
+
+def _require_constant_rotation(model: nn.Module) -> None:
+    """Refuse rotary frequencies that change with the length of the prompt: a graph has one set of them."""
+    config: Any = model.config.to_dict()  # type: ignore[operator, union-attr]
+    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kinds = {str(one.get("rope_type", one.get("type"))) for one in (found, *found.values()) if isinstance(one, dict)}
+    if changing := sorted(kinds & {"dynamic", "longrope"}):
+        raise ExportError(
+            f"{_name(model)}: rotary frequencies of type {changing[0]} change with the length of the prompt; expected "
+            "constant ones: default, linear, llama3 or yarn"
+        )
 
 
 class _WithFlatCache(nn.Module):

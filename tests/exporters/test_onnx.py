@@ -443,6 +443,16 @@ def test_a_base_without_a_fast_tokenizer_is_refused_before_any_work(rules, folde
     assert {path.name for path in tmp_path.iterdir()} == {"base"}
 
 
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rotary_frequencies_that_change_with_the_length_are_refused(kind, tmp_path):
+    sizes = {"factor": 2.0, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    model = tiny.build_model("llama")
+    model.config.rope_parameters = {"rope_type": kind, "rope_theta": 10000.0, **sizes}
+    with pytest.raises(ExportError, match=f"rotary frequencies of type {kind} change with the length"):
+        onnx_graph.plain_graph(model, tmp_path / "model.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_torch_cannot_export_is_one_line_and_nothing_is_left(rules, folders, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise torch.onnx.errors.OnnxExporterError("no such operator\nand forty more lines")
