@@ -128,7 +128,7 @@ class OnnxExporter:
         changed = hf.changed_companions(folder, base)
         page = onnx_page.differing(folder / GRAPH, folder) if self.page else []
         return [
-            Check("operators that are not the library's", len(strange), 0, " ".join(strange)),
+            Check("operators or files that are not the library's", len(strange), 0, " ".join(strange)),
             Check("config entries that differ", len(settings), 0, " ".join(settings)),
             Check("files of the base that differ", len(changed), 0, " ".join(changed)),
             Check("steering tensors that differ", len(wrong), 0, " ".join(wrong)),
@@ -283,7 +283,8 @@ def _text(function: ir.Function) -> bytes:
 def _strange_operators(model: ir.Model) -> list[str]:
     """Operators that only a library of somebody's could run; a graph of ONNX' own can compute, but nothing else."""
     known = {"", "ai.onnx", "com.microsoft", onnx_functions.DOMAIN}
-    return [f"{node.domain}.{node.op_type}" for node in model.graph if node.domain not in known]
+    nodes = ir.traversal.RecursiveGraphIterator(model.graph)
+    return [f"{node.domain}.{node.op_type}" for node in nodes if node.domain not in known]
 
 
 def _strange_files(model: ir.Model) -> list[str]:
