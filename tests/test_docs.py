@@ -23,8 +23,9 @@ def blocks(language):
 
 
 def command(beginning):
-    [found] = [line for block in blocks("bash") for line in block.splitlines() if line.startswith(beginning)]
-    return shlex.split(found, comments=True)
+    """The first command of the page that begins so."""
+    lines = (line for block in blocks("bash") for line in block.splitlines())
+    return shlex.split(next(line for line in lines if line.startswith(beginning)), comments=True)
 
 
 @pytest.fixture(scope="module")

@@ -123,7 +123,7 @@ def state(past, part):
 def keys():
     for name in tiny.NAMES:
         for rule in RULES if name == "qwen3" else RULES[:2]:
-            marks = () if name in ("qwen3", "llama") else pytest.mark.slow
+            marks = () if name == "qwen3" else pytest.mark.slow
             yield pytest.param((name, *rule), marks=marks, id="-".join(map(str, (name, *rule))))
 
 
@@ -451,6 +451,7 @@ def test_what_torch_cannot_export_is_one_line_and_nothing_is_left(rules, folders
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_nothing_behind(rules, folders, tmp_path, monkeypatch):
     import errno
 
@@ -490,6 +491,7 @@ def test_the_builders_graph_equals_the_oracle_too(name, tmp_path):
         require_oracle(runner.respond([row])[0], [answer])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "says"),
     [
