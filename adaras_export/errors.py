@@ -54,6 +54,11 @@ class BrokenInstallationError(AdarasError):
     """Libraries that exclude each other are installed together."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of another library says first."""
+    return str(error).strip().partition("\n")[0]
+
+
 def require(module: str, extra: str, purpose: str) -> ModuleType:
     """The imported module, or the error that names the extra to install."""
     try:

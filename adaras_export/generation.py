@@ -34,7 +34,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from adaras_export.errors import ArtifactError, TraceError
+from adaras_export.errors import ArtifactError, TraceError, first_line
 from adaras_export.models import family_of, fetch, shards
 from adaras_export.storage import read_json
 from adaras_export.traces import Prompt, Trace
@@ -113,7 +113,7 @@ def load_model(
         tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         # ImportError: a folder without tokenizer.json may need sentencepiece or protobuf.
-        reason = str(error).strip().partition("\n")[0]
+        reason = first_line(error)
         raise ArtifactError(f"{base}: cannot be loaded ({reason}); expected a complete model folder") from error
     model, loading = loaded
     _require_exact(loading, str(base))

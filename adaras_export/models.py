@@ -13,7 +13,7 @@ from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adaras_export.errors import ArtifactError, RuleError, UnsupportedModelError
+from adaras_export.errors import ArtifactError, RuleError, UnsupportedModelError, first_line
 from adaras_export.storage import read_json
 
 if TYPE_CHECKING:
@@ -211,7 +211,7 @@ def fetch(path_or_id: str | Path, revision: str | None = None) -> Path:
     try:
         return Path(snapshot_download(str(path_or_id), revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = first_line(error)
         raise ArtifactError(f"{path_or_id}: neither a folder nor a model that the Hub gave ({reason})") from error
 
 

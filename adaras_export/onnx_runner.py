@@ -26,6 +26,7 @@ from adaras_export.errors import (
     MissingExtraError,
     RuleError,
     TraceError,
+    first_line,
     require,
 )
 from adaras_export.storage import Array
@@ -273,10 +274,9 @@ def _session(path: Path, provider: str) -> Any:  # noqa: ANN401 - onnxruntime ha
     try:
         session = onnxruntime.InferenceSession(path, options, providers=[(PROVIDERS[provider], how)])
     except Exception as error:  # ONNX Runtime's errors have no class of their own in common
-        reason = str(error).strip().partition("\n")[0]
         raise ArtifactError(
-            f"{path}: onnxruntime {onnxruntime.__version__} cannot open this graph ({reason}); expected an intact "
-            "export, and an onnxruntime that knows its opset: pip install --upgrade onnxruntime"
+            f"{path}: onnxruntime {onnxruntime.__version__} cannot open this graph ({first_line(error)}); expected an "
+            "intact export, and an onnxruntime that knows its opset: pip install --upgrade onnxruntime"
         ) from error
     if session.get_providers()[0] != PROVIDERS[provider]:  # it falls back to the CPU where a library is missing
         raise no_provider

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from adaras_export import models, storage
-from adaras_export.errors import ArtifactError, ExportError
+from adaras_export.errors import ArtifactError, ExportError, first_line
 from adaras_export.exporters.base import (
     Commission,
     Exporter,
@@ -176,7 +176,7 @@ def open_repository(folder: Path, **how: str) -> Artifact:
             folder, trust_remote_code=True, dtype=torch.float32, output_loading_info=True, **how
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ArtifactError(f"{folder}: cannot be opened ({str(error).strip().partition(chr(10))[0]})") from error
+        raise ArtifactError(f"{folder}: cannot be opened ({first_line(error)})") from error
     model, report = opened
     return _SteeredRepo(model.eval(), sorted(f"{key} {name}" for key, names in report.items() for name in names))
 

@@ -17,7 +17,7 @@ import torch
 from onnx.inliner import inline_local_functions
 
 from adaras_export import models, storage
-from adaras_export.errors import ArtifactError, ExportError
+from adaras_export.errors import ArtifactError, ExportError, first_line
 from adaras_export.exporters import hf, hf_thin, onnx_functions, onnx_genai, onnx_graph, onnx_page, onnx_quantize
 from adaras_export.exporters.base import (
     Commission,
@@ -29,7 +29,7 @@ from adaras_export.exporters.base import (
 )
 from adaras_export.exporters.calibration import Prompts, calibrated
 from adaras_export.exporters.onnx_graph import DATA_FILE, THRESHOLD
-from adaras_export.exporters.onnx_session import SteeredGraph, first_line
+from adaras_export.exporters.onnx_session import SteeredGraph
 from adaras_export.parity import Artifact, Check, Player, Tolerance
 from adaras_export.rule import SteeringRule
 from adaras_export.storage import Array

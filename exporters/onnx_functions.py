@@ -135,8 +135,6 @@ ReasoningGate (features, attention_mask, past_key, past_value, prompt, first, at
 
             below = Less (probability, threshold)
 
-            kv_shape = Shape (past_value)
-            kv_sizes = Slice (kv_shape, i1, end, i0)
             batch = Shape <start = 0, end = 1> (features)
             heads = Shape <start = 1, end = 2> (past_value)
             size = Shape <start = 3, end = 4> (past_value)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from adaras_export import models
-from adaras_export.errors import ExportError
+from adaras_export.errors import ExportError, first_line
 from adaras_export.exporters import onnx_functions
 from adaras_export.rule import Gate, SteeringRule
 from adaras_export.storage import Array
@@ -96,7 +96,7 @@ def plain_graph(model: nn.Module, out: Path) -> None:
                 verbose=False,
             )
     except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
-        reason = str(error.__cause__ or error).strip().partition("\n")[0]
+        reason = first_line(error.__cause__ or error)
         raise ExportError(f"{_name(model)}: torch cannot export it to ONNX ({reason})") from error
     assert program is not None
     _name_by_module(program.model)

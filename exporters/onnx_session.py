@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adaras_export.errors import ArtifactError
+from adaras_export.errors import ArtifactError, first_line
 from adaras_export.exporters.onnx_graph import STRENGTH, THRESHOLD
 from adaras_export.parity import Check, Mode, Play, Tolerance, play_model
 from adaras_export.storage import Array
@@ -98,11 +98,6 @@ class SteeredGraph:
         return {
             name: np.zeros((batch, one.shape[1], 0, one.shape[3]), types[one.type]) for name, one in self.pasts.items()
         }
-
-
-def first_line(error: Exception) -> str:
-    """What an error of another library says first."""
-    return str(error).strip().partition("\n")[0]
 
 
 def _layer_of(name: str) -> int:

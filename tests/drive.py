@@ -1,15 +1,13 @@
 """Runs exported graphs in the environments of other runtimes, by the drivers of tests/runtimes; judges the results."""
 
-import json
 import os
 import shutil
-import subprocess
 from collections import namedtuple
 from pathlib import Path
 
 import pytest
 import torch
-from elsewhere import as_output
+from elsewhere import answered, as_output
 from tiny import EOS, LAYERS, PAD, PROMPTS, require_answers
 
 ROOT = Path(__file__).parents[1]
@@ -50,17 +48,8 @@ def job(folder, key, modes, **more):
 def run_driver(runtime, jobs, folder):
     """What the driver of a runtime found, by the keys of ``jobs``; ``folder`` is its home."""
     environment = {"PATH": os.environ["PATH"], "HOME": str(folder), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        RUNTIMES[runtime].command,
-        input=json.dumps([*jobs.values()]),
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env=environment,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return dict(zip(jobs, json.loads(done.stdout.splitlines()[-1]), strict=True))
+    found, _ = answered(RUNTIMES[runtime].command, jobs, folder, environment)
+    return dict(zip(jobs, found, strict=True))
 
 
 def require_built(runtime, *, required):

@@ -28,8 +28,15 @@ def run_elsewhere(jobs, folder):
         "HF_HUB_OFFLINE": "1",
     }
     script = Path(__file__).parent / "exporters" / "clean_process.py"
+    found, stderr = answered([sys.executable, script], jobs, folder, environment)
+    results = dict(zip(jobs, found["results"], strict=True))
+    return {"stderr": stderr, **results}
+
+
+def answered(command, jobs, folder, environment):
+    """The last line that a process prints, as JSON, when it reads jobs, and what it said on standard error."""
     done = subprocess.run(
-        [sys.executable, script],
+        command,
         input=json.dumps([*jobs.values()]),
         capture_output=True,
         text=True,
@@ -38,9 +45,7 @@ def run_elsewhere(jobs, folder):
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    results = dict(zip(jobs, found["results"], strict=True))
-    return {"stderr": done.stderr, **results}
+    return json.loads(done.stdout.splitlines()[-1]), done.stderr
 
 
 def as_output(result):
