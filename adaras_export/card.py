@@ -17,6 +17,7 @@ class CardContext:
     usage: str
     weights: str
     library: str
+    relation: str
     tags: Sequence[str]
     drops: Sequence[str]
     license: str | None
@@ -41,7 +42,7 @@ def _header(rule: SteeringRule, context: CardContext) -> str:
     lines = [
         "---",
         *([f"license: {context.license}"] if context.license else []),
-        *([f"base_model: {rule.base.id}", "base_model_relation: finetune"] if rule.base.revision else []),
+        *([f"base_model: {rule.base.id}", f"base_model_relation: {context.relation}"] if rule.base.revision else []),
         f"library_name: {context.library}",
         "pipeline_tag: text-generation",
         "tags:",
@@ -56,7 +57,13 @@ def _what_changed(rule: SteeringRule, context: CardContext) -> str:
     first = "the last prompt token" if rule.start == "last_prompt_token" else "the first generated token"
     counts = Counter(rule.neurons.layer.tolist())
     layers = [f"| {layer} | {counts[layer]} |" for layer in sorted(counts)]
-    dropped = f"\n**Left out by this format:** {', '.join(context.drops)}.\n" if context.drops else ""
+    if static := "start" in context.drops:
+        first = "the very first token"
+    dropped = (
+        f"\n**Left out by this format:** {', '.join(context.drops)}.{_STATIC if static else ''}\n"
+        if context.drops
+        else ""
+    )
     return f"""# {context.repository}
 
 `{base.id}`{revision}, steered at test time by AdaRAS ([paper](https://arxiv.org/abs/2601.19847)): while the model
@@ -67,7 +74,7 @@ generates, a fixed amount is added to {len(rule.neurons)} of its {base.layers * 
 
 * Neurons: {len(rule.neurons)}, ranked by: {_RANKINGS[rule.neurons.ranking]}.
 * Strength: {rule.strength:g}. From {first} on.
-* Gate: {_gate(rule)}
+* Gate: {_gate(rule, left_out="gate" in context.drops)}
 * Rule: `{rule.fingerprint}` (SHA-256 of `rule.safetensors`).
 
 | layer (0-based) | neurons |
@@ -83,9 +90,17 @@ _RANKINGS = {
 }
 
 
-def _gate(rule: SteeringRule) -> str:
+_STATIC = (
+    " Every token of every sequence is steered, prompts too, which is not the rule that the paper evaluates; how far "
+    "it is from that is said under Effect, where it was measured, and among the checks."
+)
+
+
+def _gate(rule: SteeringRule, *, left_out: bool) -> str:
     if rule.gate is None:
         return "none; every sequence is steered."
+    if left_out:
+        return "left out; every sequence is steered, also those that the rule's gate would leave alone."
     return (
         f"{len(rule.gate.layer)} features of layers {rule.gate.layer.min()} to {rule.gate.layer.max()} are read over "
         f"the prompt; sequences with p(correct) < {rule.gate.threshold:.4f} are steered, the others get the base model."

@@ -300,16 +300,23 @@ def evaluate(
 def export(
     rule: Annotated[Path, typer.Argument(help="Rule file.")],
     base: Annotated[str, typer.Option(help="Folder or Hub id of the base model.")],
-    to: Annotated[str, typer.Option(help="Target: hf, hf-thin or onnx.")],
+    to: Annotated[str, typer.Option(help="Target: hf, hf-thin, onnx, peft, stock or gguf.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="New folder.")],
     accept_loss: Annotated[str, typer.Option(help="Features that the format may leave out: gate,start.")] = "",
     evaluation: Annotated[Path | None, typer.Option(help="File of eval, for the model card.")] = None,
+    strength: Annotated[float | None, typer.Option(help="Another strength than the rule's.")] = None,
     copy: Annotated[bool, typer.Option("--copy", help="Copy weight files instead of hard-linking them.")] = False,
     precision: Annotated[str | None, typer.Option(help="onnx: fp32 (default), fp16, int8 or int4 weights.")] = None,
     inline: Annotated[bool, typer.Option("--inline", help="onnx: no functions in the graph, for OpenVINO.")] = False,
     genai: Annotated[bool, typer.Option("--genai", help="onnx: the graph of ONNX Runtime GenAI's builder.")] = False,
     page: Annotated[bool, typer.Option("--page", help="onnx: a web page beside it, with libraries from npm.")] = False,
     calibration: Annotated[Path | None, typer.Option(help="onnx: JSONL of prompts, for the gate's threshold.")] = None,
+    adaptive: Annotated[bool, typer.Option("--adaptive", help="peft: gate and start; needs this library.")] = False,
+    merge: Annotated[bool, typer.Option("--merge", help="peft: merged into a base that has the biases.")] = False,
+    switchable: Annotated[bool, typer.Option("--switchable", help="stock: steering as a LoRA, per request.")] = False,
+    into: Annotated[
+        Path | None, typer.Option(help="gguf: a GGUF model, to be written anew with steering in it.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Bake a rule into an artifact that runs without this library, verify it, and give it card and receipt."""
@@ -318,9 +325,19 @@ def export(
 
     _quiet_libraries()
     accepted = [feature for feature in accept_loss.split(",") if feature]
-    chosen = {"precision": precision, "inline": inline, "genai": genai, "page": page, "calibration": calibration}
-    options = {name: value for name, value in chosen.items() if value not in (None, False)}
-    how: dict[str, Any] = {"accept_loss": accepted, "evaluation": evaluation, "copy": copy, **options}
+    chosen = {
+        "precision": precision,
+        "inline": inline,
+        "genai": genai,
+        "page": page,
+        "calibration": calibration,
+        "adaptive": adaptive,
+        "merge": merge,
+        "switchable": switchable,
+        "into": into,
+    }
+    how: dict[str, Any] = {"accept_loss": accepted, "evaluation": evaluation, "strength": strength, "copy": copy}
+    how |= {name: value for name, value in chosen.items() if value not in (None, False)}
     report = run(SteeringRule.load(rule), base=base, to=to, out=out, **how)
     record = {"path": str(report.path), "target": to, "files": report.files, "parity": report.parity.as_record()}
     _print(record, f"{_checks(report.parity)}\n{out}: {len(report.files)} files and a receipt", as_json)

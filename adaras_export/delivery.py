@@ -14,12 +14,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from adaras_export import __version__, exporters, models, storage
 from adaras_export.card import CardContext, card
 from adaras_export.errors import ArtifactError, ExportError, ParityError
-from adaras_export.exporters.base import Commission, Exporter
+from adaras_export.exporters.base import Commission, Exporter, Feature
 from adaras_export.models import BaseModel
 from adaras_export.parity import Check, ParityReport, compare, rehearse
 from adaras_export.rule import SteeringRule
@@ -47,6 +47,7 @@ def export(  # noqa: PLR0913 - one job with the options that the command line ha
     out: str | Path,
     accept_loss: Sequence[str] = (),
     evaluation: str | Path | None = None,
+    strength: float | None = None,
     copy: bool = False,
     **options: Any,
 ) -> ExportReport:
@@ -59,17 +60,21 @@ def export(  # noqa: PLR0913 - one job with the options that the command line ha
         out: a folder that does not exist yet.
         accept_loss: features ("gate", "start", "dial") that the format may leave out.
         evaluation: JSON file of `adaras-export eval`, for the card.
+        strength: another strength than the rule's.
         copy: copy weight files that would be hard-linked to the base's.
-        options: what the target offers besides: target onnx has precision, inline, genai, page and calibration.
+        options: what the target offers besides, see `Exporter.options`: target onnx has precision, inline, genai, page
+            and calibration.
 
     Raises:
         ExportError: the target cannot express the rule or has no such option, ``out`` exists, or the disk is full.
         RuleError: the rule belongs to another model.
         ParityError: the artifact does not behave like the rule.
     """
-    out, exporter = Path(out), exporters.load(to)
-    dropped = _refuse_loss(rule, exporter, accept_loss)
+    out, exporter, given = Path(out), exporters.load(to), rule.fingerprint
+    rule = rule if strength is None else rule.with_strength(strength)
     _refuse_options(exporter, options)
+    exporter = exporter.commissioned(Commission(str(base), copy=copy, options=options))
+    dropped = _refuse_loss(rule, exporter, accept_loss)
     folder = models.fetch(base, rule.base.revision)
     found = BaseModel.of(base, rule.base.revision)
     rule.base.require_same(found)
@@ -78,12 +83,12 @@ def export(  # noqa: PLR0913 - one job with the options that the command line ha
     measured = None if evaluation is None else _evaluation(Path(evaluation), rule)
     with _staged(out) as stage:
         written = exporter.write(rule, folder, stage)
-        given, rule = rule, written.rule
+        rule = written.rule
         (stage / _RULE_FILE).write_bytes(rule.to_bytes())
         parity = ParityReport((*written.notes, *_verified(exporter, stage, rule, folder).checks))
         if not parity.ok:
             raise ParityError(f"{out}: not written: " + "; ".join(check.line().strip() for check in parity.failed()))
-        own = (exporter.usage(), exporter.weights(), exporter.library, exporter.tags())
+        own = (exporter.usage(), exporter.weights(), exporter.library, exporter.relation, exporter.tags())
         context = CardContext(out.name, *own, dropped, _license(folder), measured)
         (stage / "README.md").write_text(card(rule, parity, context), encoding="utf-8")
         files = _hashes(stage)
@@ -91,7 +96,7 @@ def export(  # noqa: PLR0913 - one job with the options that the command line ha
             "base": found.as_record(),
             "source": origin,
             "options": dict(exporter.recorded()),
-            "given_rule": given.fingerprint,
+            "given_rule": given,
         }
         (stage / _RECEIPT_FILE).write_text(json.dumps(receipt, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return ExportReport(out, to, files, dropped, parity)
@@ -137,13 +142,17 @@ def _verified(exporter: Exporter, folder: Path, rule: SteeringRule, base: Path) 
     if not all(check.ok for check in stored[:2]):  # never run code that is not ours, or that its settings name
         return ParityReport((*stored, Check("not run, because its code or its settings differ", 1, 0)))
     try:
-        script = rehearse(*exporter.reference(folder, rule, base))  # one model in memory at a time
+        script = rehearse(exporter.reference(folder, rule, base))  # one model in memory at a time
         return ParityReport((*stored, *compare(script, exporter.load(folder))))
     except ArtifactError as error:
         return ParityReport((*stored, Check("it does not open or run", 1, 0, str(error))))
 
 
 def _refuse_loss(rule: SteeringRule, exporter: Exporter, accepted: Sequence[str]) -> tuple[str, ...]:
+    if unknown := sorted({*accepted} - {*get_args(Feature)}):
+        raise ExportError(
+            f"--accept-loss: no feature {', '.join(unknown)}; expected of: {', '.join(get_args(Feature))}"
+        )
     needed = {"start", "dial", *(["gate"] if rule.gate is not None else [])}
     dropped = tuple(sorted(exporter.drops & needed))
     if refused := [feature for feature in dropped if feature not in accepted]:

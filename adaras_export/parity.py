@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from adaras_export.generation import left_pad
 from adaras_export.rule import SteeringRule
-from adaras_export.steering import steered
+from adaras_export.steering import steered, steered_everywhere
 
 Mode = Literal["rule", "always", "off"] | float
 """How to steer: as the rule says, every row, none, or the rows with p(correct) below a number."""
@@ -118,38 +118,76 @@ class Artifact(Player, Protocol):
         """How exact it is."""
         ...
 
+    @property
+    def switchable(self) -> bool:
+        """Whether it can be switched off."""
+        ...
+
     def findings(self) -> Sequence[Check]:
         """What there was to say when it was opened."""
         ...
 
 
 @dataclass(frozen=True)
+class Reference:
+    """What an artifact must equal.
+
+    Attributes:
+        player: plays what the format can express of the rule.
+        vocabulary: how many token ids there are.
+        whole: plays the whole rule, where the format leaves out some of it.
+    """
+
+    player: Player
+    vocabulary: int
+    whole: Player | None = None
+
+
+@dataclass(frozen=True)
 class Script:
-    """The prompts, and what the reference did with them."""
+    """The prompts, what the reference did with them, and how far that is from the whole rule."""
 
     rows: tuple[tuple[int, ...], ...]
     plays: Mapping[str, tuple[Mode, Play]]
     single: Play
+    losses: tuple[Check, ...] = ()
 
 
-def rehearse(player: Player, vocabulary: int) -> Script:
+def rehearse(reference: Reference) -> Script:
     """Let the reference play pseudo-random prompts of several lengths."""
     generator = torch.Generator().manual_seed(0)
-    draw = [torch.randint(vocabulary, (length,), generator=generator).tolist() for length in _LENGTHS]
+    draw = [torch.randint(reference.vocabulary, (length,), generator=generator).tolist() for length in _LENGTHS]
     rows = tuple(tuple(row) for row in draw)
     modes: dict[str, Mode] = {"by the rule": "rule", "steered always": "always", "off": "off"}
-    plays = {name: (mode, player.play(rows, mode, None)) for name, mode in modes.items()}
+    plays = {name: (mode, reference.player.play(rows, mode, None)) for name, mode in modes.items()}
     by_rule = plays["by the rule"][1]
     if by_rule.probability_B is not None:
         middle = float(by_rule.probability_B.double().sort().values[1:3].mean())
-        plays["half of the rows steered"] = (middle, player.play(rows, middle, None))
-    return Script(rows, plays, player.play(rows[:1], "rule", by_rule.tokens_BS[:1]))
+        plays["half of the rows steered"] = (middle, reference.player.play(rows, middle, None))
+    single = reference.player.play(rows[:1], "rule", by_rule.tokens_BS[:1])
+    if reference.whole is None:
+        return Script(rows, plays, single)
+    return Script(rows, plays, single, (_loss(by_rule, reference.whole.play(rows, "rule", by_rule.tokens_BS)),))
+
+
+def _loss(static: Play, whole: Play) -> Check:
+    divergence = next_token_divergence(whole.logits_BSV, static.logits_BSV)
+    detail = f"nats; {divergence.max():.3g} at most; random prompts: `adaras-export eval --compare` takes yours"
+    return Check("accepted loss, next-token KL from the whole rule", float(divergence.mean()), None, detail)
+
+
+def next_token_divergence(one_V: Tensor, other_V: Tensor) -> Tensor:
+    """KL(one || other) of next-token distributions given as logits (..., V), in nats, (...)."""
+    one_V, other_V = one_V.double().log_softmax(-1), other_V.double().log_softmax(-1)
+    return (one_V.exp() * (one_V - other_V)).sum(-1).clamp(min=0)
 
 
 def compare(script: Script, artifact: Artifact) -> list[Check]:
     """Play the script on an artifact and compare."""
     checks, tolerance = list(artifact.findings()), artifact.tolerance
     for name, (mode, expected) in script.plays.items():
+        if mode == "off" and not artifact.switchable:
+            continue
         found = artifact.play(script.rows, mode, expected.tokens_BS)
         limit = 0.0 if mode == "off" and not tolerance.off else tolerance.of(expected.logits_BSV)
         checks += _logit_checks(name, expected, found, limit, tie=2 * limit if tolerance.ties else 0)
@@ -161,7 +199,7 @@ def compare(script: Script, artifact: Artifact) -> list[Check]:
     checks.append(Check("one row alone, logits", _distance(single.logits_BSV, script.single.logits_BSV), limit))
     effect = _distance(always.logits_BSV, off.logits_BSV)
     checks.append(Check("effect of steering on logits", effect, None, f"{effect / limit:.0f} times the limit"))
-    return checks
+    return [*checks, *script.losses]
 
 
 def _logit_checks(name: str, expected: Play, found: Play, limit: float, tie: float) -> list[Check]:
@@ -187,16 +225,20 @@ def _distance(one: Tensor, other: Tensor) -> float:
 
 
 class ReferencePlayer:
-    """A stock model under `steered`."""
+    """A stock model under `steered`; ``everywhere`` leaves out gate and start, as static artifacts do."""
 
-    def __init__(self, model: nn.Module, rule: SteeringRule) -> None:
+    def __init__(self, model: nn.Module, rule: SteeringRule, *, everywhere: bool = False) -> None:
         self.model = model
         self.rule = rule
+        self.everywhere = everywhere
 
     def play(self, rows: Sequence[Sequence[int]], mode: Mode, follow_BS: Tensor | None) -> Play:
         """As `Player` says."""
         if mode == "off":
             return play_model(self.model, rows, follow_BS)
+        if self.everywhere:
+            with steered_everywhere(self.model, self.rule):
+                return play_model(self.model, rows, follow_BS)
         rule, gate = self.rule, self.rule.gate
         if mode == "always":
             rule = rule.ungated()

@@ -67,6 +67,32 @@ def steered(model: nn.Module, rule: SteeringRule) -> Iterator[nn.Module]:
         yield model
 
 
+@contextmanager
+def steered_everywhere(model: nn.Module, rule: SteeringRule) -> Iterator[nn.Module]:
+    """Steer every token of every sequence, prompts too, whatever the rule says of start and gate.
+
+    What a static artifact computes, whose format knows neither. Leaves no hook behind.
+
+    Raises:
+        RuleError: the rule belongs to another model, or the model is steered already.
+        UnsupportedModelError: the architecture is not in the table.
+    """
+    _check(model, rule)
+    with ExitStack() as undo:
+        for layer in rule.layers():
+            down = models.down_projection(model, layer)
+            index, delta = (
+                torch.tensor(values, device=next(down.parameters()).device) for values in rule.neurons_of(layer)
+            )
+            undo.callback(down.register_forward_pre_hook(partial(_add, index, rule.strength * delta)).remove)
+        yield model
+
+
+def _add(index_K: Tensor, change_K: Tensor, _module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    h_BTM, *rest = args
+    return (h_BTM.index_add(-1, index_K, change_K.to(h_BTM.dtype).expand(*h_BTM.shape[:-1], -1)), *rest)
+
+
 def gate_module(gate: Gate) -> SteeringGate:
     """The classifier of a gate, with its float32 weights."""
     module = SteeringGate(len(gate.layer), len(gate.hidden_bias))

@@ -23,7 +23,7 @@ import numpy as np
 from common import CACHE, Memory, comparison, fresh_process, in_turn, machine, options, prepare, table
 
 from adaras_export import BaseModel, NeuronSet, SteeringRule, export, exporters, verify
-from adaras_export.exporters.base import copy_companions
+from adaras_export.exporters.checkpoint import copy_companions
 
 NEURONS, SHARD_BYTES, FREE_FACTOR = 50, 500_000_000, 3
 WRITE, COPY = "write stage", "copying the small files"

@@ -1,8 +1,5 @@
-"""What every export target shares: what it promises, and how weights get into an artifact without a copy."""
+"""What every export target promises: the protocol, and the reference that most artifacts must equal."""
 
-import errno
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +7,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from adaras_export.parity import Artifact, Check, Player, ReferencePlayer
+from adaras_export.parity import Artifact, Check, Reference, ReferencePlayer
 from adaras_export.rule import SteeringRule
 
 Feature = Literal["gate", "start", "dial"]
@@ -58,7 +55,12 @@ class Exporter(Protocol):
 
     @property
     def drops(self) -> frozenset[Feature]:
-        """What the format cannot express."""
+        """What the format, with the options of the commission, cannot express."""
+        ...
+
+    @property
+    def relation(self) -> str:
+        """What the artifact is to its base, in the words of the Hub: finetune, adapter, ..."""
         ...
 
     @property
@@ -99,8 +101,8 @@ class Exporter(Protocol):
         """
         ...
 
-    def reference(self, folder: Path, rule: SteeringRule, base: Path) -> tuple[Player, int]:
-        """What the artifact in ``folder`` must equal, and the size of its vocabulary."""
+    def reference(self, folder: Path, rule: SteeringRule, base: Path) -> Reference:
+        """What the artifact in ``folder`` must equal."""
         ...
 
     def load(self, folder: Path) -> Artifact:
@@ -124,53 +126,11 @@ class Exporter(Protocol):
         ...
 
 
-def stock_reference(rule: SteeringRule, base: Path) -> tuple[Player, int]:
-    """The base model in float32, steered by hooks, and the size of its vocabulary."""
+def stock_reference(rule: SteeringRule, base: Path, *, everywhere: bool = False) -> Reference:
+    """The base model in float32, steered by hooks; ``everywhere`` leaves out gate and start."""
     from transformers import AutoModelForCausalLM
 
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    return ReferencePlayer(model.eval(), rule), int(model.config.vocab_size)
-
-
-# What belongs to a checkpoint besides its weights and its config: tokenizer, chat templates, generation settings,
-# licence. Never code, never pickles.
-_COMPANIONS = (
-    "*.json",
-    "*.jinja",
-    "*.model",
-    "*.txt",
-    "LICENSE*",
-    "NOTICE*",
-    "additional_chat_templates/*.jinja",
-)
-# The last one would send from_pretrained, where peft is installed, to another repository and its code.
-_NOT_COMPANIONS = {"config.json", "model.safetensors.index.json", "receipt.json", "adapter_config.json"}
-
-
-def companions(base: Path) -> dict[str, Path]:
-    """The small files that belong to a checkpoint, by their name below its folder."""
-    found = [path for pattern in _COMPANIONS for path in sorted(base.glob(pattern)) if path.is_file()]
-    return {str(path.relative_to(base)): path for path in found if path.name not in _NOT_COMPANIONS}
-
-
-def copy_companions(base: Path, out: Path) -> None:
-    """Copy the small files that belong to a checkpoint."""
-    for name, source in companions(base).items():
-        target = out / name
-        target.parent.mkdir(exist_ok=True)
-        shutil.copyfile(source, target)
-
-
-def link_or_copy(source: Path, target: Path, *, copy: bool = False) -> None:
-    """Give ``source`` a second name without rewriting it; a copy where that is asked for or the file systems differ."""
-    source = source.resolve()  # a Hub snapshot holds links into its blobs
-    if copy:
-        shutil.copyfile(source, target)
-        return
-    try:
-        os.link(source, target)
-    except OSError as error:
-        # Another file system, none that links, too many links, or a file of another user.
-        if error.errno not in (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EMLINK):
-            raise
-        shutil.copyfile(source, target)
+    whole = ReferencePlayer(model.eval(), rule)
+    player = ReferencePlayer(model, rule, everywhere=True) if everywhere else whole
+    return Reference(player, int(model.config.vocab_size), whole if everywhere else None)

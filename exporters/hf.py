@@ -4,7 +4,6 @@ The base checkpoint's files are hard-linked, one small file holds the folded vec
 of `adaras_export.runtime` is copied as it is. Exact: gate, start and a dial for the strength.
 """
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,22 +13,26 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.numpy import save
 
 from adaras_export import models, storage
-from adaras_export.errors import ArtifactError, ExportError, first_line
-from adaras_export.exporters.base import (
-    Commission,
-    Exporter,
-    Feature,
-    Written,
-    companions,
+from adaras_export.errors import ArtifactError, first_line
+from adaras_export.exporters.base import Commission, Exporter, Feature, Written, stock_reference
+from adaras_export.exporters.checkpoint import (
+    changed_companions,
+    content_of,
     copy_companions,
     link_or_copy,
-    stock_reference,
+    name_tokenizer_class,
+    plain_config,
+    same_content,
+    stores,
+    tokenised_differently,
+    vectors,
+    write_json,
 )
-from adaras_export.parity import FLOAT32, Artifact, Check, Mode, Play, Player, play_model
+from adaras_export.parity import FLOAT32, Artifact, Check, Mode, Play, Reference, play_model
 from adaras_export.rule import Gate, SteeringRule
 from adaras_export.storage import Array
 
@@ -46,6 +49,7 @@ class HuggingFaceExporter:
     drops: frozenset[Feature] = frozenset()
     options: frozenset[str] = frozenset()
     library: str = "transformers"
+    relation: str = "finetune"
     copy: bool = False
 
     def commissioned(self, commission: Commission) -> Exporter:
@@ -77,7 +81,7 @@ class HuggingFaceExporter:
         checks = repository_checks(folder, base, expected, payload(rule.base.family))
         return [*checks, *_tensor_checks(folder, rule, base)]
 
-    def reference(self, folder: Path, rule: SteeringRule, base: Path) -> tuple[Player, int]:  # noqa: ARG002
+    def reference(self, folder: Path, rule: SteeringRule, base: Path) -> Reference:  # noqa: ARG002
         """As `Exporter` says."""
         return stock_reference(rule, base)
 
@@ -121,18 +125,6 @@ Needs torch and transformers >= 4.57, nothing else. The code is short: read it, 
 """
 
 
-def plain_config(base: Path) -> dict[str, Any]:
-    """The config.json of a base.
-
-    Raises:
-        ExportError: its weights are quantised.
-    """
-    config = storage.read_json(base / "config.json")
-    if "quantization_config" in config:
-        raise ExportError(f"{base}: is quantised; expected plain weights, which the vectors are folded from")
-    return config
-
-
 def write_tensors(out: Path, tensors: dict[str, Array]) -> None:
     """Write the file of the steering tensors."""
     storage.replace_file(out / STEERING_FILE, save(tensors, metadata={"format": "pt"}))
@@ -144,7 +136,7 @@ def write_repository(out: Path, base: Path, config: dict[str, Any], code: dict[s
     for name, content in code.items():
         (out / name).write_bytes(content)
     copy_companions(base, out)
-    _name_tokenizer_class(base, out)
+    name_tokenizer_class(base, out)
 
 
 def repository_checks(folder: Path, base: Path, config: dict[str, Any], code: dict[str, bytes]) -> list[Check]:
@@ -224,19 +216,6 @@ def steering_tensors(rule: SteeringRule, base: Path) -> dict[str, Array]:
     return tensors
 
 
-def vectors(rule: SteeringRule, base: Path) -> dict[int, Array]:
-    """W_down[:, idx] @ delta of each steered layer, (D,) float32: folded in float64 from the stored weights.
-
-    Without the strength, which stays a dial.
-    """
-    located, folded = models.shards(base), {}
-    for layer in rule.layers():
-        index, delta = rule.neurons_of(layer)
-        columns_DK = models.down_columns(rule.base.family, located, layer, torch.tensor(index))
-        folded[layer] = (columns_DK.double().numpy() @ delta.astype(np.float64)).astype(np.float32)
-    return folded
-
-
 def payload(family: str) -> dict[str, bytes]:
     """The code files of a family's exports."""
     files = resources.files("adaras_export.runtime")
@@ -247,6 +226,7 @@ class _SteeredRepo:
     """An opened export. Modes are set with the dials that users have."""
 
     tolerance = FLOAT32
+    switchable = True
 
     def __init__(self, model: Any, loading_report: list[str]) -> None:  # noqa: ANN401 - a class of the repository
         self.model = model
@@ -285,46 +265,13 @@ def _gate_settings(gate: Gate) -> dict[str, Any]:
 
 def _strange_code(folder: Path, own: dict[str, bytes]) -> list[str]:
     """Files that are not this library's and that from_pretrained would run, or follow to code elsewhere."""
-    changed = [name for name, content in own.items() if _content(folder / name) != content]
+    changed = [name for name, content in own.items() if content_of(folder / name) != content]
     names = [str(path.relative_to(folder)) for path in sorted(folder.rglob("*.py")) if "__pycache__" not in path.parts]
     pointers = [name for name in ("adapter_config.json",) if (folder / name).exists()]
     tokenizer = folder / "tokenizer_config.json"
     if tokenizer.exists() and "auto_map" in storage.read_json(tokenizer):
         pointers.append("tokenizer_config.json:auto_map")
     return [*changed, *(name for name in names if name not in own), *pointers]
-
-
-# Texts on which tokenizers that were set up differently disagree: digits, spaces, case, accents, other scripts.
-_SAMPLES = (
-    "What is 1234 + 56?",
-    "  two  spaces\n\tand a tab",
-    "Naïve façade, 東京 and emoji 🙂",
-    "<|im_start|>user\nhi",
-)
-
-
-def _name_tokenizer_class(base: Path, out: Path) -> None:
-    """Name the tokenizer's class where the base leaves it to its model_type, which is no longer there."""
-    path = out / "tokenizer_config.json"
-    settings = storage.read_json(path) if path.exists() else {}
-    if "tokenizer_class" not in settings and (out / "tokenizer.json").exists():
-        from transformers import AutoTokenizer
-
-        name = type(AutoTokenizer.from_pretrained(base)).__name__
-        # Transformers 5 knows its general class by the name that 4 has for it, not the other way round.
-        portable = "PreTrainedTokenizerFast" if name == "TokenizersBackend" else name
-        write_json(path, {**settings, "tokenizer_class": portable})
-
-
-def changed_companions(folder: Path, base: Path) -> list[str]:
-    """Files carried from the base that are not as they were there; the tokenizer's class may have been added."""
-    changed = {name for name, source in companions(base).items() if _content(folder / name) != source.read_bytes()}
-    settings = "tokenizer_config.json"
-    if settings in changed and (folder / settings).exists():
-        found, expected = (storage.read_json(path / settings) for path in (folder, base))
-        if found == {"tokenizer_class": found.get("tokenizer_class"), **expected}:
-            changed.remove(settings)
-    return sorted(changed)
 
 
 def _tokenizer_checks(folder: Path, base: Path) -> list[Check]:
@@ -334,8 +281,7 @@ def _tokenizer_checks(folder: Path, base: Path) -> list[Check]:
     from transformers import AutoTokenizer
 
     theirs, ours = AutoTokenizer.from_pretrained(base), AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-    differ = sum(theirs(text)["input_ids"] != ours(text)["input_ids"] for text in _SAMPLES)
-    return [Check("sample texts that are tokenised differently", differ, 0)]
+    return [Check("sample texts that are tokenised differently", tokenised_differently(theirs, ours), 0)]
 
 
 def _tensor_checks(folder: Path, rule: SteeringRule, base: Path) -> list[Check]:
@@ -345,34 +291,9 @@ def _tensor_checks(folder: Path, rule: SteeringRule, base: Path) -> list[Check]:
     base_located = models.shards(base)
     strange = sorted(located.keys() ^ (expected.keys() | base_located.keys()))
     names = {_linked_name(path): path for path in base_located.values()}
-    weights = sorted(name for name, path in names.items() if not _same_content(folder / name, path))
+    weights = sorted(name for name, path in names.items() if not same_content(folder / name, path))
     return [
         Check("steering tensors that differ", len(wrong), 0, " ".join(wrong)),
         Check("tensors missing or unknown", len(strange), 0, " ".join(strange)),
         Check("base weight files that differ", len(weights), 0, " ".join(weights)),
     ]
-
-
-def stores(path: Path | None, name: str, value: Array) -> bool:
-    """Whether a safetensors file holds this tensor with these values."""
-    try:
-        with safe_open(path, framework="numpy") as file:
-            return name in file.keys() and np.array_equal(file.get_tensor(name), value)
-    except (SafetensorError, OSError, TypeError):  # truncated, missing, not in the index, or of another type
-        return False
-
-
-def _same_content(path: Path, other: Path) -> bool:
-    """Whether two files hold the same bytes; two names of one file, as links are, need no reading."""
-    if not path.exists():
-        return False
-    return path.samefile(other) or storage.sha256_file(path) == storage.sha256_file(other)
-
-
-def _content(path: Path) -> bytes:
-    return path.read_bytes() if path.exists() else b""
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write JSON as all files of an artifact have it."""
-    path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -16,7 +16,8 @@ from adaras_export import models, storage
 from adaras_export.errors import ExportError
 from adaras_export.exporters import hf
 from adaras_export.exporters.base import Commission, Exporter, Feature, Written, stock_reference
-from adaras_export.parity import Artifact, Check, Player
+from adaras_export.exporters.checkpoint import plain_config, stores
+from adaras_export.parity import Artifact, Check, Reference
 from adaras_export.rule import SteeringRule
 from adaras_export.storage import Array
 
@@ -36,6 +37,7 @@ class ThinExporter:
     drops: frozenset[Feature] = frozenset()
     options: frozenset[str] = frozenset()
     library: str = "transformers"
+    relation: str = "finetune"
     commission: Commission | None = None
 
     def commissioned(self, commission: Commission) -> Exporter:
@@ -53,7 +55,7 @@ class ThinExporter:
                 f"{base}: has an adapter_config.json, which from_pretrained would follow; expected a plain model: "
                 "remove the file, or choose target hf"
             )
-        hf.plain_config(base)
+        plain_config(base)
         hf.write_tensors(out, _tensors(rule, base))
         hf.write_repository(out, base, self._config(rule, base), payload(rule.base.family))
         return Written(rule)
@@ -62,7 +64,7 @@ class ThinExporter:
         """As `Exporter` says."""
         checks = hf.repository_checks(folder, base, self._config(rule, base), payload(rule.base.family))
         expected, path = _tensors(rule, base), folder / hf.STEERING_FILE
-        wrong = [name for name, value in expected.items() if not hf.stores(path, name, value)]
+        wrong = [name for name, value in expected.items() if not stores(path, name, value)]
         strange = sorted(_names(path) ^ expected.keys())
         return [
             *checks,
@@ -70,7 +72,7 @@ class ThinExporter:
             Check("tensors missing or unknown", len(strange), 0, " ".join(strange)),
         ]
 
-    def reference(self, folder: Path, rule: SteeringRule, base: Path) -> tuple[Player, int]:  # noqa: ARG002
+    def reference(self, folder: Path, rule: SteeringRule, base: Path) -> Reference:  # noqa: ARG002
         """As `Exporter` says."""
         return stock_reference(rule, base)
 

@@ -24,13 +24,13 @@ from adaras_export.exporters.base import (
     Exporter,
     Feature,
     Written,
-    copy_companions,
     stock_reference,
 )
 from adaras_export.exporters.calibration import Prompts, calibrated
+from adaras_export.exporters.checkpoint import changed_companions, copy_companions, plain_config, vectors, write_json
 from adaras_export.exporters.onnx_graph import DATA_FILE, THRESHOLD
 from adaras_export.exporters.onnx_session import SteeredGraph
-from adaras_export.parity import Artifact, Check, Player, Tolerance
+from adaras_export.parity import Artifact, Check, Reference, Tolerance
 from adaras_export.rule import SteeringRule
 from adaras_export.storage import Array
 
@@ -60,6 +60,7 @@ class OnnxExporter:
     name: ClassVar[str] = "onnx"
     drops: ClassVar[frozenset[Feature]] = frozenset()
     library: ClassVar[str] = "transformers.js"
+    relation: ClassVar[str] = "finetune"
     options: ClassVar[frozenset[str]] = frozenset({"precision", "inline", "genai", "page", "calibration"})
 
     def commissioned(self, commission: Commission) -> Exporter:
@@ -81,7 +82,7 @@ class OnnxExporter:
 
     def write(self, rule: SteeringRule, base: Path, out: Path) -> Written:
         """As `Exporter` says."""
-        config = hf.plain_config(base)
+        config = plain_config(base)
         _require_tokenizer(base)
         prompts = self._gate_prompts(rule)
         graph = out / GRAPH
@@ -93,7 +94,7 @@ class OnnxExporter:
         else:
             self._write_plain(base, graph)
         model = ir.load(graph)
-        onnx_graph.steer(model, rule, hf.vectors(rule, base))
+        onnx_graph.steer(model, rule, vectors(rule, base))
         ir.save(model, graph)  # the weights stay in their file
         written = Written(rule)
         if prompts is not None:
@@ -108,8 +109,8 @@ class OnnxExporter:
             onnx.checker.check_model(graph, full_check=True)
         if self.page:
             onnx_page.write_graph(graph, out)
-        hf.write_json(out / "config.json", self._config(config, rule))
-        hf.write_json(out / _GENAI_CONFIG, _genai_config(model, base, rule))
+        write_json(out / "config.json", self._config(config, rule))
+        write_json(out / _GENAI_CONFIG, _genai_config(model, base, rule))
         copy_companions(base, out)
         return written
 
@@ -123,9 +124,9 @@ class OnnxExporter:
         if storage.read_json(folder / _GENAI_CONFIG) != _genai_config(model, base, rule):
             settings.append(_GENAI_CONFIG)
         stored = {name: value.const_value for name, value in model.graph.initializers.items()}
-        wanted = onnx_graph.tensors(rule, hf.vectors(rule, base))
+        wanted = onnx_graph.tensors(rule, vectors(rule, base))
         wrong = [name for name, value in wanted.items() if not _equal(stored.get(name), value)]
-        changed = hf.changed_companions(folder, base)
+        changed = changed_companions(folder, base)
         page = onnx_page.differing(folder / GRAPH, folder) if self.page else []
         return [
             Check("operators or files that are not the library's", len(strange), 0, " ".join(strange)),
@@ -135,7 +136,7 @@ class OnnxExporter:
             *([Check("files of the page that differ", len(page), 0, " ".join(page))] if self.page else []),
         ]
 
-    def reference(self, folder: Path, rule: SteeringRule, base: Path) -> tuple[Player, int]:
+    def reference(self, folder: Path, rule: SteeringRule, base: Path) -> Reference:
         """As `Exporter` says: with fewer bits, vectors folded from the base's weights on a base with rounded ones."""
         if self.precision == "fp32":
             return stock_reference(rule, base)
@@ -148,7 +149,7 @@ class OnnxExporter:
             onnx_quantize.round_to_half(opened.model)
         else:
             onnx_quantize.overwrite(opened.model, _graph(folder))
-        return opened, int(opened.model.config.vocab_size)
+        return Reference(opened, int(opened.model.config.vocab_size))
 
     def load(self, folder: Path) -> Artifact:
         """As `Exporter` says."""

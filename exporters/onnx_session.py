@@ -22,6 +22,8 @@ class SteeredGraph:
         ArtifactError: ONNX Runtime does not open it, or later, does not run it.
     """
 
+    switchable = True
+
     def __init__(self, path: Path, tolerance: Tolerance) -> None:
         import onnxruntime
 

@@ -111,6 +111,12 @@ def told(rules, stock):
 
 
 @pytest.fixture(scope="session")
+def told_everywhere(rules, stock):
+    """The same where every token of every sequence is steered: what a static artifact must say."""
+    return tiny.Lazy(lambda key: tiny.answers_everywhere(stock[key[0]], rules[key]))
+
+
+@pytest.fixture(scope="session")
 def tokenizer():
     """The tokenizer that lies beside every tiny model."""
     return tiny.build_tokenizer()

@@ -4,7 +4,8 @@ Imports nothing of the library that it judges, and takes plain numbers only. Eve
 one unpadded row, without a KV cache, so nothing here can depend on how tokens are spread over calls.
 
 A rule is {"neurons": [(layer, index, delta)], "strength": s, "start": name, "gate": None or a gate}; a gate is
-{"features": [(layer, index)], "threshold": t} and its six weights as (nested) lists.
+{"features": [(layer, index)], "threshold": t} and its six weights as (nested) lists. Start "everywhere" steers the
+whole prompt too, as formats do that know no start.
 """
 
 import math
@@ -21,7 +22,7 @@ def respond(model, prompt, rule, steps, follow=None, pick=None, ends=()):  # noq
     """
     probability = None if rule["gate"] is None else p_correct(model, prompt, rule["gate"])
     steered = probability is None or probability < rule["gate"]["threshold"]
-    first = {"last_prompt_token": len(prompt) - 1, "first_generated_token": len(prompt)}[rule["start"]]
+    first = {"everywhere": 0, "last_prompt_token": len(prompt) - 1, "first_generated_token": len(prompt)}[rule["start"]]
     row, chosen, logits = list(prompt), [], []
     for step in range(steps):
         found = logits_of(model, row, rule, range(first, len(row)) if steered else ())[-1]

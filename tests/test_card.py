@@ -14,7 +14,15 @@ from adaras_export.parity import Check, ParityReport
 BASE = BaseModel("somebody/tiny", "qwen3", tiny.LAYERS, tiny.MLP_SIZE, tiny.HIDDEN_SIZE, revision="c0ffee")
 RULE = tiny.make_rule(BASE, gate=tiny.make_gate(threshold=0.25), strength=0.3)
 CONTEXT = CardContext(
-    "tiny-steered", EXPORTER.usage(), EXPORTER.weights(), "transformers", EXPORTER.tags(), (), "apache-2.0", None
+    "tiny-steered",
+    EXPORTER.usage(),
+    EXPORTER.weights(),
+    "transformers",
+    EXPORTER.relation,
+    EXPORTER.tags(),
+    (),
+    "apache-2.0",
+    None,
 )
 PARITY = ParityReport((Check("by the rule, prefill logits", 1.5e-6, 3e-5), Check("effect", 2.5, None)))
 EVALUATION = {
@@ -75,6 +83,13 @@ def test_the_other_start_is_told():
 def test_what_the_format_left_out_is_told_and_nothing_where_it_left_out_nothing():
     assert "**Left out by this format:** gate, start." in text(drops=("gate", "start"))
     assert "Left out" not in text()
+
+
+def test_a_static_artifact_says_that_it_steers_every_token_of_every_sequence():
+    found = text(drops=("gate", "start"))
+    assert "From the very first token on." in found
+    assert "Every token of every sequence is steered, prompts too" in found
+    assert "Gate: left out; every sequence is steered" in found
 
 
 def test_without_an_evaluation_the_card_says_that_there_is_none():

@@ -573,6 +573,17 @@ def test_a_loss_is_refused_unless_it_is_accepted_by_name(rules, folders, tmp_pat
     assert names_of(tmp_path) == []
 
 
+def test_a_feature_that_is_none_cannot_be_accepted(rules, folders, tmp_path):
+    with pytest.raises(ExportError, match="--accept-loss: no feature gatee; expected of: gate, start, dial"):
+        export(rules[KEY], base=folders["llama"], to="hf", out=tmp_path / "o", accept_loss=("gatee",))
+
+
+def test_another_strength_is_that_of_the_artifact_and_the_receipt_names_the_given_rule(rules, folders, tmp_path):
+    report = export(rules[KEY], base=folders["llama"], to="hf", out=tmp_path / "out", strength=-1.5)
+    assert SteeringRule.load(report.path / "rule.safetensors") == rules[KEY].with_strength(-1.5)
+    assert json.loads((report.path / "receipt.json").read_text())["given_rule"] == rules[KEY].fingerprint
+
+
 def test_a_format_without_gates_loses_nothing_of_a_rule_without_one(rules, folders, tmp_path, monkeypatch):
     monkeypatch.setattr(delivery.exporters, "load", lambda _: Gateless())
     report = export(rules["llama", None, KEY[2]], base=folders["llama"], to="gateless", out=tmp_path / "out")

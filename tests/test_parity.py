@@ -11,7 +11,18 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from adaras_export.exporters.hf import EXPORTER
-from adaras_export.parity import Check, ParityReport, Play, ReferencePlayer, Tolerance, compare, play_model, rehearse
+from adaras_export.parity import (
+    Check,
+    ParityReport,
+    Play,
+    Reference,
+    ReferencePlayer,
+    Tolerance,
+    compare,
+    next_token_divergence,
+    play_model,
+    rehearse,
+)
 from adaras_export.rule import SteeringRule
 
 CAUSAL, LATER = ("causal", "last_prompt_token"), ("later", "first_generated_token")
@@ -27,7 +38,7 @@ def scripts(stock, rules):
 
     class Scripts(dict):
         def __missing__(self, key):
-            self[key] = rehearse(ReferencePlayer(stock[key[0]], rules[key]), tiny.VOCABULARY)
+            self[key] = rehearse(Reference(ReferencePlayer(stock[key[0]], rules[key]), tiny.VOCABULARY))
             return self[key]
 
     return Scripts()
@@ -79,6 +90,7 @@ def test_another_greedy_token_passes_only_where_it_is_as_good_and_the_tolerance_
     def differing(reference, ties):
         class Side:
             tolerance = Tolerance(64, off=True, ties=ties)
+            switchable = True
 
             def findings(self):
                 return []
@@ -189,6 +201,55 @@ def test_an_artifact_that_computes_nan_fails(scripts, rules, folders, tmp_path):
     assert {"steered always, prefill logits", "one row alone, logits"} & failed(compare(scripts[key], artifact))
 
 
+@pytest.fixture(scope="module")
+def static(stock, rules):
+    """What the reference of a static artifact did, with the whole rule beside it."""
+    whole, everywhere = (
+        ReferencePlayer(stock["llama"], rules[("llama", *CAUSAL)], everywhere=one) for one in (False, True)
+    )
+    return everywhere, rehearse(Reference(everywhere, tiny.VOCABULARY, whole))
+
+
+class StaticSide:
+    """Judged like an artifact: the reference of static ones itself."""
+
+    tolerance = Tolerance(64)
+    switchable = False
+
+    def __init__(self, player):
+        self.player = player
+
+    def findings(self):
+        return []
+
+    def play(self, rows, mode, follow):
+        assert mode != "off", "it cannot be switched off"
+        return self.player.play(rows, mode, follow)
+
+
+def test_a_static_artifact_is_compared_with_every_token_steered_and_the_loss_is_told(static):
+    everywhere, script = static
+    checks = {check.name: check for check in compare(script, StaticSide(everywhere))}
+    assert failed(checks.values()) == set()
+    assert "gate, p(correct)" not in checks
+    assert not any(name.startswith("off") for name in checks)
+    loss = checks["accepted loss, next-token KL from the whole rule"]
+    assert loss.figure > 0.01
+    assert loss.limit is None
+
+
+def test_an_artifact_that_follows_the_whole_rule_is_no_static_one(static, rules, folders, tmp_path):
+    artifact = written(rules[("llama", *CAUSAL)], folders["llama"], tmp_path)
+    assert "by the rule, prefill logits" in failed(compare(static[1], artifact))
+
+
+def test_the_divergence_is_that_of_the_definition():
+    one, other = torch.tensor([[0.5, 0.25, 0.25]]), torch.tensor([[0.25, 0.5, 0.25]])
+    expected = 0.5 * math.log(2) + 0.25 * math.log(0.5)
+    assert next_token_divergence(one.log() + 3, other.log()).item() == pytest.approx(expected)
+    assert next_token_divergence(one.log(), one.log()).item() == 0
+
+
 def test_a_comparison_leaves_the_dials_as_they_were(scripts, rules, folders, tmp_path):
     key = ("llama", *CAUSAL)
     artifact = written(rules[key], folders["llama"], tmp_path)
@@ -199,7 +260,7 @@ def test_a_comparison_leaves_the_dials_as_they_were(scripts, rules, folders, tmp
 
 def test_the_same_rehearsal_plays_the_same_prompts(stock, rules, scripts):
     key = ("llama", *CAUSAL)
-    again = rehearse(ReferencePlayer(stock["llama"], rules[key]), tiny.VOCABULARY)
+    again = rehearse(Reference(ReferencePlayer(stock["llama"], rules[key]), tiny.VOCABULARY))
     assert again.rows == scripts[key].rows
     assert torch.equal(again.single.logits_BSV, scripts[key].single.logits_BSV)
     assert len({len(row) for row in again.rows}) > 2

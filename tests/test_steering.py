@@ -13,7 +13,7 @@ from tiny import EOS, PROMPTS, greedy, left_padded, require_answers
 from adaras_export import models
 from adaras_export.errors import RuleError, UnsupportedModelError
 from adaras_export.generation import Sampling, complete_ids, continue_ids, prefill
-from adaras_export.steering import gate_module, steered
+from adaras_export.steering import gate_module, steered, steered_everywhere
 
 RULES = [
     ("causal", "last_prompt_token"),
@@ -45,6 +45,25 @@ def test_steering_changes_what_the_tiny_models_say(name, stock, rules, told):
     assert sum(one["ids"] != other["ids"] for one, other in zip(told[always], base, strict=True)) >= 3
     assert {answer["steered"] for answer in told[name, "causal", "last_prompt_token"]} == {True, False}
     assert {answer["steered"] for answer in told[name, "later", "first_generated_token"]} == {True, False}
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("name", tiny.NAMES)
+def test_steering_everywhere_equals_the_oracle_and_is_not_the_rule(
+    name, use_cache, rules, stock, told, told_everywhere
+):
+    key = (name, "causal", "last_prompt_token")
+    expected = told_everywhere[key]
+    assert any(one["ids"] != other["ids"] for one, other in zip(expected, told[key], strict=True))
+    with steered_everywhere(stock[name], rules[key]):
+        require_answers(greedy(stock[name], use_cache=use_cache), expected)
+
+
+def test_a_failure_while_steering_everywhere_leaves_no_hook(stock, rules):
+    with pytest.raises(ZeroDivisionError), steered_everywhere(stock["qwen3"], rules[GATED]):
+        raise ZeroDivisionError
+    with pytest.raises(RuleError, match="family"), steered_everywhere(stock["llama"], rules[GATED]):
+        pass
 
 
 @pytest.mark.parametrize("row", range(len(PROMPTS)))

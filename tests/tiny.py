@@ -173,6 +173,12 @@ def answers(model: Any, rule: SteeringRule, steps: int = 6, **how: Any) -> list[
     return [oracle.respond(model, prompt, plain_rule(rule), steps, ends=(EOS,), **how) for prompt in PROMPTS]
 
 
+def answers_everywhere(model: Any, rule: SteeringRule, steps: int = 6) -> list[dict[str, Any]]:
+    """What the oracle says where every token of every sequence is steered, as in static artifacts."""
+    plain = {**plain_rule(rule), "gate": None, "start": "everywhere"}
+    return [oracle.respond(model, prompt, plain, steps, ends=(EOS,)) for prompt in PROMPTS]
+
+
 def greedy(model: Any, rows: Any = PROMPTS, **how: Any) -> Any:
     """generate() on a left-padded batch, with the raw logits of each step."""
     settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": PAD, **how}

@@ -18,7 +18,8 @@ from adaras_export import models
 from adaras_export.delivery import export, verify
 from adaras_export.errors import ExportError
 from adaras_export.exporters import onnx_functions, onnx_genai, onnx_graph
-from adaras_export.exporters.base import Commission, companions
+from adaras_export.exporters.base import Commission
+from adaras_export.exporters.checkpoint import companions
 from adaras_export.exporters.onnx import EXPORTER, GRAPH
 
 CAUSAL, LATER = ("causal", "last_prompt_token"), ("later", "first_generated_token")
@@ -48,9 +49,9 @@ def steered(plain, rules, folders):
 
 
 def vectors_of(rule, folder):
-    from adaras_export.exporters import hf
+    from adaras_export.exporters import checkpoint
 
-    return hf.vectors(rule, folder)
+    return checkpoint.vectors(rule, folder)
 
 
 def quiet(level=LEVELS.ORT_ENABLE_ALL):

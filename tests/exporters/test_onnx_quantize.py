@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from adaras_export.delivery import export, verify
 from adaras_export.errors import ExportError, TraceError
-from adaras_export.exporters import calibration, hf, onnx_functions, onnx_graph, onnx_quantize
+from adaras_export.exporters import calibration, checkpoint, onnx_functions, onnx_graph, onnx_quantize
 from adaras_export.exporters.base import Commission
 from adaras_export.exporters.onnx import EXPORTER, GRAPH
 from adaras_export.gate import agreeing_threshold, gate_probabilities, youden_threshold
@@ -60,7 +60,7 @@ def written(precision, rule, base, out):
 
 
 def checks_of(chosen, rule, base, out):
-    return compare(rehearse(*chosen.reference(out, rule, base)), chosen.load(out))
+    return compare(rehearse(chosen.reference(out, rule, base)), chosen.load(out))
 
 
 def failed(checks):
@@ -101,8 +101,8 @@ def test_a_wrong_sign_a_shifted_layer_and_vectors_of_the_rounded_weights_fail(
 ):
     rule, base = rules[GATED], folders["qwen3"]
     chosen = written(precision, rule, base, tmp_path / "out")
-    script = rehearse(*chosen.reference(tmp_path / "out", rule, base))
-    vectors = hf.vectors(rule, base)
+    script = rehearse(chosen.reference(tmp_path / "out", rule, base))
+    vectors = checkpoint.vectors(rule, base)
     two, three = sorted(vectors)
     rounded = {
         int(one.module.split(".")[2]): one.weight_NK
@@ -171,7 +171,7 @@ def test_only_projections_are_rounded_and_nothing_is_left_of_the_exact_ones(quic
     assert {name for _, name, _ in model.functions} == set(onnx_functions.functions()) - {"PastDecision"}
     assert {"steering_strength", "steering_threshold"} <= {value.name for value in model.graph.inputs}
     stored, before = model.graph.initializers, exact.graph.initializers
-    wanted = onnx_graph.tensors(rules[TIED], hf.vectors(rules[TIED], folders["qwen2"]))
+    wanted = onnx_graph.tensors(rules[TIED], checkpoint.vectors(rules[TIED], folders["qwen2"]))
     assert all(np.array_equal(stored[name].const_value.numpy(), value) for name, value in wanted.items())
     kept = stored.keys() & before.keys()
     assert "lm_head.weight" in kept  # tied: it has to stay, for the embeddings

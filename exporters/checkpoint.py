@@ -1,0 +1,150 @@
+"""What the targets do alike with the checkpoint of a base: fold a rule from it, carry its files along, compare them."""
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+
+from adaras_export import models, storage
+from adaras_export.errors import ExportError
+from adaras_export.rule import SteeringRule
+from adaras_export.storage import Array
+
+
+def plain_config(base: Path) -> dict[str, Any]:
+    """The config.json of a base.
+
+    Raises:
+        ExportError: its weights are quantised.
+    """
+    config = storage.read_json(base / "config.json")
+    if "quantization_config" in config:
+        raise ExportError(f"{base}: is quantised; expected plain weights, which the vectors are folded from")
+    return config
+
+
+def vectors(rule: SteeringRule, base: Path) -> dict[int, Array]:
+    """W_down[:, idx] @ delta of each steered layer, (D,) float32: folded in float64 from the stored weights.
+
+    Without the strength, which stays a dial.
+    """
+    located, folded = models.shards(base), {}
+    for layer in rule.layers():
+        index, delta = rule.neurons_of(layer)
+        columns_DK = models.down_columns(rule.base.family, located, layer, torch.tensor(index))
+        folded[layer] = (columns_DK.double().numpy() @ delta.astype(np.float64)).astype(np.float32)
+    return folded
+
+
+# What belongs to a checkpoint besides its weights and its config: tokenizer, chat templates, generation settings,
+# licence. Never code, never pickles.
+_COMPANIONS = (
+    "*.json",
+    "*.jinja",
+    "*.model",
+    "*.txt",
+    "LICENSE*",
+    "NOTICE*",
+    "additional_chat_templates/*.jinja",
+)
+# The last one would send from_pretrained, where peft is installed, to another repository and its code.
+_NOT_COMPANIONS = {"config.json", "model.safetensors.index.json", "receipt.json", "adapter_config.json"}
+
+
+def companions(base: Path) -> dict[str, Path]:
+    """The small files that belong to a checkpoint, by their name below its folder."""
+    found = [path for pattern in _COMPANIONS for path in sorted(base.glob(pattern)) if path.is_file()]
+    return {str(path.relative_to(base)): path for path in found if path.name not in _NOT_COMPANIONS}
+
+
+def copy_companions(base: Path, out: Path) -> None:
+    """Copy the small files that belong to a checkpoint."""
+    for name, source in companions(base).items():
+        target = out / name
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(source, target)
+
+
+def link_or_copy(source: Path, target: Path, *, copy: bool = False) -> None:
+    """Give ``source`` a second name without rewriting it; a copy where that is asked for or the file systems differ."""
+    source = source.resolve()  # a Hub snapshot holds links into its blobs
+    if copy:
+        shutil.copyfile(source, target)
+        return
+    try:
+        os.link(source, target)
+    except OSError as error:
+        # Another file system, none that links, too many links, or a file of another user.
+        if error.errno not in (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EMLINK):
+            raise
+        shutil.copyfile(source, target)
+
+
+def changed_companions(folder: Path, base: Path) -> list[str]:
+    """Files carried from the base that are not as they were there; the tokenizer's class may have been added."""
+    changed = {name for name, source in companions(base).items() if content_of(folder / name) != source.read_bytes()}
+    settings = "tokenizer_config.json"
+    if settings in changed and (folder / settings).exists():
+        found, expected = (storage.read_json(path / settings) for path in (folder, base))
+        if found == {"tokenizer_class": found.get("tokenizer_class"), **expected}:
+            changed.remove(settings)
+    return sorted(changed)
+
+
+# Texts on which tokenizers that were set up differently disagree: digits, spaces, case, accents, other scripts.
+_SAMPLES = (
+    "What is 1234 + 56?",
+    "  two  spaces\n\tand a tab",
+    "Naïve façade, 東京 and emoji 🙂",
+    "<|im_start|>user\nhi",
+)
+
+
+def name_tokenizer_class(base: Path, out: Path) -> None:
+    """Name the tokenizer's class where the base leaves it to its model_type, which is no longer there."""
+    path = out / "tokenizer_config.json"
+    settings = storage.read_json(path) if path.exists() else {}
+    if "tokenizer_class" not in settings and (out / "tokenizer.json").exists():
+        from transformers import AutoTokenizer
+
+        name = type(AutoTokenizer.from_pretrained(base)).__name__
+        # Transformers 5 knows its general class by the name that 4 has for it, not the other way round.
+        portable = "PreTrainedTokenizerFast" if name == "TokenizersBackend" else name
+        write_json(path, {**settings, "tokenizer_class": portable})
+
+
+def tokenised_differently(one: Any, other: Any) -> int:  # noqa: ANN401 - tokenizers of Transformers
+    """On how many of a few hard texts two tokenizers disagree."""
+    return sum(one(text)["input_ids"] != other(text)["input_ids"] for text in _SAMPLES)
+
+
+def stores(path: Path | None, name: str, value: Array) -> bool:
+    """Whether a safetensors file holds this tensor with these values."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return name in file.keys() and np.array_equal(file.get_tensor(name), value)
+    except (SafetensorError, OSError, TypeError):  # truncated, missing, not in the index, or of another type
+        return False
+
+
+def same_content(path: Path, other: Path) -> bool:
+    """Whether two files hold the same bytes; two names of one file, as links are, need no reading."""
+    if not path.exists():
+        return False
+    return path.samefile(other) or storage.sha256_file(path) == storage.sha256_file(other)
+
+
+def content_of(path: Path) -> bytes:
+    """The bytes of a file; none where there is no file."""
+    return path.read_bytes() if path.exists() else b""
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write JSON as all files of an artifact have it."""
+    path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
