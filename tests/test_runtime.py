@@ -1,5 +1,6 @@
 """The payload as the package that it is here: its parts, and its models opened without copying the code."""
 
+import copy
 import importlib
 import json
 import threading
@@ -12,6 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import greedy, require_answers
 from transformers import DynamicCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.qwen3.modeling_qwen3 import eager_attention_forward
 
 from adaras_export.exporters.hf import EXPORTER
 from adaras_export.runtime import steering_adaras as runtime
@@ -225,6 +228,19 @@ def test_the_package_switches_off_and_refuses_as_its_copies_do(rule, packaged, s
         model(torch.tensor([[7]]), past_key_values=cache)
     with pytest.raises(NotImplementedError, match="continuous batching"):
         model.init_continuous_batching()
+
+
+@pytest.mark.parametrize("server", ["vllm", "sglang", "tgi"])
+def test_servers_that_pack_requests_without_saying_where_prompts_end_are_refused(server, packaged, monkeypatch):
+    """vLLM 0.32 opened such an export and steered by the first piece of each request, without a word."""
+    model = packaged[("qwen3", *CAUSAL)]
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, server, eager_attention_forward)
+    config = copy.deepcopy(model.config)
+    config._attn_implementation = server
+    with pytest.raises(
+        NotImplementedError, match=f"{server} does not say where a prompt ends; serve an export to `stock`"
+    ):
+        type(model)(config)
 
 
 def test_the_package_keeps_a_later_gate_from_judging_prompt_and_answer_behind_a_cache(packaged):

@@ -390,7 +390,13 @@ class SteeredModel(_Steered):
         self.install_steering(config)
 
     def install_steering(self, config: Any) -> None:
-        """Turn the MLPs of the rule's layers into steered ones. Weight names stay those of the base model."""
+        """Turn the MLPs of the rule's layers into steered ones. Weight names stay those of the base model.
+
+        Raises:
+            NotImplementedError: a server packs requests into one row without saying where their prompts end.
+        """
+        if (server := config._attn_implementation) in ("vllm", "sglang", "tgi"):
+            raise NotImplementedError(f"{server} does not say where a prompt ends; serve an export to `stock` there")
         settings = config.adaras
         gate = settings["gate"]
         self.steering = Steering(settings)
