@@ -234,7 +234,7 @@ def shards(folder: Path) -> dict[str, Path]:
             raise ArtifactError(f"{index}: names files that are not in the folder: {', '.join(outside + missing)}")
         return located
     if single.exists():
-        return dict.fromkeys(_header(single), single)
+        return dict.fromkeys(header(single), single)
     if pickles := sorted(path.name for path in folder.glob("pytorch_model*.bin*")):
         raise ArtifactError(
             f"{folder}: has its weights as pickles only ({pickles[0]}); expected safetensors: open it with "
@@ -254,12 +254,12 @@ def tensor_fingerprint(folder: Path, only: set[str] | None = None) -> str:
     """
     digest = hashlib.sha256()
     located = shards(folder)
-    headers = {path: _header(path) for path in sorted(set(located.values()))}
+    headers = {path: header(path) for path in sorted(set(located.values()))}
     for name in sorted(located if only is None else only & located.keys()):
         path = located[name]
         if name not in headers[path]:
             raise ArtifactError(f"{path}: tensor {name} is missing; the index names it")
-        entry, start = headers[path][name], _data_start(path)
+        entry, start = headers[path][name], data_start(path)
         digest.update(json.dumps([name, entry["dtype"], entry["shape"]]).encode())
         first, last = (start + offset for offset in entry["data_offsets"])
         with path.open("rb") as file:
@@ -269,12 +269,13 @@ def tensor_fingerprint(folder: Path, only: set[str] | None = None) -> str:
     return digest.hexdigest()
 
 
-def _data_start(path: Path) -> int:
+def data_start(path: Path) -> int:
+    """Where the tensors of a safetensors file begin, in bytes."""
     with path.open("rb") as file:
         return 8 + int(struct.unpack("<Q", file.read(8))[0])
 
 
-def _header(path: Path) -> dict[str, dict[str, Any]]:
+def header(path: Path) -> dict[str, dict[str, Any]]:
     """The header of a safetensors file, checked by the library itself, without the metadata."""
     from safetensors import SafetensorError, safe_open
 

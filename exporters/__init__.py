@@ -12,6 +12,7 @@ TARGETS = {
     "hf": "adaras_export.exporters.hf",
     "hf-thin": "adaras_export.exporters.hf_thin",
     "onnx": "adaras_export.exporters.onnx",
+    "stock": "adaras_export.exporters.stock",
 }
 _NEEDS = {"onnx": ("onnx", "onnx_ir", "onnxruntime", "onnxscript")}  # what their extra, of the same name, brings
 

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
 from adaras_export import models, storage
-from adaras_export.errors import ExportError
+from adaras_export.errors import ArtifactError, ExportError, first_line
 from adaras_export.rule import SteeringRule
 from adaras_export.storage import Array
 
@@ -84,6 +85,45 @@ def link_or_copy(source: Path, target: Path, *, copy: bool = False) -> None:
         if error.errno not in (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EMLINK):
             raise
         shutil.copyfile(source, target)
+
+
+STEERING_FILE = "model-steering.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+
+def linked_name(path: Path) -> str:
+    """What a weight file of the base is called in an artifact: beginning with "model", as converters want it."""
+    # from_pretrained prefers model.safetensors to an index, and would then miss the steering file.
+    taken = {"model.safetensors": "model-base.safetensors", STEERING_FILE: "model-base-steering.safetensors"}
+    name = path.name if path.name.startswith("model") else f"model-{path.name}"
+    return taken.get(name, name)
+
+
+def write_index(out: Path, weight_map: dict[str, str]) -> None:
+    """Write the index that tells from_pretrained which file holds which tensor."""
+    size = sum((out / name).stat().st_size for name in {*weight_map.values()})
+    write_json(out / INDEX_FILE, {"metadata": {"total_size": size}, "weight_map": weight_map})
+
+
+def write_tensors(out: Path, tensors: dict[str, Array]) -> None:
+    """Write the file of the steering tensors."""
+    storage.replace_file(out / STEERING_FILE, save(tensors, metadata={"format": "pt"}))
+
+
+def opened(folder: Path, **how: Any) -> tuple[Any, list[str]]:
+    """The model in a folder, in float32, and what its loading report names; ``how`` goes to its `from_pretrained`.
+
+    Raises:
+        ArtifactError: it does not open.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        found: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **how)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ArtifactError(f"{folder}: cannot be opened ({first_line(error)})") from error
+    model, report = found
+    return model.eval(), sorted(f"{key} {name}" for key, names in report.items() for name in names)
 
 
 def changed_companions(folder: Path, base: Path) -> list[str]:

@@ -13,32 +13,32 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.numpy import save
 
 from adaras_export import models, storage
-from adaras_export.errors import ArtifactError, first_line
 from adaras_export.exporters.base import Commission, Exporter, Feature, Written, stock_reference
 from adaras_export.exporters.checkpoint import (
+    STEERING_FILE,
     changed_companions,
     content_of,
     copy_companions,
     link_or_copy,
+    linked_name,
     name_tokenizer_class,
+    opened,
     plain_config,
     same_content,
     stores,
     tokenised_differently,
     vectors,
+    write_index,
     write_json,
+    write_tensors,
 )
 from adaras_export.parity import FLOAT32, Artifact, Check, Mode, Play, Reference, play_model
 from adaras_export.rule import Gate, SteeringRule
 from adaras_export.storage import Array
 
 _SHARED_PAYLOAD = "steering_adaras.py"
-STEERING_FILE = "model-steering.safetensors"
-_INDEX_FILE = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -64,14 +64,13 @@ class HuggingFaceExporter:
         """As `Exporter` says."""
         config = plain_config(base)
         located = models.shards(base)
-        names = {path: _linked_name(path) for path in set(located.values())}
+        names = {path: linked_name(path) for path in set(located.values())}
         for path, name in sorted(names.items()):
             link_or_copy(path, out / name, copy=self.copy)
         tensors = steering_tensors(rule, base)
         write_tensors(out, tensors)
         weight_map = {name: names[path] for name, path in located.items()} | dict.fromkeys(tensors, STEERING_FILE)
-        size = sum(path.stat().st_size for path in names) + (out / STEERING_FILE).stat().st_size
-        write_json(out / _INDEX_FILE, {"metadata": {"total_size": size}, "weight_map": weight_map})
+        write_index(out, weight_map)
         write_repository(out, base, steered_config(config, rule), payload(rule.base.family))
         return Written(rule)
 
@@ -125,11 +124,6 @@ Needs torch and transformers >= 4.57, nothing else. The code is short: read it, 
 """
 
 
-def write_tensors(out: Path, tensors: dict[str, Array]) -> None:
-    """Write the file of the steering tensors."""
-    storage.replace_file(out / STEERING_FILE, save(tensors, metadata={"format": "pt"}))
-
-
 def write_repository(out: Path, base: Path, config: dict[str, Any], code: dict[str, bytes]) -> None:
     """Write all that a repository holds besides tensors: config, code, and the small files of the base."""
     write_json(out / "config.json", config)
@@ -151,7 +145,8 @@ def repository_checks(folder: Path, base: Path, config: dict[str, Any], code: di
     changed = changed_companions(folder, base)
     carried = Check("files of the base that differ", len(changed), 0, " ".join(changed))
     # Opening a tokenizer may run code, and a damaged one may not open.
-    tokens = _tokenizer_checks(folder, base) if all(check.ok for check in (*trust, carried)) else []
+    trusted = all(check.ok for check in (*trust, carried))
+    tokens = _tokenizer_checks(folder, base, trust_remote_code=bool(code)) if trusted else []
     return [*trust, carried, *tokens]
 
 
@@ -161,16 +156,7 @@ def open_repository(folder: Path, **how: str) -> Artifact:
     Raises:
         ArtifactError: it does not open.
     """
-    from transformers import AutoModelForCausalLM
-
-    try:
-        opened: Any = AutoModelForCausalLM.from_pretrained(
-            folder, trust_remote_code=True, dtype=torch.float32, output_loading_info=True, **how
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ArtifactError(f"{folder}: cannot be opened ({first_line(error)})") from error
-    model, report = opened
-    return _SteeredRepo(model.eval(), sorted(f"{key} {name}" for key, names in report.items() for name in names))
+    return _SteeredRepo(*opened(folder, trust_remote_code=True, **how))
 
 
 def steered_config(config: dict[str, Any], rule: SteeringRule) -> dict[str, Any]:
@@ -249,11 +235,6 @@ class _SteeredRepo:
             steering.threshold = threshold
 
 
-def _linked_name(path: Path) -> str:
-    # from_pretrained prefers model.safetensors to an index, and would then miss the steering file.
-    return "model-base.safetensors" if path.name == "model.safetensors" else path.name
-
-
 def _gate_settings(gate: Gate) -> dict[str, Any]:
     counts = Counter(gate.layer.tolist())
     return {
@@ -274,13 +255,14 @@ def _strange_code(folder: Path, own: dict[str, bytes]) -> list[str]:
     return [*changed, *(name for name in names if name not in own), *pointers]
 
 
-def _tokenizer_checks(folder: Path, base: Path) -> list[Check]:
+def _tokenizer_checks(folder: Path, base: Path, *, trust_remote_code: bool) -> list[Check]:
     """Whether both folders give the same token ids; a base without a tokenizer has nothing to compare."""
     if not (base / "tokenizer_config.json").exists():
         return []
     from transformers import AutoTokenizer
 
-    theirs, ours = AutoTokenizer.from_pretrained(base), AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    ours = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    theirs = AutoTokenizer.from_pretrained(base)
     return [Check("sample texts that are tokenised differently", tokenised_differently(theirs, ours), 0)]
 
 
@@ -290,7 +272,7 @@ def _tensor_checks(folder: Path, rule: SteeringRule, base: Path) -> list[Check]:
     wrong = [name for name, value in expected.items() if not stores(located.get(name), name, value)]
     base_located = models.shards(base)
     strange = sorted(located.keys() ^ (expected.keys() | base_located.keys()))
-    names = {_linked_name(path): path for path in base_located.values()}
+    names = {linked_name(path): path for path in base_located.values()}
     weights = sorted(name for name, path in names.items() if not same_content(folder / name, path))
     return [
         Check("steering tensors that differ", len(wrong), 0, " ".join(wrong)),

@@ -16,7 +16,7 @@ from adaras_export import models, storage
 from adaras_export.errors import ExportError
 from adaras_export.exporters import hf
 from adaras_export.exporters.base import Commission, Exporter, Feature, Written, stock_reference
-from adaras_export.exporters.checkpoint import plain_config, stores
+from adaras_export.exporters.checkpoint import STEERING_FILE, plain_config, stores, write_tensors
 from adaras_export.parity import Artifact, Check, Reference
 from adaras_export.rule import SteeringRule
 from adaras_export.storage import Array
@@ -56,14 +56,14 @@ class ThinExporter:
                 "remove the file, or choose target hf"
             )
         plain_config(base)
-        hf.write_tensors(out, _tensors(rule, base))
+        write_tensors(out, _tensors(rule, base))
         hf.write_repository(out, base, self._config(rule, base), payload(rule.base.family))
         return Written(rule)
 
     def inspect(self, folder: Path, rule: SteeringRule, base: Path) -> Sequence[Check]:
         """As `Exporter` says."""
         checks = hf.repository_checks(folder, base, self._config(rule, base), payload(rule.base.family))
-        expected, path = _tensors(rule, base), folder / hf.STEERING_FILE
+        expected, path = _tensors(rule, base), folder / STEERING_FILE
         wrong = [name for name, value in expected.items() if not stores(path, name, value)]
         strange = sorted(_names(path) ^ expected.keys())
         return [

@@ -1,0 +1,162 @@
+"""In which ordinary architecture a family's weights mean the same and have MLP biases, and its config there.
+
+Values in, values out; reads no weights. Transformers' own config classes say what a config leaves to its defaults,
+which differ from family to family.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from adaras_export.errors import ExportError
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a family's checkpoint is written as.
+
+    Attributes:
+        model_type: of the architecture; the family's own where it has biases to offer.
+        architecture: the class that opens it.
+        biased: the maps of an MLP that get a bias with the down projection's, below one decoder layer.
+        always: whether the family's own down projections have a bias, whatever its config says.
+        output: whether the attention's output gets a (zero) bias, because those of its inputs come with one.
+    """
+
+    model_type: str
+    architecture: str
+    biased: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    always: bool = False
+    output: bool = False
+
+
+FORMS = {
+    "llama": Form("llama", "LlamaForCausalLM"),
+    "smollm3": Form("smollm3", "SmolLM3ForCausalLM"),
+    "granite": Form("granite", "GraniteForCausalLM"),
+    "mistral": Form("llama", "LlamaForCausalLM"),
+    "qwen2": Form("llama", "LlamaForCausalLM", output=True),
+    "qwen3": Form("hy_v3", "HYV3ForCausalLM"),
+    "gpt_neox": Form("gpt_neox", "GPTNeoXForCausalLM", ("mlp.dense_4h_to_h",), always=True),
+    "gpt2": Form("gpt2", "GPT2LMHeadModel", ("mlp.c_proj",), always=True),
+}
+_REMEDY = "choose target hf or peft"
+
+_ROPES = ("default", "linear", "dynamic", "llama3", "yarn")
+
+# What a config says of the computation, the vocabulary and training, alike in all that are written as another family.
+_PASSED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "use_cache",
+    "tie_word_embeddings",
+    "attention_dropout",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
+
+
+def form_of(family: str, subject: str) -> Form:
+    """The form of a family.
+
+    Raises:
+        ExportError: no ordinary architecture is known to compute the same with MLP biases, or it is not installed.
+    """
+    if family not in FORMS:
+        raise ExportError(
+            f"{subject}: no ordinary architecture computes what {family} does and has a bias behind its MLP; expected "
+            f"one of: {', '.join(FORMS)}; {_REMEDY}"
+        )
+    form = FORMS[family]
+    from transformers import CONFIG_MAPPING, __version__
+
+    if form.model_type not in CONFIG_MAPPING:
+        raise ExportError(
+            f"{subject}: {family} is written as {form.architecture}, which transformers {__version__} does not have; "
+            f"expected one with {form.model_type}, as 5.19 and later are; upgrade it, or {_REMEDY}"
+        )
+    return form
+
+
+def has_biases(config: Mapping[str, Any], family: str) -> bool:
+    """Whether the MLPs of a base with this config have biases."""
+    return FORMS[family].always or bool(config.get("mlp_bias", False))
+
+
+def expressed(config: Mapping[str, Any], family: str, dtype: str, subject: str) -> dict[str, Any]:
+    """The config.json of the artifact; ``dtype`` is that of the weights where the base's config names none.
+
+    Raises:
+        ExportError: the base does what the form cannot.
+    """
+    form = form_of(family, subject)
+    named = config.get("dtype") or config.get("torch_dtype") or dtype
+    kept = {key: value for key, value in config.items() if key != "auto_map"}
+    if form.always:
+        return {**kept, "architectures": [form.architecture], "dtype": named}
+    read = _read(config, family)
+    ours = {"architectures": [form.architecture], "dtype": named, "mlp_bias": True, **_rope(config, read, subject)}
+    if form.model_type == family:
+        return {**kept, **ours}
+    _refuse_windows(read, family, subject)
+    passed = {key: getattr(read, key) for key in _PASSED}
+    heads = {"head_dim": getattr(read, "head_dim", None) or read.hidden_size // read.num_attention_heads}
+    bias = {"attention_bias": form.output or bool(getattr(read, "attention_bias", False))}
+    return {**passed, **heads, **bias, **_dense(form, read), **ours, "model_type": form.model_type}
+
+
+def _read(config: Mapping[str, Any], family: str) -> Any:  # noqa: ANN401 - a config class of Transformers
+    """The config as its own class reads it, defaults filled in."""
+    from transformers import CONFIG_MAPPING
+
+    plain = {key: value for key, value in config.items() if key not in ("auto_map", "model_type")}
+    return CONFIG_MAPPING[family].from_dict(plain)
+
+
+def _dense(form: Form, read: Any) -> dict[str, Any]:  # noqa: ANN401 - as above
+    """What makes all layers of a mixture-of-experts architecture dense."""
+    if form.model_type != "hy_v3":
+        return {}
+    return {"mlp_layer_types": ["dense"] * read.num_hidden_layers, "num_experts": 0}
+
+
+def _refuse_windows(read: Any, family: str, subject: str) -> None:  # noqa: ANN401 - as above
+    kinds = {*(getattr(read, "layer_types", None) or ())} - {"full_attention"}
+    if read.sliding_window is not None or kinds:
+        found = f"a sliding window of {read.sliding_window} tokens" if read.sliding_window else ", ".join(sorted(kinds))
+        raise ExportError(
+            f"{subject}: this {family} has {found}, which {FORMS[family].architecture} does not; expected full "
+            f"attention in all layers; {_REMEDY}"
+        )
+
+
+def _rope(config: Mapping[str, Any], read: Any, subject: str) -> dict[str, Any]:  # noqa: ANN401 - as above
+    """Rotary settings as both generations of Transformers read them.
+
+    4.57 takes rope_theta and rope_scaling and knows nothing of rope_parameters; 5 takes rope_parameters, or the other
+    two. What the base left out of them is left out again: filled in, 4.57 would compute other factors from it.
+    """
+    given = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    kind = given.get("rope_type", given.get("type", "default"))
+    if kind not in _ROPES or any(isinstance(value, dict) for value in given.values()):
+        raise ExportError(
+            f"{subject}: rotary embeddings of type {kind}, or one for each kind of layer; expected one of: "
+            f"{', '.join(_ROPES)}; {_REMEDY}"
+        )
+    default = getattr(read, "rope_theta", None) or read.rope_parameters["rope_theta"]
+    theta = given.pop("rope_theta", None) or config.get("rope_theta") or default
+    given = {key: value for key, value in given.items() if key != "type"} | {"rope_type": kind}
+    return {
+        "rope_theta": theta,
+        "rope_scaling": None if kind == "default" else given,
+        "rope_parameters": {**given, "rope_theta": theta},
+    }
