@@ -12,10 +12,11 @@ from tiny import EOS, LAYERS, PAD, PROMPTS, require_answers
 
 ROOT = Path(__file__).parents[1]
 DRIVERS = Path(__file__).parent / "runtimes" / "drivers"
+SERVERS = Path(__file__).parent / "servers" / "drivers"
 NODE = Path(__file__).parent / "runtimes" / "node"
 
-# What runs a driver, and the file that says that `make test-runtimes` has built its environment.
-Environment = namedtuple("Environment", "command built")
+# What runs a driver, the file that says that make has built its environment, and the variables that it wants.
+Environment = namedtuple("Environment", "command built settings", defaults=[{}])
 
 
 def _python(folder, driver):
@@ -24,6 +25,12 @@ def _python(folder, driver):
 
 def _node(driver):
     return Environment(["node", NODE / driver], NODE / "node_modules" / ".installed")
+
+
+def _vllm(driver):
+    # Memory for its KV cache; no telemetry; compiling its small kernels takes longer here than it saves.
+    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "TORCHDYNAMO_DISABLE": "1"}
+    return _python(".venv-vllm", SERVERS / driver)._replace(settings=settings)
 
 
 RUNTIMES = {
@@ -35,6 +42,8 @@ RUNTIMES = {
     "transformers.js": _node("run_transformers.mjs"),
     "web": _node("run_web.mjs"),
     "page": _python(".venv-runtimes", "run_page.py"),
+    "vllm": _vllm("run_vllm.py"),
+    "vllm-server": _vllm("run_vllm_server.py"),
 }
 
 
@@ -48,6 +57,7 @@ def job(folder, key, modes, **more):
 def run_driver(runtime, jobs, folder):
     """What the driver of a runtime found, by the keys of ``jobs``; ``folder`` is its home."""
     environment = {"PATH": os.environ["PATH"], "HOME": str(folder), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment |= RUNTIMES[runtime].settings
     found, _ = answered(RUNTIMES[runtime].command, jobs, folder, environment)
     return dict(zip(jobs, found, strict=True))
 

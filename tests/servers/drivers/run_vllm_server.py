@@ -1,7 +1,7 @@
 """Driver of `vllm serve`: starts the server on loopback, asks it with the OpenAI client, stops it.
 
-Reads a list with one job from standard input, {"folder", "rows", "steps", "vocabulary", "arguments", "models"}, and prints
-[{model: rows}] on the last line; a row is {"ids", "logprobs"}, log-probabilities of every token.
+Reads a list with one job from standard input, {"folder", "rows", "steps", "vocabulary", "arguments", "models"}, and
+prints [{model: rows}] on the last line; a row is {"ids", "logprobs"}, log-probabilities of every token.
 """
 
 import json
