@@ -68,6 +68,34 @@ def _stored(path: Path, start: int, entry: Mapping[str, Any]) -> Stream:
     return Stream(entry["dtype"], tuple(entry["shape"]), pieces)
 
 
+def padded(tensor: Stream, axis: int, count: int) -> Stream:
+    """A matrix with ``count`` zero rows (axis 0) or columns (axis 1) behind its own."""
+    rows, columns = tensor.shape
+    shape = (rows + count, columns) if axis == 0 else (rows, columns + count)
+    gap = bytes(count * tensor.width * (columns if axis == 0 else 1))
+
+    def pieces() -> Iterator[bytes]:
+        if axis == 0:
+            yield from tensor.pieces()
+            yield gap
+            return
+        for row in _runs(tensor.pieces(), columns * tensor.width):
+            yield row + gap
+
+    return Stream(tensor.dtype, shape, pieces)
+
+
+def _runs(pieces: Iterator[bytes], length: int) -> Iterator[bytes]:
+    """The same bytes in runs of ``length``."""
+    rest = b""
+    for piece in pieces:
+        rest += piece
+        whole = len(rest) // length * length
+        for at in range(0, whole, length):
+            yield rest[at : at + length]
+        rest = rest[whole:]
+
+
 def write(path: Path, tensors: Mapping[str, Stream]) -> None:
     """Write a file of these tensors, the widest types first, so that each lies where its type wants it."""
     names = sorted(tensors, key=lambda name: -tensors[name].width)

@@ -1,0 +1,108 @@
+"""The adapter of `stock --switchable`: an ordinary rank-1 LoRA that turns the steering on, in a folder of its own.
+
+Plain PEFT files, without a bias, as servers take them. See `constant_neuron` for the neuron that it needs.
+"""
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import save
+
+from adaras_export import storage
+from adaras_export.errors import ArtifactError, first_line
+from adaras_export.exporters.checkpoint import opened, stores, vectors, write_json
+from adaras_export.exporters.constant_neuron import picking
+from adaras_export.parity import Check, Mode, Play, Tolerance, play_model
+from adaras_export.rule import SteeringRule
+from adaras_export.storage import Array
+
+FOLDER = "steering-lora"
+_CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def adapter_config(rule: SteeringRule) -> dict[str, Any]:
+    """What PEFT and servers read of it.
+
+    The layers are named apart from the modules: servers that know modules by their last name take no full ones. Where
+    the base will be is not known yet, and is no secret: it is the folder around this one.
+    """
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "r": 1,
+        "lora_alpha": 1,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": ["down_proj"],
+        "layers_to_transform": rule.layers(),
+        "layers_pattern": "layers",
+    }
+
+
+def adapter_tensors(rule: SteeringRule, base: Path) -> dict[str, Array]:
+    """A, which picks the constant neuron, and B = strength * vector of each steered layer, float32."""
+    tensors: dict[str, Array] = {}
+    for layer, vector_D in vectors(rule, base).items():
+        prefix = f"base_model.model.model.layers.{layer}.mlp.down_proj"
+        tensors[f"{prefix}.lora_A.weight"] = picking(rule.base.mlp_size)
+        tensors[f"{prefix}.lora_B.weight"] = (rule.strength * vector_D.astype(np.float64)).astype(np.float32)[:, None]
+    return tensors
+
+
+def write(rule: SteeringRule, base: Path, out: Path) -> None:
+    """Write the adapter below the artifact's folder ``out``."""
+    (out / FOLDER).mkdir()
+    write_json(out / FOLDER / _CONFIG, adapter_config(rule))
+    storage.replace_file(out / FOLDER / _TENSORS, save(adapter_tensors(rule, base), metadata={"format": "pt"}))
+
+
+def changed_settings(rule: SteeringRule, folder: Path) -> list[str]:
+    """What of the adapter is other than it should be, besides its tensors: PEFT follows settings, and reads pickles."""
+    found, path = {item.name for item in (folder / FOLDER).glob("*")}, folder / FOLDER / _CONFIG
+    wrong = sorted(f"{FOLDER}/{name}" for name in found ^ {_CONFIG, _TENSORS})
+    if path.exists() and storage.read_json(path) != adapter_config(rule):
+        wrong.append(f"{FOLDER}/{_CONFIG}")
+    return wrong
+
+
+def checks(rule: SteeringRule, base: Path, folder: Path) -> list[Check]:
+    """Compare the tensors that `write` wrote."""
+    path, expected = folder / FOLDER / _TENSORS, adapter_tensors(rule, base)
+    wrong = [name for name, value in expected.items() if not stores(path, name, value)]
+    return [Check("adapter tensors that differ", len(wrong), 0, " ".join(wrong))]
+
+
+class SwitchableCheckpoint:
+    """An opened artifact with its adapter; off is the checkpoint alone."""
+
+    tolerance = Tolerance(64, off=True)  # the wider matrices are summed in other blocks
+    switchable = True
+
+    def __init__(self, folder: Path) -> None:
+        from peft import PeftModel
+
+        model, self.loading_report = opened(folder)
+        try:
+            with warnings.catch_warnings():
+                # PEFT 0.21 asks Transformers 5 for a name that is deprecated there.
+                warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+                self.model: Any = PeftModel.from_pretrained(model, folder / FOLDER).eval()
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            raise ArtifactError(f"{folder / FOLDER}: cannot be opened ({first_line(error)})") from error
+
+    def findings(self) -> Sequence[Check]:
+        """As `Artifact` says."""
+        return [Check("keys in the loading report", len(self.loading_report), 0, " ".join(self.loading_report))]
+
+    def play(self, rows: Sequence[Sequence[int]], mode: Mode, follow_BS: torch.Tensor | None) -> Play:
+        """As `Player` says."""
+        if mode != "off":
+            return play_model(self.model, rows, follow_BS)
+        with self.model.disable_adapter():
+            return play_model(self.model, rows, follow_BS)
