@@ -162,6 +162,10 @@ def _commissioned(commission: Commission) -> Exporter:
         raise ExportError(f"peft: {', '.join(strange)}; expected true or false")
     if all(chosen.values()):
         raise ExportError("peft: adaptive and merge exclude each other; a merged bias has no gate")
+    if chosen["merge"]:
+        from adaras_export.exporters.peft_merge import MergeExporter
+
+        return MergeExporter(copy=commission.copy)
     return PeftExporter(commission=commission)
 
 
