@@ -309,6 +309,12 @@ def down_projection(model: "nn.Module", layer: int) -> "nn.Module":
     return module
 
 
+def down_name(family: str, layer: int) -> str:
+    """The name that the down projection of a 0-based decoder layer has in a causal language model of a family."""
+    known = FAMILIES[family]
+    return f"{known.decoder}.{known.layers}.{layer}.{known.down}"
+
+
 def down_columns(family: str, located: Mapping[str, Path], layer: int, index: "Tensor") -> "Tensor":
     """W_down[:, index] of a layer of a checkpoint, (D, K), in its stored type; ``located`` as `shards` gives it.
 

@@ -12,9 +12,13 @@ TARGETS = {
     "hf": "adaras_export.exporters.hf",
     "hf-thin": "adaras_export.exporters.hf_thin",
     "onnx": "adaras_export.exporters.onnx",
+    "peft": "adaras_export.exporters.peft",
     "stock": "adaras_export.exporters.stock",
 }
-_NEEDS = {"onnx": ("onnx", "onnx_ir", "onnxruntime", "onnxscript")}  # what their extra, of the same name, brings
+_NEEDS = {  # what their extra, of the same name, brings
+    "onnx": ("onnx", "onnx_ir", "onnxruntime", "onnxscript"),
+    "peft": ("peft",),
+}
 
 
 def load(target: str) -> "Exporter":

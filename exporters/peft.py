@@ -1,0 +1,264 @@
+"""Target `peft`: a stock LoRA adapter that is nothing but biases, for any PEFT >= 0.18 and no code of ours.
+
+W_down[:, idx] @ delta is a constant, so a LoRA with `lora_bias` and A = B = 0 holds it exactly. It knows neither gate
+nor start: every token of every sequence is steered. With `merge` it is an ordinary checkpoint instead (peft_merge.py),
+with `adaptive` an adapter of our own method that knows both (peft_adaptive.py).
+"""
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from adaras_export import models, storage
+from adaras_export.errors import ArtifactError, ExportError, first_line
+from adaras_export.exporters.base import Commission, Exporter, Feature, Written, stock_reference
+from adaras_export.exporters.checkpoint import plain_config, stores, vectors, write_json
+from adaras_export.parity import FLOAT32, Artifact, Check, Mode, Play, Reference, play_model
+from adaras_export.rule import SteeringRule
+from adaras_export.storage import Array
+
+ADAPTER_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+_CODE = {".py", ".bin", ".pt", ".pth", ".pkl"}  # what could run when a folder is opened, pickles included
+
+
+@dataclass(frozen=True)
+class PeftExporter:
+    """The exporter of target `peft`; without a commission, the base is where its folder is."""
+
+    name: str = "peft"
+    drops: frozenset[Feature] = frozenset({"gate", "start"})
+    options: frozenset[str] = frozenset({"adaptive", "merge"})
+    library: str = "peft"
+    relation: str = "adapter"
+    commission: Commission | None = None
+
+    def commissioned(self, commission: Commission) -> Exporter:
+        """As `Exporter` says."""
+        return _commissioned(commission)
+
+    def recorded(self) -> Mapping[str, Any]:
+        """As `Exporter` says."""
+        return {}
+
+    def write(self, rule: SteeringRule, base: Path, out: Path) -> Written:
+        """As `Exporter` says."""
+        refuse_nothing(rule)
+        plain_config(base)
+        storage.replace_file(out / ADAPTER_FILE, save(self.tensors(rule, base), metadata={"format": "pt"}))
+        write_json(out / CONFIG_FILE, self.config(rule, base))
+        return Written(rule)
+
+    def inspect(self, folder: Path, rule: SteeringRule, base: Path) -> Sequence[Check]:
+        """As `Exporter` says."""
+        expected, found = self.config(rule, base), storage.read_json(folder / CONFIG_FILE)
+        settings = [key for key in sorted({*expected, *found}) if found.get(key) != expected.get(key)]
+        tensors, path = self.tensors(rule, base), folder / ADAPTER_FILE
+        wrong = [name for name, value in tensors.items() if not stores(path, name, value)]
+        strange = sorted(stored_names(path) ^ tensors.keys())
+        return [
+            code_check(folder),
+            Check("adapter_config.json entries that differ", len(settings), 0, " ".join(settings)),
+            Check("adapter tensors that differ", len(wrong), 0, " ".join(wrong)),
+            Check("tensors missing or unknown", len(strange), 0, " ".join(strange)),
+        ]
+
+    def reference(self, folder: Path, rule: SteeringRule, base: Path) -> Reference:  # noqa: ARG002
+        """As `Exporter` says."""
+        return stock_reference(rule, base, everywhere=True)
+
+    def load(self, folder: Path) -> Artifact:
+        """As `Exporter` says."""
+        return _Adapted(open_adapted(folder, self.commission), folder)
+
+    def tags(self) -> Sequence[str]:
+        """As `Exporter` says."""
+        return ("lora",)
+
+    def weights(self) -> str:
+        """As `Exporter` says."""
+        return "No weight of the base is changed; none is here: this adapter adds a bias to some of its MLPs."
+
+    def usage(self) -> str:
+        """As `Exporter` says."""
+        return _USAGE
+
+    def tensors(self, rule: SteeringRule, base: Path) -> dict[str, Array]:
+        """What the adapter's file holds: per steered layer A = 0 (1, M), B = 0 (D, 1), and the bias (D,)."""
+        mlp, width, held = rule.base.mlp_size, rule.base.hidden_size, {}
+        for layer, vector in vectors(rule, base).items():
+            name = f"base_model.model.{models.down_name(rule.base.family, layer)}"
+            held[f"{name}.lora_A.weight"] = np.zeros((1, mlp), np.float32)
+            held[f"{name}.lora_B.weight"] = np.zeros((width, 1), np.float32)
+            held[f"{name}.lora_B.bias"] = np.float32(rule.strength) * vector
+        return held
+
+    def config(self, rule: SteeringRule, base: Path) -> dict[str, Any]:
+        """The adapter_config.json: entries that PEFT 0.18 knows, since it warns of others."""
+        return {
+            **base_entries(self.commission, base),
+            "peft_type": "LORA",
+            "r": 1,
+            "lora_alpha": 1,
+            "lora_dropout": 0.0,
+            "lora_bias": True,
+            "bias": "none",
+            "fan_in_fan_out": models.FAMILIES[rule.base.family].transposed,
+            "target_modules": [models.down_name(rule.base.family, layer) for layer in rule.layers()],
+        }
+
+
+EXPORTER = PeftExporter()
+
+_USAGE = """\
+```python
+from peft import PeftConfig, PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+place = PeftConfig.from_pretrained("{repo}")   # names the base model and its commit
+name, commit = place.base_model_name_or_path, place.revision or "main"
+tokenizer = AutoTokenizer.from_pretrained(name, revision=commit)
+base = AutoModelForCausalLM.from_pretrained(name, revision=commit)
+model = PeftModel.from_pretrained(base, "{repo}").eval()
+
+inputs = tokenizer("What is 12 times 7?", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0]))
+```
+
+Off, row by row, and dialled:
+
+```python
+with model.disable_adapter():                  # the base model, bit for bit
+    model.generate(**inputs, max_new_tokens=32)
+
+prompts = tokenizer(["What is 12 times 7?"] * 2, return_tensors="pt")
+names = ["default", "__base__"]                # the first row is steered, the second is not
+model.generate(**prompts, adapter_names=names, max_new_tokens=32)
+
+for module in model.modules():                 # half of the strength; 1 is what was exported
+    if hasattr(module, "set_scale"):
+        module.set_scale("default", 0.5)
+```
+
+Two such adapters add up: `model.load_adapter(folder, "other")`, `model.base_model.set_adapter(["default", "other"])`.
+Without PeftModel, `base.load_adapter("{repo}")` of Transformers does the same.
+
+Needs peft >= 0.18, no code of anybody else. PEFT says at loading that an adapter with `lora_bias` cannot be merged into
+layers without a bias; that is so, and no fault of the adapter.
+"""
+
+
+def _commissioned(commission: Commission) -> Exporter:
+    chosen = {name: commission.options.get(name, False) for name in ("adaptive", "merge")}
+    if strange := [f"{name} {value!r}" for name, value in chosen.items() if not isinstance(value, bool)]:
+        raise ExportError(f"peft: {', '.join(strange)}; expected true or false")
+    if all(chosen.values()):
+        raise ExportError("peft: adaptive and merge exclude each other; a merged bias has no gate")
+    if chosen["merge"]:
+        from adaras_export.exporters.peft_merge import MergeExporter
+
+        return MergeExporter(copy=commission.copy)
+    return PeftExporter(commission=commission)
+
+
+def refuse_nothing(rule: SteeringRule) -> None:
+    """Refuse what would give an adapter without effect.
+
+    Raises:
+        ExportError: the rule has no neurons, or strength 0.
+    """
+    if not len(rule.neurons) or rule.strength == 0:
+        found = "no neurons" if not len(rule.neurons) else "strength 0"
+        raise ExportError(f"peft: the rule has {found}; expected an effect, or there is nothing to put into a file")
+
+
+def base_entries(commission: Commission | None, base: Path) -> dict[str, Any]:
+    """The entries of an adapter_config.json that do not depend on its method."""
+    place = commission or Commission(str(base.resolve()))
+    return {
+        "base_model_name_or_path": place.base_id,
+        "revision": place.base_revision,
+        "task_type": "CAUSAL_LM",
+        "inference_mode": True,
+    }
+
+
+def code_check(folder: Path) -> Check:
+    """Whether there is nothing in a folder that could run."""
+    found = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix in _CODE)
+    return Check("code files that are not the library's", len(found), 0, " ".join(found))
+
+
+def stored_names(path: Path) -> set[str]:
+    """The tensors of a file; none where it is truncated or missing."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return set(file.keys())
+    except (SafetensorError, OSError):
+        return set()
+
+
+def open_adapted(folder: Path, commission: Commission | None) -> Any:  # noqa: ANN401 - PEFT's class
+    """The stock base in float32 with the adapter on it, as its users open it.
+
+    Raises:
+        ArtifactError: base or adapter do not open.
+    """
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    place = storage.read_json(folder / CONFIG_FILE)
+    elsewhere = None if commission is None else commission.base_elsewhere
+    name, commit = (place["base_model_name_or_path"], place["revision"]) if elsewhere is None else (elsewhere, None)
+    try:
+        with _expected_warnings(), torch.random.fork_rng(devices=[]):  # PEFT draws adapters before it reads them
+            base = AutoModelForCausalLM.from_pretrained(name, revision=commit or "main", dtype=torch.float32)
+            model = PeftModel.from_pretrained(base, str(folder)).eval()
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ArtifactError(f"{folder}: cannot be opened ({first_line(error)})") from error
+    # PEFT freezes the base, and PyTorch multiplies by frozen weights in another order: 1e-6 off, adapter or not.
+    return model.requires_grad_(requires_grad=True)
+
+
+@contextmanager
+def _expected_warnings() -> Iterator[None]:
+    """Silence what is said of every such adapter, and of missing tensors, which `_Adapted.findings` finds itself."""
+    with warnings.catch_warnings():
+        # Transformers 5.23 has renamed what PEFT 0.21 asks it for.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        warnings.filterwarnings("ignore", "`lora_bias=True` was passed but the targeted layer")
+        warnings.filterwarnings("ignore", "Found missing adapter keys")
+        yield
+
+
+class _Adapted:
+    """The base with the adapter on it."""
+
+    tolerance = FLOAT32
+    switchable = True
+
+    def __init__(self, model: Any, folder: Path) -> None:  # noqa: ANN401 - PEFT's class
+        self.model = model
+        self.path = folder / ADAPTER_FILE
+
+    def findings(self) -> Sequence[Check]:
+        """Adapters that lost their biases on the way are known in the field."""
+        marked = {name: value for name, value in self.model.state_dict().items() if ".default" in name}
+        taken = {name.replace(".default", ""): value.numpy() for name, value in marked.items()}
+        lost = stored_names(self.path) ^ taken.keys()
+        lost |= {name for name, value in taken.items() if not stores(self.path, name, value)}
+        return [Check("adapter tensors that PEFT did not take", len(lost), 0, " ".join(sorted(lost)))]
+
+    def play(self, rows: Sequence[Sequence[int]], mode: Mode, follow_BS: torch.Tensor | None) -> Play:
+        if mode != "off":
+            return play_model(self.model, rows, follow_BS)
+        with self.model.disable_adapter():
+            return play_model(self.model, rows, follow_BS)

@@ -1,0 +1,185 @@
+"""Target `peft` with `merge`: an ordinary checkpoint whose base has biases to add to."""
+
+import json
+import shutil
+
+import pytest
+import tiny
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from tiny import greedy, require_answers
+
+from adaras_export import delivery, models
+from adaras_export.delivery import export, verify
+from adaras_export.errors import ExportError
+from adaras_export.exporters.base import Commission
+from adaras_export.exporters.peft import EXPORTER
+
+peft = pytest.importorskip("peft")
+
+CAUSAL = ("causal", "last_prompt_token")
+BIASED = ("llama-biased", "gpt_neox", "gpt2")
+WITHOUT = [name for name in tiny.NAMES if name not in BIASED]
+every_base = pytest.mark.parametrize("name", BIASED)
+LOSS = ["gate", "start", "dial"]
+MERGE = Commission("unused", options={"merge": True})
+BIAS = "model.layers.3.mlp.down_proj.bias"
+
+
+def merge(rule, base, out):
+    return export(rule, base=base, to="peft", out=out, accept_loss=LOSS, merge=True)
+
+
+def opened(folder, **how):
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, **{"dtype": torch.float32, "output_loading_info": True, **how}
+    )
+
+
+@pytest.fixture(scope="module")
+def delivered(rules, folders, tmp_path_factory):
+    def deliver(name):
+        return merge(rules[(name, *CAUSAL)], folders[name], tmp_path_factory.mktemp("out") / f"{name}-merged").path
+
+    return tiny.Lazy(deliver)
+
+
+@every_base
+def test_a_merged_checkpoint_equals_the_oracle_and_opens_without_a_word(name, delivered, folders, told_everywhere):
+    model, report = opened(delivered[name])
+    require_answers(greedy(model.eval()), told_everywhere[(name, *CAUSAL)])
+    assert not any(report.values())
+    assert type(model) is type(opened(folders[name])[0])
+    assert verify(delivered[name]).ok
+
+
+@every_base
+def test_every_other_tensor_and_file_is_the_bases(name, delivered, folders, rules):
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (delivered[name], folders[name]))
+    changed = {key for key in theirs if not torch.equal(ours[key], theirs[key])}
+    assert ours.keys() == theirs.keys()
+    assert len(changed) == len(rules[(name, *CAUSAL)].layers())
+    assert all(key.endswith(".bias") for key in changed)
+    assert json.loads((delivered[name] / "config.json").read_text()) == json.loads(
+        (folders[name] / "config.json").read_text()
+    )
+    assert (delivered[name] / "tokenizer.json").exists()
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@every_base
+def test_it_is_what_peft_merges(name, delivered, folders, rules, tmp_path):
+    """Up to one rounding: PEFT rounds the product and the sum."""
+    EXPORTER.commissioned(Commission(str(folders[name]))).write(rules[(name, *CAUSAL)], folders[name], tmp_path)
+    with torch.random.fork_rng():
+        merged = peft.PeftModel.from_pretrained(opened(folders[name])[0], tmp_path).merge_and_unload().state_dict()
+    ours = opened(delivered[name])[0].state_dict()
+    assert ours.keys() == merged.keys()
+    for key, value in ours.items():
+        torch.testing.assert_close(value, merged[key], rtol=0, atol=1e-6 if key.endswith("bias") else 0)
+
+
+@pytest.mark.parametrize("name", WITHOUT)
+def test_a_base_without_biases_is_refused_by_name(name, rules, folders, tmp_path):
+    with pytest.raises(ExportError, match=r"has no model.layers.2.mlp.down_proj.bias to merge into; .* --to stock"):
+        EXPORTER.commissioned(MERGE).write(rules[(name, *CAUSAL)], folders[name], tmp_path)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_it_has_no_dial_and_that_must_be_accepted_too(rules, folders, tmp_path):
+    with pytest.raises(ExportError, match="cannot express dial"):
+        export(
+            rules[("gpt2", *CAUSAL)],
+            base=folders["gpt2"],
+            to="peft",
+            out=tmp_path / "out",
+            accept_loss=["gate", "start"],
+            merge=True,
+        )
+
+
+def test_the_card_names_transformers_and_all_that_is_left_out(delivered):
+    card = (delivered["gpt2"] / "README.md").read_text()
+    for part in ("library_name: transformers", "**Left out by this format:** dial, gate, start.", "stored in float32"):
+        assert part in card
+    assert json.loads((delivered["gpt2"] / "receipt.json").read_text())["options"] == {"merge": True}
+
+
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory):
+    """A base in bfloat16, in several files."""
+    folder = tiny.save_base("llama-biased", tmp_path_factory.mktemp("bf16") / "base")
+    model = opened(folder, dtype=torch.bfloat16)[0]
+    for path in folder.glob("model*.safetensors*"):
+        path.unlink()
+    model.save_pretrained(folder, max_shard_size="30KB")
+    return folder
+
+
+def test_a_bfloat16_base_in_several_files_keeps_its_bits_and_gets_exact_biases(halves, tmp_path):
+    base = models.BaseModel.of(halves)
+    rule = tiny.make_rule(base, gate=tiny.make_gate())
+    out = merge(rule, halves, tmp_path / "out").path
+    model = opened(out)[0].eval()
+    require_answers(greedy(model), tiny.answers_everywhere(opened(halves)[0].eval(), rule))
+    located, theirs = models.shards(out), models.shards(halves)
+    types = {name: load_file(path)[name].dtype for name, path in located.items()}
+    assert {name for name, dtype in types.items() if dtype == torch.float32} == {BIAS, BIAS.replace("3", "2")}
+    untouched = set(theirs.values()) - {theirs[BIAS], theirs[BIAS.replace("3", "2")]}
+    assert untouched
+    assert all(path.stat().st_ino == (out / path.name).stat().st_ino for path in untouched)
+    assert opened(out, dtype="auto")[0].dtype == torch.bfloat16
+    assert verify(out).ok
+
+
+@pytest.fixture
+def folder(delivered, tmp_path):
+    return shutil.copytree(delivered["llama-biased"], tmp_path / "damaged")
+
+
+def failures(folder):
+    """What verify says, also when the receipt was made to match."""
+    path = folder / "receipt.json"
+    receipt = json.loads(path.read_text())
+    path.write_text(json.dumps({**receipt, "files": delivery._hashes(folder)}))
+    return {check.name: check.detail for check in verify(folder).failed()}
+
+
+def change_tensors(folder, change):
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    path.unlink()
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def test_a_changed_bias_is_named_and_fails_the_comparison(folder):
+    change_tensors(folder, lambda tensors: tensors[BIAS].neg_())
+    found = failures(folder)
+    assert found["merged biases that differ"] == BIAS
+    assert "by the rule, prefill logits" in found
+
+
+def test_a_weight_that_changed_by_one_bit_is_named(folder):
+    key = "model.layers.0.mlp.up_proj.weight"
+    change_tensors(folder, lambda tensors: tensors[key].view(torch.int32)[0, 0].add_(1))
+    assert failures(folder) == {"other weights that differ": key}
+
+
+def test_a_bias_that_is_gone_is_named_and_in_the_loading_report(folder):
+    change_tensors(folder, lambda tensors: tensors.pop(BIAS))
+    found = failures(folder)
+    assert found["tensors missing or unknown"] == BIAS
+    assert BIAS in found["keys in the loading report"]
+
+
+def test_a_config_that_drops_the_biases_or_points_elsewhere_is_not_run(folder):
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"mlp_bias": False}))
+    assert failures(folder)["config entries that differ"] == "mlp_bias"
+    (folder / "config.json").write_text(json.dumps(settings))
+    (folder / "adapter_config.json").write_text("{}")
+    found = failures(folder)
+    assert found["config entries that differ"] == "adapter_config.json"
+    assert "not run, because its code or its settings differ" in found
