@@ -133,13 +133,8 @@ def test_without_a_spare_slot_vllm_on_a_cpu_steers_its_neighbours_too(artifacts,
 
 def test_the_server_switches_steering_by_the_name_of_the_model(artifacts, driven, wide_models, wide_rules):
     folder = artifacts["llama", "stock", "switchable"]
-    arguments = [
-        "--served-model-name",
-        "base",
-        "--enable-lora",
-        "--lora-modules",
-        f"steered={folder / 'steering-lora'}",
-    ]
+    arguments = ["--served-model-name", "base", "--enable-lora", "--max-loras", "2"]
+    arguments += ["--lora-modules", f"steered={folder / 'steering-lora'}"]
     found = driven("vllm-server", folder, arguments=arguments, models=["base", "steered"])
     require_rows(found["steered"], answers(wide_models["llama"], wide_rules["llama"]))
     require_rows(found["base"], answers(wide_models["llama"], wide_rules["llama"].with_strength(0)))
