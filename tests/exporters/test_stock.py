@@ -137,7 +137,7 @@ ROPES = {
 @pytest.mark.parametrize("rope", ROPES)
 @pytest.mark.parametrize("name", only_five("llama", "mistral", "qwen2", "qwen3", "granite", "smollm3"))
 def test_rotary_embeddings_pass_through_in_the_words_of_both_generations(name, rope, written, folders, tmp_path):
-    if written == "for 5" and transformers.__version__ < "5":
+    if transformers.__version__ < "5" and (written == "for 5" or (name, rope) == ("granite", "old-yarn")):
         pytest.skip("Transformers 4 does not read such a base")
     base = shutil.copytree(folders[name], tmp_path / "base")
     scaling, positions = ROPES[rope], 8 if rope == "dynamic" else 128
@@ -145,7 +145,8 @@ def test_rotary_embeddings_pass_through_in_the_words_of_both_generations(name, r
     new = {"rope_parameters": {"rope_type": "default", **(scaling or {}), "rope_theta": 777.0}, "rope_theta": ...}
     if written == "for 5" and "type" in new["rope_parameters"]:
         new["rope_parameters"]["rope_type"] = new["rope_parameters"].pop("type")
-    edit_json(base / "config.json", max_position_embeddings=positions, **(old if written == "for 4" else new))
+    head = {"head_dim": 8} if name == "mistral" else {}  # Transformers 4 needs it named where there is a scaling
+    edit_json(base / "config.json", max_position_embeddings=positions, **head, **(old if written == "for 4" else new))
     out = carried(base, tmp_path, rows_alone=rope == "dynamic")  # its frequencies depend on the longest row
     config = json.loads((out / "config.json").read_text())
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 777.0
