@@ -25,14 +25,16 @@ LOSS = ("gate", "start", "dial")
 FIVE = pytest.mark.skipif("hy_v3" not in transformers.CONFIG_MAPPING, reason="needs a Transformers with hy_v3")
 
 
-def only_five(*names):
-    """These names, those of Qwen3 only where its form is there."""
-    return [pytest.param(name, marks=[FIVE] if name.startswith("qwen3") else []) for name in names]
+def only_five(*names, quick=()):
+    """These names, those of Qwen3 only where its form is there; where some are quick, the others are slow."""
+    slow = {name: [pytest.mark.slow] if quick and name not in quick else [] for name in names}
+    return [pytest.param(name, marks=slow[name] + ([FIVE] if name.startswith("qwen3") else [])) for name in names]
 
 
 NAMES = [name for name in tiny.NAMES if tiny.SPECS[name][0] in FORMS and name != "mistral-window"]
 HERE = [name for name in NAMES if FORMS[tiny.SPECS[name][0]].model_type in transformers.CONFIG_MAPPING]
 each_name = pytest.mark.parametrize("name", only_five(*NAMES))
+most_slow = pytest.mark.parametrize("name", only_five(*NAMES, quick=("llama-biased", "qwen2", "qwen3")))
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +95,7 @@ def carried(base, tmp_path, rows_alone=False):
 # Against the oracle
 
 
+@pytest.mark.slow  # all families together, in a process of their own
 @each_name
 def test_a_checkpoint_in_a_process_without_the_library_equals_the_oracle(name, clean, told_everywhere):
     key = (name, *CAUSAL)
@@ -112,6 +115,7 @@ def test_in_this_process_too_cached_or_not(name, stocked, told_everywhere):
     require_answers(greedy(model, use_cache=False), told_everywhere[key])
 
 
+@pytest.mark.slow  # as above
 @each_name
 def test_the_type_of_the_base_is_what_dtype_auto_gives(name, clean):
     assert set(clean[(name, *CAUSAL)]["auto"]) == {"torch.float32"}
@@ -133,6 +137,7 @@ ROPES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("written", ["for 4", "for 5"])
 @pytest.mark.parametrize("rope", ROPES)
 @pytest.mark.parametrize("name", only_five("llama", "mistral", "qwen2", "qwen3", "granite", "smollm3"))
@@ -184,6 +189,7 @@ VARIANTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "changes"), VARIANTS, ids=lambda value: "-".join(value) if value else "")
 def test_what_the_base_has_besides_is_kept(name, changes, tmp_path):
     if name not in HERE:
@@ -191,6 +197,7 @@ def test_what_the_base_has_besides_is_kept(name, changes, tmp_path):
     carried(saved(name, tmp_path / "base", **changes), tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("missing", ["hidden_act", "rms_norm_eps", "tie_word_embeddings", "head_dim"])
 @pytest.mark.parametrize("name", only_five("mistral", "qwen2", "qwen3"))
 def test_what_the_base_leaves_to_its_family_is_written_down(name, missing, tmp_path):
@@ -213,7 +220,7 @@ def test_a_checkpoint_that_was_steered_before_can_be_a_base(stocked, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", only_five(*NAMES))
+@most_slow
 def test_half_precision_weights_stay_bit_identical_and_the_biases_are_exact(name, dtype, tmp_path):
     base = saved(name, tmp_path / "base", dtype, shard="20KB")
     out = carried(base, tmp_path)
@@ -384,7 +391,7 @@ def delivered(rules, folders, tmp_path_factory):
     return tiny.Lazy(make)
 
 
-@each_name
+@most_slow
 def test_a_delivered_checkpoint_passes_and_says_what_it_lost(name, delivered):
     report = delivered[name]
     assert verify(report.path).ok

@@ -33,9 +33,16 @@ EXPORTER = StockExporter(switchable=True)
 FIVE = pytest.mark.skipif("hy_v3" not in transformers.CONFIG_MAPPING, reason="needs a Transformers with hy_v3")
 NAMES = ["llama", "llama-biased", "mistral", "qwen2", "qwen3", "qwen3-sharded", "granite", "smollm3"]
 HERE = [name for name in NAMES if FORMS[tiny.SPECS[name][0]].model_type in transformers.CONFIG_MAPPING]
-each_name = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[FIVE] if name.startswith("qwen3") else []) for name in NAMES]
-)
+
+
+def marked(slow):
+    """All names, those of Qwen3 only where its form is there, some of them slow."""
+    marks = {name: [FIVE] if name.startswith("qwen3") else [] for name in NAMES}
+    return [pytest.param(name, marks=marks[name] + [pytest.mark.slow] * (name in slow)) for name in NAMES]
+
+
+each_name = pytest.mark.parametrize("name", marked(slow=()))
+most_slow = pytest.mark.parametrize("name", marked(slow={*NAMES} - {"llama-biased", "qwen2", "qwen3"}))
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +72,7 @@ def clean(switchable, tmp_path_factory):
     return run_elsewhere(jobs_of(modes, switchable, trust=False), tmp_path_factory.mktemp("clean"))
 
 
+@pytest.mark.slow  # all families together, in a process of their own
 @each_name
 def test_in_a_process_without_the_library_the_adapter_steers_and_without_it_there_is_the_base(
     name, clean, told_everywhere, stock
@@ -80,7 +88,6 @@ def test_in_a_process_without_the_library_the_adapter_steers_and_without_it_ther
         assert distance(as_output(found), base) <= tiny.logit_limit(torch.stack(base.logits))
 
 
-@pytest.mark.slow
 @each_name
 def test_in_this_process_cached_or_not_and_merged(name, switchable, told_everywhere):
     key = (name, *CAUSAL)
@@ -119,7 +126,7 @@ def test_transformers_own_loader_takes_the_adapter_and_its_scale_is_the_dial(swi
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@each_name
+@most_slow
 def test_the_constant_neuron_is_exactly_one_in_every_type_and_for_every_token(name, dtype, switchable):
     model, seen = opened(switchable[(name, *CAUSAL)]).to(dtype), []
     for layer in range(tiny.LAYERS):
@@ -134,7 +141,7 @@ def test_the_constant_neuron_is_exactly_one_in_every_type_and_for_every_token(na
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@each_name
+@most_slow
 def test_weights_keep_their_bits_inside_the_wider_ones(name, dtype, bases, tmp_path):
     base = tiny.save_base(name, tmp_path / "base")
     (base / "model.safetensors.index.json").unlink(missing_ok=True)
