@@ -123,6 +123,9 @@ def opened(folder: Path, **how: Any) -> tuple[Any, list[str]]:
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ArtifactError(f"{folder}: cannot be opened ({first_line(error)})") from error
     model, report = found
+    # Transformers 4 leaves a tensor without values that the index names and the file lacks.
+    if lost := [name for name, tensor in model.state_dict().items() if tensor.is_meta]:
+        raise ArtifactError(f"{folder}: cannot be opened (no values for {', '.join(lost)})")
     return model.eval(), sorted(f"{key} {name}" for key, names in report.items() for name in names)
 
 

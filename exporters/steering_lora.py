@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from safetensors.numpy import save
 
-from adaras_export import storage
+from adaras_export import models, storage
 from adaras_export.errors import ArtifactError, first_line
 from adaras_export.exporters.checkpoint import opened, stores, vectors, write_json
 from adaras_export.exporters.constant_neuron import picking
@@ -81,24 +81,19 @@ def checks(rule: SteeringRule, base: Path, folder: Path) -> list[Check]:
 class SwitchableCheckpoint:
     """An opened artifact with its adapter; off is the checkpoint alone."""
 
-    tolerance = Tolerance(64, off=True)  # the wider matrices are summed in other blocks
+    tolerance = Tolerance(64, off=True)  # the wider matrices may be summed in other blocks
     switchable = True
 
     def __init__(self, folder: Path) -> None:
-        from peft import PeftModel
-
         model, self.loading_report = opened(folder)
-        try:
-            with warnings.catch_warnings():
-                # PEFT 0.21 asks Transformers 5 for a name that is deprecated there.
-                warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-                self.model: Any = PeftModel.from_pretrained(model, folder / FOLDER).eval()
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
-            raise ArtifactError(f"{folder / FOLDER}: cannot be opened ({first_line(error)})") from error
+        self.model, self.lost = _adapted(model, folder / FOLDER)
 
     def findings(self) -> Sequence[Check]:
         """As `Artifact` says."""
-        return [Check("keys in the loading report", len(self.loading_report), 0, " ".join(self.loading_report))]
+        return [
+            Check("keys in the loading report", len(self.loading_report), 0, " ".join(self.loading_report)),
+            Check("adapter keys that were not loaded", len(self.lost), 0, " ".join(self.lost)),
+        ]
 
     def play(self, rows: Sequence[Sequence[int]], mode: Mode, follow_BS: torch.Tensor | None) -> Play:
         """As `Player` says."""
@@ -106,3 +101,21 @@ class SwitchableCheckpoint:
             return play_model(self.model, rows, follow_BS)
         with self.model.disable_adapter():
             return play_model(self.model, rows, follow_BS)
+
+
+def _adapted(model: Any, folder: Path) -> tuple[Any, list[str]]:  # noqa: ANN401 - a class of Transformers
+    """The model with the adapter in ``folder``, and the keys of the one or the other that found no partner."""
+    from peft import PeftModel, get_peft_model_state_dict
+
+    # Weights are drawn before they are loaded, also those that are not there, which is only warned of; and PEFT 0.21
+    # asks Transformers 5 for a name that is deprecated there.
+    expected = ("`is_gradient_checkpointing` is deprecated", "Found missing adapter keys")
+    try:
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            for message in expected:
+                warnings.filterwarnings("ignore", message)
+            found: Any = PeftModel.from_pretrained(model, folder).eval()
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ArtifactError(f"{folder}: cannot be opened ({first_line(error)})") from error
+    stored = models.header(folder / _TENSORS).keys()
+    return found, sorted(stored ^ get_peft_model_state_dict(found).keys())

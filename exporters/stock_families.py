@@ -103,8 +103,10 @@ def expressed(config: Mapping[str, Any], family: str, dtype: str, subject: str) 
     kept = {key: value for key, value in config.items() if key != "auto_map"}
     if form.always:
         return {**kept, "architectures": [form.architecture], "dtype": named}
+    rope = _given_rope(config, subject)
     read = _read(config, family)
-    ours = {"architectures": [form.architecture], "dtype": named, "mlp_bias": True, **_rope(config, read, subject)}
+    rope = _rope(rope, config.get("rope_theta"), read)
+    ours = {"architectures": [form.architecture], "dtype": named, "mlp_bias": True, **rope}
     if form.model_type == family:
         return {**kept, **ours}
     _refuse_windows(read, family, subject)
@@ -139,24 +141,30 @@ def _refuse_windows(read: Any, family: str, subject: str) -> None:  # noqa: ANN4
         )
 
 
-def _rope(config: Mapping[str, Any], read: Any, subject: str) -> dict[str, Any]:  # noqa: ANN401 - as above
-    """Rotary settings as both generations of Transformers read them.
-
-    4.57 takes rope_theta and rope_scaling and knows nothing of rope_parameters; 5 takes rope_parameters, or the other
-    two. What the base left out of them is left out again: filled in, 4.57 would compute other factors from it.
-    """
+def _given_rope(config: Mapping[str, Any], subject: str) -> dict[str, Any]:
+    """The base's own rotary settings, in whose words they may be, with their type in the newer one."""
     given = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
-    kind = given.get("rope_type", given.get("type", "default"))
+    kind = given.pop("type", None)
+    kind = given.get("rope_type", kind) or "default"
     if kind not in _ROPES or any(isinstance(value, dict) for value in given.values()):
         raise ExportError(
             f"{subject}: rotary embeddings of type {kind}, or one for each kind of layer; expected one of: "
             f"{', '.join(_ROPES)}; {_REMEDY}"
         )
+    return {**given, "rope_type": kind}
+
+
+def _rope(given: Mapping[str, Any], theta: float | None, read: Any) -> dict[str, Any]:  # noqa: ANN401 - as above
+    """Rotary settings as both generations of Transformers read them.
+
+    4.57 takes rope_theta and rope_scaling and knows nothing of rope_parameters; 5 takes rope_parameters, or the other
+    two. What the base left out of them is left out again: filled in, 4.57 would compute other factors from it.
+    """
     default = getattr(read, "rope_theta", None) or read.rope_parameters["rope_theta"]
-    theta = given.pop("rope_theta", None) or config.get("rope_theta") or default
-    given = {key: value for key, value in given.items() if key != "type"} | {"rope_type": kind}
+    theta = given.get("rope_theta") or theta or default
+    scaling = {key: value for key, value in given.items() if key != "rope_theta"}
     return {
         "rope_theta": theta,
-        "rope_scaling": None if kind == "default" else given,
-        "rope_parameters": {**given, "rope_theta": theta},
+        "rope_scaling": None if given["rope_type"] == "default" else scaling,
+        "rope_parameters": {**scaling, "rope_theta": theta},
     }

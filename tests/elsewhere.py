@@ -13,9 +13,9 @@ import torch
 from tiny import PAD, PROMPTS, require_answers
 
 
-def jobs_of(modes, written):
+def jobs_of(modes, written, trust=True):
     """What `clean_process.py` is to do with each export, by the keys of ``modes``."""
-    shared = {"prompts": PROMPTS, "pad": PAD, "end": tiny.EOS}
+    shared = {"prompts": PROMPTS, "pad": PAD, "end": tiny.EOS, "trust": trust}
     return {key: {"folder": str(written[key]), "modes": wanted, **shared} for key, wanted in modes.items()}
 
 

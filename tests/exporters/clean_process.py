@@ -1,7 +1,8 @@
 """Opens exports as their users do, in a process that cannot import the library. Run as a script, never imported.
 
 Reads a list of jobs as JSON from standard input, each {"folder", "prompts", "pad", "end", "modes"}, and prints the
-results as JSON on the last line, one {mode: result} per job.
+results as JSON on the last line, one {mode: result} per job. Repositories without code of their own ("trust": false)
+are opened without trust.
 """
 
 import json
@@ -27,11 +28,8 @@ def padded(rows, pad):
 def generate(model, job, rows, **how):
     settings = {"do_sample": False, "max_new_tokens": 6, "pad_token_id": job["pad"], **how}
     out = model.generate(**padded(rows, job["pad"]), return_dict_in_generate=True, output_logits=True, **settings)
-    return {
-        "sequences": out.sequences.tolist(),
-        "logits": torch.stack(out.logits).tolist(),
-        "decisions": model.steering.last_decisions,
-    }
+    found = {"sequences": out.sequences.tolist(), "logits": torch.stack(out.logits).tolist()}
+    return {**found, "decisions": model.steering.last_decisions} if job.get("trust", True) else found
 
 
 def sampled(model, job):
@@ -101,6 +99,26 @@ def half(model, job):
     return [own, sorted({str(t.dtype) for name, t in found.state_dict().items() if "steering" not in name})]
 
 
+def auto(model, job):
+    """The type that a user gets who leaves it to the repository, and that of a forward pass."""
+    found = transformers.AutoModelForCausalLM.from_pretrained(job["folder"], dtype="auto")
+    with torch.no_grad():
+        logits = found(torch.tensor([job["prompts"][0]])).logits
+    return [str(found.dtype), *sorted({str(t.dtype) for t in found.parameters()}), str(logits.dtype)]
+
+
+def adapter(model, job):
+    """With the adapter that lies in the repository, and with it switched off."""
+    from peft import PeftModel
+
+    found = PeftModel.from_pretrained(
+        open_model(job["folder"], trust=False)[0], f"{job['folder']}/steering-lora"
+    ).eval()
+    on = generate(found, job, job["prompts"])
+    with found.disable_adapter():
+        return [on, generate(found, job, job["prompts"])]
+
+
 MODES = {
     "greedy": lambda model, job: generate(model, job, job["prompts"]),
     "uncached": lambda model, job: generate(model, job, job["prompts"], use_cache=False),
@@ -112,18 +130,21 @@ MODES = {
     "untrusted": untrusted,
     "again": again,
     "half": half,
+    "auto": auto,
+    "adapter": adapter,
 }
 
 
-def open_model(folder):
-    model, report = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **TRUST)
+def open_model(folder, trust=True):
+    how = TRUST if trust else {"dtype": torch.float32}
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **how)
     return model.eval(), {key: sorted(map(str, names)) for key, names in report.items() if names}
 
 
 def main():
     results = []
     for job in json.load(sys.stdin):
-        model, report = open_model(job["folder"])
+        model, report = open_model(job["folder"], job.get("trust", True))
         results.append({"report": report, **{mode: MODES[mode](model, job) for mode in job["modes"]}})
     try:
         import adaras_export  # noqa: F401
