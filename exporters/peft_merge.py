@@ -105,8 +105,8 @@ class MergeExporter:
     def weights(self) -> str:
         """As `Exporter` says."""
         return (
-            "Only the biases of the down projections of the steered layers are changed, and stored in float32; all other "
-            "weights of the base are here as they were."
+            "Only the biases of the down projections of the steered layers are changed, and stored in float32; all "
+            "other weights of the base are here as they were."
         )
 
     def usage(self) -> str:
