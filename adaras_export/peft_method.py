@@ -72,7 +72,7 @@ class AdarasConfig(peft.PeftConfig):
     rule: str | None = None
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = peft.PeftType(METHOD)
 
 
@@ -107,8 +107,9 @@ class AdarasLayer(nn.Module, BaseTunerLayer, SteeredMLP):
     @property
     def steering_vector(self) -> Tensor | None:  # type: ignore[override]
         """The vector of the running adapter."""
-        adapter = _LOCAL.adapter
-        return self.adaras_vector.get(adapter, None)
+        vectors: Any = self.adaras_vector
+        vector: Tensor | None = vectors.get(_LOCAL.adapter, None)
+        return vector
 
     @property
     def steering_index(self) -> Tensor | None:  # type: ignore[override]
@@ -204,7 +205,8 @@ class AdarasModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As PEFT does, and set up the hooks on the decoder."""
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        _install(model, adapter_name, self.peft_config[adapter_name])
+        config: Any = self.peft_config[adapter_name]
+        _install(model, adapter_name, config)
 
     def _create_and_replace(  # noqa: PLR0913 - PEFT's signature
         self,
@@ -307,9 +309,9 @@ def _register() -> None:
     kind: Any = peft.PeftType
     if METHOD in kind.__members__:
         raise ExportError(f"peft {peft.__version__}: has a method {METHOD} already; expected none of that name")
-    member = str.__new__(kind, METHOD)
-    member._name_ = member._value_ = METHOD
     try:
+        member = str.__new__(kind, METHOD)
+        member._name_ = member._value_ = METHOD
         tables, names = (kind._member_map_, kind._value2member_map_), kind._member_names_
         type.__setattr__(kind, METHOD, member)
         for table in tables:

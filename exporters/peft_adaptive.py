@@ -13,10 +13,10 @@ import numpy as np
 import torch
 
 from adaras_export import models
-from adaras_export.exporters.base import Feature, Reference, stock_reference
+from adaras_export.exporters.base import Feature, stock_reference
 from adaras_export.exporters.checkpoint import vectors
 from adaras_export.exporters.peft import Adapted, PeftExporter, base_entries, open_adapted
-from adaras_export.parity import Artifact, Mode, Play, play_model
+from adaras_export.parity import Artifact, Mode, Play, Reference, play_model
 from adaras_export.peft_method import METHOD
 from adaras_export.rule import SteeringRule
 from adaras_export.storage import Array
