@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import oracle
@@ -17,6 +18,7 @@ import transformers
 from safetensors.numpy import load_file, save_file
 from tiny import EOS, PAD, PROMPTS, greedy, require_answers
 
+import adaras_export
 from adaras_export import delivery
 from adaras_export.delivery import export, verify
 from adaras_export.errors import ExportError
@@ -101,8 +103,10 @@ def test_every_kind_of_rule_also_row_by_row_and_in_chunks(key, opened, told):
     require_answers(greedy(model), told[key])
     for row, prompt in enumerate(PROMPTS):
         require_answers(greedy(model, [prompt]), told[key][row : row + 1])
-    if key[1] != "later":  # such a gate needs its prompt in one call
-        require_answers(greedy(model, prefill_chunk_size=3), told[key])
+        if (
+            key[1] != "later" and len(prompt) > 1
+        ):  # such a gate needs its prompt in one call; 4.57 cannot chunk one token
+            require_answers(greedy(model, [prompt], prefill_chunk_size=2), told[key][row : row + 1])
 
 
 @every_base
@@ -324,19 +328,21 @@ def test_another_base_is_refused(adapters, tmp_path):
 # Registration
 
 
-def run(script, folder):
-    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=folder)
+def run(script):
+    """In another process, which finds the library where this one does."""
+    root = Path(adaras_export.__file__).parents[1]
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=root)
 
 
 @pytest.mark.slow
-def test_without_the_library_peft_and_transformers_refuse_it_by_name(adapters, folders, tmp_path):
+def test_without_the_library_peft_and_transformers_refuse_it_by_name(adapters, folders):
     for loading in ("PeftModel.from_pretrained(model, {!r})", "model.load_adapter({!r})"):
         script = (
             "from peft import PeftModel; from transformers import AutoModelForCausalLM\n"
             f"model = AutoModelForCausalLM.from_pretrained({str(folders['qwen3'])!r})\n"
             f"{loading.format(str(adapters[KEY]))}"
         )
-        done = run(script, tmp_path)
+        done = run(script)
         assert done.returncode == 1
         assert done.stderr.splitlines()[-1] == "KeyError: 'ADARAS'"
 
@@ -373,8 +379,8 @@ def test_the_method_is_known_to_peft_like_its_own():
 
 
 @pytest.mark.slow
-def test_without_peft_the_extra_is_named(tmp_path):
-    done = run("import sys\nsys.modules['peft'] = None\nimport adaras_export.peft_method", tmp_path)
+def test_without_peft_the_extra_is_named():
+    done = run("import sys\nsys.modules['peft'] = None\nimport adaras_export.peft_method")
     assert "MissingExtraError: the method ADARAS needs peft" in done.stderr.splitlines()[-1]
 
 
@@ -409,13 +415,13 @@ def test_the_card_says_that_the_library_is_needed(delivered):
 
 
 @pytest.mark.slow
-def test_what_the_card_shows_runs(delivered, tmp_path):
+def test_what_the_card_shows_runs(delivered):
     card = (delivered[KEY].path / "README.md").read_text()
     script = "\n".join(part.partition("```")[0] for part in card.split("```python\n")[1:])
     script = script.replace('"qwen3-adaptive"', repr(str(delivered[KEY].path)))
     # Transformers 4 gives the tiny tokenizer, which has no model of its own, BERT's inputs.
     script = script.replace('return_tensors="pt")', 'return_tensors="pt", return_token_type_ids=False)')
-    done = run(script, tmp_path)
+    done = run(script)
     assert done.returncode == 0, done.stderr
     assert "What is 12 times 7?" in done.stdout
 
