@@ -317,6 +317,7 @@ def _register() -> None:
         for table in tables:
             table[METHOD] = member
         names.append(METHOD)
+        kind(METHOD)  # where another Python keeps them elsewhere, this is a ValueError
         register_peft_method(name=METHOD.lower(), config_cls=AdarasConfig, model_cls=AdarasModel)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ExportError(

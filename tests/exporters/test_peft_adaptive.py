@@ -34,17 +34,16 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 LAST, FIRST = "last_prompt_token", "first_generated_token"
 CAUSAL, LATER = ("causal", LAST), ("later", FIRST)
 RULES = [CAUSAL, ("causal", FIRST), LATER, (None, LAST), (None, FIRST)]
-QUICK = ("qwen3", "gpt2")
 
 
-def keys(names, rules):
+def keys(names, rules, quick=("qwen3", "gpt2")):
     found = [(name, *rule) for name in names for rule in rules]
-    marked = [pytest.param(key, marks=[] if key[0] in QUICK else pytest.mark.slow) for key in found]
+    marked = [pytest.param(key, marks=[] if key[0] in quick else pytest.mark.slow) for key in found]
     return pytest.mark.parametrize("key", marked, ids=lambda key: "-".join(map(str, key)))
 
 
 every_base = keys(tiny.NAMES, [CAUSAL, LATER])
-every_rule = keys(QUICK, RULES)
+every_rule = keys(("qwen3", "gpt2"), RULES, quick=("qwen3",))
 KEY = ("qwen3", *CAUSAL)
 ADAPTIVE = {"adaptive": True}
 
@@ -120,6 +119,7 @@ def test_from_pretrained_of_transformers_follows_the_adapter_to_its_base(adapter
     require_answers(greedy(plain_model(adapters[KEY])), told[KEY])
 
 
+@pytest.mark.slow
 @every_rule
 def test_sampling_with_a_seed_equals_the_oracle_sampling_with_that_seed(key, opened, rules, stock):
     model, how = opened(key), {"do_sample": True, "top_k": 0, "temperature": 1.0}
@@ -135,6 +135,7 @@ def test_sampling_with_a_seed_equals_the_oracle_sampling_with_that_seed(key, ope
         require_answers(out, [expected])
 
 
+@pytest.mark.slow
 @every_rule
 def test_beams_are_those_of_the_reference(key, opened, rules, stock):
     how = {"num_beams": 3, "num_return_sequences": 2, "output_scores": True}
@@ -317,6 +318,11 @@ def test_a_base_in_bfloat16_keeps_gate_and_vectors_in_float32(opened, adapters, 
             assert np.array_equal(found[name].numpy(), value)
         assert not any(parameter.requires_grad for parameter in model.parameters() if parameter.dtype == torch.float32)
         greedy(model)
+
+
+def test_loading_without_a_copy_in_memory(adapters, folders, told):
+    model = peft.PeftModel.from_pretrained(plain_model(folders["qwen3"]), adapters[KEY], low_cpu_mem_usage=True).eval()
+    require_answers(greedy(model), told[KEY])
 
 
 def test_another_base_is_refused(adapters, tmp_path):
