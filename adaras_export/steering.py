@@ -5,7 +5,7 @@ module adds the folded vector behind it. Knows no export format; `verify` compar
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from adaras_export import models
 from adaras_export.errors import RuleError
@@ -21,6 +22,7 @@ from adaras_export.rule import Gate, SteeringRule
 from adaras_export.runtime.steering_adaras import (
     Steering,
     SteeringGate,
+    Step,
     begin_step,
     current_scope,
     finish_step,
@@ -56,14 +58,13 @@ def steered(model: nn.Module, rule: SteeringRule) -> Iterator[nn.Module]:
     decoder = models.decoder(model)
     with ExitStack() as undo:
         hooks = _Hooks(decoder, rule, next(model.parameters()).device)
-        handle = decoder.register_forward_pre_hook(hooks.begin, with_kwargs=True)
-        undo.callback(handle.remove)
-        undo.callback(decoder.register_forward_hook(hooks.end, with_kwargs=True, always_call=True).remove)
+        for handle in hooks.attach():
+            undo.callback(handle.remove)
         for layer in hooks.layers:
             down = models.down_projection(model, layer)
             undo.callback(down.register_forward_pre_hook(partial(hooks.at_down, layer)).remove)
         undo.callback(setattr, model, "__class__", type(model))
-        model.__class__ = _announcing(type(model), decoder)
+        model.__class__ = announcing(type(model))
         yield model
 
 
@@ -100,48 +101,71 @@ def gate_module(gate: Gate) -> SteeringGate:
     return module
 
 
-class _Hooks:
-    """The hooks of one `steered` context. The running step is thread-local, so threads may share the model."""
+class _Open(threading.local):
+    """Forward passes of this thread that have begun, each with its hooks, its KV cache and what ends it."""
 
-    def __init__(self, decoder: nn.Module, rule: SteeringRule, device: torch.device) -> None:
-        gate = rule.gate
+    def __init__(self) -> None:
+        self.passes: list[tuple[Passes, Any, ExitStack]] = []
+
+
+_OPEN = _Open()
+
+
+class Passes:
+    """Hooks on a decoder that begin and end the step of each forward pass.
+
+    The running step is thread-local, so threads may share the model.
+    """
+
+    def __init__(self, decoder: nn.Module, gate: SteeringGate | None, dials: Steering, *, causal: bool) -> None:
         self.decoder = decoder
-        self.causal = rule.causal
-        self.gate = None if gate is None else gate_module(gate).to(device)
-        threshold = 0.0 if gate is None else gate.threshold
-        self.dials = Steering({"strength": rule.strength, "threshold": threshold, "start": rule.start})
-        self.features = {} if gate is None else _by_layer(gate.layer, gate.index, device)
-        self.indices = _by_layer(rule.neurons.layer, rule.neurons.index, device)
-        self.deltas = {layer: torch.tensor(rule.neurons_of(layer)[1], device=device) for layer in self.indices}
-        self.layers = sorted({*self.features, *self.indices})
-        self._local = threading.local()
+        self.gate = gate
+        self.dials = dials
+        self.causal = causal
+
+    def attach(self) -> list[RemovableHandle]:
+        """Register the hooks."""
+        return [
+            self.decoder.register_forward_pre_hook(self.begin, with_kwargs=True),
+            self.decoder.register_forward_hook(self.end, with_kwargs=True, always_call=True),
+        ]
+
+    def wanted(self) -> bool:
+        """Whether the forward pass that begins is to be steered by these hooks."""
+        return True
+
+    @contextmanager
+    def around(self) -> Iterator[None]:
+        """What holds during a forward pass."""
+        yield
+
+    def limit(self, step: Step, rows: int) -> None:
+        """Change the step of a pass over so many rows before it runs."""
 
     def begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before the decoder."""
+        if not self.wanted():
+            return
         given = dict(zip(_DECODER_ARGUMENTS, args, strict=False))
         arguments = {**dict.fromkeys(_DECODER_ARGUMENTS), **given, **kwargs}
-        step = begin_step(self.decoder, self.gate, self.dials, arguments, self._start(arguments))
-        if not self.causal:
-            preview(step, self.decoder.forward, arguments)
-        self._local.cache = arguments["past_key_values"]
-        self._local.forward = ExitStack()
-        self._local.forward.enter_context(running(step))
+        tokens = arguments["input_ids"] if arguments["inputs_embeds"] is None else arguments["inputs_embeds"]
+        with ExitStack() as opening:
+            opening.enter_context(self.around())
+            step = begin_step(self.decoder, self.gate, self.dials, arguments, self._start(arguments))
+            self.limit(step, len(tokens))
+            if not self.causal:
+                preview(step, self.decoder.forward, arguments)
+            opening.enter_context(running(step))
+            _OPEN.passes.append((self, arguments["past_key_values"], opening.pop_all()))
 
     def end(self, _module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], outputs: Any) -> None:  # noqa: ANN401
-        forward: ExitStack | None = self._local.__dict__.pop("forward", None)
-        if forward is None:  # begin() refused the call
+        """After the decoder, also where it failed."""
+        if not _OPEN.passes or _OPEN.passes[-1][0] is not self:  # begin() refused the call, or let it pass
             return
-        with forward:
+        _, cache, opened = _OPEN.passes.pop()
+        with opened:
             if outputs is not None:  # the forward pass succeeded
-                finish_step(running_step(), self._local.cache, outputs)
-
-    def at_down(self, layer: int, _module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        (h_BTM, *rest), step = args, running_step()
-        if layer in self.features:
-            step.read(h_BTM.index_select(-1, self.features[layer]))
-        if layer in self.indices and (scale := step.scale(h_BTM)) is not None:
-            change = (scale * self.deltas[layer]).to(h_BTM.dtype).expand(*h_BTM.shape[:2], -1)
-            h_BTM = h_BTM.index_add(-1, self.indices[layer], change)
-        return (h_BTM, *rest)
+                finish_step(running_step(), cache, outputs)
 
     def _start(self, arguments: dict[str, Any]) -> int | None:
         """Where the prompt ends in this call, during generate(); None leaves it to the shape of the call."""
@@ -152,17 +176,44 @@ class _Hooks:
         return scope.prompt_width - (0 if cache is None else int(cache.get_seq_length()))
 
 
-def _announcing(original: Any, decoder: nn.Module) -> Any:  # noqa: ANN401 - a model class
-    """The class of the model with a generate() that tells the hooks how long the prompt is.
+class _Hooks(Passes):
+    """The hooks of one `steered` context."""
 
-    A class and not an attribute of the instance, so that a shallow copy of the model generates as itself.
+    def __init__(self, decoder: nn.Module, rule: SteeringRule, device: torch.device) -> None:
+        gate = rule.gate
+        threshold = 0.0 if gate is None else gate.threshold
+        dials = Steering({"strength": rule.strength, "threshold": threshold, "start": rule.start})
+        super().__init__(decoder, None if gate is None else gate_module(gate).to(device), dials, causal=rule.causal)
+        self.features = {} if gate is None else _by_layer(gate.layer, gate.index, device)
+        self.indices = _by_layer(rule.neurons.layer, rule.neurons.index, device)
+        self.deltas = {layer: torch.tensor(rule.neurons_of(layer)[1], device=device) for layer in self.indices}
+        self.layers = sorted({*self.features, *self.indices})
+
+    def at_down(self, layer: int, _module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        (h_BTM, *rest), step = args, running_step()
+        if layer in self.features:
+            step.read(h_BTM.index_select(-1, self.features[layer]))
+        if layer in self.indices and (scale := step.scale(h_BTM)) is not None:
+            change = (scale * self.deltas[layer]).to(h_BTM.dtype).expand(*h_BTM.shape[:2], -1)
+            h_BTM = h_BTM.index_add(-1, self.indices[layer], change)
+        return (h_BTM, *rest)
+
+
+def announcing(original: Any, after: Callable[..., None] | None = None, **inner: Any) -> Any:  # noqa: ANN401 - a model class
+    """The class of a model with a generate() that tells the hooks how long the prompt is.
+
+    A class and not an attribute of the instance, so that a copy of the model generates as itself. ``after`` is called
+    with the model, the `generating` scope and the outputs; ``inner`` are further entries of the class.
     """
 
     def generate(self: nn.Module, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        with generating(decoder, prompt_width(inputs, kwargs)):
-            return original.generate(self, inputs, *args, **kwargs)
+        with generating(models.decoder(self), prompt_width(inputs, kwargs)) as scope:
+            outputs = original.generate(self, inputs, *args, **kwargs)
+        if after is not None:
+            after(self, scope, outputs)
+        return outputs
 
-    inner = {"generate": generate, "__module__": original.__module__, "_is_steered": True}
+    inner |= {"generate": generate, "__module__": original.__module__, "_is_steered": True}
     return type(original.__name__, (original,), inner)
 
 

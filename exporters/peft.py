@@ -77,7 +77,7 @@ class PeftExporter:
 
     def load(self, folder: Path) -> Artifact:
         """As `Exporter` says."""
-        return _Adapted(open_adapted(folder, self.commission), folder)
+        return Adapted(open_adapted(folder, self.commission), folder)
 
     def tags(self) -> Sequence[str]:
         """As `Exporter` says."""
@@ -162,6 +162,10 @@ def _commissioned(commission: Commission) -> Exporter:
         raise ExportError(f"peft: {', '.join(strange)}; expected true or false")
     if all(chosen.values()):
         raise ExportError("peft: adaptive and merge exclude each other; a merged bias has no gate")
+    if chosen["adaptive"]:
+        from adaras_export.exporters.peft_adaptive import AdaptiveExporter
+
+        return AdaptiveExporter(commission=commission)
     if chosen["merge"]:
         from adaras_export.exporters.peft_merge import MergeExporter
 
@@ -230,7 +234,7 @@ def open_adapted(folder: Path, commission: Commission | None) -> Any:  # noqa: A
 
 @contextmanager
 def _expected_warnings() -> Iterator[None]:
-    """Silence what is said of every such adapter, and of missing tensors, which `_Adapted.findings` finds itself."""
+    """Silence what is said of every such adapter, and of missing tensors, which `Adapted.findings` finds itself."""
     with warnings.catch_warnings():
         # Transformers 5.23 has renamed what PEFT 0.21 asks it for.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
@@ -239,7 +243,7 @@ def _expected_warnings() -> Iterator[None]:
         yield
 
 
-class _Adapted:
+class Adapted:
     """The base with the adapter on it."""
 
     tolerance = FLOAT32
@@ -258,6 +262,7 @@ class _Adapted:
         return [Check("adapter tensors that PEFT did not take", len(lost), 0, " ".join(sorted(lost)))]
 
     def play(self, rows: Sequence[Sequence[int]], mode: Mode, follow_BS: torch.Tensor | None) -> Play:
+        """As `Player` says."""
         if mode != "off":
             return play_model(self.model, rows, follow_BS)
         with self.model.disable_adapter():

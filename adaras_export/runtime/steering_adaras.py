@@ -484,10 +484,7 @@ class SteeredGeneration(_Steered):
         start = kwargs.pop("steering_start", getattr(config, "steering_start", None))
         with generating(self.steered_decoder, prompt_width(inputs, kwargs) if start is None else start) as scope:
             outputs = super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
-        judged = None if scope.state is None else scope.state.probability
-        if judged is not None:
-            judged = judged[:: max(1, len(judged) // len(getattr(outputs, "sequences", outputs)))]  # one of its beams
-        _LOCAL.last = (self.steering, judged)
+        scope.remember(self.steering, outputs)
         return outputs
 
     def prepare_inputs_for_generation(
@@ -534,7 +531,7 @@ class SteeredGeneration(_Steered):
         return manager
 
 
-class _Scope:
+class Scope:
     """A generate() call in progress on one model, in one thread."""
 
     def __init__(self, model: nn.Module, prompt_width: int) -> None:
@@ -542,19 +539,26 @@ class _Scope:
         self.prompt_width = prompt_width
         self.state: SteeringState | None = None
 
+    def remember(self, dials: Steering, outputs: Any) -> None:
+        """Keep what the gate found, for `Steering.last_decisions`."""
+        judged = None if self.state is None else self.state.probability
+        if judged is not None:
+            judged = judged[:: max(1, len(judged) // len(getattr(outputs, "sequences", outputs)))]  # one of its beams
+        _LOCAL.last = (dials, judged)
+
 
 @contextmanager
-def generating(model: nn.Module, width: int) -> Iterator[_Scope]:
+def generating(model: nn.Module, width: int) -> Iterator[Scope]:
     """Remember, for this thread, that ``model`` generates from a prompt of ``width`` columns."""
     stack = _LOCAL.__dict__.setdefault("scopes", [])
-    stack.append(_Scope(model, width))
+    stack.append(Scope(model, width))
     try:
         yield stack[-1]
     finally:
         stack.pop()
 
 
-def current_scope(model: nn.Module) -> _Scope | None:
+def current_scope(model: nn.Module) -> Scope | None:
     """The innermost generate() call of this thread, if it is one on ``model`` (it may be an assistant's)."""
     stack = getattr(_LOCAL, "scopes", None)
     return stack[-1] if stack and stack[-1].model is model else None

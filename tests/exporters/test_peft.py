@@ -32,12 +32,12 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed but the targeted layer"),
 ]
 CAUSAL = ("causal", "last_prompt_token")
-QUICK = ("qwen3", "gemma2", "gpt2")
+QUICK = ("qwen3", "gpt2")
 NAMES = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in tiny.NAMES]
 every_name = pytest.mark.parametrize("name", NAMES)
 KEYS = [pytest.param((*param.values, *CAUSAL), marks=param.marks) for param in NAMES]
 every_base = pytest.mark.parametrize("key", KEYS, ids=lambda key: key[0])
-FEW = [(name, *CAUSAL) for name in QUICK]
+FEW = [(name, *CAUSAL) for name in ("qwen3", "gemma2", "gpt2")]
 few_bases = pytest.mark.parametrize("key", FEW, ids=lambda key: key[0])
 LOSS = ["gate", "start"]
 
@@ -105,6 +105,7 @@ def test_a_peft_model_equals_the_oracle_that_steers_everywhere(key, opened, told
     require_answers(greedy(opened[key]), told_everywhere[key])
 
 
+@pytest.mark.slow
 @every_base
 def test_without_cache_and_row_by_row_too(key, opened, told_everywhere):
     require_answers(greedy(opened[key], use_cache=False), told_everywhere[key])
@@ -119,6 +120,7 @@ def test_load_adapter_of_transformers_equals_the_oracle(key, adapters, folders, 
     require_answers(greedy(model), told_everywhere[key])
 
 
+@pytest.mark.slow
 @every_base
 def test_from_pretrained_of_transformers_follows_the_adapter_to_its_base(key, adapters, told_everywhere):
     with torch.random.fork_rng():
@@ -163,6 +165,7 @@ def test_set_scale_dials_the_strength(key, opened, rules, stock):
         set_scale(opened[key], 1.0)
 
 
+@pytest.mark.slow
 @few_bases
 def test_two_rules_on_one_base_are_switched_chosen_by_row_and_added(  # noqa: PLR0913 - two rules and their answers
     key, adapters, folders, rules, other, stock, told_everywhere
@@ -187,6 +190,7 @@ def answers_of_both(model, one, two):
     return [oracle.respond(model, prompt, plain, 6, ends=(EOS,)) for prompt in PROMPTS]
 
 
+@pytest.mark.slow
 def test_more_layers_than_peft_lists_one_by_one(bases, tmp_path):
     """PEFT shortens lists of 20 target modules and more; layers that are not steered must stay as they are."""
     folder = tiny.save_base("llama", tmp_path / "deep", num_hidden_layers=26)

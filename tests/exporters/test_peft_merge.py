@@ -21,7 +21,9 @@ peft = pytest.importorskip("peft")
 CAUSAL = ("causal", "last_prompt_token")
 BIASED = ("llama-biased", "gpt_neox", "gpt2")
 WITHOUT = [name for name in tiny.NAMES if name not in BIASED]
-every_base = pytest.mark.parametrize("name", BIASED)
+every_base = pytest.mark.parametrize(
+    "name", [*(pytest.param(name, marks=pytest.mark.slow) for name in BIASED[:2]), "gpt2"]
+)
 LOSS = ["gate", "start", "dial"]
 MERGE = Commission("unused", options={"merge": True})
 BIAS = "model.layers.3.mlp.down_proj.bias"

@@ -1,0 +1,140 @@
+"""Target `peft` with `adaptive`: an adapter of our own PEFT method, which carries gate and start.
+
+The whole rule, exactly, with a dial for the strength; but whoever opens it needs this library beside PEFT, to which
+`adaras_export.peft_method` adds the method ADARAS.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from adaras_export import models
+from adaras_export.exporters.base import Feature, stock_reference
+from adaras_export.exporters.checkpoint import vectors
+from adaras_export.exporters.peft import Adapted, PeftExporter, base_entries, open_adapted
+from adaras_export.parity import Artifact, Mode, Play, Reference, play_model
+from adaras_export.peft_method import METHOD
+from adaras_export.rule import SteeringRule
+from adaras_export.storage import Array
+
+
+@dataclass(frozen=True)
+class AdaptiveExporter(PeftExporter):
+    """The exporter of target `peft` with option `adaptive`."""
+
+    drops: frozenset[Feature] = frozenset()
+
+    def recorded(self) -> Mapping[str, Any]:
+        """As `Exporter` says."""
+        return {"adaptive": True}
+
+    def reference(self, folder: Path, rule: SteeringRule, base: Path) -> Reference:  # noqa: ARG002
+        """As `Exporter` says."""
+        return stock_reference(rule, base)
+
+    def load(self, folder: Path) -> Artifact:
+        """As `Exporter` says."""
+        return _Adaptive(open_adapted(folder, self.commission), folder)
+
+    def tags(self) -> Sequence[str]:
+        """As `Exporter` says."""
+        return ()
+
+    def weights(self) -> str:
+        """As `Exporter` says."""
+        return (
+            "No weight of the base is changed; none is here. **This adapter needs the library adaras-export beside "
+            "PEFT**, unlike the stock adapters that PEFT opens alone: it carries the gate, too."
+        )
+
+    def usage(self) -> str:
+        """As `Exporter` says."""
+        return _USAGE
+
+    def tensors(self, rule: SteeringRule, base: Path) -> dict[str, Array]:
+        """What the adapter's file holds: the folded vectors, without the strength, and the gate."""
+        held = {f"{_key(rule, layer)}.adaras_vector": vector for layer, vector in vectors(rule, base).items()}
+        if rule.gate is not None:
+            gate = f"{_key(rule, int(rule.gate.layer.min()))}.adaras_gate"
+            held |= {f"{gate}.{name}": np.asarray(value) for name, value in rule.gate.weights().items()}
+        return held
+
+    def config(self, rule: SteeringRule, base: Path) -> dict[str, Any]:
+        """The adapter_config.json, as `AdarasConfig` has it."""
+        gate, family = rule.gate, rule.base.family
+        read = [] if gate is None else np.unique(gate.layer).tolist()
+        features = {} if gate is None else {layer: gate.index[gate.layer == layer].tolist() for layer in read}
+        return {
+            **base_entries(self.commission, base),
+            "peft_type": METHOD,
+            "target_modules": [models.down_name(family, layer) for layer in sorted({*rule.layers(), *read})],
+            "steered": [models.down_name(family, layer) for layer in rule.layers()],
+            "features": {models.down_name(family, layer): index for layer, index in features.items()},
+            "gate_module": models.down_name(family, read[0]) if read else None,
+            "gate_size": 0 if gate is None else len(gate.hidden_bias),
+            "hidden_size": rule.base.hidden_size,
+            "strength": rule.strength,
+            "threshold": 1.0 if gate is None else gate.threshold,
+            "start": rule.start,
+            "rule": rule.fingerprint,
+        }
+
+
+def _key(rule: SteeringRule, layer: int) -> str:
+    return f"base_model.model.{models.down_name(rule.base.family, layer)}"
+
+
+class _Adaptive(Adapted):
+    """The base with such an adapter on it."""
+
+    def play(self, rows: Sequence[Sequence[int]], mode: Mode, follow_BS: torch.Tensor | None) -> Play:
+        if mode in ("rule", "off"):
+            return super().play(rows, mode, follow_BS)
+        dials = self.model.steering
+        threshold = dials.threshold
+        dials.threshold = 2.0 if mode == "always" else mode  # every p(correct) is below 2
+        try:
+            return play_model(self.model, rows, follow_BS)
+        finally:
+            dials.threshold = threshold
+
+
+_USAGE = """\
+**This adapter, unlike a stock one, needs the library**: `pip install 'adaras-export[peft]'`. The import below
+registers its method with PEFT; without it, PEFT and Transformers refuse the adapter with `KeyError: 'ADARAS'`.
+
+```python
+import adaras_export.peft_method
+from peft import PeftConfig, PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+place = PeftConfig.from_pretrained("{repo}")   # names the base model and its commit
+name, commit = place.base_model_name_or_path, place.revision or "main"
+tokenizer = AutoTokenizer.from_pretrained(name, revision=commit)
+base = AutoModelForCausalLM.from_pretrained(name, revision=commit)
+model = PeftModel.from_pretrained(base, "{repo}").eval()
+
+inputs = tokenizer("What is 12 times 7?", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0]))
+print(model.steering.last_decisions)           # (p(correct), steered) of each sequence
+```
+
+Dialled, off, and row by row:
+
+```python
+model.steering.strength *= 0.5                 # 0 is the base model
+with model.disable_adapter():                  # the base model, bit for bit
+    model.generate(**inputs, max_new_tokens=32)
+
+prompts = tokenizer(["What is 12 times 7?"] * 2, return_tensors="pt")
+names = ["default", "__base__"]                # the gate decides on the first row, the second is not steered
+model.generate(**prompts, adapter_names=names, max_new_tokens=32)
+```
+
+Without PeftModel, `base.load_adapter("{repo}")` of Transformers does the same. Several such adapters may be loaded and
+switched with `set_adapter`; they do not add up, and they cannot be merged. Works with peft 0.18 to 0.21.
+"""
