@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 
 from adaras_export import models
 from adaras_export.errors import MissingExtraError, RuleError, TraceError
-from adaras_export.evaluate import Arm, Exam, answer, arms_table, compare, conclusion, evaluate, random_control
+from adaras_export.evaluate import Exam, answer, evaluate, random_control
 from adaras_export.gate import gate_probabilities
 from adaras_export.generation import Sampling, complete, encode_prompt
 from adaras_export.rule import NeuronSet
 from adaras_export.steering import steered
 from adaras_export.traces import Question, digest
+from adaras_export.verdicts import Arm, arms_table, compare, conclusion
 
 pytest.importorskip("scipy.stats")
 
