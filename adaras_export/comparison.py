@@ -78,7 +78,7 @@ def compare_arms(  # noqa: PLR0913 - one decision of the researcher each
     evaluation = reported(rule, exam, verdicts, fires)
     sampling = replace(exam.sampling, max_new_tokens=min(TOKENS, exam.sampling.max_new_tokens))
     comparison = _compared(names, verdicts, _Reader(model, tokenizer, rule, names, sampling).read_all(exam, fires))
-    verdict = f"{evaluation.verdict} {comparison.sentence()}".rstrip()
+    verdict = f"{comparison.reference}: {evaluation.verdict} {comparison.sentence()}".rstrip()
     return replace(evaluation, verdict=verdict, comparison=comparison)
 
 

@@ -70,6 +70,10 @@ class Gap:
     kl_off: Estimate
     kl_off_first: Estimate
 
+    def divergences(self) -> tuple[Estimate, ...]:
+        """From the reference and from no steering, each over the tokens and of the first one."""
+        return self.kl_reference, self.kl_reference_first, self.kl_off, self.kl_off_first
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -92,32 +96,23 @@ class Comparison:
         return {**asdict(self), "gaps": [asdict(gap) for gap in self.gaps]}
 
     def table(self) -> str:
-        """All gaps, one line each."""
+        """All gaps, one line each; divergences in nats."""
         width = max(len(gap.name) for gap in self.gaps)
-        heads = (
-            f"minus {self.reference}",
-            "95 % interval",
-            "fixed",
-            "broken",
-            "McNemar p",
-            "KL/token",
-            "KL(off)/token",
-        )
+        paired = (f"minus {self.reference}", "  95 % interval", "fixed", "broken", "McNemar p")
+        heads = (*paired, f"KL({self.reference})/token", "   first", "KL(off)/token", "   first")
         lines = [f"{'':{width}}  " + "  ".join(heads)]
         for gap in self.gaps:
-            change = gap.difference
-            cells = (
-                f"{100 * change.value:+.1f}",
-                f"{100 * change.low:+.1f} - {100 * change.high:+.1f}",
-                str(gap.fixed),
-                str(gap.broken),
-                f"{gap.p_value:.2g}",
-                f"{gap.kl_reference.value:.3g}",
-                f"{gap.kl_off.value:.3g}",
-            )
+            cells = [*self._paired(gap), *(f"{one.value:.3g}" for one in gap.divergences())]
             own = "  ".join(f"{cell:>{len(head)}}" for cell, head in zip(cells, heads, strict=True))
             lines.append(f"{gap.name:{width}}  {own}")
         return "\n".join(lines)
+
+    def _paired(self, gap: Gap) -> Sequence[str]:
+        if gap.name == self.reference:
+            return [""] * 5
+        change = gap.difference
+        interval = f"{100 * change.low:+.1f} to {100 * change.high:+.1f}"
+        return [f"{100 * change.value:+.1f}", interval, str(gap.fixed), str(gap.broken), f"{gap.p_value:.2g}"]
 
     def sentence(self) -> str:
         """How far the arm that leaves most of the rule out is from the reference; empty without another arm."""
@@ -128,7 +123,7 @@ class Comparison:
         return (
             f"{gap.name} against {self.reference}: {100 * change.value:+.1f} points (95 % interval "
             f"{100 * change.low:+.1f} to {100 * change.high:+.1f}; {gap.fixed} fixed, {gap.broken} broken, "
-            f"p = {gap.p_value:.2g}), next-token KL {gap.kl_reference.value:.3g} nats.{shown}"
+            f"p = {gap.p_value:.2g}), next-token KL {gap.kl_reference.value:.2g} nats.{shown}"
         )
 
 
