@@ -119,11 +119,11 @@ class Comparison:
         gap, change = self.gaps[-1], self.gaps[-1].difference
         if gap.name == self.reference:
             return ""
-        shown = "" if gap.p_value < 0.05 else " No difference is shown, and none within the interval is ruled out."
+        unshown = " The test shows no difference, which is no proof of equality: the interval says how large it may be."
         return (
             f"{gap.name} against {self.reference}: {100 * change.value:+.1f} points (95 % interval "
             f"{100 * change.low:+.1f} to {100 * change.high:+.1f}; {gap.fixed} fixed, {gap.broken} broken, "
-            f"p = {gap.p_value:.2g}), next-token KL {gap.kl_reference.value:.2g} nats.{shown}"
+            f"p = {gap.p_value:.2g}), next-token KL {gap.kl_reference.value:.2g} nats.{unshown if gap.p_value >= 0.05 else ''}"
         )
 
 
