@@ -123,7 +123,8 @@ class Comparison:
         return (
             f"{gap.name} against {self.reference}: {100 * change.value:+.1f} points (95 % interval "
             f"{100 * change.low:+.1f} to {100 * change.high:+.1f}; {gap.fixed} fixed, {gap.broken} broken, "
-            f"p = {gap.p_value:.2g}), next-token KL {gap.kl_reference.value:.2g} nats.{unshown if gap.p_value >= 0.05 else ''}"
+            f"p = {gap.p_value:.2g}), next-token KL {gap.kl_reference.value:.2g} nats."
+            f"{unshown if gap.p_value >= 0.05 else ''}"
         )
 
 
