@@ -77,7 +77,8 @@ def compare_arms(  # noqa: PLR0913 - one decision of the researcher each
     verdicts, fires = arm_verdicts(model, tokenizer, rule, exam, names, random_seeds)
     evaluation = reported(rule, exam, verdicts, fires)
     sampling = replace(exam.sampling, max_new_tokens=min(TOKENS, exam.sampling.max_new_tokens))
-    comparison = _compared(names, verdicts, _Reader(model, tokenizer, rule, names, sampling).read_all(exam, fires))
+    found = _Reader(model, tokenizer, rule, names, sampling).read_all(exam, fires)
+    comparison = _compared(names, verdicts, found, sampling.max_new_tokens)
     verdict = f"{comparison.reference}: {evaluation.verdict} {comparison.sentence()}".rstrip()
     return replace(evaluation, verdict=verdict, comparison=comparison)
 
@@ -118,14 +119,14 @@ class _Found:
     nats_4N: Mapping[str, Array]
 
 
-def _compared(names: Sequence[str], verdicts: Mapping[str, Array], found: _Found) -> Comparison:
+def _compared(names: Sequence[str], verdicts: Mapping[str, Array], found: _Found, tokens: int) -> Comparison:
     reference, gaps = names[0], []
     for name in names:
         own, other = verdicts[name], verdicts[reference]
         change = Estimate(0.0, 0.0, 0.0) if name == reference else paired_difference(own, other)
         figures = [mean_interval(values_N) for values_N in found.nats_4N[name]]
         gaps.append(Gap(name, change, *paired_test(own, other), *figures))
-    return Comparison(reference, TOKENS, float(found.tokens_N.mean()), tuple(gaps))
+    return Comparison(reference, tokens, float(found.tokens_N.mean()), tuple(gaps))
 
 
 @dataclass(frozen=True)

@@ -195,7 +195,7 @@ def test_strength_0_everywhere_is_off(rule, run):
 
 def test_a_rule_without_a_gate_is_held_against_always(rule, run):
     found = run(rule(gated=False), ["everywhere", "always"])
-    assert found.comparison.reference == "always"
+    assert (found.comparison.reference, found.comparison.tokens) == ("always", STEPS)
     assert found.steered_share == 1
     assert "everywhere against always: " in found.verdict
 
@@ -218,7 +218,8 @@ def test_the_token_that_ends_a_text_counts_and_none_behind_the_limit(rule, run, 
     expected = [text.index(stop) + 1 if stop in text else STEPS for text in texts]
     assert run(rule(), ["gated"], exam, random_seeds=()).comparison.mean_tokens == np.mean(expected) < STEPS
     monkeypatch.setattr(comparison, "TOKENS", 3)
-    assert run(rule(), ["gated"], random_seeds=()).comparison.mean_tokens == 3
+    cut = run(rule(), ["gated"], random_seeds=()).comparison
+    assert (cut.tokens, cut.mean_tokens) == (3, 3)
 
 
 def test_the_record_has_the_comparison_beside_what_it_always_had(whole, rule, stock, tokenizer):

@@ -48,7 +48,7 @@ def test_the_snippet_writes_fresh_questions_and_the_commands_compare_arms_on_the
     assert len(fresh) == len({json.loads(line)["id"] for line in fresh} - {json.loads(line)["id"] for line in used})
     (place / "fresh.jsonl").write_text("\n".join(fresh[:3]))
     commands = [shlex.split(line) for line in blocks("bash")[-1].splitlines()[1:]]
-    assert len(commands) == 3
+    assert len(commands) == 4
     for words in commands:
         monkeypatch.setattr("sys.argv", [str(MODEL) if word == "$M" else word for word in words])
         with pytest.raises(SystemExit) as status:
