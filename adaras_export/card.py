@@ -30,7 +30,7 @@ def card(rule: SteeringRule, parity: ParityReport, context: CardContext) -> str:
         _header(rule, context),
         _what_changed(rule, context),
         f"## Load it\n\n{context.usage.replace('{repo}', context.repository)}",
-        _effect(context.evaluation),
+        _effect(rule, context),
         _limits(rule),
         _verification(parity),
     ]
@@ -107,26 +107,84 @@ def _gate(rule: SteeringRule, *, left_out: bool) -> str:
     )
 
 
-def _effect(evaluation: Mapping[str, Any] | None) -> str:
+def _effect(rule: SteeringRule, context: CardContext) -> str:
+    evaluation, static = context.evaluation, "start" in context.drops
+    command = f"`adaras-export eval --compare {'gated,' if rule.gate is not None else ''}always,everywhere`"
     if evaluation is None:
-        return (
-            "## Effect\n\nNot evaluated. Steering often does not help; measure it on your own questions, with the "
-            "sign-flipped and random-neuron controls of `adaras-export eval`, before you rely on it.\n"
-        )
-    rows = [
+        return f"## Effect\n\n{_NOT_EVALUATED.format(command if static else '`adaras-export eval`')}\n"
+    said = f"{evaluation['questions']} fresh questions, greedy decoding; {evaluation['verdict']}"
+    if static:
+        said = f"{_of_static(evaluation, command)}\n\n{said}"
+    rows = "\n".join(
         f"| {arm['name']} | {arm['accuracy']:.1%} | {arm['low']:.1%} to {arm['high']:.1%} | {arm['fixed']} | "
         f"{arm['broken']} | {arm['p_value']:.2g} |"
         for arm in evaluation["arms"]
-    ]
-    table = "\n".join(rows)
+    )
     return f"""## Effect
 
-{evaluation["questions"]} fresh questions, greedy decoding; {evaluation["verdict"]}
+{said}
 
 | arm | accuracy | 95 % Wilson interval | fixed | broken | exact McNemar p |
 |---|---|---|---|---|---|
-{table}
+{rows}
+{_compared(evaluation.get("comparison"))}"""
+
+
+_NOT_EVALUATED = (
+    "Not evaluated. Steering often does not help; measure it on your own questions, with the sign-flipped and "
+    "random-neuron controls of {}, before you rely on it."
+)
+
+
+def _of_static(evaluation: Mapping[str, Any], command: str) -> str:
+    """What the evaluation says of an artifact that steers every token."""
+    arms = {arm["name"]: arm for arm in evaluation["arms"]}
+    if "everywhere" not in arms:
+        return (
+            "**This artifact's own behaviour was not evaluated.** It steers every token of every sequence; what "
+            f"follows is about the rule with all that this format leaves out. {command} measures both."
+        )
+    arm, off = arms["everywhere"], arms["off"]
+    return (
+        f"**This artifact computes the arm `everywhere`:** {arm['accuracy']:.1%} right ({arm['low']:.1%} to "
+        f"{arm['high']:.1%}), against {off['accuracy']:.1%} without steering: {arm['fixed']} fixed, {arm['broken']} "
+        f"broken, exact McNemar p = {arm['p_value']:.2g}."
+    )
+
+
+def _compared(comparison: Mapping[str, Any] | None) -> str:
+    """The ways to run the rule, held against the one nearest to it."""
+    if comparison is None:
+        return ""
+    reference = comparison["reference"]
+    rows = "\n".join(
+        f"| {gap['name']} | {_paired(gap) if gap['name'] != reference else '| | |'} | "
+        + " | ".join(_with_interval(gap[name]) for name in _DIVERGENCES)
+        + " |"
+        for gap in comparison["gaps"]
+    )
+    return f"""
+Held against `{reference}`; the controls above are steered as it is. KL from x: KL(x || arm) of next-token
+distributions in nats, along the base's own answer (up to {comparison["tokens"]} tokens, {comparison["mean_tokens"]:.1f}
+on average). In brackets 95 % intervals over questions; one around 0 is no proof of equality.
+
+| arm | points of accuracy | fixed | broken | exact McNemar p | KL from {reference}, a token | first token | \
+KL from off, a token | first token |
+|---|---|---|---|---|---|---|---|---|
+{rows}
 """
+
+
+_DIVERGENCES = ("kl_reference", "kl_reference_first", "kl_off", "kl_off_first")
+
+
+def _paired(gap: Mapping[str, Any]) -> str:
+    value, low, high = (100 * gap["difference"][name] for name in ("value", "low", "high"))
+    return f"{value:+.1f} ({low:+.1f} to {high:+.1f}) | {gap['fixed']} | {gap['broken']} | {gap['p_value']:.2g}"
+
+
+def _with_interval(figure: Mapping[str, float]) -> str:
+    return f"{figure['value']:.2g} ({figure['low']:.2g} to {figure['high']:.2g})"
 
 
 def _limits(rule: SteeringRule) -> str:

@@ -264,6 +264,7 @@ def evaluate(
     model: Model,
     rule: Annotated[Path, typer.Option(help="File of tune.")],
     out: Out,
+    compare: Annotated[str, typer.Option(help="Also how far these are apart: gated,always,everywhere.")] = "",
     random_controls: Annotated[int, typer.Option(help="Random-neuron arms, one seed each.")] = 5,
     check: Check = "last_number",
     max_new_tokens: NewTokens = 512,
@@ -274,24 +275,24 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Compare off, always, gated, sign-flipped and random neurons on fresh questions."""
+    from adaras_export.comparison import arms_of, compare_arms
     from adaras_export.evaluate import evaluate as run
     from adaras_export.generation import Sampling
     from adaras_export.models import BaseModel
     from adaras_export.rule import SteeringRule
 
     read = SteeringRule.load(rule)
+    arms = arms_of(read, compare.split(",")) if compare else ()
     exam = _exam(questions, check, Sampling(max_new_tokens, stop=_text(stop)), batch_size)
     read.base.require_same(BaseModel.of(model, revision))  # a model in memory has no fingerprint to compare
     loaded, tokenizer = _load(model, revision)
+    how: dict[str, Any] = {"random_seeds": range(random_controls), "allow_seen": allow_seen}
     with _progress() as bar:
-        report = run(
-            loaded,
-            tokenizer,
-            read,
-            replace(exam, progress=bar("answering")),
-            random_seeds=range(random_controls),
-            allow_seen=allow_seen,
-        )
+        watched = replace(exam, progress=bar("answering"))
+        if arms:
+            report = compare_arms(loaded, tokenizer, read, watched, arms, **how)
+        else:
+            report = run(loaded, tokenizer, read, watched, **how)
     report.save(out)
     _print(report.as_record(), f"{report.table()}\n{out}: {report.verdict}", as_json)
 

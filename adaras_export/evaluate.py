@@ -8,10 +8,9 @@ N questions, K neurons, D model width.
 
 import json
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -20,13 +19,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from adaras_export import models
 from adaras_export.checkers import Checker
-from adaras_export.errors import RuleError, TraceError, require
+from adaras_export.errors import RuleError, TraceError
 from adaras_export.gate import gate_probabilities
 from adaras_export.generation import Sampling, batches, complete_from, encode_prompt, pad_id, prefill
 from adaras_export.rule import Gate, SteeringRule
-from adaras_export.steering import steered
+from adaras_export.steering import steered, steered_everywhere
 from adaras_export.storage import Array, replace_file
 from adaras_export.traces import Question, digest
+from adaras_export.verdicts import RULE_ARMS, Arm, Comparison, arms_table, compare, conclusion, require_statistics
 
 Progress = Callable[[int, int], None]
 
@@ -50,22 +50,19 @@ class Exam:
 
 
 @dataclass(frozen=True)
-class Arm:
-    """One way of steering, compared with no steering on the same questions."""
+class Everywhere:
+    """A rule without its gate and its start: every token of every sequence is steered, as static artifacts do."""
 
-    name: str
-    questions: int
-    accuracy: float
-    low: float
-    high: float
-    fixed: int
-    broken: int
-    p_value: float
+    rule: SteeringRule
+
+
+Way = SteeringRule | Everywhere | None
+"""How to steer: by a rule without its gate, by a rule everywhere, or not at all."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All arms, and one sentence on what they show."""
+    """All arms, and what they show; the comparison is there where ways to run the rule were compared."""
 
     rule: str
     arms: tuple[Arm, ...]
@@ -73,14 +70,16 @@ class Evaluation:
     verdict: str
     ids: tuple[str, ...]
     verdicts: dict[str, Array]
+    comparison: Comparison | None = None
 
     def arm(self, name: str) -> Arm:
         """The arm of that name."""
         return next(arm for arm in self.arms if arm.name == name)
 
     def table(self) -> str:
-        """All arms, one line each."""
-        return arms_table(self.arms)
+        """All arms, one line each; below it the comparison, where there is one."""
+        below = "" if self.comparison is None else f"\n\n{self.comparison.table()}"
+        return arms_table(self.arms) + below
 
     def save(self, path: str | Path) -> None:
         """Write `as_record` as a JSON file, atomically.
@@ -103,6 +102,7 @@ class Evaluation:
                 "id": list(self.ids),
                 **{name: values.astype(int).tolist() for name, values in self.verdicts.items()},
             },
+            **({} if self.comparison is None else {"comparison": self.comparison.as_record()}),
         }
 
 
@@ -131,46 +131,96 @@ def evaluate(
         TraceError: a question was used to make the rule.
         MissingExtraError: SciPy is not installed.
     """
-    require_statistics()  # before the work, not after it
+    require_ready(rule, exam, allow_seen=allow_seen)
+    names = ("always",) if rule.gate is None else ("gated", "always")
+    verdicts, fires = arm_verdicts(model, tokenizer, rule, exam, names, random_seeds)
+    return reported(rule, exam, verdicts, fires)
+
+
+def require_ready(rule: SteeringRule, exam: Exam, *, allow_seen: bool) -> None:
+    """Refuse, before the work, what could not be reported after it.
+
+    Raises:
+        TraceError: a question was used to make the rule.
+        MissingExtraError: SciPy is not installed.
+    """
+    require_statistics()
     if not allow_seen:
         require_fresh(exam.questions, rule.questions)
-    controls = {f"random {seed}": random_control(model, rule, seed) for seed in random_seeds}
-    rules = {"always": rule, "flipped": rule.with_strength(-rule.strength), **controls}
-    off, *found = answer(model, tokenizer, exam, [None, *rules.values()])
-    verdicts, share = {"off": off, **dict(zip(rules, found, strict=True))}, 1.0
-    if rule.gate is not None:
+
+
+def arm_verdicts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rule: SteeringRule,
+    exam: Exam,
+    names: Sequence[str],
+    random_seeds: Sequence[int],
+) -> tuple[dict[str, Array], Array]:
+    """Verdicts of no steering, of the named ways to run the rule and of the controls, (N,) bool each; the gate's last.
+
+    Controls are steered as the first name of `RULE_ARMS` among ``names`` is, so that they differ from it in nothing
+    but the neurons. The gate's verdicts say which questions that one steers: all, unless it is "gated".
+    """
+    lead = next(name for name in RULE_ARMS if name in names)
+    controls = {"flipped": rule.with_strength(-rule.strength)}
+    controls |= {f"random {seed}": random_control(model, rule, seed) for seed in random_seeds}
+    ways: dict[str, Way] = {} if lead == "everywhere" else {"always": rule}
+    if "everywhere" in names:
+        ways["everywhere"] = Everywhere(rule)
+    ways |= {name: Everywhere(one) if lead == "everywhere" else one for name, one in controls.items()}
+    off, *found = answer(model, tokenizer, exam, [None, *ways.values()])
+    verdicts, fires = dict(zip(ways, found, strict=True)), np.ones(len(off), dtype=bool)
+    if rule.gate is not None and lead == "gated":
         fires = gate_fires(model, tokenizer, rule.gate, exam)
-        share = float(fires.mean())
-        gated = {"gated": verdicts["always"], **{name: verdicts[name] for name in rules if name != "always"}}
+        gated = {"gated": verdicts["always"], **{name: verdicts[name] for name in controls}}
         verdicts |= {name: np.where(fires, values, off) for name, values in gated.items()}
-    arms = tuple(compare(name, verdicts[name], verdicts["off"]) for name in _ordered(verdicts))
+    order = ["off", *sorted(names, key=_ORDER.index), *controls]
+    return {name: {"off": off, **verdicts}[name] for name in order}, fires
+
+
+_ORDER = ("always", "gated", "everywhere")
+
+
+def reported(rule: SteeringRule, exam: Exam, verdicts: dict[str, Array], fires: Array) -> Evaluation:
+    """The evaluation that these verdicts are."""
+    arms = tuple(compare(name, values, verdicts["off"]) for name, values in verdicts.items())
     ids = tuple(question.id for question in exam.questions)
-    return Evaluation(rule.fingerprint, arms, share, conclusion(arms), ids, verdicts)
+    return Evaluation(rule.fingerprint, arms, float(fires.mean()), conclusion(arms), ids, verdicts)
 
 
 def answer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     exam: Exam,
-    rules: Sequence[SteeringRule | None],
+    ways: Sequence[Way],
 ) -> Array:
-    """Which questions are answered correctly under each rule (None: no steering), (len(rules), N) bool.
+    """Which questions are answered correctly under each way of steering, (len(ways), N) bool.
 
-    Prompts are prefilled once per batch: no rule changes anything before the last prompt token.
+    Prompts are prefilled once per batch: only `Everywhere` changes anything before the last prompt token.
     """
     rows = [encode_prompt(tokenizer, question.prompt) for question in exam.questions]
-    correct, done = np.zeros((len(rules), len(rows)), dtype=bool), 0
+    correct, done = np.zeros((len(ways), len(rows)), dtype=bool), 0
     for indices in batches([len(row) for row in rows], exam.token_budget, exam.max_rows):
-        prefilled = prefill(model, [rows[index] for index in indices], pad_id(tokenizer))
-        for position, rule in enumerate(rules):
-            with nullcontext() if rule is None else steered(model, rule.ungated()):
-                texts = complete_from(model, tokenizer, prefilled, exam.sampling)
+        batch = [rows[index] for index in indices]
+        plain = prefill(model, batch, pad_id(tokenizer))
+        for position, way in enumerate(ways):
+            with in_effect(model, way):
+                own = prefill(model, batch, pad_id(tokenizer)) if isinstance(way, Everywhere) else plain
+                texts = complete_from(model, tokenizer, own, exam.sampling)
             for index, text in zip(indices, texts, strict=True):
                 correct[position, index] = exam.check(text, exam.questions[index].answer)
             done += len(indices)
             if exam.progress is not None:
-                exam.progress(done, len(rules) * len(rows))
+                exam.progress(done, len(ways) * len(rows))
     return correct
+
+
+def in_effect(model: PreTrainedModel, way: Way) -> AbstractContextManager[object]:
+    """The context in which ``model`` is steered that way."""
+    if way is None:
+        return nullcontext()
+    return steered_everywhere(model, way.rule) if isinstance(way, Everywhere) else steered(model, way.ungated())
 
 
 def gate_fires(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, gate: Gate, exam: Exam) -> Array:
@@ -226,60 +276,6 @@ def _norm(model: PreTrainedModel, layer: int, index: Array, delta: Array) -> flo
     h_2M[1, torch.tensor(index)] = torch.tensor(delta).to(h_2M)
     without, with_them = down(h_2M).float()
     return float((with_them - without).norm())
-
-
-def compare(name: str, arm: Array, off: Array) -> Arm:
-    """Accuracy with its 95 % Wilson interval, and the exact McNemar test against no steering."""
-    stats = require_statistics()
-    count, right = len(arm), int(arm.sum())
-    interval = stats.binomtest(right, count).proportion_ci(confidence_level=0.95, method="wilson")
-    fixed, broken = int((arm & ~off).sum()), int((off & ~arm).sum())
-    p_value = float(stats.binomtest(fixed, fixed + broken).pvalue) if fixed + broken else 1.0
-    return Arm(name, count, right / count, float(interval.low), float(interval.high), fixed, broken, p_value)
-
-
-def require_statistics() -> ModuleType:
-    """SciPy's statistics, or the error that names the extra to install."""
-    return require("scipy.stats", "identify", "comparing verdicts")
-
-
-def conclusion(arms: Sequence[Arm]) -> str:
-    """One sentence: a gain needs a significant paired test and more than every control reached."""
-    by_name = {arm.name: arm for arm in arms}
-    name = "gated" if "gated" in by_name else "always"
-    arm, off = by_name[name], by_name["off"]
-    random = [one.accuracy for one in arms if one.name.startswith("random")]
-    change = f"{100 * (arm.accuracy - off.accuracy):+.1f} points ({arm.fixed} fixed, {arm.broken} broken)"
-    significant = arm.p_value < 0.05
-    if significant and arm.broken > arm.fixed:
-        return f"steering harms: {change}, p = {arm.p_value:.2g}."
-    if not significant:
-        return f"no gain shown: {change}, p = {arm.p_value:.2g}."
-    if not random:
-        return f"{change}, p = {arm.p_value:.2g}; not a claim, because no random-neuron control was run."
-    if max(random) >= arm.accuracy or by_name["flipped"].accuracy >= arm.accuracy:
-        return f"{change}, p = {arm.p_value:.2g}, but a control does as well: the choice of neurons is not what helps."
-    return (
-        f"steering helps: {change}, p = {arm.p_value:.2g}; random neurons of the same norm reach "
-        f"{min(random):.1%} to {max(random):.1%} (off: {off.accuracy:.1%})."
-    )
-
-
-def arms_table(arms: Sequence[Arm]) -> str:
-    """Arms for a person, one line each."""
-    width = max(len(arm.name) for arm in arms)
-    head = f"{'':{width}}  accuracy   95 % interval     fixed  broken  McNemar p"
-    lines = [
-        f"{arm.name:{width}}  {arm.accuracy:7.1%}   {arm.low:6.1%} - {arm.high:6.1%}  {arm.fixed:5d}  {arm.broken:6d}  "
-        f"{arm.p_value:9.2g}"
-        for arm in arms
-    ]
-    return "\n".join([head, *lines])
-
-
-def _ordered(verdicts: dict[str, Array]) -> list[str]:
-    first = [name for name in ("off", "always", "gated", "flipped") if name in verdicts]
-    return first + [name for name in verdicts if name not in first]
 
 
 def require_fresh(questions: Sequence[Question], used: Sequence[str]) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from adaras_export.divergence import next_token_divergence
 from adaras_export.generation import left_pad
 from adaras_export.rule import SteeringRule
 from adaras_export.steering import steered, steered_everywhere
@@ -174,12 +175,6 @@ def _loss(static: Play, whole: Play) -> Check:
     divergence = next_token_divergence(whole.logits_BSV, static.logits_BSV)
     detail = f"nats; {divergence.max():.3g} at most; random prompts: `adaras-export eval --compare` takes yours"
     return Check("accepted loss, next-token KL from the whole rule", float(divergence.mean()), None, detail)
-
-
-def next_token_divergence(one_V: Tensor, other_V: Tensor) -> Tensor:
-    """KL(one || other) of next-token distributions given as logits (..., V), in nats, (...)."""
-    one_V, other_V = one_V.double().log_softmax(-1), other_V.double().log_softmax(-1)
-    return (one_V.exp() * (one_V - other_V)).sum(-1).clamp(min=0)
 
 
 def compare(script: Script, artifact: Artifact) -> list[Check]:

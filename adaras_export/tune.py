@@ -8,19 +8,11 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from adaras_export.errors import RuleError
-from adaras_export.evaluate import (
-    Arm,
-    Exam,
-    answer,
-    arms_table,
-    compare,
-    gate_fires,
-    require_fresh,
-    require_statistics,
-)
+from adaras_export.evaluate import Exam, answer, gate_fires, require_fresh
 from adaras_export.models import BaseModel
 from adaras_export.rule import Gate, NeuronSet, Start, SteeringRule
 from adaras_export.traces import digest
+from adaras_export.verdicts import Arm, arms_table, compare, require_statistics
 
 DEFAULT_COUNTS = (50, 200)
 DEFAULT_STRENGTHS = (-3.0, -1.0, -0.3, 0.3, 1.0, 3.0)

@@ -103,6 +103,80 @@ def test_an_evaluation_is_told_with_intervals_and_both_directions():
     assert "| gated | 57.8% | 53.0% to 62.0% | 29 | 5 | 4e-05 |" in found
 
 
+def nats(value):
+    return {"value": value, "low": value / 2, "high": value * 2}
+
+
+def gap(name, value=0.0, p_value=1.0):
+    """A record of a gap whose interval is two points wide on either side."""
+    difference = {"value": value, "low": value - 0.02, "high": value + 0.02}
+    kls = {
+        "kl_reference": nats(value**2),
+        "kl_reference_first": nats(0.5),
+        "kl_off": nats(1.5),
+        "kl_off_first": nats(2),
+    }
+    return {"name": name, "difference": difference, "fixed": 3, "broken": 8, "p_value": p_value, **kls}
+
+
+COMPARED = EVALUATION | {
+    "verdict": "gated: no arm differs. everywhere against gated: -1.0 points.",
+    "arms": [
+        EVALUATION["arms"][0] | {"name": "off", "accuracy": 0.53, "fixed": 0, "broken": 0, "p_value": 1.0},
+        *EVALUATION["arms"],
+        EVALUATION["arms"][0] | {"name": "everywhere", "accuracy": 0.568, "fixed": 26, "broken": 7, "p_value": 0.0013},
+    ],
+    "comparison": {
+        "reference": "gated",
+        "tokens": 64,
+        "mean_tokens": 20.25,
+        "gaps": [gap("gated"), gap("everywhere", -0.01, 0.23)],
+    },
+}
+STATIC = {"drops": ("gate", "start")}
+
+
+def effect(**changes):
+    return text(**changes).split("## Effect")[1].split("## Limits")[0]
+
+
+def test_a_comparison_is_told_with_its_intervals_for_every_artifact():
+    for drops in ({}, STATIC):
+        found = effect(evaluation=COMPARED, **drops)
+        assert "Held against `gated`" in found
+        assert "up to 64 tokens, 20.2" in found
+        assert "| gated | | | | | 0 (0 to 0) | 0.5 (0.25 to 1) | 1.5 (0.75 to 3) | 2 (1 to 4) |" in found
+        assert "| everywhere | -1.0 (-3.0 to +1.0) | 3 | 8 | 0.23 | 0.0001 (5e-05 to 0.0002) | 0.5 " in found
+        assert "is no proof of equality" in found
+    assert "Held against" not in effect(evaluation=EVALUATION)
+
+
+def test_the_tables_of_a_card_have_as_many_cells_in_every_line():
+    for block in effect(evaluation=COMPARED, **STATIC).split("\n\n"):
+        rows = [line for line in block.splitlines() if line.startswith("|")]
+        assert len({line.count("|") for line in rows}) <= 1
+
+
+def test_the_card_of_a_static_artifact_is_about_the_arm_that_it_computes():
+    found = effect(evaluation=COMPARED, **STATIC)
+    assert found.startswith(
+        "\n\n**This artifact computes the arm `everywhere`:** 56.8% right (53.0% to 62.0%), against 53.0% without "
+        "steering: 26 fixed, 7 broken, exact McNemar p = 0.0013.\n\n500 fresh questions, greedy decoding; gated: no arm"
+    )
+    assert "This artifact" not in effect(evaluation=COMPARED)
+
+
+def test_the_card_of_a_static_artifact_says_that_it_was_not_evaluated_and_how_it_can_be():
+    found, command = effect(evaluation=EVALUATION, **STATIC), "`adaras-export eval --compare gated,always,everywhere`"
+    assert found.startswith("\n\n**This artifact's own behaviour was not evaluated.**")
+    assert command in found
+    assert command in effect(**STATIC)
+    assert "`adaras-export eval --compare always,everywhere`" in card(
+        RULE.ungated(), PARITY, replace(CONTEXT, **STATIC)
+    )
+    assert "--compare" not in effect()
+
+
 def test_every_check_is_told_with_its_figure():
     assert "| by the rule, prefill logits | 1.5e-06 | 3e-05 |" in text()
     assert "| effect | 2.5 |  |" in text()

@@ -344,6 +344,11 @@ WRONG = {
     TUNE
     + "--gate {bad}/late_gate --start last_prompt_token": r"RuleError: rule: the gate reads layer 3, steering begins",
     EVAL + "--check guess": r"TraceError: checker guess",
+    EVAL + "--compare gated,all": r"RuleError: compare: no arm 'all'; expected of: gated, always, everywhere",
+    EVAL + "--compare gated,": r"RuleError: compare: no arm ''; expected of",
+    "eval {job}/test.jsonl {on} --rule {bad}/ungated --compare gated,always": (
+        r"RuleError: compare: the rule has no gate for the arm gated; expected of: always, everywhere"
+    ),
     EVAL + "--stop @@ --max-new-tokens 40": r"TraceError: stop '@@': no token of the tokenizer contains it",
     "collect {job}/test.jsonl {on} --attempts 0": r"TraceError: collect: 12 questions, 0 attempts",
     "collect {job}/test.jsonl {on} --temperature 0": r"TraceError: collect: 8 attempts at temperature 0",
@@ -377,6 +382,7 @@ def bad(job, folders, tmp_path_factory):
     write_traces(folder / "correct.jsonl", [replace(trace, correct=True) for trace in traces])
     (folder / "cut").write_bytes(rule[: len(rule) // 2])
     (folder / "corrupt").write_bytes(b"\xff" * 64)
+    SteeringRule.load(job / "rule.safetensors").ungated().save(folder / "ungated")
     (folder / "other.json").write_text('{"rule": "another"}')
     replace(tiny.make_gate(), layer=[0, 1, 2, 3, 3], base=None).save(folder / "late_gate")
     header = "overall_neuron_index,layer,neuron_index_in_layer,weight\n"
@@ -450,6 +456,21 @@ def test_seen_questions_can_be_allowed_by_name(job, run, tmp_path):
     status, out, _ = run("eval", *args, "--allow-seen", "--json")
     assert status == 0
     assert json.loads(out)["verdicts"]["id"] == [question.id for question in read_questions(job / "validation.jsonl")]
+
+
+def test_ways_to_run_the_rule_are_compared_in_text_and_json_and_the_file(job, run, tmp_path):
+    args = [*arguments("eval", job, tmp_path / "e"), "--compare", "everywhere,gated"]
+    status, out, err = run(*args)
+    assert (status, err) == (0, "")
+    assert "everywhere against gated: " in out.splitlines()[-1]
+    assert any(line.split()[:2] == ["minus", "gated"] for line in out.splitlines()), out
+    told = json.loads(run(*args, "--json")[1])
+    assert told == json.loads((tmp_path / "e").read_text())
+    assert [gap["name"] for gap in told["comparison"]["gaps"]] == ["gated", "everywhere"]
+    export = run("export", job / "rule.safetensors", "--base", MODEL, "--to", "hf", "--evaluation", tmp_path / "e",
+                 "-o", tmp_path / "steered")  # fmt: skip
+    assert export[0] == 0
+    assert "Held against `gated`" in (tmp_path / "steered" / "README.md").read_text()
 
 
 def test_an_unpaired_contrast_is_warned_about(job, run, tmp_path):

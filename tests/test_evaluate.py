@@ -1,7 +1,5 @@
 """Paired arms, their statistics and their controls, against real generation and brute force."""
 
-import itertools
-import math
 import sys
 from dataclasses import replace
 
@@ -9,17 +7,16 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from adaras_export import models
 from adaras_export.errors import MissingExtraError, RuleError, TraceError
-from adaras_export.evaluate import Arm, Exam, answer, arms_table, compare, conclusion, evaluate, random_control
+from adaras_export.evaluate import Exam, answer, evaluate, random_control
 from adaras_export.gate import gate_probabilities
 from adaras_export.generation import Sampling, complete, encode_prompt
 from adaras_export.rule import NeuronSet
 from adaras_export.steering import steered
 from adaras_export.traces import Question, digest
+from adaras_export.verdicts import compare, conclusion
 
 pytest.importorskip("scipy.stats")
 
@@ -213,61 +210,6 @@ def test_a_rule_of_a_whole_layer_has_no_random_control(bases, stock):
     whole = NeuronSet(layer=[2] * tiny.MLP_SIZE, index=range(tiny.MLP_SIZE), delta=[1.0] * tiny.MLP_SIZE)
     with pytest.raises(RuleError, match="random control: no neuron of layer 2 beside the rule's adds anything"):
         random_control(stock["qwen3"], tiny.make_rule(bases["qwen3"], neurons=whole), 0)
-
-
-@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60))
-def test_the_interval_is_wilsons(verdicts):
-    arm, off = (np.array(column) for column in zip(*verdicts, strict=True))
-    found, n, z = compare("a", arm, off), len(verdicts), 1.959963984540054
-    p = arm.mean()
-    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    assert (found.low, found.high) == pytest.approx((middle - half, middle + half), abs=1e-9)
-
-
-@given(st.integers(0, 6), st.integers(0, 6), st.integers(0, 5))
-def test_the_paired_test_is_mcnemars_exact_one(fixed, broken, unchanged):
-    """By counting all outcomes of as many coins as there are changed verdicts."""
-    off = np.array([False] * fixed + [True] * (broken + unchanged + 1))
-    arm = np.array([True] * fixed + [False] * broken + [True] * (unchanged + 1))
-    coins = [abs(2 * heads - fixed - broken) for heads in map(sum, itertools.product((0, 1), repeat=fixed + broken))]
-    expected = sum(distance >= abs(fixed - broken) for distance in coins) / len(coins)
-    found = compare("a", arm, off)
-    assert (found.fixed, found.broken) == (fixed, broken)
-    assert found.p_value == pytest.approx(expected)
-
-
-def arm(name, accuracy, fixed=0, broken=0, p_value=1.0):
-    return Arm(name, 1000, accuracy, 0.0, 1.0, fixed, broken, p_value)
-
-
-OFF, FLIPPED = arm("off", 0.5), arm("flipped", 0.45)
-GAIN = arm("always", 0.6, 110, 10, 1e-9)
-
-
-@pytest.mark.parametrize(
-    ("arms", "expected"),
-    [
-        ([arm("always", 0.4, 10, 110, 1e-9), FLIPPED, arm("random 0", 0.5)], "steering harms: -10.0 points"),
-        ([arm("always", 0.51, 20, 10, 0.2), FLIPPED, arm("random 0", 0.5)], "no gain shown: +1.0 points (20 fixed, 10"),
-        ([arm("always", 0.49, 10, 20, 0.2), FLIPPED, arm("random 0", 0.5)], "no gain shown: -1.0 points"),
-        ([GAIN, FLIPPED], "+10.0 points (110 fixed, 10 broken), p = 1e-09; not a claim, because no random-neuron"),
-        ([GAIN, FLIPPED, arm("random 0", 0.5), arm("random 1", 0.6)], "but a control does as well"),
-        ([GAIN, arm("flipped", 0.61), arm("random 0", 0.5)], "but a control does as well"),
-        ([GAIN, FLIPPED, arm("random 0", 0.5), arm("random 1", 0.59)], "steering helps: +10.0 points"),
-        ([GAIN, FLIPPED, arm("random 0", 0.48), arm("random 1", 0.52)], "reach 48.0% to 52.0% (off: 50.0%)"),
-        ([arm("gated", 0.5), GAIN, FLIPPED, arm("random 0", 0.5)], "no gain shown: +0.0 points (0 fixed, 0 broken)"),
-    ],
-)
-def test_the_conclusion_claims_no_more_than_the_arms_show(arms, expected):
-    assert expected in conclusion([OFF, *arms])
-
-
-def test_the_table_has_a_line_for_every_arm():
-    lines = arms_table([OFF, GAIN, FLIPPED]).splitlines()
-    assert len(lines) == 4
-    assert lines[2].split() == ["always", "60.0%", "0.0%", "-", "100.0%", "110", "10", "1e-09"]
-    assert len({len(line) for line in lines[1:]}) == 1
 
 
 def test_without_scipy_the_error_names_the_extra_before_anything_is_answered(rule, run, exam, monkeypatch):

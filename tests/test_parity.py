@@ -19,7 +19,6 @@ from adaras_export.parity import (
     ReferencePlayer,
     Tolerance,
     compare,
-    next_token_divergence,
     play_model,
     rehearse,
 )
@@ -241,13 +240,6 @@ def test_a_static_artifact_is_compared_with_every_token_steered_and_the_loss_is_
 def test_an_artifact_that_follows_the_whole_rule_is_no_static_one(static, rules, folders, tmp_path):
     artifact = written(rules[("llama", *CAUSAL)], folders["llama"], tmp_path)
     assert "by the rule, prefill logits" in failed(compare(static[1], artifact))
-
-
-def test_the_divergence_is_that_of_the_definition():
-    one, other = torch.tensor([[0.5, 0.25, 0.25]]), torch.tensor([[0.25, 0.5, 0.25]])
-    expected = 0.5 * math.log(2) + 0.25 * math.log(0.5)
-    assert next_token_divergence(one.log() + 3, other.log()).item() == pytest.approx(expected)
-    assert next_token_divergence(one.log(), one.log()).item() == 0
 
 
 def test_a_comparison_leaves_the_dials_as_they_were(scripts, rules, folders, tmp_path):

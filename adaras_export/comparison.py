@@ -1,0 +1,192 @@
+"""What a static artifact loses: one rule run in several ways, on the same questions.
+
+With its gate; without; and with every token of every sequence steered, prompts too, which is what formats compute
+that know neither gate nor start. Verdicts come from free answers; divergences are read along one text that all arms
+share, the base's own greedy completion. Knows no export format.
+
+N questions, B rows of a batch, S tokens of a text, V vocabulary.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from adaras_export.divergence import forced_logits, next_token_divergence
+from adaras_export.errors import RuleError
+from adaras_export.evaluate import (
+    Evaluation,
+    Everywhere,
+    Exam,
+    Way,
+    arm_verdicts,
+    in_effect,
+    reported,
+    require_ready,
+)
+from adaras_export.generation import Prefilled, Sampling, batches, continue_ids, encode_prompt, pad_id, prefill
+from adaras_export.rule import SteeringRule
+from adaras_export.storage import Array
+from adaras_export.verdicts import (
+    RULE_ARMS,
+    Comparison,
+    Estimate,
+    Gap,
+    mean_interval,
+    paired_difference,
+    paired_test,
+)
+
+TOKENS = 64
+"""Divergences are means over at most so many tokens of a question."""
+
+_LOGITS = 2**24  # of one arm, (B, S, V): 64 MB in float32
+
+
+def compare_arms(  # noqa: PLR0913 - one decision of the researcher each
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rule: SteeringRule,
+    exam: Exam,
+    arms: Sequence[str],
+    *,
+    random_seeds: Sequence[int] = (0, 1, 2, 3, 4),
+    allow_seen: bool = False,
+) -> Evaluation:
+    """Compare ways to run one rule with no steering and with each other, on the same questions.
+
+    Args:
+        model: the base model, in float32 if verdicts are to be reproducible.
+        tokenizer: its tokenizer.
+        rule: what to run.
+        exam: fresh questions.
+        arms: of `RULE_ARMS`, in any order. The first of them in that order is what the others are held against, and
+            the controls are steered as it is.
+        random_seeds: one random-neuron arm each; see `random_control`.
+        allow_seen: accept questions that neurons, gate or strength were fitted on.
+
+    Raises:
+        RuleError: there is no such arm, or the rule has no gate for it.
+        TraceError: a question was used to make the rule.
+        MissingExtraError: SciPy is not installed.
+    """
+    names = arms_of(rule, arms)
+    require_ready(rule, exam, allow_seen=allow_seen)
+    verdicts, fires = arm_verdicts(model, tokenizer, rule, exam, names, random_seeds)
+    evaluation = reported(rule, exam, verdicts, fires)
+    sampling = replace(exam.sampling, max_new_tokens=min(TOKENS, exam.sampling.max_new_tokens))
+    found = _Reader(model, tokenizer, rule, names, sampling).read_all(exam, fires)
+    comparison = _compared(names, verdicts, found, sampling.max_new_tokens)
+    verdict = f"{comparison.reference}: {evaluation.verdict} {comparison.sentence()}".rstrip()
+    return replace(evaluation, verdict=verdict, comparison=comparison)
+
+
+def arms_of(rule: SteeringRule, names: Sequence[str]) -> tuple[str, ...]:
+    """The named arms, each once, nearest to the paper's rule first.
+
+    Raises:
+        RuleError: there is no such arm, the rule has no gate for it, or none is named.
+    """
+    known = RULE_ARMS if rule.gate is not None else RULE_ARMS[1:]
+    expected = f"expected of: {', '.join(known)}"
+    if unknown := [name for name in names if name not in RULE_ARMS]:
+        raise RuleError(f"compare: no arm {', '.join(map(repr, unknown))}; {expected}")
+    if lacking := [name for name in names if name not in known]:
+        raise RuleError(f"compare: the rule has no gate for the arm {', '.join(lacking)}; {expected}")
+    if not names:
+        raise RuleError(f"compare: no arm is named; {expected}")
+    return tuple(name for name in known if name in names)
+
+
+@dataclass(frozen=True)
+class _Divergences:
+    """Of each arm: from the reference and from no steering, mean over the tokens and of the first, (N,) each."""
+
+    counts_N: Array
+    by_arm: Mapping[str, Array]  # (4, N): reference, its first token, off, its first token
+
+
+@dataclass(frozen=True)
+class _Found:
+    """How many tokens were read of each question, and the divergences of each arm.
+
+    The four rows: KL(reference || arm), mean over the tokens and of the first one; the same from no steering.
+    """
+
+    tokens_N: Array
+    nats_4N: Mapping[str, Array]
+
+
+def _compared(names: Sequence[str], verdicts: Mapping[str, Array], found: _Found, tokens: int) -> Comparison:
+    reference, gaps = names[0], []
+    for name in names:
+        own, other = verdicts[name], verdicts[reference]
+        change = Estimate(0.0, 0.0, 0.0) if name == reference else paired_difference(own, other)
+        figures = [mean_interval(values_N) for values_N in found.nats_4N[name]]
+        gaps.append(Gap(name, change, *paired_test(own, other), *figures))
+    return Comparison(reference, tokens, float(found.tokens_N.mean()), tuple(gaps))
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Reads the base's own completion of every prompt under every arm; holds the logits of one batch, never more."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    rule: SteeringRule
+    names: tuple[str, ...]
+    sampling: Sampling
+
+    def read_all(self, exam: Exam, fires_N: Array) -> _Found:
+        """Batch by batch. The gate steers the questions that ``fires_N`` says."""
+        rows = [encode_prompt(self.tokenizer, question.prompt) for question in exam.questions]
+        found = _Found(np.zeros(len(rows), dtype=int), {name: np.zeros((4, len(rows))) for name in self.names})
+        most = max(1, _LOGITS // (self.sampling.max_new_tokens * int(self.model.config.vocab_size)))
+        done = 0
+        for indices in batches([len(row) for row in rows], exam.token_budget, min(most, exam.max_rows)):
+            figures = self._read([rows[index] for index in indices], fires_N[indices])
+            for index, (tokens, nats) in zip(indices, figures, strict=True):
+                found.tokens_N[index] = tokens
+                for name, four in nats.items():
+                    found.nats_4N[name][:, index] = four
+            done += len(indices)
+            if exam.progress is not None:
+                exam.progress(done, len(rows))
+        return found
+
+    def _read(self, batch: Sequence[list[int]], fires_B: Array) -> Iterator[tuple[int, dict[str, list[float]]]]:
+        prompts = prefill(self.model, batch, pad_id(self.tokenizer))
+        counts, texts = self._texts(prompts)
+        logits = {name: self._logits(way, batch, prompts, texts) for name, way in self._ways().items()}
+        for row, count in enumerate(counts):
+            own = {name: logits_BSV[row, :count] for name, logits_BSV in logits.items()}
+            own["gated"] = own["always"] if fires_B[row] and "always" in own else own["off"]
+            yield count, {name: _nats(own[self.names[0]], own["off"], own[name]) for name in self.names}
+
+    def _ways(self) -> dict[str, Way]:
+        """What must be run for the arms; gated is one of always and off, question by question."""
+        ways: dict[str, Way] = {"off": None}
+        if self.names != ("everywhere",):
+            ways["always"] = self.rule
+        if "everywhere" in self.names:
+            ways["everywhere"] = Everywhere(self.rule)
+        return ways
+
+    def _texts(self, prompts: Prefilled) -> tuple[list[int], list[list[int]]]:
+        """What the base says, but for the last token; and how many tokens it chose, the one that ends a text too."""
+        own = prompts.repeated(range(len(prompts.ids)))
+        texts = continue_ids(self.model, self.tokenizer, own, self.sampling, [""] * len(own.ids))
+        counts = [min(len(text) + 1, self.sampling.max_new_tokens) for text in texts]
+        return counts, [text[: count - 1] for text, count in zip(texts, counts, strict=True)]
+
+    def _logits(self, way: Way, batch: Sequence[list[int]], prompts: Prefilled, texts: Sequence[list[int]]) -> Tensor:
+        with in_effect(self.model, way):
+            own = prefill(self.model, batch, pad_id(self.tokenizer)) if isinstance(way, Everywhere) else prompts
+            return forced_logits(self.model, own, texts)
+
+
+def _nats(reference_SV: Tensor, off_SV: Tensor, arm_SV: Tensor) -> list[float]:
+    from_S = (next_token_divergence(one_SV, arm_SV) for one_SV in (reference_SV, off_SV))
+    return [float(figure) for nats_S in from_S for figure in (nats_S.mean(), nats_S[0])]

@@ -1,0 +1,44 @@
+"""How far next-token distributions lie apart along one given text. Knows nothing of rules, and of what a text is for.
+
+B rows, S tokens of the text, V vocabulary.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from adaras_export import models
+from adaras_export.activations import right_pad
+from adaras_export.generation import Prefilled
+from adaras_export.runtime.steering_adaras import generating
+
+
+def next_token_divergence(one_V: Tensor, other_V: Tensor) -> Tensor:
+    """KL(one || other) of next-token distributions given as logits (..., V), in nats, (...)."""
+    one_V, other_V = one_V.double().log_softmax(-1), other_V.double().log_softmax(-1)
+    return (one_V.exp() * (one_V - other_V)).sum(-1).clamp(min=0)
+
+
+@torch.no_grad()
+def forced_logits(model: PreTrainedModel, prompts: Prefilled, texts: Sequence[Sequence[int]]) -> Tensor:
+    """Logits behind every prompt and behind each token of its text, (B, S + 1, V); ``prompts`` stays as it is.
+
+    Rows with shorter texts have meaningless values behind their own. A caller may steer the model meanwhile: the
+    prompt ends where it would in `generate`.
+    """
+    own = prompts.repeated(range(len(prompts.ids)))
+    last_ids = own.ids[:, -1].tolist()
+    rows = [[last, *text] for last, text in zip(last_ids, texts, strict=True)]
+    ids_BS, own_BS = right_pad(rows, own.ids.device)
+    mask_BT = torch.cat([own.mask[:, :-1], own_BS], dim=1)
+    with generating(models.decoder(model), own.ids.shape[1]):
+        logits_BSV: Tensor = model(
+            input_ids=ids_BS,
+            attention_mask=mask_BT,
+            position_ids=(mask_BT.cumsum(1) - 1)[:, -ids_BS.shape[1] :],
+            past_key_values=own.cache,
+            use_cache=True,
+        ).logits
+    return logits_BSV

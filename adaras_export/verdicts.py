@@ -1,0 +1,225 @@
+"""What verdicts on the same questions show: accuracies, paired tests, intervals, and a sentence that claims no more.
+
+Pure statistics over arrays and numbers; knows no model, no rule and no question. N questions.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from adaras_export.errors import require
+from adaras_export.storage import Array
+
+RULE_ARMS = ("gated", "always", "everywhere")
+"""Ways to run one rule, nearest to the paper's first: with its gate; without; without its start too."""
+
+_Z = 1.959963984540054
+_RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of steering, compared with no steering on the same questions."""
+
+    name: str
+    questions: int
+    accuracy: float
+    low: float
+    high: float
+    fixed: int
+    broken: int
+    p_value: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure with its 95 % interval over questions."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Gap:
+    """How far one arm is from the reference arm, on the same questions.
+
+    Attributes:
+        name: the arm.
+        difference: its accuracy minus that of the reference.
+        fixed: questions that it has right and the reference wrong.
+        broken: questions that it has wrong and the reference right.
+        p_value: of the exact McNemar test between the two.
+        kl_reference: KL(reference || arm) of next-token distributions in nats, mean over the tokens of a text.
+        kl_reference_first: the same of the first token that follows the prompt.
+        kl_off: KL(off || arm): the size of the arm's own effect.
+        kl_off_first: the same of the first token.
+    """
+
+    name: str
+    difference: Estimate
+    fixed: int
+    broken: int
+    p_value: float
+    kl_reference: Estimate
+    kl_reference_first: Estimate
+    kl_off: Estimate
+    kl_off_first: Estimate
+
+    def divergences(self) -> tuple[Estimate, ...]:
+        """From the reference and from no steering, each over the tokens and of the first one."""
+        return self.kl_reference, self.kl_reference_first, self.kl_off, self.kl_off_first
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Ways to run one rule, side by side.
+
+    Attributes:
+        reference: the arm that the others are held against.
+        tokens: up to how many tokens of the base's own greedy completion the divergences are means over.
+        mean_tokens: how many there were, on average.
+        gaps: one for each arm, the reference's own first.
+    """
+
+    reference: str
+    tokens: int
+    mean_tokens: float
+    gaps: tuple[Gap, ...]
+
+    def as_record(self) -> dict[str, Any]:
+        """JSON values."""
+        return {**asdict(self), "gaps": [asdict(gap) for gap in self.gaps]}
+
+    def table(self) -> str:
+        """All gaps, one line each; divergences in nats."""
+        width = max(len(gap.name) for gap in self.gaps)
+        paired = (f"minus {self.reference}", "  95 % interval", "fixed", "broken", "McNemar p")
+        heads = (*paired, f"KL({self.reference})/token", "   first", "KL(off)/token", "   first")
+        lines = [f"{'':{width}}  " + "  ".join(heads)]
+        for gap in self.gaps:
+            cells = [*self._paired(gap), *(f"{one.value:.3g}" for one in gap.divergences())]
+            own = "  ".join(f"{cell:>{len(head)}}" for cell, head in zip(cells, heads, strict=True))
+            lines.append(f"{gap.name:{width}}  {own}")
+        return "\n".join(lines)
+
+    def _paired(self, gap: Gap) -> Sequence[str]:
+        if gap.name == self.reference:
+            return [""] * 5
+        change = gap.difference
+        interval = f"{100 * change.low:+.1f} to {100 * change.high:+.1f}"
+        return [f"{100 * change.value:+.1f}", interval, str(gap.fixed), str(gap.broken), f"{gap.p_value:.2g}"]
+
+    def sentence(self) -> str:
+        """How far the arm that leaves most of the rule out is from the reference; empty without another arm."""
+        gap, change = self.gaps[-1], self.gaps[-1].difference
+        if gap.name == self.reference:
+            return ""
+        unshown = " The test shows no difference, which is no proof of equality: the interval says how large it may be."
+        return (
+            f"{gap.name} against {self.reference}: {100 * change.value:+.1f} points (95 % interval "
+            f"{100 * change.low:+.1f} to {100 * change.high:+.1f}; {gap.fixed} fixed, {gap.broken} broken, "
+            f"p = {gap.p_value:.2g}), next-token KL {gap.kl_reference.value:.2g} nats."
+            f"{unshown if gap.p_value >= 0.05 else ''}"
+        )
+
+
+def compare(name: str, arm: Array, off: Array) -> Arm:
+    """Accuracy with its 95 % Wilson interval, and the exact McNemar test against no steering."""
+    stats = require_statistics()
+    count, right = len(arm), int(arm.sum())
+    interval = stats.binomtest(right, count).proportion_ci(confidence_level=0.95, method="wilson")
+    fixed, broken, p_value = paired_test(arm, off)
+    return Arm(name, count, right / count, float(interval.low), float(interval.high), fixed, broken, p_value)
+
+
+def paired_test(arm: Array, other: Array) -> tuple[int, int, float]:
+    """Questions that ``arm`` fixes and breaks, seen from ``other``, and the p-value of the exact McNemar test."""
+    stats = require_statistics()
+    fixed, broken = int((arm & ~other).sum()), int((other & ~arm).sum())
+    p_value = float(stats.binomtest(fixed, fixed + broken).pvalue) if fixed + broken else 1.0
+    return fixed, broken, p_value
+
+
+def paired_difference(arm: Array, other: Array) -> Estimate:
+    """Accuracy of ``arm`` minus that of ``other`` on the same questions, with Tango's score interval.
+
+    Where not one verdict differs it still has a width, which a bootstrap has not: no difference among N questions
+    does not mean none.
+    """
+    count, fixed, broken = len(arm), int((arm & ~other).sum()), int((other & ~arm).sum())
+    value = (fixed - broken) / count
+
+    def score(difference: float) -> float:
+        return _score(difference, count, fixed, broken)
+
+    low = _root(lambda difference: score(difference) - _Z, -1.0, value)
+    high = _root(lambda difference: score(difference) + _Z, value, 1.0)
+    return Estimate(value, low, high)
+
+
+def _score(difference: float, count: int, fixed: int, broken: int) -> float:
+    """Standardised distance from a difference, under the likeliest shares that have this difference (Tango 1998)."""
+    a, c = 2 * count, -broken * difference * (1 - difference)
+    b = (2 * count - fixed + broken) * difference - fixed - broken
+    share_broken = (math.sqrt(max(b * b - 4 * a * c, 0.0)) - b) / (2 * a)
+    variance = count * (2 * share_broken + difference * (1 - difference))
+    return (fixed - broken - count * difference) / math.sqrt(max(variance, 1e-300))  # 0 at the ends of the range
+
+
+def _root(function: Callable[[float], float], low: float, high: float) -> float:
+    """Where a falling function crosses 0, or the end of the range that it does not cross it before."""
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if function(middle) > 0 else (low, middle)
+    return (low + high) / 2
+
+
+def mean_interval(values_N: Array) -> Estimate:
+    """Mean with its percentile bootstrap interval; the same values give the same interval."""
+    draw, count = np.random.default_rng(0), len(values_N)
+    means = [values_N[draw.integers(count, size=count)].mean() for _ in range(_RESAMPLES)]
+    low, high = np.quantile(means, [0.025, 0.975])
+    return Estimate(float(values_N.mean()), float(low), float(high))
+
+
+def require_statistics() -> ModuleType:
+    """SciPy's statistics, or the error that names the extra to install."""
+    return require("scipy.stats", "identify", "comparing verdicts")
+
+
+def conclusion(arms: Sequence[Arm]) -> str:
+    """One sentence: a gain needs a significant paired test and more than every control reached."""
+    by_name = {arm.name: arm for arm in arms}
+    arm, off = by_name[next(name for name in RULE_ARMS if name in by_name)], by_name["off"]
+    random = [one.accuracy for one in arms if one.name.startswith("random")]
+    change = f"{100 * (arm.accuracy - off.accuracy):+.1f} points ({arm.fixed} fixed, {arm.broken} broken)"
+    significant = arm.p_value < 0.05
+    if significant and arm.broken > arm.fixed:
+        return f"steering harms: {change}, p = {arm.p_value:.2g}."
+    if not significant:
+        return f"no gain shown: {change}, p = {arm.p_value:.2g}."
+    if not random:
+        return f"{change}, p = {arm.p_value:.2g}; not a claim, because no random-neuron control was run."
+    if max(random) >= arm.accuracy or by_name["flipped"].accuracy >= arm.accuracy:
+        return f"{change}, p = {arm.p_value:.2g}, but a control does as well: the choice of neurons is not what helps."
+    return (
+        f"steering helps: {change}, p = {arm.p_value:.2g}; random neurons of the same norm reach "
+        f"{min(random):.1%} to {max(random):.1%} (off: {off.accuracy:.1%})."
+    )
+
+
+def arms_table(arms: Sequence[Arm]) -> str:
+    """Arms for a person, one line each."""
+    width = max(len(arm.name) for arm in arms)
+    head = f"{'':{width}}  accuracy   95 % interval     fixed  broken  McNemar p"
+    lines = [
+        f"{arm.name:{width}}  {arm.accuracy:7.1%}   {arm.low:6.1%} - {arm.high:6.1%}  {arm.fixed:5d}  {arm.broken:6d}  "
+        f"{arm.p_value:9.2g}"
+        for arm in arms
+    ]
+    return "\n".join([head, *lines])
