@@ -12,8 +12,12 @@ TARGETS = {
     "hf": "adaras_export.exporters.hf",
     "hf-thin": "adaras_export.exporters.hf_thin",
     "onnx": "adaras_export.exporters.onnx",
+    "gguf": "adaras_export.exporters.gguf",
 }
-_NEEDS = {"onnx": ("onnx", "onnx_ir", "onnxruntime", "onnxscript")}  # what their extra, of the same name, brings
+_NEEDS = {  # what their extra, of the same name, brings
+    "onnx": ("onnx", "onnx_ir", "onnxruntime", "onnxscript"),
+    "gguf": ("gguf",),
+}
 
 
 def load(target: str) -> "Exporter":
