@@ -35,6 +35,7 @@ RUNTIMES = {
     "transformers.js": _node("run_transformers.mjs"),
     "web": _node("run_web.mjs"),
     "page": _python(".venv-runtimes", "run_page.py"),
+    "llamacpp": _python(".venv-llamacpp", "run_llamacpp.py"),
 }
 
 
