@@ -13,6 +13,7 @@ from tiny import EOS, LAYERS, PAD, PROMPTS, require_answers
 ROOT = Path(__file__).parents[1]
 DRIVERS = Path(__file__).parent / "runtimes" / "drivers"
 NODE = Path(__file__).parent / "runtimes" / "node"
+SERVER_DRIVERS = Path(__file__).parent / "servers" / "drivers"
 
 # What runs a driver, and the file that says that `make test-runtimes` has built its environment.
 Environment = namedtuple("Environment", "command built")
@@ -46,18 +47,30 @@ def job(folder, key, modes, **more):
     return {**asked, **more}
 
 
+# What `make test-llamacpp` and the like build beside them.
+SERVERS = {
+    "llama-server": Environment(
+        [ROOT / ".venv-llamacpp" / "bin" / "python", SERVER_DRIVERS / "run_llama_server.py"],
+        ROOT / ".venv-llamacpp" / "server" / "bin" / "llama-server",
+    ),
+}
+LLAMA_CPP = SERVERS["llama-server"].built.parent  # its programs
+
+
 def run_driver(runtime, jobs, folder):
-    """What the driver of a runtime found, by the keys of ``jobs``; ``folder`` is its home."""
+    """What the driver of a runtime or server found, by the keys of ``jobs``; ``folder`` is its home."""
     environment = {"PATH": os.environ["PATH"], "HOME": str(folder), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    found, _ = answered(RUNTIMES[runtime].command, jobs, folder, environment)
+    found, _ = answered({**RUNTIMES, **SERVERS}[runtime].command, jobs, folder, environment)
     return dict(zip(jobs, found, strict=True))
 
 
 def require_built(runtime, *, required):
-    """Skip the running test, or fail it, where the runtime's environment is absent."""
-    if RUNTIMES[runtime].built.exists() and shutil.which(RUNTIMES[runtime].command[0]):
+    """Skip the running test, or fail it, where the environment of a runtime or server is absent."""
+    command, built = {**RUNTIMES, **SERVERS}[runtime]
+    if built.exists() and shutil.which(command[0]):
         return
-    missing = f"{runtime} is not installed; make test-runtimes builds its environment"
+    target = "test-runtimes" if runtime in RUNTIMES else "test-llamacpp"
+    missing = f"{runtime} is not installed; make {target} builds its environment"
     (pytest.fail if required else pytest.skip)(missing)
 
 
