@@ -157,7 +157,7 @@ it, 0 is the base model.
 
 ```bash
 llama-server -m model.gguf --control-vector-scaled {repo}/control-vector.gguf:{strength}
-llama-completion -m model.gguf --control-vector-scaled {repo}/control-vector.gguf:{strength} -no-cnv -n 64 -p "12 times 7 is"
+llama-completion -m model.gguf --control-vector-scaled {repo}/control-vector.gguf:{strength} -no-cnv -n 64 -p "2 * 3 ="
 ```
 
 * It holds for all requests of a server. The path may have no colon and no comma. `llama-cli` takes the same option.

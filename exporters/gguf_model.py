@@ -23,7 +23,7 @@ An ordinary GGUF model; steering needs no option and has no switch.
 
 ```bash
 llama-server -m {repo}/model-steered.gguf
-llama-completion -m {repo}/model-steered.gguf -no-cnv -n 64 -p "12 times 7 is"
+llama-completion -m {repo}/model-steered.gguf -no-cnv -n 64 -p "2 * 3 ="
 ```
 
 llama.cpp applies these biases in its architecture `llama`. Other programs that open GGUF files, such as Ollama (a

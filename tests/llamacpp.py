@@ -17,8 +17,8 @@ NAMES = ("llama", "llama-biased", "mistral", "qwen2", "qwen3", "granite", "smoll
 CARRIERS = ("llama", "mistral")  # what --into takes
 _CHANGES = {"smollm3": {"no_rope_layer_interval": 4}}  # llama.cpp knows no other
 
-# In limits of `tiny.logit_limit`: measured up to 0.6. Where there is a GELU, llama.cpp looks it up in a table of 16 bits,
-# by its approximation, steered or not: measured 130 and 71. The effect of steering is 10^4 limits and more.
+# In limits of `tiny.logit_limit`: measured up to 0.6. GELU it approximates and looks up in a table of 16 bits, steered
+# or not: measured 130 and 71. The effect of steering is 10^4 limits and more.
 GELU = ("gpt_neox", "gpt2")
 SLACK = {name: 400 if name in GELU else 4 for name in NAMES}
 

@@ -14,11 +14,12 @@ import tiny
 import tiny_gguf
 import torch
 from tiny import PROMPTS
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from adaras_export.delivery import export
 
 # Exact in float32: by default its cache has 16 bits. One sequence at a time, on one processor.
-EXACT = "-fa off -ctk f32 -ctv f32 -c 256 -np 1 -t 1 --no-warmup".split()
+EXACT = ["-fa", "off", "-ctk", "f32", "-ctv", "f32", "-c", "256", "-np", "1", "-t", "1", "--no-warmup"]
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def wanted(case, folder):
     strength = case.rule.strength
     shifted = tiny_gguf.shifted(case.vector, case.folder / "shifted.gguf")
     by_the_card = printed(folder, "llama-server")[3:]
-    options = {"vector": by_the_card, "one layer off": ["--control-vector-scaled", f"{shifted}:{strength}"]}
+    options = {"base": [], "vector": by_the_card, "one layer off": ["--control-vector-scaled", f"{shifted}:{strength}"]}
     options["negated"] = [*by_the_card[:-1], by_the_card[-1].replace(":", ":-")]
     options["at 0"] = [*by_the_card[:-1], by_the_card[-1].rpartition(":")[0] + ":0"]
     options["strength left out"] = ["--control-vector", str(folder / "control-vector.gguf")]
@@ -103,3 +104,20 @@ def test_another_file_or_scale_is_told_from_it(name, what, found, cases):
 @pytest.mark.parametrize("name", llamacpp.CARRIERS)
 def test_a_steered_model_gives_what_the_oracle_gives_in_layer_0_too(name, found, cases):
     assert worst(found[(name, "model")], cases[name].told(cases[name].low_rule)) <= llamacpp.SLACK[name]
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_a_scale_of_0_is_the_base_model_bit_for_bit(name, found):
+    assert found[(name, "at 0")] == found[(name, "base")]
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_llama_completion_writes_what_the_oracle_says(name, required, cases, exported):
+    """As the card has it, but greedily: the prompt "Hi!", and then the bytes of the oracle's tokens."""
+    case, command = cases[name], printed(exported[name], "llama-completion")
+    command = [drive.LLAMA_CPP / command[0], "-m", case.gguf, *command[3:-1], "Hi!", "--temp", "0", *EXACT]
+    done = subprocess.run(command, capture_output=True, check=True, stdin=subprocess.DEVNULL)
+    [answer, *_] = case.told(case.rule)
+    letters = tiny.build_tokenizer().convert_ids_to_tokens(answer["ids"])
+    bytes_of = {letter: byte for byte, letter in bytes_to_unicode().items()}
+    assert done.stdout.startswith(b"Hi!" + bytes(bytes_of[letter] for letter in letters))

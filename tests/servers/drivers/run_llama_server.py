@@ -1,7 +1,7 @@
 """Driver of llama-server: starts it with a model and options, and asks over HTTP what it would say next.
 
-Reads a list of jobs as JSON from standard input, each {"command", "prompts"}; prints, as JSON on the last line, for each
-job the log-probabilities of all tokens after each prompt of token ids. Needs the standard library only.
+Reads a list of jobs as JSON from standard input, each {"command", "prompts", "vocabulary"}; prints, as JSON on the last
+line, for each job the log-probabilities of all tokens behind each prompt of token ids. Needs nothing but Python.
 """
 
 import json
@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -34,13 +33,19 @@ def serve(job, log):
 def wait_for(url, server):
     """Return when the server has loaded its model."""
     end = time.monotonic() + _SECONDS
-    while time.monotonic() < end and server.poll() is None:
-        try:
-            with urllib.request.urlopen(url, timeout=_SECONDS):
-                return
-        except OSError:  # not listening yet, or loading
-            time.sleep(0.05)
-    sys.exit(f"the server did not start: {Path('server.log').read_text()[-2000:]}")
+    while not listens(url):
+        if time.monotonic() > end or server.poll() is not None:
+            sys.exit(f"the server did not start: {Path('server.log').read_text()[-2000:]}")
+        time.sleep(0.05)
+
+
+def listens(url):
+    """Whether the server answers, and is not just loading."""
+    try:
+        with urllib.request.urlopen(url, timeout=_SECONDS):
+            return True
+    except OSError:
+        return False
 
 
 def ask(url, prompt, vocabulary):
