@@ -239,11 +239,12 @@ class _Player:
     def play(self, rows: Sequence[Sequence[int]], mode: Mode, follow_BS: torch.Tensor | None) -> Play:
         if mode == "off":
             return play_model(self.model, rows, follow_BS)
-        with self._steered():
+        with self.steered():
             return play_model(self.model, rows, follow_BS)
 
     @contextmanager
-    def _steered(self) -> Iterator[None]:
+    def steered(self) -> Iterator[None]:
+        """Steer the model while the context lasts."""
         with ExitStack() as undo:
             for layer, change_D in self.changes.items():
                 module = models.decoder_layer(self.model, layer)

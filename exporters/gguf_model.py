@@ -26,8 +26,9 @@ llama-server -m {repo}/model-steered.gguf
 llama-completion -m {repo}/model-steered.gguf -no-cnv -n 64 -p "2 * 3 ="
 ```
 
-llama.cpp applies these biases in its architecture `llama`. Other programs that open GGUF files, such as Ollama (a
-Modelfile with `FROM ./model-steered.gguf`), were not tested: one that overlooks the biases runs the base model.
+llama.cpp applies these biases in its architecture `llama`. A program that overlooks them runs the base model without
+an error: Transformers does, unless it is given a config with `mlp_bias=True`. Ollama (a Modelfile with
+`FROM ./model-steered.gguf`) and others were not tested.
 """
 
 
