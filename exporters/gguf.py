@@ -18,7 +18,7 @@ import torch
 from gguf import GGUFValueType
 
 from adaras_export import models, storage
-from adaras_export.errors import ExportError
+from adaras_export.errors import ArtifactError, ExportError
 from adaras_export.exporters import gguf_files, gguf_model
 from adaras_export.exporters.base import Commission, Exporter, Feature, Written, stock_reference
 from adaras_export.exporters.checkpoint import plain_config, vectors
@@ -69,11 +69,13 @@ class GgufExporter:
     def commissioned(self, commission: Commission) -> Exporter:
         """As `Exporter` says."""
         into = commission.options.get("into")
-        if into is not None and not isinstance(into, Mapping):
-            into = Path(into)
-            if not into.is_file():
-                raise ExportError(f"gguf: --into {into}: no such file; expected a GGUF model")
-        return replace(self, into=into, commission=commission)
+        if into is None or isinstance(into, Mapping):
+            if into is not None and into.keys() != {"file", "content"}:
+                raise ArtifactError(f"receipt: says of --into {sorted(into)}; expected content and file; export again")
+            return replace(self, into=into, commission=commission)
+        if not Path(into).is_file():
+            raise ExportError(f"gguf: --into {into}: no such file; expected a GGUF model")
+        return replace(self, into=Path(into), commission=commission)
 
     def recorded(self) -> Mapping[str, Any]:
         """As `Exporter` says."""
@@ -205,14 +207,14 @@ def _directions(rule: SteeringRule, base: Path, config: Mapping[str, Any]) -> di
 def _vector_checks(path: Path, rule: SteeringRule, base: Path) -> list[Check]:
     reader = gguf_files.opened(path)
     entries, expected_entries = gguf_files.metadata(reader), _metadata(rule)
+    expected = _directions(rule, base, storage.read_json(base / "config.json"))
     other = [name for name in sorted({*entries, *expected_entries}) if entries.get(name) != expected_entries.get(name)]
-    found, expected = gguf_files.vectors(reader), _directions(rule, base, storage.read_json(base / "config.json"))
-    wrong = gguf_files.differing(found, expected)
-    strange = sorted({tensor.name for tensor in reader.tensors} ^ expected.keys())
+    other += sorted({tensor.name for tensor in reader.tensors} - expected.keys())
+    other += gguf_files.strange(reader, expected)
+    wrong = gguf_files.differing(gguf_files.vectors(reader), expected)
     return [
-        Check("metadata entries that differ", len(other), 0, " ".join(other)),
+        Check("metadata entries or tensors that differ", len(other), 0, " ".join(other)),
         Check("directions that differ", len(wrong), 0, " ".join(wrong)),
-        Check("tensors missing or unknown", len(strange), 0, " ".join(strange)),
     ]
 
 

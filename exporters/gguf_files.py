@@ -41,11 +41,13 @@ def metadata(reader: GGUFReader) -> dict[str, Entry]:
 
 def vectors(reader: GGUFReader) -> dict[str, Array]:
     """The tensors of a file that are float32 and of one dimension, by name."""
-    return {
-        tensor.name: np.array(tensor.data)
-        for tensor in reader.tensors
-        if tensor.tensor_type == GGMLQuantizationType.F32 and len(tensor.shape) == 1
-    }
+    return {tensor.name: np.array(tensor.data) for tensor in reader.tensors if _is_vector(tensor)}
+
+
+def strange(reader: GGUFReader, expected: Mapping[str, Array]) -> list[str]:
+    """Names of tensors that are missing, or not float32 vectors of the expected size."""
+    sizes = {tensor.name: tensor.n_elements for tensor in reader.tensors if _is_vector(tensor)}
+    return [name for name, values in expected.items() if sizes.get(name) != values.size]
 
 
 def differing(found: Mapping[str, Array], expected: Mapping[str, Array]) -> list[str]:
@@ -110,7 +112,11 @@ def _entry(field: ReaderField) -> Entry:
     if kind == GGUFValueType.ARRAY:
         return kind, None
     part = field.parts[field.data[0]]
-    return kind, bytes(part).decode() if kind == GGUFValueType.STRING else part.tolist()[0]
+    return kind, bytes(part).decode(errors="replace") if kind == GGUFValueType.STRING else part.tolist()[0]
+
+
+def _is_vector(tensor: ReaderTensor) -> bool:
+    return bool(tensor.tensor_type == GGMLQuantizationType.F32 and len(tensor.shape) == 1)
 
 
 def _record(name: str, values: Array, place: int) -> bytes:

@@ -38,6 +38,8 @@ def require_carrier(path: Path, rule: SteeringRule, architecture: str) -> None:
     Raises:
         ExportError: as said; ``architecture`` is what llama.cpp calls the rule's base.
     """
+    if rule.strength == 0:
+        raise ExportError("gguf: strength 0 with --into, which has no dial, steers nothing; expected another strength")
     reader = gguf_files.opened(path)
     entries = gguf_files.metadata(reader)
     found = str(entries.get("general.architecture", (None, "none"))[1])
@@ -73,10 +75,12 @@ def biases(rule: SteeringRule, base: Path) -> dict[str, Array]:
 def checks(path: Path, rule: SteeringRule, base: Path, content: str) -> list[Check]:
     """Compare a model with what it was written from, by `content_digest`, and its biases with the rule's."""
     expected, reader = biases(rule, base), gguf_files.opened(path)
-    same = gguf_files.content_digest(path, without=expected) == content
+    other = gguf_files.strange(reader, expected)
+    if gguf_files.content_digest(path, without=expected) != content:
+        other.append("the model")
     wrong = gguf_files.differing(gguf_files.vectors(reader), expected)
     return [
-        Check("metadata or tensors of the GGUF model that differ", float(not same), 0),
+        Check("metadata or tensors of the GGUF model that differ", len(other), 0, " ".join(other)),
         Check("biases that differ", len(wrong), 0, " ".join(wrong)),
         Check("tensors compared, not played: the base's weights are", len(reader.tensors) - len(expected), None),
     ]

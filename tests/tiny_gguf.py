@@ -80,9 +80,10 @@ def _add_sizes(writer, config):
     writer.add_value_length(head_size)
     writer.add_vocab_size(config.vocab_size)
     if config.model_type != "gpt2":
-        rope = config.rope_parameters
-        writer.add_rope_dimension_count(int(head_size * rope.get("partial_rotary_factor", 1.0)))
-        writer.add_rope_freq_base(rope["rope_theta"])
+        rotary = config.to_dict() | config.to_dict().get("rope_parameters", {})  # Transformers 4 has them in no group
+        part = rotary.get("rotary_pct", 1.0) if config.model_type == "gpt_neox" else 1.0
+        writer.add_rope_dimension_count(int(head_size * rotary.get("partial_rotary_factor", part)))
+        writer.add_rope_freq_base(rotary.get("rope_theta", rotary.get("rotary_emb_base")))
 
 
 def _add_scales(writer, config):

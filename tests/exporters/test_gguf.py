@@ -192,7 +192,7 @@ def weaker(rule):
 def test_a_control_vector_of_another_rule_fails_on_entries_and_logits(name, tamper, rules, folders, tmp_path):
     rule, its = rules[(name, *CAUSAL)], exporter(folders[name])
     its.write(tamper(rule), folders[name], tmp_path)
-    assert {"metadata entries that differ"} <= failed(its.inspect(tmp_path, rule, folders[name]))
+    assert {"metadata entries or tensors that differ"} <= failed(its.inspect(tmp_path, rule, folders[name]))
     script = rehearse(its.reference(tmp_path, rule, folders[name]))
     assert "by the rule, prefill logits" in failed(compare(script, its.load(tmp_path)))
 
@@ -206,12 +206,15 @@ def test_a_changed_number_and_a_file_more_are_found(vectors, rules, folders, tmp
     assert {check.detail for check in checks} == {"model.gguf", "direction.3", ""}
 
 
-def test_an_extra_direction_is_found(vectors, rules, folders, tmp_path):
-    path = tmp_path / "control-vector.gguf"
-    more = {"direction.1": np.ones(tiny.HIDDEN_SIZE, np.float32)}
-    gguf_files.copy_with(vectors["llama"] / path.name, path, more)
-    checks = EXPORTER.inspect(tmp_path, rules[("llama", *CAUSAL)], folders["llama"])
-    assert failed(checks) == {"tensors missing or unknown"}
+@pytest.mark.parametrize("name", ["direction.1", "foo"])
+def test_an_extra_tensor_is_found_and_nothing_is_played(name, vectors, rules, folders, tmp_path):
+    out = tmp_path / "out"
+    export(rules[("llama", *CAUSAL)], base=folders["llama"], to="gguf", out=out, accept_loss=STATIC)
+    more = {name: np.ones(tiny.HIDDEN_SIZE + 1, np.float32)}
+    gguf_files.copy_with(vectors["llama"] / "control-vector.gguf", out / "control-vector.gguf", more)
+    found = failed(verify(out).checks)
+    assert "metadata entries or tensors that differ" in found
+    assert "not run, because its code or its settings differ" in found
 
 
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUF" + 200 * b"\xff", b"PK" + 100 * b"\0"])
@@ -330,6 +333,19 @@ def test_a_file_that_is_not_there_or_no_gguf_is_refused(low, folders, tmp_path):
     (tmp_path / "bad.gguf").write_bytes(b"bad")
     with pytest.raises(ArtifactError, match="expected a GGUF file"):
         exporter(folders["llama"], into=tmp_path / "bad.gguf").write(low, folders["llama"], tmp_path)
+
+
+def test_strength_0_without_a_dial_is_refused(low, folders, sources, tmp_path):
+    with pytest.raises(ExportError, match="strength 0 with --into, which has no dial, steers nothing"):
+        exporter(folders["llama"], into=sources["llama"]).write(low.with_strength(0.0), folders["llama"], tmp_path)
+
+
+def test_a_damaged_receipt_is_an_error_of_one_line(delivered, tmp_path):
+    folder = shutil.copytree(delivered, tmp_path / "copy")
+    receipt = json.loads((folder / "receipt.json").read_text())
+    (folder / "receipt.json").write_text(json.dumps(receipt | {"options": {"into": {"file": "x"}}}))
+    with pytest.raises(ArtifactError, match=r"receipt: says of --into \['file'\]; expected content and file"):
+        verify(folder)
 
 
 def test_a_copy_with_nothing_more_has_the_content_of_its_source(sources, tmp_path):

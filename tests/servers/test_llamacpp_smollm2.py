@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct in llama-server: in float32, where the oracle can be met, and with the 4 bits that people use."""
+"""SmolLM2-135M-Instruct in llama-server: in float32, where the oracle can be met, and with 4 bits, as people use it."""
 
 import importlib.util
 from pathlib import Path
