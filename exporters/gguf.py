@@ -123,8 +123,11 @@ class GgufExporter:
             dtype=torch.float32,
         )
         if self.into is None:
-            return _Player(model.eval(), *_stored_directions(folder / VECTOR_FILE), switchable=True)
-        return _Player(model.eval(), gguf_model.stored_biases(folder / gguf_model.FILE), 1.0, switchable=False)
+            directions, where = _stored_directions(folder / VECTOR_FILE), models.decoder_layer
+        else:
+            directions, where = gguf_model.stored_biases(folder / gguf_model.FILE), models.down_projection
+        changes = {where(model, layer): torch.from_numpy(vector) for layer, vector in directions.items()}
+        return _Player(model.eval(), changes, switchable=self.into is None)
 
     def tags(self) -> Sequence[str]:
         """As `Exporter` says."""
@@ -166,7 +169,7 @@ llama-completion -m model.gguf --control-vector-scaled {repo}/control-vector.ggu
 * The file does not contain the strength: `--control-vector` without a scale would steer with strength 1.
 * llama-cpp-python has the function `llama_set_adapter_cvec`, and no setting of its class `Llama`.
 * Ollama knows no control vectors. There, and elsewhere, a GGUF model with steering in it needs no option: for bases
-  that llama.cpp calls `llama`, `adaras-export export ... --to gguf --into model.gguf` writes one.
+  that llama.cpp calls `llama` or `granite`, `adaras-export export ... --to gguf --into model.gguf` writes one.
 """
 
 
@@ -184,7 +187,7 @@ def _require_no_layer_0(rule: SteeringRule) -> None:
     if 0 in rule.layers():
         raise ExportError(
             "gguf: the rule steers layer 0, where llama.cpp applies no control vector; expected layers from 1 on: "
-            "identify with --min-layer 1, or write the vectors into a GGUF model of architecture llama with --into"
+            "identify with --min-layer 1, or write the vectors into a GGUF model with --into, where that is possible"
         )
 
 
@@ -218,22 +221,22 @@ def _vector_checks(path: Path, rule: SteeringRule, base: Path) -> list[Check]:
     ]
 
 
-def _stored_directions(path: Path) -> tuple[dict[int, Array], float]:
-    """The vectors of a control vector by 0-based layer, and the scale that it is meant for."""
+def _stored_directions(path: Path) -> dict[int, Array]:
+    """The vectors of a control vector by 0-based layer, times the scale that it is meant for."""
     reader = gguf_files.opened(path)
-    found = {int(name.removeprefix("direction.")): value for name, value in gguf_files.vectors(reader).items()}
-    return found, float(gguf_files.metadata(reader)["adaras.strength"][1])
+    scale = np.float32(gguf_files.metadata(reader)["adaras.strength"][1])
+    return {int(name.removeprefix("direction.")): scale * value for name, value in gguf_files.vectors(reader).items()}
 
 
 class _Player:
-    """The stock base with vectors added to what leaves its decoder layers, as llama.cpp applies them."""
+    """The stock base with a vector added to what leaves some of its modules."""
 
     tolerance = FLOAT32
 
-    def __init__(self, model: Any, vectors: Mapping[int, Array], scale: float, *, switchable: bool) -> None:  # noqa: ANN401
+    def __init__(self, model: Any, changes: Mapping[torch.nn.Module, torch.Tensor], *, switchable: bool) -> None:  # noqa: ANN401
         self.model = model
+        self.changes = changes
         self.switchable = switchable
-        self.changes = {layer: scale * torch.from_numpy(vector) for layer, vector in vectors.items()}
 
     def findings(self) -> Sequence[Check]:
         return []
@@ -248,13 +251,12 @@ class _Player:
     def steered(self) -> Iterator[None]:
         """Steer the model while the context lasts."""
         with ExitStack() as undo:
-            for layer, change_D in self.changes.items():
-                module = models.decoder_layer(self.model, layer)
+            for module, change_D in self.changes.items():
                 undo.callback(module.register_forward_hook(partial(_add, change_D)).remove)
             yield
 
 
 def _add(change_D: torch.Tensor, _module: torch.nn.Module, _args: Any, output: Any) -> Any:  # noqa: ANN401 - hidden states, alone or first
-    if isinstance(output, tuple):  # older versions of some families
+    if isinstance(output, tuple):  # decoder layers of some families, in older versions
         return (output[0] + change_D, *output[1:])
     return output + change_D

@@ -1,7 +1,7 @@
 """A GGUF model that carries the folded vectors as biases of its down projections, behind `--into`.
 
-llama.cpp loads such a bias, which no converter writes, in its architecture `llama`, and in none of the others that
-this project knows. Everything else of the model stays as it is, byte for byte.
+llama.cpp loads such a bias, which no converter writes, in its architectures `llama` and `granite`, and in none of the
+others that this project knows. Everything else of the model stays as it is, byte for byte.
 """
 
 from pathlib import Path
@@ -17,6 +17,7 @@ from adaras_export.rule import SteeringRule
 from adaras_export.storage import Array
 
 FILE = "model-steered.gguf"
+_CARRIERS = ("llama", "granite")
 
 USAGE = """\
 An ordinary GGUF model; steering needs no option and has no switch.
@@ -26,8 +27,8 @@ llama-server -m {repo}/model-steered.gguf
 llama-completion -m {repo}/model-steered.gguf -no-cnv -n 64 -p "2 * 3 ="
 ```
 
-llama.cpp applies these biases in its architecture `llama`. A program that overlooks them runs the base model without
-an error: Transformers does, unless it is given a config with `mlp_bias=True`. Ollama (a Modelfile with
+llama.cpp applies these biases in its architectures `llama` and `granite`. A program that overlooks them runs the base
+model without an error: Transformers does, unless it is given a config with `mlp_bias=True`. Ollama (a Modelfile with
 `FROM ./model-steered.gguf`) and others were not tested.
 """
 
@@ -43,10 +44,10 @@ def require_carrier(path: Path, rule: SteeringRule, architecture: str) -> None:
     reader = gguf_files.opened(path)
     entries = gguf_files.metadata(reader)
     found = str(entries.get("general.architecture", (None, "none"))[1])
-    if {found, architecture} != {"llama"}:
+    if found != architecture or found not in _CARRIERS:
         raise ExportError(
-            f"{path}: is of architecture {found}, and the base of {architecture}; expected llama for both, the only "
-            "one where llama.cpp loads a bias of the down projection; leave out --into"
+            f"{path}: is of architecture {found}, and the base of {architecture}; expected the same, of: "
+            f"{', '.join(_CARRIERS)}, where llama.cpp loads a bias of the down projection; leave out --into"
         )
     if "split.count" in entries or reader.byte_order != "I":
         raise ExportError(f"{path}: is one file of several, or of another byte order; expected a whole model")

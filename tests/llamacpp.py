@@ -14,7 +14,7 @@ from adaras_export.models import BaseModel
 from adaras_export.rule import SteeringRule
 
 NAMES = ("llama", "llama-biased", "mistral", "qwen2", "qwen3", "granite", "smollm3", "phi3", "gpt_neox", "gpt2")
-CARRIERS = ("llama", "mistral")  # what --into takes
+CARRIERS = ("llama", "mistral", "granite")  # what --into takes
 _CHANGES = {"smollm3": {"no_rope_layer_interval": 4}}  # llama.cpp knows no other
 
 # In limits of `tiny.logit_limit`: measured up to 0.6. GELU it approximates and looks up in a table of 16 bits, steered

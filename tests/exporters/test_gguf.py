@@ -128,7 +128,7 @@ def test_a_family_with_a_norm_behind_its_mlp_is_refused(name, rules, folders, tm
 
 
 def test_layer_0_is_refused_with_two_ways_out(low, folders, tmp_path):
-    with pytest.raises(ExportError, match=r"layer 0, where .* no control vector; .*--min-layer 1, or .* --into"):
+    with pytest.raises(ExportError, match=r"layer 0, where .* no control vector; .*--min-layer 1, or .* with --into"):
         EXPORTER.write(low, folders["llama"], tmp_path)
 
 
@@ -295,8 +295,8 @@ def test_transformers_plays_the_model_only_if_it_is_told_of_the_biases(delivered
 @pytest.mark.parametrize(
     ("base", "source", "message"),
     [
-        ("llama", "qwen2", "is of architecture qwen2, and the base of llama; expected llama for both"),
-        ("qwen2", "qwen2", "is of architecture qwen2, and the base of qwen2; expected llama for both"),
+        ("llama", "qwen2", r"is of architecture qwen2, and the base of llama; expected the same, of: llama, granite"),
+        ("qwen2", "qwen2", r"is of architecture qwen2, and the base of qwen2; expected the same, of: llama, granite"),
         ("llama", "vector", "is of architecture controlvector"),
         ("llama", "llama-biased", r"has blk.0.ffn_down.bias already; expected a model without"),
         ("llama", "smaller", r"has 4 down projections \[64, 32\]; expected 4 of \[48, 32\], a GGUF of"),
@@ -352,6 +352,14 @@ def test_a_copy_with_nothing_more_has_the_content_of_its_source(sources, tmp_pat
     gguf_files.copy_with(sources["llama"], tmp_path / "copy.gguf", {})
     assert gguf_files.content_digest(tmp_path / "copy.gguf") == gguf_files.content_digest(sources["llama"])
     assert (tmp_path / "copy.gguf").read_bytes() == sources["llama"].read_bytes()
+
+
+@pytest.mark.parametrize("name", ["mistral", "granite"])
+def test_other_families_that_llama_cpp_gives_biases_pass_too(name, rules, folders, sources, tmp_path):
+    rule = replace(rules[(name, None, CAUSAL[1])], neurons=tiny.make_neurons(layers=(0, 3)))
+    accepted = ["start", "dial"]
+    export(rule, base=folders[name], to="gguf", out=tmp_path / "out", accept_loss=accepted, into=sources[name])
+    assert verify(tmp_path / "out").ok
 
 
 def test_biases_of_another_rule_fail_on_their_logits(low, folders, sources, tmp_path):
