@@ -21,7 +21,7 @@ EXACT = ["-fa", "off", "-ctk", "f32", "-ctv", "f32", "-c", "512", "-np", "1", "-
 STEPS, VOCABULARY = 4, 49152
 PROMPT = "Question: Ben has 3 boxes with 12 pens each. How many pens does Ben have?\nAnswer:"
 
-# Of log-probabilities, in limits of `tiny.logit_limit`: measured 0.4 to 0.9. The effect of steering is 10^4 of them.
+# Of log-probabilities, in limits of `tiny.logit_limit`: measured 0.5 to 0.7. The effect of steering is 10^4 of them.
 SLACK = 8
 
 
