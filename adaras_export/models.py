@@ -301,11 +301,16 @@ def decoder(model: "nn.Module") -> "nn.Module":
     return module
 
 
+def decoder_layer(model: "nn.Module", layer: int) -> "nn.Module":
+    """A decoder layer, counted from 0; the hidden states are what leaves it, or the first of several values."""
+    layers: Any = getattr(decoder(model), _family(model).layers)
+    module: nn.Module = layers[layer]
+    return module
+
+
 def down_projection(model: "nn.Module", layer: int) -> "nn.Module":
     """The down projection of a 0-based decoder layer; what enters it is h."""
-    family = _family(model)
-    layers: Any = getattr(decoder(model), family.layers)
-    module: nn.Module = reduce(getattr, family.down.split("."), layers[layer])
+    module: nn.Module = reduce(getattr, _family(model).down.split("."), decoder_layer(model, layer))
     return module
 
 

@@ -14,10 +14,12 @@ TARGETS = {
     "onnx": "adaras_export.exporters.onnx",
     "peft": "adaras_export.exporters.peft",
     "stock": "adaras_export.exporters.stock",
+    "gguf": "adaras_export.exporters.gguf",
 }
 _NEEDS = {  # what their extra, of the same name, brings
     "onnx": ("onnx", "onnx_ir", "onnxruntime", "onnxscript"),
     "peft": ("peft",),
+    "gguf": ("gguf",),
 }
 
 

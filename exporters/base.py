@@ -122,7 +122,7 @@ class Exporter(Protocol):
         ...
 
     def usage(self) -> str:
-        """How to load it, in Markdown; ``{repo}`` stands for the repository's name."""
+        """How to load it, in Markdown; ``{repo}`` stands for the repository's name, ``{strength}`` for the rule's."""
         ...
 
 

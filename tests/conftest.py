@@ -33,7 +33,7 @@ def pytest_unconfigure():
 
 
 def pytest_addoption(parser):
-    parser.addoption("--require-runtimes", action="store_true", help="fail where tests/runtimes would skip")
+    parser.addoption("--require-runtimes", action="store_true", help="fail where tests/runtimes and servers would skip")
     parser.addoption("--modes", metavar="FILE", type=Path, help="write what became of every mode, for tests/modes.py")
 
 

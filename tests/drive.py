@@ -14,9 +14,10 @@ ROOT = Path(__file__).parents[1]
 DRIVERS = Path(__file__).parent / "runtimes" / "drivers"
 SERVERS = Path(__file__).parent / "servers" / "drivers"
 NODE = Path(__file__).parent / "runtimes" / "node"
+LLAMA_CPP = ROOT / ".venv-llamacpp" / "server" / "bin"  # programs that `make test-llamacpp` compiles
 
-# What runs a driver, the file that says that make has built its environment, and the variables that it wants.
-Environment = namedtuple("Environment", "command built settings", defaults=[{}])
+# What runs a driver, the file that says that its environment is there, what builds that, and variables that it wants.
+Environment = namedtuple("Environment", "command built target settings", defaults=["test-runtimes", {}])
 
 
 def _python(folder, driver):
@@ -30,7 +31,13 @@ def _node(driver):
 def _vllm(driver):
     # Memory for its KV cache; no telemetry; compiling its small kernels takes longer here than it saves.
     settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "TORCHDYNAMO_DISABLE": "1"}
-    return _python(".venv-vllm", SERVERS / driver)._replace(settings=settings)
+    return _python(".venv-vllm", SERVERS / driver)._replace(target="test-vllm", settings=settings)
+
+
+def _llama_server(driver):
+    return _python(".venv-llamacpp", SERVERS / driver)._replace(
+        target="test-llamacpp", built=LLAMA_CPP / "llama-server"
+    )
 
 
 RUNTIMES = {
@@ -44,6 +51,8 @@ RUNTIMES = {
     "page": _python(".venv-runtimes", "run_page.py"),
     "vllm": _vllm("run_vllm.py"),
     "vllm-server": _vllm("run_vllm_server.py"),
+    "llamacpp": _python(".venv-llamacpp", "run_llamacpp.py"),
+    "llama-server": _llama_server("run_llama_server.py"),
 }
 
 
@@ -55,7 +64,7 @@ def job(folder, key, modes, **more):
 
 
 def run_driver(runtime, jobs, folder):
-    """What the driver of a runtime found, by the keys of ``jobs``; ``folder`` is its home."""
+    """What the driver of a runtime or server found, by the keys of ``jobs``; ``folder`` is its home."""
     environment = {"PATH": os.environ["PATH"], "HOME": str(folder), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     environment |= RUNTIMES[runtime].settings
     found, _ = answered(RUNTIMES[runtime].command, jobs, folder, environment)
@@ -63,10 +72,11 @@ def run_driver(runtime, jobs, folder):
 
 
 def require_built(runtime, *, required):
-    """Skip the running test, or fail it, where the runtime's environment is absent."""
-    if RUNTIMES[runtime].built.exists() and shutil.which(RUNTIMES[runtime].command[0]):
+    """Skip the running test, or fail it, where the environment of a runtime or server is absent."""
+    environment = RUNTIMES[runtime]
+    if environment.built.exists() and shutil.which(environment.command[0]):
         return
-    missing = f"{runtime} is not installed; make test-runtimes builds its environment"
+    missing = f"{runtime} is not installed; make {environment.target} builds its environment"
     (pytest.fail if required else pytest.skip)(missing)
 
 
