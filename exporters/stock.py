@@ -101,7 +101,8 @@ _SWITCHABLE_WEIGHTS = (
 _SERVERS = """
 Where `config.json` says `hy_v3` (a Qwen3, written as the architecture that has its norms and an MLP bias), it needs
 Transformers 5.19 or later, and vLLM `--model-impl transformers`. A server whose MLP has no bias for this architecture
-may drop the biases without a word: compare a greedy answer with that of Transformers before you rely on one.
+may drop the biases without a word, as SGLang's own Llama class does by its source, and with them the steering: have it
+use the classes of Transformers, and compare a greedy answer with that of Transformers before you rely on one.
 """
 
 _USAGE = f"""\

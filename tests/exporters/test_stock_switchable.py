@@ -4,7 +4,8 @@ import json
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import tiny
@@ -111,12 +112,20 @@ def test_each_row_of_a_batch_is_steered_or_not_as_it_asks(switchable, told_every
         assert float((logits[: len(expected)] - expected).abs().max()) <= tiny.logit_limit(expected)
 
 
-def test_transformers_own_loader_takes_the_adapter_and_its_scale_is_the_dial(switchable, stock, rules):
+@pytest.mark.skipif(
+    transformers.__version__ >= "5" and find_spec("peft.utils.transformers_weight_conversion") is None,
+    reason="the loader of Transformers 5 needs a newer PEFT",
+)
+def test_transformers_own_loader_takes_the_adapter(switchable, told_everywhere):
     key = ("llama", *CAUSAL)
     model = opened(switchable[key])
     with torch.random.fork_rng():
         model.load_adapter(str(switchable[key] / "steering-lora"))
-    require_answers(greedy(model), tiny.answers_everywhere(stock["llama"], rules[key]))
+    require_answers(greedy(model), told_everywhere[key])
+
+
+def test_the_scale_of_the_adapter_is_the_dial(switchable, stock, rules):
+    key = ("llama", *CAUSAL)
     halved = adapted(switchable[key])
     for module in halved.modules():
         if isinstance(module, peft.tuners.lora.LoraLayer):
@@ -292,32 +301,35 @@ def test_what_was_tampered_with_fails_even_with_a_receipt_that_fits(tamper, deli
 
 
 _MEASURE = """
-import resource, sys
+import re, sys
 from pathlib import Path
+import peft, safetensors.torch, transformers
 from adaras_export.exporters.stock import StockExporter
 from adaras_export.rule import SteeringRule
-import adaras_export.exporters.stock_plan, peft, transformers
-from transformers import AutoTokenizer, AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-rule, base, out, switchable = SteeringRule.load(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4] == "1"
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-StockExporter(switchable=switchable, copy=True).write(rule, base, out)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10)
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) << 10
+
+rule, (base, out) = SteeringRule.load(sys.argv[1]), map(Path, sys.argv[2:4])
+Path("/proc/self/clear_refs").write_text("5")  # forget the peak
+before = peak()
+StockExporter(switchable=sys.argv[4] == "1", copy=True).write(rule, base, out)
+print(peak() - before)
 """
 
 
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux to tell the peak of a block")
 @pytest.mark.slow
 @pytest.mark.parametrize("switchable_too", [False, True])
 def test_a_large_checkpoint_is_written_with_little_memory(switchable_too, tmp_path):
     sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 6, "vocab_size": 258}
     base = tiny.save_base("llama-biased", tmp_path / "base", **sizes)
-    neurons = replace(tiny.make_neurons(), base=None)
-    rule = tiny.make_rule(models.BaseModel.of(base), neurons=neurons)
-    rule.save(tmp_path / "rule.safetensors")
+    tiny.make_rule(models.BaseModel.of(base)).save(tmp_path / "rule.safetensors")
     (tmp_path / "out").mkdir()
     command = [sys.executable, "-c", _MEASURE, tmp_path / "rule.safetensors", base, tmp_path / "out"]
     done = subprocess.run([*command, str(int(switchable_too))], capture_output=True, text=True, check=True)
     size = (base / "model.safetensors").stat().st_size
     assert size > 3e8
-    # Measured: 43 MB, the down projection of one layer (17 MB), mapped and as an array.
-    assert int(done.stdout.splitlines()[-1]) < size / 4
+    # Measured: 22 MB, also with a base of 1.4 GB: one down projection is 17 MB, a piece 1 MB.
+    assert int(done.stdout.splitlines()[-1]) < 64e6
