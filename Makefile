@@ -50,7 +50,7 @@ test-vllm: $(INSTALLED) $(VLLM)/.installed
 
 # The programs of llama.cpp, compiled once, in ten minutes on two cores; needs a C++ compiler. docs/logs has a green run.
 test-llamacpp: $(SMOLLM2) $(LLAMACPP)/.installed $(LLAMA_SERVER)
-	$(BIN)/python -m pytest tests/servers/test_llamacpp.py --require-runtimes
+	$(BIN)/python -m pytest tests/servers/test_llamacpp*.py --require-runtimes
 
 quick: $(INSTALLED)  ## the tests that need neither SmolLM2 nor patience
 	$(BIN)/python -m pytest --ignore tests/runtimes --ignore tests/servers -m "not slow"

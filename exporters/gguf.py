@@ -166,7 +166,7 @@ llama-completion -m model.gguf --control-vector-scaled {repo}/control-vector.ggu
 ```
 
 * It holds for all requests of a server. The path may have no colon and no comma. `llama-cli` takes the same option.
-* The file does not contain the strength: `--control-vector` without a scale would steer with strength 1.
+* llama.cpp takes the strength from the command line only: `--control-vector`, without a scale, steers with strength 1.
 * llama-cpp-python has the function `llama_set_adapter_cvec`, and no setting of its class `Llama`.
 * Ollama knows no control vectors. There, and elsewhere, a GGUF model with steering in it needs no option: for bases
   that llama.cpp calls `llama` or `granite`, `adaras-export export ... --to gguf --into model.gguf` writes one.

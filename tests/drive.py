@@ -1,4 +1,4 @@
-"""Runs exported graphs in the environments of other runtimes, by the drivers of tests/runtimes; judges the results."""
+"""Runs exports in the environments of other runtimes, by the drivers of tests/runtimes and servers; judges results."""
 
 import os
 import shutil
