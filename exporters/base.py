@@ -7,6 +7,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
+from adaras_export.errors import ExportError
 from adaras_export.parity import Artifact, Check, Reference, ReferencePlayer
 from adaras_export.rule import SteeringRule
 
@@ -124,6 +125,17 @@ class Exporter(Protocol):
     def usage(self) -> str:
         """How to load it, in Markdown; ``{repo}`` stands for the repository's name, ``{strength}`` for the rule's."""
         ...
+
+
+def require_effect(rule: SteeringRule, target: str) -> None:
+    """Refuse a rule that would give an artifact without effect.
+
+    Raises:
+        ExportError: it has no neurons, or strength 0.
+    """
+    if not len(rule.neurons) or rule.strength == 0:
+        found = "no neurons" if not len(rule.neurons) else "strength 0"
+        raise ExportError(f"{target}: the rule has {found}; expected an effect, or there is nothing to put into a file")
 
 
 def stock_reference(rule: SteeringRule, base: Path, *, everywhere: bool = False) -> Reference:

@@ -20,7 +20,7 @@ from gguf import GGUFValueType
 from adaras_export import models, storage
 from adaras_export.errors import ArtifactError, ExportError
 from adaras_export.exporters import gguf_files, gguf_model
-from adaras_export.exporters.base import Commission, Exporter, Feature, Written, stock_reference
+from adaras_export.exporters.base import Commission, Exporter, Feature, Written, require_effect, stock_reference
 from adaras_export.exporters.checkpoint import plain_config, vectors
 from adaras_export.exporters.gguf_files import Entry
 from adaras_export.parity import FLOAT32, Artifact, Check, Mode, Play, Reference, play_model
@@ -83,6 +83,7 @@ class GgufExporter:
 
     def write(self, rule: SteeringRule, base: Path, out: Path) -> Written:
         """As `Exporter` says."""
+        require_effect(rule, self.name)
         _require_expressible(rule)
         config = plain_config(base)
         if self.into is None:
@@ -174,8 +175,6 @@ llama-completion -m model.gguf --control-vector-scaled {repo}/control-vector.ggu
 
 
 def _require_expressible(rule: SteeringRule) -> None:
-    if not rule.layers():
-        raise ExportError("gguf: the rule steers no neuron; expected one or more")
     if rule.base.family not in _ARCHITECTURES:
         raise ExportError(
             f"gguf: {rule.base.family} normalises what leaves its MLP, which a vector behind the block would evade; "

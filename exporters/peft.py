@@ -19,7 +19,7 @@ from safetensors.numpy import save
 
 from adaras_export import models, storage
 from adaras_export.errors import ArtifactError, ExportError, first_line
-from adaras_export.exporters.base import Commission, Exporter, Feature, Written, stock_reference
+from adaras_export.exporters.base import Commission, Exporter, Feature, Written, require_effect, stock_reference
 from adaras_export.exporters.checkpoint import plain_config, stores, vectors, write_json
 from adaras_export.parity import FLOAT32, Artifact, Check, Mode, Play, Reference, play_model
 from adaras_export.rule import SteeringRule
@@ -51,7 +51,7 @@ class PeftExporter:
 
     def write(self, rule: SteeringRule, base: Path, out: Path) -> Written:
         """As `Exporter` says."""
-        refuse_nothing(rule)
+        require_effect(rule, self.name)
         plain_config(base)
         storage.replace_file(out / ADAPTER_FILE, save(self.tensors(rule, base), metadata={"format": "pt"}))
         write_json(out / CONFIG_FILE, self.config(rule, base))
@@ -171,17 +171,6 @@ def _commissioned(commission: Commission) -> Exporter:
 
         return MergeExporter(copy=commission.copy)
     return PeftExporter(commission=commission)
-
-
-def refuse_nothing(rule: SteeringRule) -> None:
-    """Refuse what would give an adapter without effect.
-
-    Raises:
-        ExportError: the rule has no neurons, or strength 0.
-    """
-    if not len(rule.neurons) or rule.strength == 0:
-        found = "no neurons" if not len(rule.neurons) else "strength 0"
-        raise ExportError(f"peft: the rule has {found}; expected an effect, or there is nothing to put into a file")
 
 
 def base_entries(commission: Commission | None, base: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch
 
 from adaras_export.errors import require
 from adaras_export.exporters import hf, steering_lora
-from adaras_export.exporters.base import Commission, Exporter, Feature, Written, stock_reference
+from adaras_export.exporters.base import Commission, Exporter, Feature, Written, require_effect, stock_reference
 from adaras_export.exporters.checkpoint import opened
 from adaras_export.exporters.constant_neuron import NEURONS
 from adaras_export.exporters.stock_plan import Plan
@@ -51,6 +51,7 @@ class StockExporter:
 
     def write(self, rule: SteeringRule, base: Path, out: Path) -> Written:
         """As `Exporter` says."""
+        require_effect(rule, self.name)
         plan = Plan.of(rule, base, switchable=self.switchable)
         plan.write(out, copy=self.copy)
         hf.write_repository(out, base, plan.config, {})
@@ -101,8 +102,8 @@ _SWITCHABLE_WEIGHTS = (
 _SERVERS = """
 Where `config.json` says `hy_v3` (a Qwen3, written as the architecture that has its norms and an MLP bias), it needs
 Transformers 5.19 or later, and vLLM `--model-impl transformers`. A server whose MLP has no bias for this architecture
-may drop the biases without a word, as SGLang's own Llama class does by its source, and with them the steering: have it
-use the classes of Transformers, and compare a greedy answer with that of Transformers before you rely on one.
+drops the biases without a word, and with them the steering: SGLang does (by its source, 0.5.23) unless it is started
+with `--model-impl transformers`, and TGI. Compare a greedy answer with that of Transformers before you rely on one.
 """
 
 _USAGE = f"""\
@@ -130,9 +131,11 @@ In a server, steering is on for the requests that name the adapter as their mode
 
 ```sh
 hf download "{{repo}}" --local-dir model
-vllm serve model --served-model-name base --enable-lora --max-lora-rank 8 \\
+vllm serve model --served-model-name base --enable-lora --max-lora-rank 8 --max-loras 2 \\
     --lora-modules steered=model/{steering_lora.FOLDER}
 ```
+
+Keep one slot of `--max-loras` empty: vLLM's kernels for the CPU (0.32) give requests without a LoRA what is in the last.
 {_SERVERS}
 In Python, from the downloaded folder, with Transformers and PEFT:
 
