@@ -135,7 +135,7 @@ vllm serve model --served-model-name base --enable-lora --max-lora-rank 8 --max-
     --lora-modules steered=model/{steering_lora.FOLDER}
 ```
 
-Keep one slot of `--max-loras` empty: vLLM's kernels for the CPU (0.32) give requests without a LoRA what is in the last.
+Keep a slot of `--max-loras` empty: vLLM's kernels for the CPU (0.32) give requests without a LoRA what is in the last.
 {_SERVERS}
 In Python, from the downloaded folder, with Transformers and PEFT:
 

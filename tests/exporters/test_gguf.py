@@ -134,7 +134,7 @@ def test_layer_0_is_refused_with_two_ways_out(low, folders, tmp_path):
 
 def test_a_rule_without_neurons_is_refused(bases, folders, tmp_path):
     rule = tiny.make_rule(bases["llama"], neurons=tiny.make_neurons().top(0))
-    with pytest.raises(ExportError, match="gguf: the rule steers no neuron"):
+    with pytest.raises(ExportError, match="gguf: the rule has no neurons"):
         EXPORTER.write(rule, folders["llama"], tmp_path)
 
 
