@@ -72,7 +72,8 @@ def write(path: Path, entries: Mapping[str, Entry], tensors: Mapping[str, Array]
 def copy_with(source: Path, target: Path, added: Mapping[str, Array]) -> None:
     """Write ``source`` anew with float32 vectors more; what it holds stays as it is, byte for byte."""
     reader = opened(source)
-    alignment, data_size = int(reader.alignment), _data_end(reader) - reader.data_offset
+    alignment, data_start = int(reader.alignment), int(reader.data_offset)  # NumPy's, where the file names the former
+    data_size = max(int(tensor.data_offset) + int(tensor.n_bytes) for tensor in reader.tensors) - data_start
     records, place = b"", _padded(data_size, alignment)
     for name, values in added.items():
         records += _record(name, values, place)
@@ -83,7 +84,7 @@ def copy_with(source: Path, target: Path, added: Mapping[str, Array]) -> None:
         _copy(old, new, _records_end(reader) - _HEADER)
         new.write(records)
         _pad(new, alignment)
-        old.seek(reader.data_offset)
+        old.seek(data_start)
         _copy(old, new, data_size)
         for values in added.values():
             _pad(new, alignment)
@@ -99,11 +100,11 @@ def content_digest(path: Path, without: Collection[str] = ()) -> str:
     reader = opened(path)
     digest = hashlib.sha256()
     first = min((tensor.field.offset for tensor in reader.tensors), default=reader.data_offset)
-    _update(digest, path, _HEADER, first - _HEADER)
+    _update(digest, path, _HEADER, int(first) - _HEADER)
     for tensor in reader.tensors:
         if tensor.name not in without:
-            _update(digest, path, tensor.field.offset, _size(tensor.field))
-            _update(digest, path, tensor.data_offset, tensor.n_bytes)
+            _update(digest, path, int(tensor.field.offset), _size(tensor.field))
+            _update(digest, path, int(tensor.data_offset), int(tensor.n_bytes))
     return digest.hexdigest()
 
 
@@ -130,15 +131,7 @@ def _size(field: ReaderField) -> int:
 
 
 def _records_end(reader: GGUFReader) -> int:
-    return max(tensor.field.offset + _size(tensor.field) for tensor in reader.tensors)
-
-
-def _data_end(reader: GGUFReader) -> int:
-    return max(_end(tensor) for tensor in reader.tensors)
-
-
-def _end(tensor: ReaderTensor) -> int:
-    return int(tensor.data_offset) + int(tensor.n_bytes)
+    return max(int(tensor.field.offset) + _size(tensor.field) for tensor in reader.tensors)
 
 
 def _padded(size: int, alignment: int) -> int:

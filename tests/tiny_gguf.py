@@ -33,7 +33,7 @@ def write_model(model, tokenizer, path):
             continue
         values = _arranged(key, tensor.float().numpy(), config, rotary)
         writer.add_tensor(names.get_name(key, try_suffixes=(".weight", ".bias")), np.ascontiguousarray(values))
-    _finish(writer)
+    finish(writer)
     return path
 
 
@@ -48,7 +48,7 @@ def write_dequantised(source, path):
             writer.add_key_value(name, field.contents(), kind, sub_type=inner)
     for tensor in reader.tensors:
         writer.add_tensor(tensor.name, gguf.quants.dequantize(tensor.data, tensor.tensor_type))
-    _finish(writer)
+    finish(writer)
     return path
 
 
@@ -59,7 +59,7 @@ def shifted(source, path):
     for tensor in reader.tensors:
         assert tensor.tensor_type == GGMLQuantizationType.F32
         writer.add_tensor(f"direction.{int(tensor.name.split('.')[1]) - 1}", np.array(tensor.data))
-    _finish(writer)
+    finish(writer)
     return path
 
 
@@ -129,7 +129,8 @@ def _arranged(key, values, config, rotary):
     return values
 
 
-def _finish(writer):
+def finish(writer):
+    """Write what a writer has been given."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

