@@ -149,7 +149,8 @@ for module in model.modules():                 # half of the strength; 1 is what
 ```
 
 Two such adapters add up: `model.load_adapter(folder, "other")`, `model.base_model.set_adapter(["default", "other"])`.
-Without PeftModel, `base.load_adapter("{repo}")` of Transformers does the same.
+Without PeftModel, `base.load_adapter("{repo}")` of Transformers does the same, but rounds the biases to the type of the
+base, where PeftModel keeps float32.
 
 Needs peft >= 0.18, no code of anybody else. PEFT says at loading that an adapter with `lora_bias` cannot be merged into
 layers without a bias; that is so, and no fault of the adapter.
