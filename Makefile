@@ -84,7 +84,7 @@ $(SMOLLM2): $(INSTALLED)
 
 $(OLDER)/.installed: pyproject.toml constraints.txt constraints-4.57.txt
 	test -x $(OLDER)/bin/python || $(PYTHON) -m venv $(OLDER)
-	grep -vE '^(huggingface_hub|tokenizers|transformers)==' constraints.txt | cat - constraints-4.57.txt > $(OLDER)/pins.txt
+	grep -vE '^(huggingface_hub|peft|tokenizers|transformers)==' constraints.txt | cat - constraints-4.57.txt > $(OLDER)/pins.txt
 	$(OLDER)/bin/python $(PIP) --constraint $(OLDER)/pins.txt --editable '.[identify,eval,gguf,onnx,peft,dev]' optimum-onnx
 	touch $@
 
