@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.numpy import save
 
 from adaras_export import models, storage
@@ -115,7 +116,7 @@ def _adapted(model: Any, folder: Path) -> tuple[Any, list[str]]:  # noqa: ANN401
             for message in expected:
                 warnings.filterwarnings("ignore", message)
             found: Any = PeftModel.from_pretrained(model, folder).eval()
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise ArtifactError(f"{folder}: cannot be opened ({first_line(error)})") from error
     stored = models.header(folder / _TENSORS).keys()
     return found, sorted(stored ^ get_peft_model_state_dict(found).keys())

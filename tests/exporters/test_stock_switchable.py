@@ -267,6 +267,11 @@ def widen(folder):
     change(folder / "model-base.safetensors", lambda tensors: tensors[name].__setitem__((0, tiny.MLP_SIZE), 1.0))
 
 
+def truncate(folder):
+    path = folder / "steering-lora" / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-4])
+
+
 def rank(folder):
     path = folder / "steering-lora" / "adapter_config.json"
     path.write_text(path.read_text().replace('"lora_alpha": 1', '"lora_alpha": 2'))
@@ -279,6 +284,7 @@ def pickled(folder):
 TAMPERED = {
     negate: "adapter tensors that differ",
     shift: "adapter tensors that differ",
+    truncate: "it does not open or run",
     dim: "biases that differ",
     widen: "weight files that are not as they should be",
     rank: "config entries that differ",
