@@ -39,8 +39,6 @@ def require_carrier(path: Path, rule: SteeringRule, architecture: str) -> None:
     Raises:
         ExportError: as said; ``architecture`` is what llama.cpp calls the rule's base.
     """
-    if rule.strength == 0:
-        raise ExportError("gguf: strength 0 with --into, which has no dial, steers nothing; expected another strength")
     reader = gguf_files.opened(path)
     entries = gguf_files.metadata(reader)
     found = str(entries.get("general.architecture", (None, "none"))[1])

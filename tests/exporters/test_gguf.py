@@ -335,8 +335,8 @@ def test_a_file_that_is_not_there_or_no_gguf_is_refused(low, folders, tmp_path):
         exporter(folders["llama"], into=tmp_path / "bad.gguf").write(low, folders["llama"], tmp_path)
 
 
-def test_strength_0_without_a_dial_is_refused(low, folders, sources, tmp_path):
-    with pytest.raises(ExportError, match="strength 0 with --into, which has no dial, steers nothing"):
+def test_strength_0_is_refused(low, folders, sources, tmp_path):
+    with pytest.raises(ExportError, match="gguf: the rule has strength 0"):
         exporter(folders["llama"], into=sources["llama"]).write(low.with_strength(0.0), folders["llama"], tmp_path)
 
 
