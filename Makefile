@@ -52,8 +52,8 @@ test-vllm: $(INSTALLED) $(VLLM)/.installed
 test-llamacpp: $(SMOLLM2) $(LLAMACPP)/.installed $(LLAMA_SERVER)
 	$(BIN)/python -m pytest tests/servers/test_llamacpp*.py --require-runtimes
 
-quick: $(INSTALLED)  ## the tests that need neither SmolLM2 nor patience
-	$(BIN)/python -m pytest --ignore tests/runtimes --ignore tests/servers -m "not slow"
+quick: $(INSTALLED)  ## the tests that need neither SmolLM2, ONNX nor patience
+	$(BIN)/python -m pytest --ignore tests/runtimes --ignore tests/servers -m "not slow and not onnx"
 
 check: $(INSTALLED)  ## style, types, layers
 	$(BIN)/ruff format --check .

@@ -44,7 +44,8 @@ def scripts(stock, rules):
 
 
 KEYS = [(name, *rule) for name in tiny.NAMES for rule in (CAUSAL, LATER)] + [("qwen3", None, CAUSAL[1])]
-every_key = pytest.mark.parametrize("key", KEYS, ids=lambda key: "-".join(map(str, key)))
+every_key = pytest.mark.parametrize("key", tiny.mostly_slow(KEYS), ids=tiny.key_id)
+every_name = pytest.mark.parametrize("name", tiny.mostly_slow(tiny.NAMES))
 
 
 def written(rule: SteeringRule, folder, out):
@@ -143,7 +144,7 @@ TAMPERED = {
 
 
 @pytest.mark.parametrize("tamper", TAMPERED.values(), ids=TAMPERED)
-@pytest.mark.parametrize("name", tiny.NAMES)
+@every_name
 def test_an_export_of_another_rule_fails_on_its_logits(name, tamper, scripts, rules, folders, tmp_path):
     key = (name, *CAUSAL)
     found = failed(compare(scripts[key], written(tamper(rules[key]), folders[name], tmp_path)))
@@ -151,7 +152,7 @@ def test_an_export_of_another_rule_fails_on_its_logits(name, tamper, scripts, ru
     assert not any("off, against the base" in check for check in found)
 
 
-@pytest.mark.parametrize("name", tiny.NAMES)
+@every_name
 def test_a_gate_with_the_sign_of_its_bias_flipped_fails_on_probabilities_and_on_logits(
     name, scripts, rules, folders, tmp_path
 ):

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import oracle
+import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -60,6 +61,19 @@ SPECS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("gpt2", {"n_inner": MLP_SIZE, "num_key_value_heads": ..., "intermediate_size": ...}),
 }
 NAMES = tuple(SPECS)
+
+
+def mostly_slow(cases: Any, quick: tuple[str, ...] = ("llama", "qwen3", "gpt2")) -> list[Any]:
+    """Parameters, names of `SPECS` or keys that begin with one, of which all but those of ``quick`` are marked slow."""
+    names = [case if isinstance(case, str) else case[0] for case in cases]
+    marks = [() if name in quick else pytest.mark.slow for name in names]
+    return [pytest.param(case, marks=mark) for case, mark in zip(cases, marks, strict=True)]
+
+
+def key_id(key: Any) -> str:
+    """How pytest names a key of the fixtures."""
+    return "-".join(map(str, key))
+
 
 # Behind a norm after the MLP, a strength of 2 would change few tokens.
 STRENGTHS = {"gemma2": 20.0, "gemma3_text": 20.0, "olmo2": 40.0, "gpt2": 6.0}
