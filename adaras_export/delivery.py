@@ -62,8 +62,8 @@ def export(  # noqa: PLR0913 - one job with the options that the command line ha
         evaluation: JSON file of `adaras-export eval`, for the card.
         strength: another strength than the rule's.
         copy: copy weight files that would be hard-linked to the base's.
-        options: what the target offers besides, see `Exporter.options`: target onnx has precision, inline, genai, page
-            and calibration.
+        options: what the target offers besides, see `Exporter.options`: onnx has precision, inline, genai, page and
+            calibration; peft has adaptive and merge; stock has switchable; gguf has into.
 
     Raises:
         ExportError: the target cannot express the rule or has no such option, ``out`` exists, or the disk is full.

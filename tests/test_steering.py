@@ -27,7 +27,7 @@ GATED = ("qwen3", "causal", "last_prompt_token")
 
 @pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize(("gate", "start"), RULES)
-@pytest.mark.parametrize("name", tiny.NAMES)
+@pytest.mark.parametrize("name", tiny.mostly_slow(tiny.NAMES))
 def test_greedy_generation_of_a_padded_batch_equals_the_oracle(  # noqa: PLR0913 - the whole product of cases
     name, gate, start, use_cache, rules, stock, told
 ):

@@ -17,9 +17,11 @@ import torch
 import transformers
 from tiny import EOS, LAYERS, PAD, PROMPTS, VOCABULARY, greedy, left_padded, require_answers
 
+pytestmark = pytest.mark.slow  # hundreds of short ones
+
 FAMILIES = ("qwen3", "gemma3_text", "gpt2", "gpt_neox")
 KEYS = [(name, gate, "last_prompt_token") for name in FAMILIES for gate in (None, "causal")]
-EVERY = pytest.mark.parametrize("key", tiny.mostly_slow(KEYS), ids=tiny.key_id)
+EVERY = pytest.mark.parametrize("key", KEYS, ids=lambda key: f"{key[0]}-{'gated' if key[1] else 'ungated'}")
 ROWS = torch.tensor([PROMPTS[2], PROMPTS[3][:7]])  # two prompts of 7 tokens: a batch without padding
 QUIET = {"do_sample": False, "pad_token_id": PAD, "max_new_tokens": 6}
 

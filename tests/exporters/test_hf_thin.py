@@ -34,6 +34,7 @@ JOBS = {
 }
 KEYS = pytest.mark.parametrize("key", JOBS, ids=lambda key: "-".join(map(str, key)))
 FAMILIES = pytest.mark.parametrize("name", tiny.NAMES)
+slow = pytest.mark.slow  # they share one process that opens eighteen repositories
 COMMIT, THIN_COMMIT = "5" * 40, "7" * 40
 
 
@@ -90,11 +91,13 @@ def put_into_the_hub_cache(folder, cache, repo, commit):
 # As hf
 
 
+@slow
 @KEYS
 def test_an_export_without_the_library_equals_the_oracle(key, clean, told, stock, rules):
     require_equal_to_the_oracle(clean[key], key, told, stock, rules)
 
 
+@slow
 @KEYS
 def test_the_loading_report_is_empty_and_nothing_is_said_of_missing_tensors(key, clean):
     assert clean[key]["report"] == {}
@@ -102,6 +105,7 @@ def test_the_loading_report_is_empty_and_nothing_is_said_of_missing_tensors(key,
         assert word not in clean["stderr"].lower()
 
 
+@slow
 @KEYS
 def test_the_decisions_that_users_see_are_the_oracles(key, clean, told):
     expected = [(a["probability"], a["steered"]) for a in told[key]] if key[1] else []
@@ -110,6 +114,7 @@ def test_the_decisions_that_users_see_are_the_oracles(key, clean, told):
     assert [p for p, _ in found] == pytest.approx([p for p, _ in expected], abs=1e-5)
 
 
+@slow
 @pytest.mark.parametrize("name", tiny.NAMES)
 def test_the_decoder_alone_is_steered_too(name, clean, told):
     for found, answer in zip(clean[(name, *CAUSAL)]["decoder"], told[(name, *CAUSAL)], strict=True):
@@ -123,6 +128,7 @@ def test_the_decoder_alone_is_steered_too(name, clean, told):
         assert float((scaled - expected).abs().max()) <= limit
 
 
+@slow
 def test_off_is_the_base_model_bit_for_bit_by_each_way_to_have_it(clean, stock):
     expected = greedy(stock["llama"])
     for result in clean[KEY]["off"]:
@@ -130,16 +136,19 @@ def test_off_is_the_base_model_bit_for_bit_by_each_way_to_have_it(clean, stock):
         assert torch.equal(torch.tensor(result["logits"]), torch.stack(expected.logits))
 
 
+@slow
 def test_tokenizer_chat_template_and_generation_settings_are_carried(clean):
     assert clean[KEY]["tokenizer"] == ["<user>hi<eos><assistant>", 6, "adaras_llama"]
 
 
+@slow
 def test_without_trust_remote_code_there_is_an_error_and_never_an_unsteered_model(clean):
     for found in clean[KEY]["untrusted"]:
         assert found.startswith("ValueError"), found
         assert "trust_remote_code" in found or "adaras_llama" in found
 
 
+@slow
 @FAMILIES
 def test_in_half_precision_gate_and_vectors_stay_float32(name, clean):
     own, others = clean[(name, *CAUSAL)]["half"]
@@ -149,6 +158,7 @@ def test_in_half_precision_gate_and_vectors_stay_float32(name, clean):
     assert others == ["torch.bfloat16"]
 
 
+@slow
 @FAMILIES
 def test_save_pretrained_writes_a_full_repository_of_target_hf(name, clean, written, told, rules, folders):
     key = (name, *CAUSAL)
