@@ -31,8 +31,8 @@ def card(rule: SteeringRule, parity: ParityReport, context: CardContext) -> str:
         _what_changed(rule, context),
         f"## Load it\n\n{_usage(rule, context)}",
         _effect(rule, context),
-        _limits(rule),
-        _verification(parity),
+        _limits(rule, context),
+        _verification(parity, context),
     ]
     return "\n".join(sections)
 
@@ -191,10 +191,10 @@ def _with_interval(figure: Mapping[str, float]) -> str:
     return f"{figure['value']:.2g} ({figure['low']:.2g} to {figure['high']:.2g})"
 
 
-def _limits(rule: SteeringRule) -> str:
+def _limits(rule: SteeringRule, context: CardContext) -> str:
     gate = (
         ""
-        if rule.gate is None
+        if rule.gate is None or "gate" in context.drops
         else (
             "* The gate was calibrated on the questions named in the rule; on other kinds of prompts its probabilities "
             "may be off.\n"
@@ -207,15 +207,16 @@ def _limits(rule: SteeringRule) -> str:
 """
 
 
-def _verification(parity: ParityReport) -> str:
+def _verification(parity: ParityReport, context: CardContext) -> str:
+    without = f" without {' and '.join(context.drops)}" if context.drops else ""
     checks = "\n".join(
         f"| {check.name} | {check.figure:.3g} | {'' if check.limit is None else f'{check.limit:.3g}'} |"
         for check in parity.checks
     )
     return f"""## Verified
 
-Against the reference semantics of the rule, in float32, when this was exported. Run `adaras-export verify` on the
-folder to repeat it; `receipt.json` has the SHA-256 of every file.
+Against the reference semantics of the rule{without}, in float32, when this was exported. Run `adaras-export verify` on
+the folder to repeat it; `receipt.json` has the SHA-256 of every file.
 
 | check | figure | limit |
 |---|---|---|

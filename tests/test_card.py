@@ -90,6 +90,8 @@ def test_a_static_artifact_says_that_it_steers_every_token_of_every_sequence():
     assert "From the very first token on." in found
     assert "Every token of every sequence is steered, prompts too" in found
     assert "Gate: left out; every sequence is steered" in found
+    assert "The gate was calibrated" not in found
+    assert "the rule without gate and start, in float32" in found
 
 
 def test_without_an_evaluation_the_card_says_that_there_is_none():

@@ -233,7 +233,7 @@ def test_a_static_artifact_is_compared_with_every_token_steered_and_the_loss_is_
     assert failed(checks.values()) == set()
     assert "gate, p(correct)" not in checks
     assert not any(name.startswith("off") for name in checks)
-    loss = checks["accepted loss, next-token KL from the whole rule"]
+    loss = checks["accepted loss: next-token KL from the whole rule, nats, on random tokens"]
     assert loss.figure > 0.01
     assert loss.limit is None
 

@@ -398,7 +398,7 @@ def test_a_delivered_checkpoint_passes_and_says_what_it_lost(name, delivered):
     assert report.drops == ("dial", "gate", "start")
     figures = {check.name: check.figure for check in report.parity.checks}
     assert figures["keys in the loading report"] == 0
-    assert figures["accepted loss, next-token KL from the whole rule"] > 0
+    assert figures["accepted loss: next-token KL from the whole rule, nats, on random tokens"] > 0
     assert "off, prefill logits" not in figures
 
 
