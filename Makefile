@@ -66,6 +66,7 @@ bench: $(SMOLLM2)  ## ratios, side by side; see benchmarks/RESULTS.md
 	$(BIN)/python benchmarks/decode.py
 	$(BIN)/python benchmarks/export.py
 	$(BIN)/python benchmarks/onnx.py
+	$(BIN)/python benchmarks/static.py
 
 clean:
 	rm -rf $(VENV) $(OLDER) $(PEERS) $(RUNTIMES) $(ORT_GPU) $(VLLM) $(LLAMACPP) $(NODE)/node_modules .cache build dist \
