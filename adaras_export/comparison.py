@@ -101,14 +101,6 @@ def arms_of(rule: SteeringRule, names: Sequence[str]) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class _Divergences:
-    """Of each arm: from the reference and from no steering, mean over the tokens and of the first, (N,) each."""
-
-    counts_N: Array
-    by_arm: Mapping[str, Array]  # (4, N): reference, its first token, off, its first token
-
-
-@dataclass(frozen=True)
 class _Found:
     """How many tokens were read of each question, and the divergences of each arm.
 
