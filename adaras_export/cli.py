@@ -303,7 +303,7 @@ def export(
     base: Annotated[str, typer.Option(help="Folder or Hub id of the base model.")],
     to: Annotated[str, typer.Option(help="Target: hf, hf-thin, onnx, peft, stock or gguf.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="New folder.")],
-    accept_loss: Annotated[str, typer.Option(help="Features that the format may leave out: gate,start.")] = "",
+    accept_loss: Annotated[str, typer.Option(help="Features that the format may leave out: gate,start,dial.")] = "",
     evaluation: Annotated[Path | None, typer.Option(help="File of eval, for the model card.")] = None,
     strength: Annotated[float | None, typer.Option(help="Another strength than the rule's.")] = None,
     copy: Annotated[bool, typer.Option("--copy", help="Copy weight files instead of hard-linking them.")] = False,
