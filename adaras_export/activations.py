@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from adaras_export import models
-from adaras_export.generation import batches, encode_trace
+from adaras_export.generation import Prefilled, batches, encode_trace
 from adaras_export.storage import Array
 from adaras_export.traces import Trace
 
@@ -42,6 +42,24 @@ def right_pad(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tens
     ids = [[*row, *[0] * (width - len(row))] for row in rows]
     mask = [[1] * len(row) + [0] * (width - len(row)) for row in rows]
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def behind(prompts: Prefilled, texts: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Arguments of one forward pass over a text behind each prompt, which its cache is used up for.
+
+    The pass begins with the prompt's last token, which the cache lacks; rows are padded on the right.
+    """
+    last_ids = prompts.ids[:, -1].tolist()
+    rows = [[last, *text] for last, text in zip(last_ids, texts, strict=True)]
+    ids_BS, own_BS = right_pad(rows, prompts.ids.device)
+    mask_BT = torch.cat([prompts.mask[:, :-1], own_BS], dim=1)
+    return {
+        "input_ids": ids_BS,
+        "attention_mask": mask_BT,
+        "position_ids": (mask_BT.cumsum(1) - 1)[:, -ids_BS.shape[1] :],
+        "past_key_values": prompts.cache,
+        "use_cache": True,
+    }
 
 
 class _Enough(Exception):  # noqa: N818 - a signal, not an error

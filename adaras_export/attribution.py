@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from adaras_export import models
-from adaras_export.activations import right_pad
+from adaras_export.activations import behind
 from adaras_export.generation import Prefilled
 from adaras_export.rule import Start
 
@@ -39,23 +39,14 @@ def margin_gradients(
     """
     device = prompts.ids.device
     own = prompts.repeated([completion.prompt_row for completion in completions])
-    last_ids = own.ids[:, -1].tolist()
-    ids_BT, own_BT = right_pad(
-        [[last, *completion.ids] for last, completion in zip(last_ids, completions, strict=True)],
-        device,
-    )
-    mask_BT = torch.cat([own.mask[:, :-1], own_BT], dim=1)
+    inputs = behind(own, [completion.ids for completion in completions])
+    ids_BT = inputs["input_ids"]
+    own_BT = inputs["attention_mask"][:, -ids_BT.shape[1] :]
     steered_BT = own_BT.clone()
     if start == "first_generated_token":
         steered_BT[:, 0] = 0
     with _offsets(model, steered_BT) as offsets_B1M, torch.enable_grad():
-        logits_BTV = model(
-            input_ids=ids_BT,
-            attention_mask=mask_BT,
-            position_ids=(mask_BT.cumsum(1) - 1)[:, -ids_BT.shape[1] :],
-            past_key_values=own.cache,
-            use_cache=True,
-        ).logits
+        logits_BTV = model(**inputs).logits
         log_p_BT = _log_probabilities(logits_BTV[:, :-1], ids_BT[:, 1:]) * own_BT[:, 1:]
         weights_B = torch.tensor([completion.weight for completion in completions], device=device)
         gradients = torch.autograd.grad((log_p_BT.sum(1) * weights_B).sum(), offsets_B1M)

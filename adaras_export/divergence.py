@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from adaras_export import models
-from adaras_export.activations import right_pad
+from adaras_export.activations import behind
 from adaras_export.generation import Prefilled
 from adaras_export.runtime.steering_adaras import generating
 
@@ -29,16 +29,6 @@ def forced_logits(model: PreTrainedModel, prompts: Prefilled, texts: Sequence[Se
     prompt ends where it would in `generate`.
     """
     own = prompts.repeated(range(len(prompts.ids)))
-    last_ids = own.ids[:, -1].tolist()
-    rows = [[last, *text] for last, text in zip(last_ids, texts, strict=True)]
-    ids_BS, own_BS = right_pad(rows, own.ids.device)
-    mask_BT = torch.cat([own.mask[:, :-1], own_BS], dim=1)
     with generating(models.decoder(model), own.ids.shape[1]):
-        logits_BSV: Tensor = model(
-            input_ids=ids_BS,
-            attention_mask=mask_BT,
-            position_ids=(mask_BT.cumsum(1) - 1)[:, -ids_BS.shape[1] :],
-            past_key_values=own.cache,
-            use_cache=True,
-        ).logits
+        logits_BSV: Tensor = model(**behind(own, texts)).logits
     return logits_BSV

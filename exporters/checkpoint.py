@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -110,8 +111,10 @@ def write_tensors(out: Path, tensors: dict[str, Array]) -> None:
     storage.replace_file(out / STEERING_FILE, save(tensors, metadata={"format": "pt"}))
 
 
-def opened(folder: Path, **how: Any) -> tuple[Any, list[str]]:
-    """The model in a folder, in float32, and what its loading report names; ``how`` goes to its `from_pretrained`.
+def opened(folder: str | Path, **how: Any) -> tuple[Any, list[str]]:
+    """The model in a folder, or of a Hub id, in float32, and what its loading report names.
+
+    ``how`` goes to its `from_pretrained`.
 
     Raises:
         ArtifactError: it does not open.
@@ -174,6 +177,34 @@ def stores(path: Path | None, name: str, value: Array) -> bool:
             return name in file.keys() and np.array_equal(file.get_tensor(name), value)
     except (SafetensorError, OSError, TypeError):  # truncated, missing, not in the index, or of another type
         return False
+
+
+def stored_names(path: Path) -> set[str]:
+    """The tensors of a safetensors file; none where it is truncated or missing."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return set(file.keys())
+    except (SafetensorError, OSError):
+        return set()
+
+
+def stored(located: Mapping[str, Path], name: str) -> Array:
+    """A tensor of a checkpoint in float64; ``located`` as `models.shards` gives it.
+
+    Raises:
+        ExportError: there is no such tensor.
+    """
+    if name not in located:
+        folder = next(iter(located.values())).parent
+        raise ExportError(f"{folder}: no tensor {name}; expected the biases that its config names")
+    with safe_open(located[name], framework="pt") as file:
+        found: torch.Tensor = file.get_tensor(name)
+    return found.double().numpy()
+
+
+def differing_keys(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
+    """The entries that only one of two mappings has, or that differ."""
+    return [key for key in sorted({*found, *expected}) if found.get(key) != expected.get(key)]
 
 
 def same_content(path: Path, other: Path) -> bool:

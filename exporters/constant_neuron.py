@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from safetensors import safe_open
 
 from adaras_export import models
 from adaras_export.errors import ExportError
+from adaras_export.exporters.checkpoint import stored
 from adaras_export.exporters.stock_families import Form
 from adaras_export.rule import SteeringRule
 from adaras_export.storage import Array
@@ -68,17 +67,3 @@ def picking(mlp_size: int) -> Array:
     row = np.zeros((1, mlp_size + NEURONS), np.float32)
     row[0, mlp_size] = 1
     return row
-
-
-def stored(located: Mapping[str, Path], name: str) -> Array:
-    """A tensor of a checkpoint in float64.
-
-    Raises:
-        ExportError: there is no such tensor.
-    """
-    if name not in located:
-        folder = next(iter(located.values())).parent
-        raise ExportError(f"{folder}: no tensor {name}; expected the biases that its config names")
-    with safe_open(located[name], framework="pt") as file:
-        found: torch.Tensor = file.get_tensor(name)
-    return found.double().numpy()

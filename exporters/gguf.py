@@ -21,7 +21,7 @@ from adaras_export import models, storage
 from adaras_export.errors import ArtifactError, ExportError
 from adaras_export.exporters import gguf_files, gguf_model
 from adaras_export.exporters.base import Commission, Exporter, Feature, Written, require_effect, stock_reference
-from adaras_export.exporters.checkpoint import plain_config, vectors
+from adaras_export.exporters.checkpoint import differing_keys, opened, plain_config, vectors
 from adaras_export.exporters.gguf_files import Entry
 from adaras_export.parity import FLOAT32, Artifact, Check, Mode, Play, Reference, play_model
 from adaras_export.rule import SteeringRule
@@ -114,21 +114,16 @@ class GgufExporter:
 
         Of a GGUF model, whose weights may be quantised, only the biases are played.
         """
-        from transformers import AutoModelForCausalLM
-
         place = self.commission
         assert place is not None, "only a commission says where the base is"
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            place.base_elsewhere or place.base_id,
-            revision=None if place.base_elsewhere else place.base_revision,
-            dtype=torch.float32,
-        )
+        name, commit = (place.base_elsewhere, None) if place.base_elsewhere else (place.base_id, place.base_revision)
+        model, _ = opened(name, revision=commit)
         if self.into is None:
             directions, where = _stored_directions(folder / VECTOR_FILE), models.decoder_layer
         else:
             directions, where = gguf_model.stored_biases(folder / gguf_model.FILE), models.down_projection
         changes = {where(model, layer): torch.from_numpy(vector) for layer, vector in directions.items()}
-        return _Player(model.eval(), changes, switchable=self.into is None)
+        return _Player(model, changes, switchable=self.into is None)
 
     def tags(self) -> Sequence[str]:
         """As `Exporter` says."""
@@ -210,7 +205,7 @@ def _vector_checks(path: Path, rule: SteeringRule, base: Path) -> list[Check]:
     reader = gguf_files.opened(path)
     entries, expected_entries = gguf_files.metadata(reader), _metadata(rule)
     expected = _directions(rule, base, storage.read_json(base / "config.json"))
-    other = [name for name in sorted({*entries, *expected_entries}) if entries.get(name) != expected_entries.get(name)]
+    other = differing_keys(entries, expected_entries)
     other += sorted({tensor.name for tensor in reader.tensors} - expected.keys())
     other += gguf_files.strange(reader, expected)
     wrong = gguf_files.differing(gguf_files.vectors(reader), expected)

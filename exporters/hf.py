@@ -21,6 +21,7 @@ from adaras_export.exporters.checkpoint import (
     changed_companions,
     content_of,
     copy_companions,
+    differing_keys,
     link_or_copy,
     linked_name,
     name_tokenizer_class,
@@ -137,7 +138,7 @@ def repository_checks(folder: Path, base: Path, config: dict[str, Any], code: di
     """Compare what `write_repository` wrote; code and config come first."""
     strange = _strange_code(folder, code)
     found = storage.read_json(folder / "config.json")
-    settings = [key for key in sorted({*config, *found}) if found.get(key) != config.get(key)]
+    settings = differing_keys(found, config)
     trust = [
         Check("code files that are not the library's", len(strange), 0, " ".join(strange)),
         Check("config entries that differ", len(settings), 0, " ".join(settings)),

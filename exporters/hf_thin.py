@@ -10,13 +10,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from adaras_export import models, storage
 from adaras_export.errors import ExportError
 from adaras_export.exporters import hf
 from adaras_export.exporters.base import Commission, Exporter, Feature, Written, stock_reference
-from adaras_export.exporters.checkpoint import STEERING_FILE, plain_config, stores, write_tensors
+from adaras_export.exporters.checkpoint import STEERING_FILE, plain_config, stored_names, stores, write_tensors
 from adaras_export.parity import Artifact, Check, Reference
 from adaras_export.rule import SteeringRule
 from adaras_export.storage import Array
@@ -65,7 +63,7 @@ class ThinExporter:
         checks = hf.repository_checks(folder, base, self._config(rule, base), payload(rule.base.family))
         expected, path = _tensors(rule, base), folder / STEERING_FILE
         wrong = [name for name, value in expected.items() if not stores(path, name, value)]
-        strange = sorted(_names(path) ^ expected.keys())
+        strange = sorted(stored_names(path) ^ expected.keys())
         return [
             *checks,
             Check("steering tensors that differ", len(wrong), 0, " ".join(wrong)),
@@ -127,11 +125,3 @@ def _tensors(rule: SteeringRule, base: Path) -> dict[str, Array]:
     """The steering tensors, named from the decoder on: the same for `AutoModel` and `AutoModelForCausalLM`."""
     prefix = models.decoder_key(rule.base.family, models.shards(base))
     return {name.removeprefix(prefix): value for name, value in hf.steering_tensors(rule, base).items()}
-
-
-def _names(path: Path) -> set[str]:
-    try:
-        with safe_open(path, framework="numpy") as file:
-            return set(file.keys())
-    except (SafetensorError, OSError):  # truncated or missing: all names are
-        return set()

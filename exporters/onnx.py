@@ -27,7 +27,14 @@ from adaras_export.exporters.base import (
     stock_reference,
 )
 from adaras_export.exporters.calibration import Prompts, calibrated
-from adaras_export.exporters.checkpoint import changed_companions, copy_companions, plain_config, vectors, write_json
+from adaras_export.exporters.checkpoint import (
+    changed_companions,
+    copy_companions,
+    differing_keys,
+    plain_config,
+    vectors,
+    write_json,
+)
 from adaras_export.exporters.onnx_graph import DATA_FILE, THRESHOLD
 from adaras_export.exporters.onnx_session import SteeredGraph
 from adaras_export.parity import Artifact, Check, Reference, Tolerance
@@ -120,7 +127,7 @@ class OnnxExporter:
         strange = sorted({*_strange_functions(model), *_strange_operators(model), *_strange_files(model)})
         expected = self._config(storage.read_json(base / "config.json"), rule)
         found = storage.read_json(folder / "config.json")
-        settings = [key for key in sorted({*expected, *found}) if found.get(key) != expected.get(key)]
+        settings = differing_keys(found, expected)
         if storage.read_json(folder / _GENAI_CONFIG) != _genai_config(model, base, rule):
             settings.append(_GENAI_CONFIG)
         stored = {name: value.const_value for name, value in model.graph.initializers.items()}

@@ -5,28 +5,32 @@ nor start: every token of every sequence is steered. With `merge` it is an ordin
 with `adaptive` an adapter of our own method that knows both (peft_adaptive.py).
 """
 
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from adaras_export import models, storage
-from adaras_export.errors import ArtifactError, ExportError, first_line
+from adaras_export.errors import ExportError
+from adaras_export.exporters.adapters import ADAPTER_FILE, CONFIG_FILE, adapted, play_adapted
 from adaras_export.exporters.base import Commission, Exporter, Feature, Written, require_effect, stock_reference
-from adaras_export.exporters.checkpoint import plain_config, stores, vectors, write_json
-from adaras_export.parity import FLOAT32, Artifact, Check, Mode, Play, Reference, play_model
+from adaras_export.exporters.checkpoint import (
+    differing_keys,
+    opened,
+    plain_config,
+    stored_names,
+    stores,
+    vectors,
+    write_json,
+)
+from adaras_export.parity import FLOAT32, Artifact, Check, Mode, Play, Reference
 from adaras_export.rule import SteeringRule
 from adaras_export.storage import Array
 
-ADAPTER_FILE = "adapter_model.safetensors"
-CONFIG_FILE = "adapter_config.json"
 _CODE = {".py", ".bin", ".pt", ".pth", ".pkl"}  # what could run when a folder is opened, pickles included
 
 
@@ -60,12 +64,12 @@ class PeftExporter:
     def inspect(self, folder: Path, rule: SteeringRule, base: Path) -> Sequence[Check]:
         """As `Exporter` says."""
         expected, found = self.config(rule, base), storage.read_json(folder / CONFIG_FILE)
-        settings = [key for key in sorted({*expected, *found}) if found.get(key) != expected.get(key)]
+        settings = differing_keys(found, expected)
         tensors, path = self.tensors(rule, base), folder / ADAPTER_FILE
         wrong = [name for name, value in tensors.items() if not stores(path, name, value)]
         strange = sorted(stored_names(path) ^ tensors.keys())
         return [
-            code_check(folder),
+            _code_check(folder),
             Check("adapter_config.json entries that differ", len(settings), 0, " ".join(settings)),
             Check("adapter tensors that differ", len(wrong), 0, " ".join(wrong)),
             Check("tensors missing or unknown", len(strange), 0, " ".join(strange)),
@@ -118,8 +122,7 @@ class PeftExporter:
 
 EXPORTER = PeftExporter()
 
-_USAGE = """\
-```python
+OPENING = """\
 from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -131,8 +134,11 @@ model = PeftModel.from_pretrained(base, "{repo}").eval()
 
 inputs = tokenizer("What is 12 times 7?", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0]))
-```
+"""
 
+_USAGE = (
+    f"```python\n{OPENING}```\n"
+    + """
 Off, row by row, and dialled:
 
 ```python
@@ -155,6 +161,7 @@ base, where PeftModel keeps float32.
 Needs peft >= 0.18, no code of anybody else. PEFT says at loading that an adapter with `lora_bias` cannot be merged into
 layers without a bias; that is so, and no fault of the adapter.
 """
+)
 
 
 def _commissioned(commission: Commission) -> Exporter:
@@ -185,19 +192,10 @@ def base_entries(commission: Commission | None, base: Path) -> dict[str, Any]:
     }
 
 
-def code_check(folder: Path) -> Check:
+def _code_check(folder: Path) -> Check:
     """Whether there is nothing in a folder that could run."""
     found = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix in _CODE)
     return Check("code files that are not the library's", len(found), 0, " ".join(found))
-
-
-def stored_names(path: Path) -> set[str]:
-    """The tensors of a file; none where it is truncated or missing."""
-    try:
-        with safe_open(path, framework="numpy") as file:
-            return set(file.keys())
-    except (SafetensorError, OSError):
-        return set()
 
 
 def open_adapted(folder: Path, commission: Commission | None) -> Any:  # noqa: ANN401 - PEFT's class
@@ -206,31 +204,12 @@ def open_adapted(folder: Path, commission: Commission | None) -> Any:  # noqa: A
     Raises:
         ArtifactError: base or adapter do not open.
     """
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
     place = storage.read_json(folder / CONFIG_FILE)
     elsewhere = None if commission is None else commission.base_elsewhere
     name, commit = (place["base_model_name_or_path"], place["revision"]) if elsewhere is None else (elsewhere, None)
-    try:
-        with _expected_warnings(), torch.random.fork_rng(devices=[]):  # PEFT draws adapters before it reads them
-            base = AutoModelForCausalLM.from_pretrained(name, revision=commit or "main", dtype=torch.float32)
-            model = PeftModel.from_pretrained(base, str(folder)).eval()
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ArtifactError(f"{folder}: cannot be opened ({first_line(error)})") from error
+    model = adapted(opened(name, revision=commit or "main")[0], folder)
     # PEFT freezes the base, and PyTorch multiplies by frozen weights in another order: 1e-6 off, adapter or not.
     return model.requires_grad_(requires_grad=True)
-
-
-@contextmanager
-def _expected_warnings() -> Iterator[None]:
-    """Silence what is said of every such adapter, and of missing tensors, which `Adapted.findings` finds itself."""
-    with warnings.catch_warnings():
-        # Transformers 5.23 has renamed what PEFT 0.21 asks it for.
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        warnings.filterwarnings("ignore", "`lora_bias=True` was passed but the targeted layer")
-        warnings.filterwarnings("ignore", "Found missing adapter keys")
-        yield
 
 
 class Adapted:
@@ -253,7 +232,4 @@ class Adapted:
 
     def play(self, rows: Sequence[Sequence[int]], mode: Mode, follow_BS: torch.Tensor | None) -> Play:
         """As `Player` says."""
-        if mode != "off":
-            return play_model(self.model, rows, follow_BS)
-        with self.model.disable_adapter():
-            return play_model(self.model, rows, follow_BS)
+        return play_adapted(self.model, rows, mode, follow_BS)

@@ -15,7 +15,7 @@ import torch
 from adaras_export import models
 from adaras_export.exporters.base import Feature, stock_reference
 from adaras_export.exporters.checkpoint import vectors
-from adaras_export.exporters.peft import Adapted, PeftExporter, base_entries, open_adapted
+from adaras_export.exporters.peft import OPENING, Adapted, PeftExporter, base_entries, open_adapted
 from adaras_export.parity import Artifact, Mode, Play, Reference, play_model
 from adaras_export.peft_method import METHOD
 from adaras_export.rule import SteeringRule
@@ -103,23 +103,16 @@ class _Adaptive(Adapted):
             dials.threshold = threshold
 
 
-_USAGE = """\
+_USAGE = (
+    """\
 **This adapter, unlike a stock one, needs the library**: `pip install 'adaras-export[peft]'`. The import below
 registers its method with PEFT; without it, PEFT and Transformers refuse the adapter with `KeyError: 'ADARAS'`.
 
 ```python
 import adaras_export.peft_method
-from peft import PeftConfig, PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-place = PeftConfig.from_pretrained("{repo}")   # names the base model and its commit
-name, commit = place.base_model_name_or_path, place.revision or "main"
-tokenizer = AutoTokenizer.from_pretrained(name, revision=commit)
-base = AutoModelForCausalLM.from_pretrained(name, revision=commit)
-model = PeftModel.from_pretrained(base, "{repo}").eval()
-
-inputs = tokenizer("What is 12 times 7?", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0]))
+"""
+    + OPENING
+    + """\
 print(model.steering.last_decisions)           # (p(correct), steered) of each sequence
 ```
 
@@ -138,3 +131,4 @@ model.generate(**prompts, adapter_names=names, max_new_tokens=32)
 Without PeftModel, `base.load_adapter("{repo}")` of Transformers does the same. Several such adapters may be loaded and
 switched with `set_adapter`; they do not add up, and they cannot be merged. Works with peft 0.18 to 0.21.
 """
+)

@@ -3,26 +3,23 @@
 Plain PEFT files, without a bias, as servers take them. See `constant_neuron` for the neuron that it needs.
 """
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.numpy import save
 
 from adaras_export import models, storage
-from adaras_export.errors import ArtifactError, first_line
+from adaras_export.exporters.adapters import ADAPTER_FILE, CONFIG_FILE, adapted, play_adapted
 from adaras_export.exporters.checkpoint import opened, stores, vectors, write_json
 from adaras_export.exporters.constant_neuron import picking
-from adaras_export.parity import Check, Mode, Play, Tolerance, play_model
+from adaras_export.parity import Check, Mode, Play, Tolerance
 from adaras_export.rule import SteeringRule
 from adaras_export.storage import Array
 
 FOLDER = "steering-lora"
-_CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def adapter_config(rule: SteeringRule) -> dict[str, Any]:
@@ -59,22 +56,22 @@ def adapter_tensors(rule: SteeringRule, base: Path) -> dict[str, Array]:
 def write(rule: SteeringRule, base: Path, out: Path) -> None:
     """Write the adapter below the artifact's folder ``out``."""
     (out / FOLDER).mkdir()
-    write_json(out / FOLDER / _CONFIG, adapter_config(rule))
-    storage.replace_file(out / FOLDER / _TENSORS, save(adapter_tensors(rule, base), metadata={"format": "pt"}))
+    write_json(out / FOLDER / CONFIG_FILE, adapter_config(rule))
+    storage.replace_file(out / FOLDER / ADAPTER_FILE, save(adapter_tensors(rule, base), metadata={"format": "pt"}))
 
 
 def changed_settings(rule: SteeringRule, folder: Path) -> list[str]:
     """What of the adapter is other than it should be, besides its tensors: PEFT follows settings, and reads pickles."""
-    found, path = {item.name for item in (folder / FOLDER).glob("*")}, folder / FOLDER / _CONFIG
-    wrong = sorted(f"{FOLDER}/{name}" for name in found ^ {_CONFIG, _TENSORS})
+    found, path = {item.name for item in (folder / FOLDER).glob("*")}, folder / FOLDER / CONFIG_FILE
+    wrong = sorted(f"{FOLDER}/{name}" for name in found ^ {CONFIG_FILE, ADAPTER_FILE})
     if path.exists() and storage.read_json(path) != adapter_config(rule):
-        wrong.append(f"{FOLDER}/{_CONFIG}")
+        wrong.append(f"{FOLDER}/{CONFIG_FILE}")
     return wrong
 
 
 def checks(rule: SteeringRule, base: Path, folder: Path) -> list[Check]:
     """Compare the tensors that `write` wrote."""
-    path, expected = folder / FOLDER / _TENSORS, adapter_tensors(rule, base)
+    path, expected = folder / FOLDER / ADAPTER_FILE, adapter_tensors(rule, base)
     wrong = [name for name, value in expected.items() if not stores(path, name, value)]
     return [Check("adapter tensors that differ", len(wrong), 0, " ".join(wrong))]
 
@@ -86,8 +83,12 @@ class SwitchableCheckpoint:
     switchable = True
 
     def __init__(self, folder: Path) -> None:
+        from peft import get_peft_model_state_dict
+
         model, self.loading_report = opened(folder)
-        self.model, self.lost = _adapted(model, folder / FOLDER)
+        self.model = adapted(model, folder / FOLDER)
+        stored = models.header(folder / FOLDER / ADAPTER_FILE).keys()
+        self.lost = sorted(stored ^ get_peft_model_state_dict(self.model).keys())
 
     def findings(self) -> Sequence[Check]:
         """As `Artifact` says."""
@@ -98,25 +99,4 @@ class SwitchableCheckpoint:
 
     def play(self, rows: Sequence[Sequence[int]], mode: Mode, follow_BS: torch.Tensor | None) -> Play:
         """As `Player` says."""
-        if mode != "off":
-            return play_model(self.model, rows, follow_BS)
-        with self.model.disable_adapter():
-            return play_model(self.model, rows, follow_BS)
-
-
-def _adapted(model: Any, folder: Path) -> tuple[Any, list[str]]:  # noqa: ANN401 - a class of Transformers
-    """The model with the adapter in ``folder``, and the keys of the one or the other that found no partner."""
-    from peft import PeftModel, get_peft_model_state_dict
-
-    # Weights are drawn before they are loaded, also those that are not there, which is only warned of; and PEFT 0.21
-    # asks Transformers 5 for a name that is deprecated there.
-    expected = ("`is_gradient_checkpointing` is deprecated", "Found missing adapter keys")
-    try:
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            for message in expected:
-                warnings.filterwarnings("ignore", message)
-            found: Any = PeftModel.from_pretrained(model, folder).eval()
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise ArtifactError(f"{folder}: cannot be opened ({first_line(error)})") from error
-    stored = models.header(folder / _TENSORS).keys()
-    return found, sorted(stored ^ get_peft_model_state_dict(found).keys())
+        return play_adapted(self.model, rows, mode, follow_BS)

@@ -19,12 +19,13 @@ from adaras_export.exporters.checkpoint import (
     linked_name,
     plain_config,
     same_content,
+    stored,
     stores,
     vectors,
     write_index,
     write_tensors,
 )
-from adaras_export.exporters.constant_neuron import NEURONS, constants, stored, weights, wider
+from adaras_export.exporters.constant_neuron import NEURONS, constants, weights, wider
 from adaras_export.exporters.stock_families import Form, expressed, form_of, has_biases
 from adaras_export.parity import Check
 from adaras_export.rule import SteeringRule
