@@ -13,6 +13,7 @@ import pytest
 import tiny
 import torch
 import transformers
+from receipts import failures
 from safetensors.numpy import load_file, save_file
 from tiny import EOS, PROMPTS, greedy, require_answers
 
@@ -338,14 +339,6 @@ def test_what_the_card_shows_runs(delivered, folders, tmp_path):
 def folder(delivered, tmp_path):
     """A delivered copy that may be damaged."""
     return shutil.copytree(delivered["qwen3"].path, tmp_path / "damaged")
-
-
-def failures(folder):
-    """What verify says, also when the receipt was made to match."""
-    path = folder / "receipt.json"
-    receipt = json.loads(path.read_text())
-    path.write_text(json.dumps({**receipt, "files": delivery._hashes(folder)}))
-    return {check.name: check.detail for check in verify(folder).failed()}
 
 
 def change_tensors(folder, change):

@@ -15,11 +15,11 @@ import pytest
 import tiny
 import torch
 import transformers
+from receipts import failures
 from safetensors.numpy import load_file, save_file
 from tiny import EOS, PAD, PROMPTS, greedy, require_answers
 
 import adaras_export
-from adaras_export import delivery
 from adaras_export.delivery import export, verify
 from adaras_export.errors import ExportError
 from adaras_export.exporters.base import Commission
@@ -436,14 +436,6 @@ def test_what_the_card_shows_runs(delivered):
 def folder(delivered, tmp_path):
     """A delivered copy that may be damaged."""
     return shutil.copytree(delivered[KEY].path, tmp_path / "damaged")
-
-
-def failures(folder):
-    """What verify says, also when the receipt was made to match."""
-    path = folder / "receipt.json"
-    receipt = json.loads(path.read_text())
-    path.write_text(json.dumps({**receipt, "files": delivery._hashes(folder)}))
-    return {check.name: check.detail for check in verify(folder).failed()}
 
 
 MLP = "base_model.model.model.layers.{}.mlp.down_proj.adaras_{}"
