@@ -15,10 +15,11 @@ from typing import Any, get_args
 
 from adaras_export import exporters, models, receipts, storage
 from adaras_export.card import CardContext, card
+from adaras_export.checks import Check, ParityReport
 from adaras_export.errors import ArtifactError, ExportError, ParityError
 from adaras_export.exporters.base import Commission, Exporter, Feature
 from adaras_export.models import BaseModel
-from adaras_export.parity import Check, ParityReport, compare, rehearse
+from adaras_export.parity import compare, rehearse
 from adaras_export.receipts import CARD_FILE, EVALUATION_FILE, RULE_FILE, SIGNATURE_FILE, Receipt
 from adaras_export.rule import SteeringRule
 
