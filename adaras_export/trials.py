@@ -72,6 +72,7 @@ def _tried_elsewhere(ways: Sequence[Way], scratch: Path) -> Iterator[Finding]:
         "PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")])),
         "HF_MODULES_CACHE": str(scratch / "modules"),
         "HF_HUB_OFFLINE": "1",
+        "TMPDIR": str(scratch),  # torch leaves an empty folder there
     }
     command = [sys.executable, "-m", "adaras_export.trials", *(str(WAYS.index(way)) for way in ways)]
     errors = scratch / "stderr"
@@ -129,15 +130,15 @@ def _tried(way: Way, rule: "SteeringRule", base: Path) -> Finding:
 
     name = f"target {way.name}"
     options: dict[str, Any] = {} if way.option is None else {way.option: True}
+    out = base.parent / way.name.replace(" ", "")
     try:
         exporters.load(way.target)
         began = time.perf_counter()  # without the imports
-        out = base.parent / way.name.replace(" ", "")
         report = delivery.export(rule, base=base, to=way.target, out=out, accept_loss=[*_LOSSES], **options)
     except MissingExtraError as error:
         return Finding(name, None, str(error).removeprefix(f"{name} "))
     except AdarasError as error:
-        return Finding(name, ok=False, text=str(error).partition("; ")[0])
+        return Finding(name, ok=False, text=str(error).removeprefix(f"{out}: ").partition("; ")[0])
     return _verified(name, report, time.perf_counter() - began)
 
 

@@ -14,6 +14,7 @@ import pytest
 import adaras_export
 from adaras_export import cli, doctor
 from adaras_export.environment import Finding
+from adaras_export.trials import WAYS
 
 ROOT = Path(adaras_export.__file__).parents[1]
 TOKEN = "hf_nobodyshouldseethis"
@@ -111,7 +112,7 @@ def test_offline_nothing_is_asked(hub, tmp_path):
 @pytest.mark.slow
 def test_neither_a_token_that_no_header_can_hold_nor_a_password_in_the_endpoint_is_shown(hub, tmp_path):
     address = hub.address.replace("//", "//ada:secret@")
-    found, output = access(tmp_path, HF_ENDPOINT=address, HF_TOKEN=f"{TOKEN}\x01")
+    found, output = access(tmp_path, HF_ENDPOINT=address, HF_TOKEN=f"{TOKEN}é")
     assert found.ok is None
     assert hub.address in found.text
     assert TOKEN not in output
@@ -120,7 +121,7 @@ def test_neither_a_token_that_no_header_can_hold_nor_a_password_in_the_endpoint_
 
 @pytest.mark.slow
 @pytest.mark.onnx
-def test_the_command_tells_all_as_json(capsys, monkeypatch):
+def test_the_command_tells_all_as_json_and_every_target_is_verified_here(capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["adaras-export", "doctor", "--json"])
     with pytest.raises(SystemExit) as status:
         cli.main()
@@ -130,7 +131,11 @@ def test_the_command_tells_all_as_json(capsys, monkeypatch):
     assert record["ok"] is True
     assert "CPUExecutionProvider" in found["execution providers"]["text"]
     assert found["hub access"]["text"].startswith("offline mode")
-    assert found["target hf"]["figures"]["checks"]
+    for way in WAYS:
+        target = found[f"target {way.name}"]
+        assert target["ok"], target["text"]
+        assert 0 < target["figures"]["share"] < 1
+        assert all(check["ok"] for check in target["figures"]["checks"])
 
 
 @pytest.mark.parametrize("ok", [True, None])
