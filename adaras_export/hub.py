@@ -65,9 +65,6 @@ class Plan:
         rows = [(kind, self.sizes[path], path) for kind, paths in kinds.items() for path in paths]
         rows += [("remove", (remote.files or {})[path].size, path) for path in self.removed]
         sent = sum(self.sizes[path] for path in (*self.added, *self.replaced))
-        seen = (
-            f"{'a new' if remote.head is None else 'an existing'} {'private' if self.private else 'PUBLIC'} repository"
-        )
         age, seen = "a new" if remote.head is None else "an existing", "private" if self.private else "PUBLIC"
         branch = f"branch {remote.branch}{' (new)' if remote.new_branch else ''}"
         about = {

@@ -214,8 +214,8 @@ def _reason(error: BaseException) -> str:
     """What went wrong and what to do."""
     from huggingface_hub import constants, errors
 
-    while isinstance(error, RuntimeError | FileNotFoundError) and isinstance(error.__cause__, _http_error()):
-        error = error.__cause__  # an upload in a thread failed, or the answer to a download was an error
+    if isinstance(error, RuntimeError | FileNotFoundError) and error.__cause__ is not None:
+        error = error.__cause__  # what failed in a thread that uploads, or why a download looked into the cache only
     if isinstance(error, errors.HfHubHTTPError):
         return _refusal(error)
     if constants.HF_HUB_OFFLINE and isinstance(error, OSError):

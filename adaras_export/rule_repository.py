@@ -59,8 +59,8 @@ library_name: adaras-export
 # {name}
 
 A steering rule (AdaRAS, [paper](https://arxiv.org/abs/2601.19847)) for `{base.id}`\
-{f" at revision `{base.revision}`" if base.revision else ""}: strength {rule.strength:g} on {len(rule.neurons)} neurons of \
-layers {_layers(rule)}, from `{rule.start}` on, for {gate}. It holds numbers, no code and no weights.
+{f" at revision `{base.revision}`" if base.revision else ""}: strength {rule.strength:g} on {len(rule.neurons)} \
+neurons of layers {_layers(rule)}, from `{rule.start}` on, for {gate}. It holds numbers, no code and no weights.
 
 ```python
 from adaras_export import SteeringRule, export
