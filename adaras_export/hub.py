@@ -1,17 +1,18 @@
 """An exported folder as a repository of the Hub: say what would change there, then change it with one commit.
 
-What is pushed is exactly what the receipt describes. Knows no format and nothing of the network.
+What is pushed is exactly what the receipt describes; the folder stays as it is. Knows no format and nothing of the
+network.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from adaras_export import delivery, receipts, repositories
 from adaras_export.errors import ArtifactError, ExportError
-from adaras_export.receipts import CARD_FILE, RECEIPT_FILE, SIGNATURE_FILE, Receipt
-from adaras_export.repositories import MAIN, Remote
+from adaras_export.receipts import SIGNATURE_FILE, Receipt
+from adaras_export.repositories import MAIN, Content, Remote
 
 _OF_THE_HUB = {".gitattributes"}  # says which files are large; the Hub writes it
 
@@ -21,60 +22,59 @@ class Plan:
     """What a push would do.
 
     Attributes:
-        folder: the artifact.
         remote: the branch as it is now.
         private: whether the repository is, or would be made, private.
-        sizes: bytes of each file of the artifact, by path.
+        files: of the artifact, by path; card and receipt, where they have to name another repository, as they will be.
         added: those that the branch does not have.
         replaced: those that it has otherwise.
         unchanged: those that it has.
         removed: files of the branch that are not the artifact's.
-        renames: whether card and receipt will be written anew first, because they name another repository.
         message: of the commit.
         warnings: what others could not do with it.
     """
 
-    folder: Path
     remote: Remote
     private: bool
-    sizes: Mapping[str, int]
+    files: Mapping[str, Content]
     added: tuple[str, ...]
     replaced: tuple[str, ...]
     unchanged: tuple[str, ...]
     removed: tuple[str, ...]
-    renames: bool
     message: str
     warnings: tuple[str, ...] = ()
 
     @property
     def empty(self) -> bool:
         """Whether there is nothing to commit."""
-        return not (self.added or self.replaced or self.removed or self.renames)
+        return not (self.added or self.replaced or self.removed)
+
+    def sizes(self, names: Sequence[str]) -> dict[str, int]:
+        """Bytes of some of the files."""
+        return {name: repositories.size_of(self.files[name]) for name in names}
 
     def as_record(self) -> dict[str, Any]:
         """The plan as JSON values."""
         listed = ("added", "replaced", "unchanged", "removed", "warnings")
         about: dict[str, Any] = {"repository": self.remote.name, "url": self.remote.url, "branch": self.remote.branch}
         about |= {"new": self.remote.head is None, "private": self.private, "message": self.message}
-        return {**about, **{name: list(getattr(self, name)) for name in listed}, "sizes": dict(self.sizes)}
+        return {**about, **{name: list(getattr(self, name)) for name in listed}, "sizes": self.sizes(tuple(self.files))}
 
     def text(self) -> str:
         """The plan as a table for people."""
-        remote = self.remote
+        remote, sizes = self.remote, self.sizes(tuple(self.files))
         kinds = {"add": self.added, "replace": self.replaced, "keep": self.unchanged}
-        rows = [(kind, self.sizes[path], path) for kind, paths in kinds.items() for path in paths]
+        rows = [(kind, sizes[path], path) for kind, paths in kinds.items() for path in paths]
         rows += [("remove", (remote.files or {})[path].size, path) for path in self.removed]
-        sent = sum(self.sizes[path] for path in (*self.added, *self.replaced))
+        sent = sum(sizes[path] for path in (*self.added, *self.replaced))
         age, seen = "a new" if remote.head is None else "an existing", "private" if self.private else "PUBLIC"
         branch = f"branch {remote.branch}{' (new)' if remote.new_branch else ''}"
         about = {
             "bytes": f"{sent:,} to send at most",
             "to": f"{remote.url}, {age} {seen} repository, {branch}",
             "commit": self.message,
-            "card": "and receipt are written anew first: they name another repository" if self.renames else "",
         }
         lines = [f"{kind:<7} {size:>15,} {path}" for kind, size, path in rows]
-        return "\n".join(lines + [f"{name:<7} {text}" for name, text in about.items() if text])
+        return "\n".join(lines + [f"{name:<7} {text}" for name, text in about.items()])
 
 
 @dataclass(frozen=True)
@@ -120,28 +120,21 @@ def plan(
     """
     path = Path(folder)
     receipt = _checked(path)
-    renames = receipt.repository != repository
-    if renames and (path / SIGNATURE_FILE).exists():
-        raise ExportError(
-            f"{path}: is signed as {receipt.repository}; expected {repository}; remove {SIGNATURE_FILE}, run: "
-            f"adaras-export card {path} --repository {repository}, and sign again"
-        )
+    files: dict[str, Content] = dict(receipts.files_of(path))
+    if receipt.repository != repository:
+        _refuse_signed(path, receipt, repository)
+        files |= delivery.readdressed(path, receipt, repository)
     remote = repositories.look(repository, revision or MAIN, token)
-    files = receipts.files_of(path)
     there = remote.files or {}
     same = {name for name in files.keys() & there.keys() if there[name].holds(files[name])}
-    if renames:
-        same -= {CARD_FILE, RECEIPT_FILE}
     return Plan(
-        folder=path,
         remote=remote,
         private=repositories.visibility(remote, private),
-        sizes={name: file.stat().st_size for name, file in files.items()},
-        added=_sorted(files.keys() - there.keys()),
-        replaced=_sorted((files.keys() & there.keys()) - same),
-        unchanged=_sorted(same),
-        removed=_sorted(there.keys() - files.keys() - _OF_THE_HUB),
-        renames=renames,
+        files=files,
+        added=tuple(sorted(files.keys() - there.keys())),
+        replaced=tuple(sorted((files.keys() & there.keys()) - same)),
+        unchanged=tuple(sorted(same)),
+        removed=tuple(sorted(there.keys() - files.keys() - _OF_THE_HUB)),
         message=message or f"Steered model, target {receipt.target}, rule {receipt.rule[:12]}",
         warnings=_warnings(receipt),
     )
@@ -153,23 +146,18 @@ def carry_out(planned: Plan, token: str | None = None) -> Pushed:
     Raises:
         HubError: the Hub refuses, or somebody else committed since the plan was made; nothing was committed.
     """
-    remote = planned.remote
-    if planned.renames:
-        delivery.recard(planned.folder, repository=remote.name)
-    sent = _sorted({*planned.added, *planned.replaced})
-    files = receipts.files_of(planned.folder)
-    if planned.empty:
-        assert remote.head is not None
+    remote, sent = planned.remote, tuple(sorted({*planned.added, *planned.replaced}))
+    if remote.head is not None and planned.empty and not remote.new_branch:
         return Pushed(remote.name, remote.head, remote.url, planned.private, {}, planned.unchanged, ())
     made = repositories.commit(
         remote,
-        {name: files[name] for name in sent},
+        {name: planned.files[name] for name in sent},
         planned.message,
         removed=planned.removed,
         private=planned.private,
         token=token,
     )
-    sizes = {name: files[name].stat().st_size for name in sent}
+    sizes = planned.sizes(sent)
     return Pushed(remote.name, made.oid, made.url, planned.private, sizes, planned.unchanged, planned.removed)
 
 
@@ -210,5 +198,9 @@ def _warnings(receipt: Receipt) -> tuple[str, ...]:
     )
 
 
-def _sorted(names: Any) -> tuple[str, ...]:  # noqa: ANN401 - sets and views of keys
-    return tuple(sorted(names))
+def _refuse_signed(folder: Path, receipt: Receipt, repository: str) -> None:
+    if (folder / SIGNATURE_FILE).exists():
+        raise ExportError(
+            f"{folder}: is signed as {receipt.repository}; expected {repository}; remove {SIGNATURE_FILE}, run: "
+            f"adaras-export card {folder} --repository {repository}, and sign again"
+        )

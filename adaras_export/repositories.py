@@ -19,6 +19,13 @@ if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
 
 MAIN = "main"
+Content = Path | bytes
+"""A file to be sent: where it is, or what is in it."""
+
+
+def size_of(content: Content) -> int:
+    """How many bytes it has."""
+    return len(content) if isinstance(content, bytes) else content.stat().st_size
 
 
 @dataclass(frozen=True)
@@ -28,11 +35,13 @@ class RemoteFile:
     size: int
     digest: str
 
-    def holds(self, content: Path) -> bool:
+    def holds(self, content: Content) -> bool:
         """Whether it is the same as a local file."""
-        if content.stat().st_size != self.size:
+        if size_of(content) != self.size:
             return False
-        return self.digest == (storage.sha256_file(content) if len(self.digest) == 64 else _git_name(content))
+        if len(self.digest) == 40:
+            return self.digest == _git_name(content if isinstance(content, bytes) else content.read_bytes())
+        return self.digest == (storage.sha256(content) if isinstance(content, bytes) else storage.sha256_file(content))
 
 
 @dataclass(frozen=True)
@@ -98,7 +107,7 @@ def look(name: str, branch: str = MAIN, token: str | None = None) -> Remote:
 
 def commit(
     remote: Remote,
-    files: Mapping[str, Path],
+    files: Mapping[str, Content],
     message: str,
     *,
     removed: Collection[str] = (),
@@ -122,7 +131,7 @@ def commit(
             head = api.model_info(remote.name).sha
         if remote.branch != MAIN and (remote.head is None or remote.new_branch):
             api.create_branch(remote.name, branch=remote.branch, revision=head)
-        additions = [CommitOperationAdd(path, str(files[path])) for path in sorted(files)]
+        additions = [CommitOperationAdd(path, files[path]) for path in sorted(files)]
         deletions = [CommitOperationDelete(path) for path in sorted(removed)]
         made = api.create_commit(
             remote.name,
@@ -254,6 +263,5 @@ def _api(token: str | None) -> "HfApi":
     return HfApi(token=token, library_name="adaras-export")
 
 
-def _git_name(content: Path) -> str:
-    data = content.read_bytes()
+def _git_name(data: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()

@@ -3,7 +3,6 @@
 Knows nothing of artifacts: those have a card of their own, and `adaras_export.hub` pushes them.
 """
 
-import tempfile
 from pathlib import Path
 
 from adaras_export import repositories
@@ -30,12 +29,9 @@ def push(
     if _OF_AN_ARTIFACT in (remote.files or {}):
         raise HubError(f"{name}: holds an exported model; expected a repository of the rule's own, or none")
     seen = repositories.visibility(remote, private)
-    with tempfile.TemporaryDirectory() as folder:
-        files = {RULE_FILE: Path(folder) / RULE_FILE, _CARD_FILE: Path(folder) / _CARD_FILE}
-        rule.save(files[RULE_FILE])
-        files[_CARD_FILE].write_text(card(rule, name), encoding="utf-8")
-        text = message or f"Steering rule {rule.fingerprint[:12]}"
-        return repositories.commit(remote, files, text, private=seen, token=token)
+    files = {RULE_FILE: rule.to_bytes(), _CARD_FILE: card(rule, name).encode()}
+    text = message or f"Steering rule {rule.fingerprint[:12]}"
+    return repositories.commit(remote, files, text, private=seen, token=token)
 
 
 def pull(path_or_id: str | Path, revision: str | None = None, token: str | None = None) -> Path:

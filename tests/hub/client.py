@@ -47,8 +47,8 @@ def peft(name, revision):
     from peft import PeftConfig, PeftModel
 
     place = PeftConfig.from_pretrained(name, revision=revision)
-    base = opened(place.base_model_name_or_path, ASKED["base_revision"])
-    return greedy(PeftModel.from_pretrained(base, name, revision=revision)) | {"revision": place.revision}
+    base = opened(place.base_model_name_or_path, place.revision)  # the base's, whatever revision names the adapter
+    return greedy(PeftModel.from_pretrained(base, name, revision=revision))
 
 
 def adaptive(name, revision):

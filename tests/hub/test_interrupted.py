@@ -11,8 +11,8 @@ import pytest
 from hub.conftest import TOKENS
 from hub.server import Fault, Hub
 
+from adaras_export import delivery, receipts
 from adaras_export import hub as pushing
-from adaras_export import receipts
 from adaras_export.errors import HubError
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")]
@@ -59,7 +59,9 @@ def test_a_push_killed_in_the_middle_of_a_file_leaves_no_commit_and_is_repeated(
 
 
 def contents(folder):
-    return {name: path.read_bytes() for name, path in receipts.files_of(folder).items()}
+    """The files of an artifact under its new name."""
+    named = delivery.readdressed(folder, receipts.read(folder), NAME)
+    return {name: path.read_bytes() for name, path in receipts.files_of(folder).items()} | named
 
 
 def digest(folder, beginning):
@@ -88,7 +90,6 @@ def test_of_two_pushes_at_once_one_is_told_that_the_other_came_first(online, art
         except HubError as error:
             return str(error)
 
-    pushing.carry_out(pushing.plan(artifact, NAME, revision="other"))  # card and receipt have their name now
     with ThreadPoolExecutor(2) as pool:
         commit, refusal = sorted(pool.map(outcome, plans), key=len)
     assert online.repositories[NAME].branches["main"] == commit

@@ -11,7 +11,7 @@ import pytest
 from hub.server import Fault
 from huggingface_hub import constants, snapshot_download
 
-from adaras_export import cli, receipts
+from adaras_export import cli, delivery, receipts
 from adaras_export import hub as pushing
 from adaras_export.errors import ArtifactError, ExportError, HubError
 
@@ -39,6 +39,11 @@ def local(folder):
     return {name: path.read_bytes() for name, path in receipts.files_of(folder).items()}
 
 
+def expected(folder):
+    """The files of an artifact under its new name."""
+    return local(folder) | delivery.readdressed(folder, receipts.read(folder), NAME)
+
+
 def remote(hub, revision="main"):
     files = hub.repositories[NAME].files(revision)
     return {name: hub.content(NAME, name, revision) for name in files if name != ".gitattributes"}
@@ -51,10 +56,17 @@ def test_a_new_repository_is_private_has_one_commit_and_a_card_of_its_name(onlin
     assert len(found.commits) == 2  # the Hub's own first one, and ours
     assert found.branches == {"main": done.commit}
     assert done.url == f"{online.endpoint}/{NAME}/commit/{done.commit}"
-    assert remote(online) == local(artifact)
-    assert f"# {NAME}\n" in local(artifact)["README.md"].decode()
-    assert receipts.read(artifact).repository == NAME
-    assert all(check.ok for check in receipts.file_checks(artifact, receipts.read(artifact)))
+    assert remote(online) == expected(artifact)
+
+
+def test_card_and_receipt_name_the_repository_and_the_folder_stays_as_it_is(online, artifact):
+    before = local(artifact)
+    folder = Path(snapshot_download(NAME, revision=pushing.push(artifact, NAME).commit))
+    assert local(artifact) == before
+    assert f"# {NAME}\n" in (folder / "README.md").read_text()
+    assert receipts.read(folder).repository == NAME
+    assert all(check.ok for check in receipts.file_checks(folder, receipts.read(folder)))
+    assert {name for name, content in local(folder).items() if content != before[name]} == {"README.md", "receipt.json"}
 
 
 def test_the_same_again_changes_nothing(online, artifact):
@@ -75,7 +87,7 @@ def test_files_of_an_earlier_artifact_are_removed_by_the_same_commit(online, art
     assert "config.json" in planned.replaced
     assert "tokenizer.json" in done.unchanged
     assert online.repositories[NAME].commits[done.commit]["parent"] == before
-    assert remote(online) == local(later)
+    assert remote(online) == expected(later)
 
 
 def test_a_branch_is_made_and_main_stays_as_it_is(online, artifact, exported):
@@ -84,13 +96,13 @@ def test_a_branch_is_made_and_main_stays_as_it_is(online, artifact, exported):
     assert pushing.plan(artifact, NAME, revision="v/2").remote.new_branch
     pushing.push(artifact, NAME, revision="v/2")
     assert remote(online) == main
-    assert remote(online, "v/2") == local(artifact)
+    assert remote(online, "v/2") == expected(artifact)
 
 
 def test_a_branch_of_a_new_repository_leaves_main_empty(online, artifact):
     pushing.push(artifact, NAME, revision="first")
     assert remote(online) == {}
-    assert remote(online, "first") == local(artifact)
+    assert remote(online, "first") == expected(artifact)
 
 
 def test_visibility_is_what_was_asked_for_and_else_what_it_is(online, artifact):
@@ -109,7 +121,6 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(online, artifact, mo
     said = capsys.readouterr().out
     assert f"add     {len(before['config.json']):>15,} config.json\n" in said
     assert f"{NAME}, a new private repository, branch v2" in said
-    assert "card    and receipt are written anew first" in said
     assert writes(online) == []
     assert local(artifact) == before
 
@@ -120,7 +131,7 @@ def test_the_command_says_what_it_did_as_json(online, artifact, monkeypatch, cap
     done = json.loads(said.out)
     assert online.repositories[NAME].commits[done["commit"]]["summary"] == "why"
     assert (done["repository"], done["private"], done["removed"]) == (NAME, False, [])
-    assert done["uploaded"] == {name: len(content) for name, content in local(artifact).items()}
+    assert done["uploaded"] == {name: len(content) for name, content in expected(artifact).items()}
     assert "a new PUBLIC repository" in said.err
 
 
@@ -291,6 +302,6 @@ def test_xets_own_client_sends_and_fetches_large_files(online, artifact, tmp_pat
     online.xet.mkdir()
     done = pushing.push(artifact, NAME)
     folder = Path(snapshot_download(NAME, revision=done.commit))
-    assert local(folder) == local(artifact)
+    assert local(folder) == expected(artifact)
     assert online.uploads() == {}
     assert online.requests("GET", "/xet-read-token/")
