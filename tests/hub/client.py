@@ -57,12 +57,17 @@ def adaptive(name, revision):
     return peft(name, revision)
 
 
-def onnx(name, revision):
-    import run_onnxruntime
+def snapshot(name, revision):
     from huggingface_hub import snapshot_download
 
+    return snapshot_download(name, revision=revision)
+
+
+def onnx(name, revision):
+    import run_onnxruntime
+
     state = {"end": ASKED["end"], "steps": 6, "state": ASKED["state"]}
-    job = {**ASKED, **state, "folder": snapshot_download(name, revision=revision)}
+    job = {**ASKED, **state, "folder": snapshot(name, revision)}
     return run_onnxruntime.run(job, ASKED["rows"])
 
 
