@@ -5,6 +5,7 @@ offline mode are the library's own (HF_TOKEN, HF_HOME, HF_ENDPOINT, HF_HUB_OFFLI
 """
 
 import hashlib
+import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -227,12 +228,21 @@ def _reason(error: BaseException) -> str:
         error = error.__cause__  # what failed in a thread that uploads, or why a download looked into the cache only
     if isinstance(error, errors.HfHubHTTPError):
         return _refusal(error)
-    if constants.HF_HUB_OFFLINE and isinstance(error, OSError):
-        return "HF_HUB_OFFLINE is set, and the local cache does not have it; unset HF_HUB_OFFLINE"
     if isinstance(error, errors.HFValidationError):
         return f"is no name of a repository ({first_line(error)}); expected USER/NAME"
-    if "xet-write-token" in str(error):
-        return f"{constants.ENDPOINT} has no Xet storage; set HF_HUB_DISABLE_XET=1"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}; expected a cache (HF_HOME) that can be written, with room"
+    if constants.HF_HUB_OFFLINE and isinstance(error, OSError):
+        return "HF_HUB_OFFLINE is set, and the local cache does not have it; unset HF_HUB_OFFLINE"
+    return _failure(error)
+
+
+def _failure(error: BaseException) -> str:
+    """What an error without an answer of the Hub means."""
+    from huggingface_hub import constants
+
+    if answer := re.search(r"\((\d{3}) .*/xet-\w+-token/", str(error)):  # Xet's client speaks HTTP by itself
+        return _meaning(int(answer[1]), first_line(error), "no Xet storage there ({}); set HF_HUB_DISABLE_XET=1")
     if isinstance(error, _http_error() | OSError):
         return f"{constants.ENDPOINT} cannot be reached ({first_line(error)}); check the network, and HF_ENDPOINT"
     return " ".join(str(error).split())
@@ -252,9 +262,14 @@ def _refusal(error: "HfHubHTTPError") -> str:
         return f"has no such file ({said})"
     if status == 401 and "authorization" not in error.response.request.headers:
         return _NO_TOKEN
+    return _meaning(status, said, _REFUSALS[404])
+
+
+def _meaning(status: int, said: str, missing: str) -> str:
+    """What a status other than success means; ``missing`` is the meaning of 404."""
     if status >= 500:
         return f"the Hub has a problem ({said}); repeat later: what was sent is not sent again"
-    return _REFUSALS.get(status, "the Hub refuses ({})").format(said)
+    return {**_REFUSALS, 404: missing}.get(status, "the Hub refuses ({})").format(said)
 
 
 def _api(token: str | None) -> "HfApi":

@@ -18,6 +18,7 @@ from adaras_export.errors import ArtifactError, ExportError, HubError
 # huggingface_hub hands files to its HTTP client by a name that this calls old.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 NAME = "user/steered"
+slow = pytest.mark.slow  # dozens that are together
 WRITES = ("POST /api/repos", "/commit/", "/preupload/", "/branch/", "PUT ")
 
 
@@ -49,7 +50,7 @@ def remote(hub, revision="main"):
     return {name: hub.content(NAME, name, revision) for name in files if name != ".gitattributes"}
 
 
-def test_a_new_repository_is_private_has_one_commit_and_a_card_of_its_name(online, artifact):
+def test_a_new_repository_is_private_and_has_one_commit(online, artifact):
     done = pushing.push(artifact, NAME)
     found = online.repositories[NAME]
     assert found.private
@@ -59,6 +60,7 @@ def test_a_new_repository_is_private_has_one_commit_and_a_card_of_its_name(onlin
     assert remote(online) == expected(artifact)
 
 
+@slow
 def test_card_and_receipt_name_the_repository_and_the_folder_stays_as_it_is(online, artifact):
     before = local(artifact)
     folder = Path(snapshot_download(NAME, revision=pushing.push(artifact, NAME).commit))
@@ -69,6 +71,7 @@ def test_card_and_receipt_name_the_repository_and_the_folder_stays_as_it_is(onli
     assert {name for name, content in local(folder).items() if content != before[name]} == {"README.md", "receipt.json"}
 
 
+@slow
 def test_the_same_again_changes_nothing(online, artifact):
     first = pushing.push(artifact, NAME)
     sent = writes(online)
@@ -78,6 +81,7 @@ def test_the_same_again_changes_nothing(online, artifact):
     assert writes(online) == sent
 
 
+@slow
 def test_files_of_an_earlier_artifact_are_removed_by_the_same_commit(online, artifact, exported, tmp_path):
     before = pushing.push(artifact, NAME).commit
     later = shutil.copytree(exported[("stock",)], tmp_path / "later")
@@ -90,6 +94,7 @@ def test_files_of_an_earlier_artifact_are_removed_by_the_same_commit(online, art
     assert remote(online) == expected(later)
 
 
+@slow
 def test_a_branch_is_made_and_main_stays_as_it_is(online, artifact, exported):
     pushing.push(exported[("stock",)], NAME)
     main = remote(online)
@@ -99,12 +104,14 @@ def test_a_branch_is_made_and_main_stays_as_it_is(online, artifact, exported):
     assert remote(online, "v/2") == expected(artifact)
 
 
+@slow
 def test_a_branch_of_a_new_repository_leaves_main_empty(online, artifact):
     pushing.push(artifact, NAME, revision="first")
     assert remote(online) == {}
     assert remote(online, "first") == expected(artifact)
 
 
+@slow
 def test_visibility_is_what_was_asked_for_and_else_what_it_is(online, artifact):
     assert not pushing.push(artifact, NAME, private=False).private
     assert not pushing.plan(artifact, NAME).private
@@ -125,6 +132,7 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(online, artifact, mo
     assert local(artifact) == before
 
 
+@slow
 def test_the_command_says_what_it_did_as_json(online, artifact, monkeypatch, capsys):
     assert run(monkeypatch, "push", artifact, NAME, "--public", "--yes", "--json", "--message", "why") == 0
     said = capsys.readouterr()
@@ -135,6 +143,7 @@ def test_the_command_says_what_it_did_as_json(online, artifact, monkeypatch, cap
     assert "a new PUBLIC repository" in said.err
 
 
+@slow
 @pytest.mark.parametrize(("answer", "pushed"), [("y\n", True), ("n\n", False), ("\n", False)])
 def test_it_asks_first(answer, pushed, online, artifact, monkeypatch):
     own, other = pty.openpty()
@@ -179,6 +188,7 @@ def test_what_is_not_as_its_receipt_says_is_not_pushed(damage, message, online, 
     assert online.log == []
 
 
+@slow
 def test_what_git_python_and_the_hub_leave_in_a_folder_is_not_sent(online, artifact):
     for name in (".git/config", "__pycache__/a.pyc", ".cache/huggingface/x", ".gitattributes"):
         (artifact / name).parent.mkdir(parents=True, exist_ok=True)
@@ -187,6 +197,7 @@ def test_what_git_python_and_the_hub_leave_in_a_folder_is_not_sent(online, artif
     assert not any("/" in name or name.endswith(".pyc") for name in remote(online))
 
 
+@slow
 def test_a_signed_folder_must_have_the_right_name_already(online, artifact):
     (artifact / receipts.SIGNATURE_FILE).write_text("{}")
     with pytest.raises(
@@ -196,6 +207,7 @@ def test_a_signed_folder_must_have_the_right_name_already(online, artifact):
     assert online.log == []
 
 
+@slow
 @pytest.mark.parametrize(
     ("token", "name", "message"),
     [
@@ -215,12 +227,14 @@ def test_who_may_not_push_is_told_why(token, name, message, online, artifact, mo
     assert online.repositories == {}
 
 
+@slow
 def test_a_private_repository_of_others_is_as_if_it_were_not(online, artifact):
     online.create("other/steered", private=True)
     with pytest.raises(HubError, match="the token may not do this"):
         pushing.push(artifact, "other/steered")
 
 
+@slow
 def test_a_token_of_a_login_is_used(online, artifact, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     Path(constants.HF_TOKEN_PATH).parent.mkdir(parents=True)
@@ -228,12 +242,13 @@ def test_a_token_of_a_login_is_used(online, artifact, monkeypatch):
     assert pushing.push(artifact, NAME).private
 
 
+@slow
 @pytest.mark.parametrize(
     ("setting", "value", "message"),
     [
         ("HF_HUB_OFFLINE", True, "HF_HUB_OFFLINE is set, and the local cache does not have it; unset HF_HUB_OFFLINE"),
         ("ENDPOINT", "http://127.0.0.1:9", r"http://127.0.0.1:9 cannot be reached \(.*\); check the network, and HF_"),
-        ("HF_HUB_DISABLE_XET", False, "has no Xet storage; set HF_HUB_DISABLE_XET=1"),
+        ("HF_HUB_DISABLE_XET", False, r"no Xet storage there \(.*404 Not Found.*\); set HF_HUB_DISABLE_XET=1"),
     ],
 )
 def test_without_a_hub_the_reason_is_named(setting, value, message, online, artifact, monkeypatch):
@@ -245,6 +260,7 @@ def test_without_a_hub_the_reason_is_named(setting, value, message, online, arti
 FULL = "Private repository storage limit reached"
 
 
+@slow
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
@@ -278,6 +294,7 @@ def test_a_refusal_is_one_line_and_commits_nothing(fault, message, online, artif
     assert NAME not in online.repositories or remote(online) == {}
 
 
+@slow
 def test_who_commits_in_between_is_not_overwritten(online, artifact, exported):
     planned = pushing.plan(artifact, NAME)
     pushing.push(exported[("stock",)], NAME)
@@ -291,11 +308,26 @@ def test_who_commits_in_between_is_not_overwritten(online, artifact, exported):
     assert remote(online) == theirs
 
 
+@slow
 def test_a_base_that_is_a_folder_is_warned_of(online, artifact, monkeypatch, capsys):
     assert run(monkeypatch, "push", artifact, NAME, "--dry-run") == 0
     assert "warning: its base is a folder of this machine (/" in capsys.readouterr().err
 
 
+@slow
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [(401, "the token is not accepted"), (403, "the token may not do this"), (402, "the Hub refuses")],
+)
+def test_what_xets_client_meets_is_one_line_too(status, message, online, artifact, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    online.faults.append(Fault("GET", "/xet-write-token/", status, times=99))
+    with pytest.raises(HubError, match=f"{NAME}: {message}") as raised:
+        pushing.push(artifact, NAME)
+    assert "\n" not in str(raised.value)
+
+
+@slow
 def test_xets_own_client_sends_and_fetches_large_files(online, artifact, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
     online.xet = tmp_path / "xet"

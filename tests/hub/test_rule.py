@@ -10,6 +10,7 @@ from adaras_export.rule import SteeringRule
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 NAME = "user/rule"
+slow = pytest.mark.slow  # dozens that are together
 
 
 def test_a_rule_survives_the_round_trip(online, rules):
@@ -24,6 +25,7 @@ def test_a_rule_survives_the_round_trip(online, rules):
     assert rule.fingerprint in card.text
 
 
+@slow
 def test_a_commit_pins_a_rule_and_a_branch_holds_another(online, rules):
     rule, other = rules[KEY], rules[KEY].with_strength(-1)
     first = rule.push_to_hub(NAME, private=False)
@@ -35,12 +37,14 @@ def test_a_commit_pins_a_rule_and_a_branch_holds_another(online, rules):
     assert not online.repositories[NAME].private
 
 
+@slow
 def test_a_folder_and_a_file_are_read_without_the_hub(online, rules, artifact):
     assert SteeringRule.from_pretrained(artifact) == rules[KEY]
     assert SteeringRule.from_pretrained(str(artifact / "rule.safetensors")) == rules[KEY]
     assert online.log == []
 
 
+@slow
 def test_the_repository_of_a_model_is_not_overwritten_by_a_rule(online, rules, artifact):
     pushing.push(artifact, NAME)
     with pytest.raises(HubError, match=rf"{NAME}: holds an exported model; expected a repository of the rule's own"):
@@ -48,6 +52,7 @@ def test_the_repository_of_a_model_is_not_overwritten_by_a_rule(online, rules, a
     assert SteeringRule.from_pretrained(NAME) == rules[KEY]
 
 
+@slow
 @pytest.mark.parametrize(
     ("name", "how", "message"),
     [
@@ -71,6 +76,7 @@ def test_what_cannot_be_had_is_one_line(name, how, message, online, rules):
     assert "\n" not in str(raised.value)
 
 
+@slow
 def test_without_a_token_a_private_rule_is_not_read(online, rules, monkeypatch):
     rules[KEY].push_to_hub(NAME)
     monkeypatch.delenv("HF_TOKEN")
@@ -80,6 +86,7 @@ def test_without_a_token_a_private_rule_is_not_read(online, rules, monkeypatch):
         SteeringRule.from_pretrained(NAME)
 
 
+@slow
 def test_offline_it_comes_from_the_cache_or_not_at_all(online, rules, monkeypatch):
     rules[KEY].push_to_hub(NAME)
     SteeringRule.from_pretrained(NAME)
@@ -91,6 +98,16 @@ def test_offline_it_comes_from_the_cache_or_not_at_all(online, rules, monkeypatc
     assert len(online.log) == before
 
 
+@slow
+def test_a_cache_that_cannot_be_written_is_named(online, rules, tmp_path, monkeypatch):
+    rules[KEY].push_to_hub(NAME)
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "file"))
+    with pytest.raises(HubError, match=rf"{NAME}: {tmp_path}/file.*: Not a directory; expected a cache \(HF_HOME\)"):
+        SteeringRule.from_pretrained(NAME)
+
+
+@slow
 def test_a_file_that_is_no_rule_is_refused(online, rules, artifact):
     (artifact / "rule.safetensors").write_bytes(b"x")
     with pytest.raises(ArtifactError, match="expected a rule file"):
