@@ -16,7 +16,7 @@ from adaras_export.errors import ArtifactError, ExportError, ParityError
 from adaras_export.exporters.base import Commission, Exporter, Feature
 from adaras_export.models import BaseModel
 from adaras_export.parity import compare, rehearse
-from adaras_export.receipts import CARD_FILE, EVALUATION_FILE, RULE_FILE, SIGNATURE_FILE, Receipt
+from adaras_export.receipts import CARD_FILE, EVALUATION_FILE, RECEIPT_FILE, RULE_FILE, SIGNATURE_FILE, Receipt
 from adaras_export.rule import SteeringRule
 from adaras_export.staging import staged
 
@@ -127,6 +127,14 @@ def recard(path: str | Path, repository: str | None = None, evaluation: str | Pa
     return _describe(folder, renamed, _exporter_of(receipt), rule)
 
 
+def readdressed(folder: Path, receipt: Receipt, repository: str) -> dict[str, bytes]:
+    """Card and receipt of an exported folder as they are under another name, by file; writes nothing."""
+    renamed = replace(receipt, repository=repository)
+    text = _card(folder, renamed, _exporter_of(receipt), SteeringRule.load(folder / RULE_FILE))
+    complete = replace(renamed, files={**receipt.files, CARD_FILE: storage.sha256(text)})
+    return {CARD_FILE: text, RECEIPT_FILE: complete.to_bytes()}
+
+
 def verify(path: str | Path, base: str | Path | None = None) -> ParityReport:
     """Check an exported folder: its files, what it stores, and what it computes.
 
@@ -163,14 +171,18 @@ def _exporter_of(receipt: Receipt) -> Exporter:
 
 def _describe(folder: Path, receipt: Receipt, exporter: Exporter, rule: SteeringRule) -> Receipt:
     """Write the card, then the receipt, which has the hashes of all the rest."""
+    storage.replace_file(folder / CARD_FILE, _card(folder, receipt, exporter, rule))
+    complete = replace(receipt, files=receipts.hashes(folder))
+    complete.write(folder)
+    return complete
+
+
+def _card(folder: Path, receipt: Receipt, exporter: Exporter, rule: SteeringRule) -> bytes:
     own = (exporter.usage(), exporter.weights(), exporter.library, exporter.relation, exporter.tags())
     measured = folder / EVALUATION_FILE
     evaluation = storage.read_json(measured) if measured.exists() else None
     context = CardContext(receipt.repository, *own, receipt.drops, receipt.base_card.get("license"), evaluation)
-    storage.replace_file(folder / CARD_FILE, card(rule, receipt.parity, context).encode())
-    complete = replace(receipt, files=receipts.hashes(folder))
-    complete.write(folder)
-    return complete
+    return card(rule, receipt.parity, context).encode()
 
 
 def _base_check(receipt: Receipt, base: Path) -> Check:

@@ -4,6 +4,7 @@ AdarasError
 ├── TraceError             a trace, question or split is unusable; names path:line
 ├── UnsupportedModelError  an architecture that models.py does not know
 ├── ArtifactError          one of our files is missing, corrupt or of another kind
+│   └── HubError           a repository cannot be read or written
 ├── RuleError              a neuron set, gate or rule that contradicts itself or the model
 ├── ExportError            a target cannot express the rule, or cannot be written
 ├── ParityError            an artifact does not behave like the rule
@@ -32,6 +33,10 @@ class UnsupportedModelError(AdarasError):
 
 class ArtifactError(AdarasError):
     """A file of ours is missing, damaged or of another kind."""
+
+
+class HubError(ArtifactError):
+    """A repository of the Hub cannot be read or written."""
 
 
 class RuleError(AdarasError):

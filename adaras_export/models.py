@@ -13,7 +13,8 @@ from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adaras_export.errors import ArtifactError, RuleError, UnsupportedModelError, first_line
+from adaras_export.errors import ArtifactError, RuleError, UnsupportedModelError
+from adaras_export.repositories import translated
 from adaras_export.storage import read_json
 
 if TYPE_CHECKING:
@@ -199,20 +200,16 @@ def fetch(path_or_id: str | Path, revision: str | None = None) -> Path:
     """The folder of a model: the given one, or the Hub's snapshot in the local cache.
 
     Raises:
-        ArtifactError: there is neither.
+        HubError: there is neither.
     """
     folder = Path(path_or_id)
     if folder.is_dir():
         return folder
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*"]
-    try:
+    with translated(f"{path_or_id}: neither a folder nor a model that the Hub gave"):
         return Path(snapshot_download(str(path_or_id), revision=revision, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = first_line(error)
-        raise ArtifactError(f"{path_or_id}: neither a folder nor a model that the Hub gave ({reason})") from error
 
 
 def shards(folder: Path) -> dict[str, Path]:
