@@ -273,10 +273,11 @@ def tensor_hashes(folder: Path) -> dict[str, str]:
     """SHA-256 of the bytes of every tensor of a checkpoint, by tensor name; reads them all."""
     located = shards(folder)
     headers = {path: header(path) for path in sorted(set(located.values()))}
-    return {name: _tensor_hash(located[name], headers[located[name]][name]) for name in sorted(located)}
+    return {name: tensor_hash(located[name], headers[located[name]][name]) for name in sorted(located)}
 
 
-def _tensor_hash(path: Path, entry: Mapping[str, Any]) -> str:
+def tensor_hash(path: Path, entry: Mapping[str, Any]) -> str:
+    """SHA-256 of the bytes of one tensor; ``entry`` is its entry of `header`."""
     digest, (first, last) = hashlib.sha256(), entry["data_offsets"]
     with path.open("rb") as file:
         file.seek(data_start(path) + first)
