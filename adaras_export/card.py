@@ -180,8 +180,10 @@ def _tensors(context: CardContext) -> str:
     rows = "\n".join(_tensor_row(*key, sorted(found)) for key, found in layers.items())
     return f"""## Every tensor that is not the base's
 
-{context.weights} Added or changed: {len(context.tensors)}, in the rows below; `receipt.json` has
-the SHA-256 of each, and `verify` looks for others. `{{2..4}}` stands for layers 2, 3 and 4.
+{context.weights}
+
+Added or changed: {len(context.tensors)}, in the rows below. `receipt.json` has the SHA-256 of each, and `verify` looks
+for others. `{{2..4}}` stands for layers 2, 3 and 4.
 
 | tensor | file | type | shape | |
 |---|---|---|---|---|
@@ -204,7 +206,7 @@ _LAYER = re.compile("0|[1-9][0-9]{0,5}")
 def _tensor_row(*row: Any) -> str:
     template, file, dtype, shape, what, zeros, layers = row
     name = template.replace("{}", _ranges(layers)) if layers else template
-    said = f"{what}, zeros only: it changes nothing" if zeros else what
+    said = f"{what}, zeros only" if zeros else what
     sizes = " x ".join(map(str, shape)) or "-"
     return f"| {cell(code(name))} | {cell(code(file))} | {cell(dtype)} | {sizes} | {said} |"
 
@@ -231,15 +233,14 @@ def _effect(rule: SteeringRule, context: CardContext) -> str:
     command = f"`adaras-export eval --compare {ways}`" if static else "`adaras-export eval`"
     if context.measured is None:
         return f"## Effect\n\n{_NOT_EVALUATED.format(command)}\n"
-    rounded = f"**{_ROUNDED}**\n\n" if context.rounded else ""
-    return f"## Effect\n\n{rounded}{told(context.measured, _arm_name(rule, context), command)}"
+    said = told(context.measured, _arm_name(rule, context), command, rounded=context.rounded)
+    return f"## Effect\n\n{said}"
 
 
 _NOT_EVALUATED = (
     "Not evaluated. Steering often does not help; measure it on your own questions, with the sign-flipped and "
     "random-neuron controls of {}, before you rely on it."
 )
-_ROUNDED = "Measured with the base's own weights; those of this artifact are rounded, and were not evaluated."
 
 
 def _limits(rule: SteeringRule, context: CardContext) -> str:

@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from adaras_export.card_text import code, is_hub_id, plain
+from adaras_export.card_text import code, plain
 from adaras_export.errors import ArtifactError
+from adaras_export.models import is_hub_id
 from adaras_export.verdicts import RULE_ARMS, Arm, Comparison, Estimate, Gap
 
 
@@ -82,8 +83,15 @@ def computed_arm(*, static: bool, gated: bool) -> str:
     return "gated" if gated else "always"
 
 
-def told(measured: Measured, name: str, command: str) -> str:
-    """The text below the heading Effect; ``name`` is the arm that the artifact computes."""
+def told(measured: Measured, name: str, command: str, *, rounded: bool) -> str:
+    """The text below the heading Effect.
+
+    Args:
+        measured: the evaluation.
+        name: the arm that the artifact computes.
+        command: what evaluates that.
+        rounded: whether the artifact computes with rounded weights, which the evaluation did not.
+    """
     arm = measured.arm(name)
     if arm is None:
         opening = (
@@ -91,7 +99,7 @@ def told(measured: Measured, name: str, command: str) -> str:
             f"other ways to run its rule. {command} measures both."
         )
     else:
-        opening = f"{_result(measured, arm)} {_judged(measured, arm)}"
+        opening = f"{_ROUNDED if rounded else _OWN} `{name}`:** {_result(measured, arm)} {_judged(measured, arm)}"
     table = "\n".join(_row(one) for one in measured.arms)
     return f"""{opening}
 
@@ -105,11 +113,18 @@ def told(measured: Measured, name: str, command: str) -> str:
 {_compared(measured.comparison)}"""
 
 
+_OWN = "**This artifact computes the arm"
+_ROUNDED = (
+    "The weights of this artifact are rounded, and it was not evaluated with these. **With the base's own weights, the "
+    "rule computes the arm"
+)
+
+
 def _result(measured: Measured, arm: Arm) -> str:
     off = measured.arm("off")
     assert off is not None
     return (
-        f"**This artifact computes the arm `{arm.name}`:** {arm.accuracy:.1%} right (95 % interval {arm.low:.1%} to "
+        f"{arm.accuracy:.1%} right (95 % interval {arm.low:.1%} to "
         f"{arm.high:.1%}), against {off.accuracy:.1%} ({off.low:.1%} to {off.high:.1%}) without steering: {arm.fixed} "
         f"fixed, {arm.broken} broken, exact McNemar p = {arm.p_value:.2g}."
     )
@@ -125,7 +140,7 @@ def _judged(measured: Measured, arm: Arm) -> str:
         return f"**Steering harms here.** {_controls(measured, arm)}"
     reached = _best_control(measured)
     if measured.lead != arm.name or reached is None:
-        return f"More are right, which is no claim for these neurons: {_controls(measured, arm)}"
+        return f"More are right, which is no claim for these neurons. {_controls(measured, arm)}"
     if reached >= arm.accuracy:
         return f"More are right, **but a control does as well**: no claim for these neurons. {_controls(measured, arm)}"
     return f"**More are right, and more than with any control.** {_controls(measured, arm)}"
@@ -142,7 +157,7 @@ def _controls(measured: Measured, arm: Arm) -> str:
     random = [one.accuracy for one in measured.arms if one.name.startswith("random")]
     flipped = measured.arm("flipped")
     if not random or flipped is None:
-        return "no random-neuron control was run."
+        return "No random-neuron control was run."
     draws = f"{len(random)} draw{'s' if len(random) > 1 else ''} of random neurons of the same norm"
     above = sum(one < arm.accuracy for one in random)
     alike = "" if measured.lead == arm.name else f", steered like `{measured.lead}` and not like this artifact,"

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from adaras_export.card_effect import Measured
-from adaras_export.card_text import is_hub_id
 from adaras_export.errors import ArtifactError
-from adaras_export.models import BaseModel
+from adaras_export.models import BaseModel, is_hub_id
 from adaras_export.verdicts import Arm
 
 TAGS = ("activation-steering", "adaras")
@@ -139,6 +138,8 @@ def _yaml(value: Any) -> str:  # noqa: ANN401 - whatever YAML can say
     import yaml
 
     text: str = yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
+    if yaml.safe_load(text) != value:  # PyYAML folds line ends of Unicode, unless it escapes every letter beyond ASCII
+        text = yaml.safe_dump(value, sort_keys=False)
     return text
 
 

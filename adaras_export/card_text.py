@@ -53,18 +53,6 @@ def shell_word(text: str) -> str:
     return f"$'{escaped}'"
 
 
-def is_hub_id(text: str) -> bool:
-    """Whether the Hub could have a repository of this name."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-
-    try:
-        validate_repo_id(text)
-    except HFValidationError:
-        return False
-    return True
-
-
 def blocks(markdown: str) -> list[tuple[str, str]]:
     """The blocks of code in a text: what stands behind the fence, and the code."""
     return [(f"{language}{more}", body) for language, more, body in _BLOCK.findall(markdown)]

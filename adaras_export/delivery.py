@@ -132,9 +132,11 @@ def recard(
     if broken := [check for check in receipts.file_checks(folder, receipt) if not check.ok]:
         raise ArtifactError(f"{folder}: {'; '.join(f'{check.name}: {check.detail}' for check in broken)}; export again")
     rule = SteeringRule.load(folder / RULE_FILE)
+    named = tuple(receipt.datasets if datasets is None else datasets)
+    if strange := [name for name in named if not models.is_hub_id(name)]:
+        raise ExportError(f"datasets: {', '.join(map(repr, strange))} could be on no Hub; expected USER/NAME")
     if evaluation is not None:
         storage.replace_file(folder / EVALUATION_FILE, _evaluation(Path(evaluation), rule))
-    named = tuple(receipt.datasets if datasets is None else datasets)
     renamed = replace(receipt, repository=repository or receipt.repository, datasets=named)
     return _describe(folder, renamed, _exporter_of(receipt), rule)
 

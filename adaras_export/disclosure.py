@@ -59,7 +59,7 @@ class Disclosed:
 
     @property
     def only_zeros(self) -> bool:
-        """Whether it changes nothing: every byte of it is 0, by its hash."""
+        """Whether every byte of it is 0, by its hash."""
         size = _SIZES.get(self.dtype, 0) * prod(self.shape)
         return 0 < size <= _LARGEST and self.sha256 == _hash_of_zeros(size)
 

@@ -215,6 +215,18 @@ def fetch(path_or_id: str | Path, revision: str | None = None) -> Path:
         raise ArtifactError(f"{path_or_id}: neither a folder nor a model that the Hub gave ({reason})") from error
 
 
+def is_hub_id(text: str) -> bool:
+    """Whether the Hub could have a repository of this name."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(text)
+    except HFValidationError:
+        return False
+    return True
+
+
 def shards(folder: Path) -> dict[str, Path]:
     """The file of each tensor of a checkpoint, by tensor name.
 

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from adaras_export import storage
-from adaras_export.card_text import is_hub_id
 from adaras_export.disclosure import Disclosed
 from adaras_export.errors import AdarasError, ArtifactError
-from adaras_export.models import BaseModel
+from adaras_export.models import BaseModel, is_hub_id
 from adaras_export.parity import Check, ParityReport
 
 RECEIPT_FILE = "receipt.json"

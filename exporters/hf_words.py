@@ -28,7 +28,7 @@ you have read, so that nothing else runs later:
 
 ```python
 commit = "main"  # put the commit here
-model = AutoModelForCausalLM.from_pretrained("{repo}", revision=commit, trust_remote_code=True, dtype="auto")
+model = AutoModelForCausalLM.from_pretrained("{repo}", revision=commit, trust_remote_code=True)
 ```
 """
 

@@ -2,10 +2,14 @@
 
 from adaras_export.exporters.constant_neuron import NEURONS
 
-WEIGHTS = "No weight of the base is changed; the steering is a bias behind the MLPs, in a file of its own."
+WEIGHTS = (
+    "The steering is a bias behind the MLPs, in a file of its own, together with the zero biases that the architecture "
+    "wants besides. Where the base has such biases, they are changed; nothing else of it is."
+)
 SWITCHABLE_WEIGHTS = (
-    "The checkpoint computes what the base does: no weight is changed, but each MLP has new neurons with zero weights, "
-    "one of them with a constant activation. The LoRA in `steering-lora` turns the steering on."
+    "The checkpoint computes what the base does. All its weights are here, but the matrices of each MLP have "
+    f"{NEURONS} more neurons, with zero weights, one of them with a constant activation. The LoRA in `steering-lora` "
+    "turns the steering on."
 )
 
 USAGE = """\
