@@ -5,6 +5,7 @@ its name. Knows no format; the exporters do.
 """
 
 import errno
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,11 +14,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from adaras_export import exporters, models, receipts, storage
+from adaras_export import exporters, integrity, models, receipts, storage
 from adaras_export.card import CardContext, card
 from adaras_export.checks import Check, ParityReport
 from adaras_export.errors import ArtifactError, ExportError, ParityError
 from adaras_export.exporters.base import Commission, Exporter, Feature
+from adaras_export.exporters.checkpoint import differing_keys
 from adaras_export.models import BaseModel
 from adaras_export.parity import compare, rehearse
 from adaras_export.receipts import CARD_FILE, EVALUATION_FILE, RULE_FILE, SIGNATURE_FILE, Receipt
@@ -129,7 +131,13 @@ def recard(path: str | Path, repository: str | None = None, evaluation: str | Pa
     return _describe(folder, renamed, _exporter_of(receipt), rule)
 
 
-def verify(path: str | Path, base: str | Path | None = None) -> ParityReport:
+def verify(
+    path: str | Path,
+    base: str | Path | None = None,
+    *,
+    receipt: str | None = None,
+    key: str | Path | None = None,
+) -> ParityReport:
     """Check an exported folder: its files, what it stores, and what it computes.
 
     Code of the artifact runs only after it was found to be, byte for byte, this library's own.
@@ -137,22 +145,25 @@ def verify(path: str | Path, base: str | Path | None = None) -> ParityReport:
     Args:
         path: the folder.
         base: the base model, where it is no longer at the place that the receipt names.
+        receipt: the SHA-256 that ``receipt.json`` must have, as its author told it elsewhere.
+        key: PEM file of the public key that the folder must be signed with.
 
     Raises:
         ArtifactError: the folder is no export, or the base cannot be found.
     """
     folder = Path(path)
-    receipt = receipts.read(folder)
-    exporter = _exporter_of(receipt)
-    checks = receipts.file_checks(folder, receipt)
+    recorded = receipts.read(folder)
+    exporter = _exporter_of(recorded)
+    checks = [*integrity.origin_checks(folder, receipt, key), *integrity.content_checks(folder, recorded)]
+    if any(check.name == receipts.UNREADABLE and not check.ok for check in checks):
+        return ParityReport((*checks, Check("not looked into, because of such entries", 1, 0)))
     rule = SteeringRule.load(folder / RULE_FILE)
-    checks.append(Check("rule other than the receipt's", float(rule.fingerprint != receipt.rule), 0))
-    found, revision = receipt.source if base is None else base, receipt.base.revision
+    found, revision = recorded.source if base is None else base, recorded.base.revision
     base_folder = models.fetch(found, revision)
     rule.base.require_same(BaseModel.of(found, revision))
-    checks.append(_base_check(receipt, base_folder))
+    checks += [_base_check(recorded, base_folder), *_card_checks(folder, recorded, exporter, rule, base_folder)]
     elsewhere = None if base is None else base_folder
-    exporter = exporter.commissioned(Commission(receipt.source, revision, elsewhere, options=receipt.options))
+    exporter = exporter.commissioned(Commission(recorded.source, revision, elsewhere, options=recorded.options))
     return ParityReport((*checks, *_verified(exporter, folder, rule, base_folder).checks))
 
 
@@ -165,14 +176,35 @@ def _exporter_of(receipt: Receipt) -> Exporter:
 
 def _describe(folder: Path, receipt: Receipt, exporter: Exporter, rule: SteeringRule) -> Receipt:
     """Write the card, then the receipt, which has the hashes of all the rest."""
+    storage.replace_file(folder / CARD_FILE, _card(folder, receipt, exporter, rule))
+    complete = replace(receipt, files=receipts.hashes(folder))
+    complete.write(folder)
+    return complete
+
+
+def _card(folder: Path, receipt: Receipt, exporter: Exporter, rule: SteeringRule) -> bytes:
+    """The card of an artifact: a function of its receipt, its rule and its evaluation."""
     own = (exporter.usage(), exporter.weights(), exporter.library, exporter.relation, exporter.tags())
     measured = folder / EVALUATION_FILE
     evaluation = storage.read_json(measured) if measured.exists() else None
     context = CardContext(receipt.repository, *own, receipt.drops, receipt.base_card.get("license"), evaluation)
-    storage.replace_file(folder / CARD_FILE, card(rule, receipt.parity, context).encode())
-    complete = replace(receipt, files=receipts.hashes(folder))
-    complete.write(folder)
-    return complete
+    return card(rule, receipt.parity, context).encode()
+
+
+def _card_checks(folder: Path, receipt: Receipt, exporter: Exporter, rule: SteeringRule, base: Path) -> list[Check]:
+    """Whether the card is the one that its receipt gives, and says of rule and base what they say themselves."""
+    try:
+        card_differs = (folder / CARD_FILE).read_bytes() != _card(folder, receipt, exporter, rule)
+    except (ArtifactError, OSError, KeyError, TypeError, ValueError):  # no card, or an evaluation of another form
+        card_differs = True
+    said = _base_card(base)
+    other = [] if not (base / "README.md").exists() else differing_keys(receipt.base_card, json.loads(json.dumps(said)))
+    dropped = sorted({*receipt.drops} ^ {*_dropped(rule, exporter)})
+    return [
+        Check("card other than its receipt's", float(card_differs), 0, CARD_FILE if card_differs else ""),
+        Check("statements about the base that differ from its card", len(other), 0, " ".join(other)),
+        Check("features left out, or not, other than the receipt's", len(dropped), 0, " ".join(dropped)),
+    ]
 
 
 def _base_check(receipt: Receipt, base: Path) -> Check:
@@ -199,14 +231,19 @@ def _refuse_loss(rule: SteeringRule, exporter: Exporter, accepted: Sequence[str]
         raise ExportError(
             f"--accept-loss: no feature {', '.join(unknown)}; expected of: {', '.join(get_args(Feature))}"
         )
-    needed = {"start", "dial", *(["gate"] if rule.gate is not None else [])}
-    dropped = tuple(sorted(exporter.drops & needed))
+    dropped = _dropped(rule, exporter)
     if refused := [feature for feature in dropped if feature not in accepted]:
         raise ExportError(
             f"{exporter.name}: cannot express {', '.join(refused)}; drop it with --accept-loss {','.join(refused)}, "
             "or choose target hf"
         )
     return dropped
+
+
+def _dropped(rule: SteeringRule, exporter: Exporter) -> tuple[str, ...]:
+    """What a rule has and a format, as commissioned, cannot express."""
+    needed = {"start", "dial", *(["gate"] if rule.gate is not None else [])}
+    return tuple(sorted(exporter.drops & needed))
 
 
 def _refuse_options(exporter: Exporter, options: Mapping[str, Any]) -> None:

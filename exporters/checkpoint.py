@@ -4,7 +4,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from safetensors.numpy import save
 
 from adaras_export import models, storage
 from adaras_export.errors import ArtifactError, ExportError, first_line
-from adaras_export.receipts import DESCRIBING
+from adaras_export.parity import Check
+from adaras_export.receipts import DESCRIBING, entries, shown
 from adaras_export.rule import SteeringRule
 from adaras_export.storage import Array
 
@@ -142,6 +143,13 @@ def changed_companions(folder: Path, base: Path) -> list[str]:
         if found == {"tokenizer_class": found.get("tokenizer_class"), **expected}:
             changed.remove(settings)
     return sorted(changed)
+
+
+def unknown_files(folder: Path, base: Path | None, own: Iterable[str]) -> Check:
+    """What an artifact holds besides ``own``, the base's small files and the receipt's: a chat template, say."""
+    known = {*own, *DESCRIBING, *(() if base is None else companions(base))}
+    strange = sorted(entries(folder).keys() - known)
+    return Check("files that neither the library nor the base has", len(strange), 0, " ".join(map(shown, strange)))
 
 
 # Texts on which tokenizers that were set up differently disagree: digits, spaces, case, accents, other scripts.

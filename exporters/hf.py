@@ -17,6 +17,7 @@ import torch
 from adaras_export import models, storage
 from adaras_export.exporters.base import Commission, Exporter, Feature, Written, stock_reference
 from adaras_export.exporters.checkpoint import (
+    INDEX_FILE,
     STEERING_FILE,
     changed_companions,
     content_of,
@@ -30,6 +31,7 @@ from adaras_export.exporters.checkpoint import (
     same_content,
     stores,
     tokenised_differently,
+    unknown_files,
     vectors,
     write_index,
     write_json,
@@ -79,7 +81,9 @@ class HuggingFaceExporter:
         """As `Exporter` says."""
         expected = steered_config(storage.read_json(base / "config.json"), rule)
         checks = repository_checks(folder, base, expected, payload(rule.base.family))
-        return [*checks, *_tensor_checks(folder, rule, base)]
+        weights = {linked_name(path) for path in models.shards(base).values()}
+        unknown = unknown_files(folder, base, {*payload(rule.base.family), *REPOSITORY_FILES, *SHARED_FILES, *weights})
+        return [*checks, *_tensor_checks(folder, rule, base), unknown]
 
     def reference(self, folder: Path, rule: SteeringRule, base: Path) -> Reference:  # noqa: ARG002
         """As `Exporter` says."""
@@ -123,6 +127,12 @@ with model.steering.off():             # or switch it off
 
 Needs torch and transformers >= 4.57, nothing else. The code is short: read it, and pin a `revision`.
 """
+
+
+REPOSITORY_FILES = frozenset({"config.json", "tokenizer_config.json"})
+"""What `write_repository` writes besides code and what the base has."""
+
+SHARED_FILES = frozenset({INDEX_FILE, STEERING_FILE})
 
 
 def write_repository(out: Path, base: Path, config: dict[str, Any], code: dict[str, bytes]) -> None:

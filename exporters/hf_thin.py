@@ -14,7 +14,14 @@ from adaras_export import models, storage
 from adaras_export.errors import ExportError
 from adaras_export.exporters import hf
 from adaras_export.exporters.base import Commission, Exporter, Feature, Written, stock_reference
-from adaras_export.exporters.checkpoint import STEERING_FILE, plain_config, stored_names, stores, write_tensors
+from adaras_export.exporters.checkpoint import (
+    STEERING_FILE,
+    plain_config,
+    stored_names,
+    stores,
+    unknown_files,
+    write_tensors,
+)
 from adaras_export.parity import Artifact, Check, Reference
 from adaras_export.rule import SteeringRule
 from adaras_export.storage import Array
@@ -68,6 +75,7 @@ class ThinExporter:
             *checks,
             Check("steering tensors that differ", len(wrong), 0, " ".join(wrong)),
             Check("tensors missing or unknown", len(strange), 0, " ".join(strange)),
+            unknown_files(folder, base, {*payload(rule.base.family), *hf.REPOSITORY_FILES, STEERING_FILE}),
         ]
 
     def reference(self, folder: Path, rule: SteeringRule, base: Path) -> Reference:  # noqa: ARG002

@@ -24,6 +24,7 @@ from adaras_export.exporters.checkpoint import (
     plain_config,
     stored_names,
     stores,
+    unknown_files,
     vectors,
     write_json,
 )
@@ -73,6 +74,7 @@ class PeftExporter:
             Check("adapter_config.json entries that differ", len(settings), 0, " ".join(settings)),
             Check("adapter tensors that differ", len(wrong), 0, " ".join(wrong)),
             Check("tensors missing or unknown", len(strange), 0, " ".join(strange)),
+            unknown_files(folder, None, {ADAPTER_FILE, CONFIG_FILE}),
         ]
 
     def reference(self, folder: Path, rule: SteeringRule, base: Path) -> Reference:  # noqa: ARG002

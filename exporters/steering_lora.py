@@ -20,6 +20,7 @@ from adaras_export.rule import SteeringRule
 from adaras_export.storage import Array
 
 FOLDER = "steering-lora"
+FILES = (f"{FOLDER}/{CONFIG_FILE}", f"{FOLDER}/{ADAPTER_FILE}")
 
 
 def adapter_config(rule: SteeringRule) -> dict[str, Any]:
