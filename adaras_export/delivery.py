@@ -17,7 +17,7 @@ from typing import Any, get_args
 from adaras_export import exporters, integrity, models, receipts, storage
 from adaras_export.card import CardContext, card
 from adaras_export.checks import Check, ParityReport
-from adaras_export.errors import ArtifactError, ExportError, ParityError
+from adaras_export.errors import ArtifactError, ExportError, ParityError, first_line
 from adaras_export.exporters.base import Commission, Exporter, Feature
 from adaras_export.exporters.checkpoint import differing_keys
 from adaras_export.models import BaseModel
@@ -155,8 +155,8 @@ def verify(
     recorded = receipts.read(folder)
     exporter = _exporter_of(recorded)
     checks = [*integrity.origin_checks(folder, receipt, key), *integrity.content_checks(folder, recorded)]
-    if any(check.name == receipts.UNREADABLE and not check.ok for check in checks):
-        return ParityReport((*checks, Check("not looked into, because of such entries", 1, 0)))
+    if any(check.name in integrity.FATAL and not check.ok for check in checks):
+        return ParityReport((*checks, Check("not looked into, because of that", 1, 0)))
     rule = SteeringRule.load(folder / RULE_FILE)
     found, revision = recorded.source if base is None else base, recorded.base.revision
     base_folder = models.fetch(found, revision)
@@ -216,7 +216,10 @@ def _base_check(receipt: Receipt, base: Path) -> Check:
 
 def _verified(exporter: Exporter, folder: Path, rule: SteeringRule, base: Path) -> ParityReport:
     """Look the artifact over; where its code and settings are the library's, run it against the reference."""
-    stored = list(exporter.inspect(folder, rule, base))
+    try:
+        stored = list(exporter.inspect(folder, rule, base))
+    except ArtifactError as error:
+        return ParityReport((Check("what it stores cannot be read", 1, 0, str(error)),))
     if not all(check.ok for check in stored[:2]):  # never run code that is not ours, or that its settings name
         return ParityReport((*stored, Check("not run, because its code or its settings differ", 1, 0)))
     try:
@@ -224,6 +227,10 @@ def _verified(exporter: Exporter, folder: Path, rule: SteeringRule, base: Path) 
         return ParityReport((*stored, *compare(script, exporter.load(folder))))
     except ArtifactError as error:
         return ParityReport((*stored, Check("it does not open or run", 1, 0, str(error))))
+    except Exception as error:  # of damaged files libraries say all kinds of things
+        if all(check.ok for check in stored):
+            raise
+        return ParityReport((*stored, Check("it does not open or run", 1, 0, first_line(error))))
 
 
 def _refuse_loss(rule: SteeringRule, exporter: Exporter, accepted: Sequence[str]) -> tuple[str, ...]:

@@ -16,6 +16,10 @@ from adaras_export.errors import AdarasError, ArtifactError
 from adaras_export.receipts import RECEIPT_FILE, RULE_FILE, SIGNATURE_FILE, Receipt
 from adaras_export.rule import SteeringRule
 
+_UNREADABLE_RULE = "rule that cannot be read"
+FATAL = (receipts.UNREADABLE, _UNREADABLE_RULE)
+"""The checks without which nothing else of an artifact can be looked into."""
+
 _CODE = {".py", ".pyc", ".pyd", ".so", ".dll", ".dylib", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib"}
 """Suffixes of what Python could run when a folder is opened, pickles included."""
 
@@ -79,7 +83,7 @@ def _rule_checks(folder: Path, receipt: Receipt) -> list[Check]:
         rule = SteeringRule.load(path)
         found = {rule.fingerprint, storage.sha256_file(path)}
     except AdarasError as error:
-        return [Check("rule that cannot be read", 1, 0, str(error))]
+        return [Check(_UNREADABLE_RULE, 1, 0, str(error))]
     other = "" if found == {receipt.rule} else " ".join(sorted(found))
     return [
         Check("rule other than the receipt's", float(bool(other)), 0, f"{RULE_FILE}: {other}" if other else ""),

@@ -23,6 +23,7 @@ from adaras_export.exporters.checkpoint import (
     content_of,
     copy_companions,
     differing_keys,
+    index_check,
     link_or_copy,
     linked_name,
     name_tokenizer_class,
@@ -30,6 +31,7 @@ from adaras_export.exporters.checkpoint import (
     plain_config,
     same_content,
     stores,
+    strange_names,
     tokenised_differently,
     unknown_files,
     vectors,
@@ -66,14 +68,11 @@ class HuggingFaceExporter:
     def write(self, rule: SteeringRule, base: Path, out: Path) -> Written:
         """As `Exporter` says."""
         config = plain_config(base)
-        located = models.shards(base)
-        names = {path: linked_name(path) for path in set(located.values())}
-        for path, name in sorted(names.items()):
-            link_or_copy(path, out / name, copy=self.copy)
+        for path in sorted({*models.shards(base).values()}):
+            link_or_copy(path, out / linked_name(path), copy=self.copy)
         tensors = steering_tensors(rule, base)
         write_tensors(out, tensors)
-        weight_map = {name: names[path] for name, path in located.items()} | dict.fromkeys(tensors, STEERING_FILE)
-        write_index(out, weight_map)
+        write_index(out, _weight_map(base, tensors))
         write_repository(out, base, steered_config(config, rule), payload(rule.base.family))
         return Written(rule)
 
@@ -277,16 +276,24 @@ def _tokenizer_checks(folder: Path, base: Path, *, trust_remote_code: bool) -> l
     return [Check("sample texts that are tokenised differently", tokenised_differently(theirs, ours), 0)]
 
 
+def _weight_map(base: Path, tensors: Mapping[str, Array]) -> dict[str, str]:
+    """The file of each tensor of the artifact."""
+    kept = {name: linked_name(path) for name, path in models.shards(base).items()}
+    return kept | dict.fromkeys(tensors, STEERING_FILE)
+
+
 def _tensor_checks(folder: Path, rule: SteeringRule, base: Path) -> list[Check]:
     expected = steering_tensors(rule, base)
     located = models.shards(folder)
     wrong = [name for name, value in expected.items() if not stores(located.get(name), name, value)]
     base_located = models.shards(base)
     strange = sorted(located.keys() ^ (expected.keys() | base_located.keys()))
+    strange += strange_names(folder / STEERING_FILE, expected)
     names = {linked_name(path): path for path in base_located.values()}
     weights = sorted(name for name, path in names.items() if not same_content(folder / name, path))
     return [
         Check("steering tensors that differ", len(wrong), 0, " ".join(wrong)),
         Check("tensors missing or unknown", len(strange), 0, " ".join(strange)),
         Check("base weight files that differ", len(weights), 0, " ".join(weights)),
+        index_check(folder, _weight_map(base, expected)),
     ]

@@ -17,8 +17,8 @@ from adaras_export.exporters.base import Commission, Exporter, Feature, Written,
 from adaras_export.exporters.checkpoint import (
     STEERING_FILE,
     plain_config,
-    stored_names,
     stores,
+    strange_names,
     unknown_files,
     write_tensors,
 )
@@ -70,7 +70,7 @@ class ThinExporter:
         checks = hf.repository_checks(folder, base, self._config(rule, base), payload(rule.base.family))
         expected, path = _tensors(rule, base), folder / STEERING_FILE
         wrong = [name for name, value in expected.items() if not stores(path, name, value)]
-        strange = sorted(stored_names(path) ^ expected.keys())
+        strange = strange_names(path, expected)
         return [
             *checks,
             Check("steering tensors that differ", len(wrong), 0, " ".join(wrong)),

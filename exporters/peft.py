@@ -24,6 +24,7 @@ from adaras_export.exporters.checkpoint import (
     plain_config,
     stored_names,
     stores,
+    strange_names,
     unknown_files,
     vectors,
     write_json,
@@ -68,7 +69,7 @@ class PeftExporter:
         settings = differing_keys(found, expected)
         tensors, path = self.tensors(rule, base), folder / ADAPTER_FILE
         wrong = [name for name, value in tensors.items() if not stores(path, name, value)]
-        strange = sorted(stored_names(path) ^ tensors.keys())
+        strange = strange_names(path, tensors)
         return [
             _code_check(folder),
             Check("adapter_config.json entries that differ", len(settings), 0, " ".join(settings)),

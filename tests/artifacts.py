@@ -1,7 +1,6 @@
 """One small export of every target, as users write them; and how to damage one by hand."""
 
 import json
-import os
 import shutil
 
 import tiny
@@ -43,29 +42,25 @@ def write(name, rules, folders, stock, folder):
 def refit(folder):
     """Make the receipt's hashes those of the files, as whoever damaged the folder would."""
     path = folder / "receipt.json"
-    files = {
-        name: file for name, file in receipts.files_of(folder).items() if name not in ("receipt.json", "model.sig")
-    }
-    found = {name: storage.sha256_file(file) for name, file in files.items()}
-    receipt = json.loads(path.read_text()) | {"files": found}
-    if (folder / "rule.safetensors").is_file():
-        receipt["rule"] = storage.sha256_file(folder / "rule.safetensors")
+    found = {name: hashed(file) for name, file in receipts.files_of(folder).items() if name not in UNHASHED}
+    receipt = json.loads(path.read_text()) | {"files": {name: one for name, one in found.items() if one}}
+    receipt["rule"] = found.get("rule.safetensors") or receipt["rule"]
     path.write_text(json.dumps(receipt, indent=2, sort_keys=True) + "\n")
     return folder
+
+
+UNHASHED = ("receipt.json", "model.sig")
+
+
+def hashed(path):
+    """The SHA-256 of a file; none where it cannot be read."""
+    try:
+        return storage.sha256_file(path)
+    except OSError:
+        return None
 
 
 def copy(folder, to):
     """A copy of an export that may be damaged: links to the base's files become files of their own."""
     shutil.rmtree(to, ignore_errors=True)
     return shutil.copytree(folder, to)
-
-
-def files(folder):
-    """The names of the files of an export, but its receipt."""
-    return sorted(name for name in receipts.files_of(folder) if name != "receipt.json")
-
-
-def replace_by_pipe(path):
-    """Put a pipe in a file's place, which would be waited for for ever."""
-    path.unlink(missing_ok=True)
-    os.mkfifo(path)
