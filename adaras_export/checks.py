@@ -53,4 +53,14 @@ class ParityReport:
         Raises:
             KeyError, TypeError: the record is not of that form.
         """
-        return cls(tuple(Check(one["check"], one["figure"], one["limit"], one["detail"]) for one in record))
+        return cls(tuple(_check(one) for one in record))
+
+
+def _check(record: Any) -> Check:  # noqa: ANN401 - comes from a file
+    found = Check(record["check"], record["figure"], record["limit"], record["detail"])
+    numbers = [found.figure] if found.limit is None else [found.figure, found.limit]
+    if not all(isinstance(number, int | float) for number in numbers):
+        raise TypeError(f"check {found.name!r} has no numbers")
+    if not isinstance(found.name, str) or not isinstance(found.detail, str):
+        raise TypeError(f"check {found.name!r} has no texts")
+    return found

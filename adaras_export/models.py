@@ -207,7 +207,7 @@ def fetch(path_or_id: str | Path, revision: str | None = None) -> Path:
         return folder
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*"]
+    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*", "NOTICE*"]
     with translated(f"{path_or_id}: neither a folder nor a model that the Hub gave"):
         return Path(snapshot_download(str(path_or_id), revision=revision, allow_patterns=patterns))
 

@@ -4,7 +4,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from safetensors.numpy import save
 from adaras_export import models, storage
 from adaras_export.disclosure import Disclosed, What
 from adaras_export.errors import ArtifactError, ExportError, first_line
-from adaras_export.receipts import DESCRIBING, files_of
+from adaras_export.parity import Check
+from adaras_export.receipts import DESCRIBING, entries, files_of, shown
 from adaras_export.rule import SteeringRule
 from adaras_export.storage import Array
 
@@ -104,8 +105,19 @@ def linked_name(path: Path) -> str:
 
 def write_index(out: Path, weight_map: dict[str, str]) -> None:
     """Write the index that tells from_pretrained which file holds which tensor."""
-    size = sum((out / name).stat().st_size for name in {*weight_map.values()})
-    write_json(out / INDEX_FILE, {"metadata": {"total_size": size}, "weight_map": weight_map})
+    write_json(out / INDEX_FILE, _index(out, weight_map))
+
+
+def index_check(folder: Path, weight_map: dict[str, str]) -> Check:
+    """Compare what `write_index` wrote."""
+    differing = storage.read_json(folder / INDEX_FILE) != _index(folder, weight_map)
+    return Check("index of the weights that differs", float(differing), 0, INDEX_FILE if differing else "")
+
+
+def _index(folder: Path, weight_map: dict[str, str]) -> dict[str, Any]:
+    sizes = {path.name: path.stat().st_size for path in folder.glob("*.safetensors")}
+    size = sum(sizes.get(name, 0) for name in {*weight_map.values()})
+    return {"metadata": {"total_size": size}, "weight_map": weight_map}
 
 
 def write_tensors(out: Path, tensors: dict[str, Array]) -> None:
@@ -143,6 +155,13 @@ def changed_companions(folder: Path, base: Path) -> list[str]:
         if found == {"tokenizer_class": found.get("tokenizer_class"), **expected}:
             changed.remove(settings)
     return sorted(changed)
+
+
+def unknown_files(folder: Path, base: Path | None, own: Iterable[str]) -> Check:
+    """What an artifact holds besides ``own``, the base's small files and the receipt's: a chat template, say."""
+    known = {*own, *DESCRIBING, *(() if base is None else companions(base))}
+    strange = sorted(entries(folder).keys() - known)
+    return Check("files that neither the library nor the base has", len(strange), 0, " ".join(map(shown, strange)))
 
 
 # Texts on which tokenizers that were set up differently disagree: digits, spaces, case, accents, other scripts.
@@ -201,6 +220,16 @@ def stored_names(path: Path) -> set[str]:
             return set(file.keys())
     except (SafetensorError, OSError):
         return set()
+
+
+def strange_names(path: Path, expected: Iterable[str]) -> list[str]:
+    """What a file of `write_tensors` has besides these tensors, or lacks of them; all, where it is truncated."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = [] if file.metadata() == {"format": "pt"} else [f"{path.name}:__metadata__"]
+            return sorted({*file.keys()} ^ {*expected}) + metadata
+    except (SafetensorError, OSError):
+        return sorted(expected)
 
 
 def stored(located: Mapping[str, Path], name: str) -> Array:

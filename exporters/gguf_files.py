@@ -47,9 +47,12 @@ def vectors(reader: GGUFReader) -> dict[str, Array]:
 
 
 def strange(reader: GGUFReader, expected: Mapping[str, Array]) -> list[str]:
-    """Names of tensors that are missing, or not float32 vectors of the expected size."""
+    """Names of tensors that are missing, or not float32 vectors of the expected size; bytes that belong to none."""
     sizes = {tensor.name: tensor.n_elements for tensor in reader.tensors if _is_vector(tensor)}
-    return [name for name, values in expected.items() if sizes.get(name) != values.size]
+    wrong = [name for name, values in expected.items() if sizes.get(name) != values.size]
+    end = max((int(tensor.data_offset) + int(tensor.n_bytes) for tensor in reader.tensors), default=0)
+    surplus = len(reader.data) - _padded(end, int(reader.alignment))
+    return wrong if surplus <= 0 else [*wrong, f"{surplus} bytes behind the last tensor"]
 
 
 def differing(found: Mapping[str, Array], expected: Mapping[str, Array]) -> list[str]:

@@ -43,6 +43,7 @@ from adaras_export.exporters.checkpoint import (
     copy_companions,
     differing_keys,
     plain_config,
+    unknown_files,
     vectors,
     write_json,
 )
@@ -151,12 +152,14 @@ class OnnxExporter:
         wrong = [name for name, value in wanted.items() if not _equal(stored.get(name), value)]
         changed = changed_companions(folder, base)
         page = onnx_page.differing(folder / GRAPH, folder) if self.page else []
+        own = {GRAPH, f"onnx/{DATA_FILE}", "config.json", _GENAI_CONFIG, *(onnx_page.FILES if self.page else ())}
         return [
             Check("operators or files that are not the library's", len(strange), 0, " ".join(strange)),
             Check("config entries that differ", len(settings), 0, " ".join(settings)),
             Check("files of the base that differ", len(changed), 0, " ".join(changed)),
             Check("steering tensors that differ", len(wrong), 0, " ".join(wrong)),
             *([Check("files of the page that differ", len(page), 0, " ".join(page))] if self.page else []),
+            unknown_files(folder, base, own),
         ]
 
     def reference(self, folder: Path, rule: SteeringRule, base: Path) -> Reference:
