@@ -49,14 +49,19 @@ def command(arguments):
             sys.argv = before
 
 
-def fork(arguments, log):
-    """Start a process of its own group that runs the command line with what is loaded here; it writes into ``log``."""
+def fork(arguments, log, first=None):
+    """Start a process of its own group that runs the command line with what is loaded here; it writes into ``log``.
+
+    ``first`` is called there before.
+    """
     child = os.fork()
     os.setpgid(child, child)  # on both sides, since either may be first
     if child:
         return child
     status, text = 70, ""
     try:
+        if first is not None:
+            first()
         status, text = command(arguments)
     finally:
         log.write_text(text)

@@ -7,11 +7,13 @@ was; a second run succeeds, gives the same again, and leaves nothing of the dead
 hit, as a table for docs/reliability.md, and ends with 1 if anything was found.
 
 Most runs are forks of this process, which has all libraries loaded, so that they take a second and the kills hit what
-matters and not the imports. Half of the moments are uniform in the time that a run takes in peace, the others are drawn
-from what can be seen on the disk, as "when there are five files". Some runs are processes from the start.
+matters and not the imports. Half of the moments are uniform in the time that a run takes in peace. The others are
+uniform in its steps: just before its n-th call that makes, opens for writing, links, renames or removes something
+beside the artifact. With --every-step there is one kill at each step of each job. Some runs are processes from the start.
 """
 
 import argparse
+import functools
 import os
 import random
 import shutil
@@ -48,16 +50,43 @@ def entries(out):
     return {name for _, *kinds in os.walk(stages[0]) for names in kinds for name in names} if stages else None
 
 
-def kill(start, arguments, log, moment):
-    """Start a run, and kill it when ``moment(seconds)`` says so; whether it was still alive then."""
+def kill(child, moment):
+    """Kill a run when ``moment(seconds)`` says so, unless it ends before; whether it died of SIGKILL."""
     began = time.perf_counter()
-    child = start(arguments, log)
     while not moment(time.perf_counter() - began):
-        if os.waitpid(child, os.WNOHANG) != (0, 0):
-            return False
+        found, status = os.waitpid(child, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status) == -signal.SIGKILL
         time.sleep(0.0001)
     os.killpg(child, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+def at_each_step(beside, act):
+    """Have this process call ``act`` just before each of its calls that change something in the folder ``beside``."""
+    writing, inside = os.O_WRONLY | os.O_RDWR | os.O_CREAT, f"{beside}/"
+
+    def hook(event, args):
+        is_change = args[2] & writing if event == "open" else event.startswith("os.") and event not in _LOOKING
+        if is_change and any(str(one).startswith(inside) for one in args[:2]):
+            act()
+
+    sys.addaudithook(hook)
+
+
+_LOOKING = {"os.listdir", "os.scandir", "os.walk", "os.fwalk"}
+
+
+def count_steps(beside, file):
+    """Write a byte for each step into ``file``."""
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    at_each_step(beside, lambda: os.write(descriptor, b"."))
+
+
+def die_at_step(beside, number):
+    """Be killed at that step, counted from 0."""
+    steps = iter(range(number, -1, -1))
+    at_each_step(beside, lambda: next(steps) or os.killpg(0, signal.SIGKILL))
 
 
 class Bench:
@@ -70,10 +99,20 @@ class Bench:
         self.peace = {name: self.home / "peace" / jobs.folder_name(name) for name in names}
         self.seconds = {name: self.run(name, jobs.JOBS[name].command(home, out)) for name, out in self.peace.items()}
         self.files = {name: jobs.contents(out) for name, out in self.peace.items()}
+        self.steps = {name: self.count(name) for name in names}
 
-    def run(self, name, arguments):
+    def count(self, name):
+        """The number of steps of a job; it must give the same again."""
+        out = self.home / "out" / jobs.folder_name(name)
+        first = functools.partial(count_steps, out.parent, self.home / "steps")
+        self.run(name, jobs.JOBS[name].command(self.home, out), first)
+        self.look(name, "again", out)
+        shutil.rmtree(out)
+        return (self.home / "steps").stat().st_size
+
+    def run(self, name, arguments, first=None):
         """Run to the end; how long it takes."""
-        status, text, seconds = finished(fork, arguments, self.log)
+        status, text, seconds = finished(functools.partial(fork, first=first), arguments, self.log)
         self.require(status == 0, f"{name}: ended with {status}: {text}")
         return seconds
 
@@ -82,45 +121,59 @@ class Bench:
             self.faults.append(fault)
             print("FAULT", fault, flush=True)
 
-    def kill_export(self, name, start):
+    def kill_export(self, name, kind):
         out = self.home / "out" / jobs.folder_name(name)
-        arguments = jobs.JOBS[name].command(self.home, out)
-        is_killed = kill(start, arguments, self.log, self.moment(name, out, start))
+        arguments, at = jobs.JOBS[name].command(self.home, out), self.draw.uniform(0, self.seconds[name])
+        if kind == "process":  # which imports for some seconds first
+            is_killed = kill(spawn(arguments, self.log), _after(at, lambda: entries(out) is not None))
+        elif kind == "time":
+            is_killed = kill(fork(arguments, self.log), lambda seconds: seconds >= at)
+        else:
+            first = functools.partial(die_at_step, out.parent, kind)
+            is_killed = kill(fork(arguments, self.log, first), lambda _: False)
         found = phase(out) if is_killed else "over"
         self.counts[name, found] += 1
         self.look(name, found, out, may_lack=is_killed)
-        shutil.rmtree(out, ignore_errors=True)
-        self.run(name, arguments)
-        self.look(f"{name} after {found}", "second run", out)
+        if out.exists():
+            status, text, _ = finished(fork, arguments, self.log)
+            self.require((status, "exists already" in text) == (2, True), f"{name}: {found}: {text}")
+        else:
+            self.run(name, arguments)
+        self.look(name, f"{found}, second run", out)
         self.require([*out.parent.iterdir()] == [out], f"{name}: {found}: left {[*out.parent.iterdir()]}")
         if self.draw.random() < 0.2:
             self.run(name, ["verify", str(out)])
         shutil.rmtree(out)
 
     def look(self, name, found, out, *, may_lack=False):
-        is_right = may_lack if not out.exists() else jobs.contents(out) == self.files[name.partition(" after ")[0]]
+        is_right = may_lack if not out.exists() else jobs.contents(out) == self.files[name]
         self.require(is_right, f"{name}: {found}: wrong or missing artifact")
         for base, before in self.before.items():
             self.require(jobs.snapshot(self.home / base) == before, f"{name}: {found}: changed {base}")
 
-    def moment(self, name, out, start):
-        """When to kill an export: at a time, or at the sight of something on the disk."""
-        at = self.draw.uniform(0, self.seconds[name])
-        if start is spawn:  # which imports first, for some seconds
-            return _after(at, lambda: entries(out) is not None)
-        if self.draw.random() < 0.5:
-            return lambda seconds: seconds >= at
-        wanted = self.draw.choice([*range(len(self.files[name])), *PHASES[3:6]])
-        return lambda _: phase(out) == wanted if isinstance(wanted, str) else len(entries(out) or ()) > wanted
-
     def kill_verify(self, name):
         out, before = self.peace[name], jobs.snapshot(self.peace[name])
         at = self.draw.uniform(0, self.seconds[name])
-        is_killed = kill(fork, ["verify", str(out)], self.log, lambda seconds: seconds >= at)
+        is_killed = kill(fork(["verify", str(out)], self.log), lambda seconds: seconds >= at)
         self.counts["verify", "verifying" if is_killed else "over"] += 1
         self.require(jobs.snapshot(out) == before, f"verify {name}: changed the artifact")
         self.look(name, "verify", out)
         self.run(name, ["verify", str(out)])
+
+    def kill_at_every_step(self):
+        for name, steps in self.steps.items():
+            for step in range(steps):
+                self.kill_export(name, step)
+
+    def kill_at_random(self, kills, processes):
+        names = [*self.steps]
+        for n in range(kills):
+            if n % 5 == 4:
+                self.kill_verify(names[n // 5 % len(names)])
+            else:
+                name = names[(n - n // 5) % len(names)]
+                drawn = self.draw.choice(["time", self.draw.randrange(self.steps[name])])
+                self.kill_export(name, "process" if n < processes else drawn)
 
     def table(self):
         names = sorted({name for name, _ in self.counts})
@@ -148,17 +201,17 @@ def main():
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--real", type=int, default=10, help="so many of them are processes from the start")
     options.add_argument("--jobs", default=",".join(jobs.QUICK), help="names of jobs.JOBS, with commas between them")
+    options.add_argument("--every-step", action="store_true", help="one kill at each step of each job instead")
     chosen = options.parse_args()
     with tempfile.TemporaryDirectory(prefix="adaras-kills-") as scratch:
         os.environ["HF_HOME"] = scratch
         load_libraries()
         names = chosen.jobs.split(",")
         bench = Bench(Path(scratch), chosen.seed, names)
-        for n in range(chosen.kills):
-            if n % 5 == 4:
-                bench.kill_verify(names[n // 5 % len(names)])
-            else:
-                bench.kill_export(names[(n - n // 5) % len(names)], spawn if n < chosen.real else fork)
+        if chosen.every_step:
+            bench.kill_at_every_step()
+        else:
+            bench.kill_at_random(chosen.kills, chosen.real)
         print(f"{bench.table()}\n{len(bench.faults)} faults", flush=True)
     sys.exit(bool(bench.faults))
 
