@@ -181,6 +181,8 @@ def _reason(error: BaseException, stage: Path) -> str | None:
         return f"{_FULL[errno.ENOSPC]}: {_room(stage)}"
     if not isinstance(error, OSError):
         return None
+    if error.errno is None:  # NumPy again, and whoever called it has removed its file meanwhile
+        return f"{error}; is the disk full? {_room(stage)}"
     return _words(error)
 
 

@@ -9,7 +9,7 @@ hit, as a table for docs/reliability.md, and ends with 1 if anything was found.
 Most runs are forks of this process, which has all libraries loaded, so that they take a second and the kills hit what
 matters and not the imports. Half of the moments are uniform in the time that a run takes in peace. The others are
 uniform in its steps: just before its n-th call that makes, opens for writing, links, renames or removes something
-beside the artifact. With --every-step there is one kill at each step of each job. Some runs are processes from the start.
+beside the artifact. Some runs are processes from the start. With --every-step, instead, there is one kill at each step.
 """
 
 import argparse

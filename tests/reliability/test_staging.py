@@ -1,5 +1,6 @@
 """A folder that appears complete or not at all, also where two want the same one and one of them dies."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from adaras_export.errors import ExportError
+from adaras_export.errors import ArtifactError, ExportError
 from adaras_export.staging import staged
 
 RIVAL = Path(__file__).with_name("rival.py")
@@ -39,8 +40,8 @@ def names_of(folder):
 
 
 def test_of_many_at_once_one_wins_and_the_others_say_so(tmp_path):
-    """Six processes, thirty folders: each has the content of one, and nobody's stage is left."""
-    rivals = [rival(tmp_path, word, 30) for word in "abcdef"]
+    """Six processes, twenty folders: each has the content of one, and nobody's stage is left."""
+    rivals = [rival(tmp_path, word, 20) for word in "abcdef"]
     told = [process.communicate(timeout=60)[0].splitlines() for process in rivals]
     for number, lines in enumerate(zip(*told, strict=True), start=1):
         assert Counter(line == "won" for line in lines) == {True: 1, False: 5}, lines
@@ -50,7 +51,7 @@ def test_of_many_at_once_one_wins_and_the_others_say_so(tmp_path):
         }
         winner = "abcdef"[lines.index("won")]
         assert {path.read_text() for path in (tmp_path / f"out-{number}").iterdir()} == {winner}
-    assert names_of(tmp_path) == sorted(f"out-{number}" for number in range(1, 31))
+    assert names_of(tmp_path) == sorted(f"out-{number}" for number in range(1, 21))
 
 
 def test_a_folder_that_another_process_is_writing_is_refused_and_left_to_it(busy, tmp_path):
@@ -144,6 +145,31 @@ def test_permissions_are_the_same_under_every_umask_and_those_of_linked_files_st
 def test_an_error_of_the_work_itself_is_passed_on_and_leaves_nothing_behind(tmp_path):
     with pytest.raises(ZeroDivisionError), staged(tmp_path / "out", tmp_path / "base") as stage:
         (stage / "file").write_text(str(1 / 0))
+    assert names_of(tmp_path) == []
+
+
+def test_a_short_write_without_a_reason_asks_whether_the_disk_is_full(tmp_path):
+    """So does NumPy, which is below the writers of ONNX and GGUF."""
+    with (
+        pytest.raises(
+            ExportError, match=r"element 1024 to file; is the disk full\? .* MB are free in /.*, 0.0 MB of the"
+        ),
+        staged(tmp_path / "out", tmp_path / "base"),
+    ):
+        raise OSError("problem writing element 1024 to file")
+    assert names_of(tmp_path) == []
+
+
+@pytest.mark.parametrize("error", [RuntimeError, ValueError, ArtifactError])
+def test_a_full_disk_is_told_from_the_words_or_the_cause_of_any_error(error, tmp_path):
+    """Safetensors says it in a text, others raise their own error from it."""
+    cause = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    for raised, origin in ((error("I/O error: No space left on device (os error 28)"), None), (error("x"), cause)):
+        raised.__cause__ = origin
+        stage = staged(tmp_path / "out", tmp_path / "base")
+        stage.__enter__()
+        with pytest.raises(ExportError, match=r"the disk is full: .* are free in /.*\); nothing was left behind"):
+            stage.__exit__(type(raised), raised, None)
     assert names_of(tmp_path) == []
 
 
