@@ -18,9 +18,9 @@ import typer
 from adaras_export.errors import AdarasError, ParityError
 
 if TYPE_CHECKING:
+    from adaras_export.checks import ParityReport
     from adaras_export.evaluate import Exam
     from adaras_export.generation import Sampling
-    from adaras_export.parity import ParityReport
 
 app = typer.Typer(
     name="adaras-export",
@@ -361,12 +361,45 @@ def verify(
 
 
 @app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="An exported folder.")],
+    repository: Annotated[str, typer.Argument(help="USER/NAME.")],
+    private: Annotated[
+        bool | None, typer.Option("--private/--public", help="Who may see it. [default: private, if it is new]")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="A branch, new or not. [default: main]")] = None,
+    message: Annotated[str | None, typer.Option(help="The commit's message.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Put an exported folder on the Hub, with one commit. Goes on where it was interrupted."""
+    from adaras_export import hub
+
+    if not (yes or dry_run or sys.stdin.isatty()):
+        raise typer.BadParameter("nobody is there to be asked; expected --yes, or --dry-run to see what would be done")
+    _quiet_libraries()
+    planned = hub.plan(folder, repository, private=private, revision=revision, message=message)
+    for warning in planned.warnings:
+        _warn(warning)
+    if dry_run:
+        _print(planned.as_record(), planned.text(), as_json)
+        return
+    sys.stderr.write(f"{planned.text()}\n")
+    if not (yes or planned.empty):
+        typer.confirm("push this?", abort=True, err=True)
+    done = hub.carry_out(planned)
+    _print(done.as_record(), f"{done.url}: {len(done.uploaded)} files went there, {len(done.removed)} removed", as_json)
+
+
+@app.command()
 def doctor(as_json: Json = False) -> None:
-    """Say what works here: versions, extras, ONNX Runtime's providers, a GPU."""
+    """Say what works here: libraries, a GPU, the Hub, and every target, tried on a toy. Takes half a minute."""
     from adaras_export.doctor import examine
     from adaras_export.errors import BrokenInstallationError
 
-    findings = examine()
+    with _progress() as bar:
+        findings = examine(bar("trying targets"))
     broken = [finding for finding in findings if finding.ok is False]
     record = {"ok": not broken, "findings": [vars(finding) for finding in findings]}
     _print(record, "\n".join(finding.line() for finding in findings), as_json)
@@ -448,6 +481,10 @@ def _quiet_libraries() -> None:
     """Our own bars and messages are enough."""
     from transformers.utils import logging as transformers_logging
 
+    if not sys.stderr.isatty():
+        from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
+
+        disable_progress_bars()
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 

@@ -13,7 +13,8 @@ from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adaras_export.errors import ArtifactError, RuleError, UnsupportedModelError, first_line
+from adaras_export.errors import ArtifactError, RuleError, UnsupportedModelError
+from adaras_export.repositories import translated
 from adaras_export.storage import read_json
 
 if TYPE_CHECKING:
@@ -199,20 +200,16 @@ def fetch(path_or_id: str | Path, revision: str | None = None) -> Path:
     """The folder of a model: the given one, or the Hub's snapshot in the local cache.
 
     Raises:
-        ArtifactError: there is neither.
+        HubError: there is neither.
     """
     folder = Path(path_or_id)
     if folder.is_dir():
         return folder
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*"]
-    try:
+    with translated(f"{path_or_id}: neither a folder nor a model that the Hub gave"):
         return Path(snapshot_download(str(path_or_id), revision=revision, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = first_line(error)
-        raise ArtifactError(f"{path_or_id}: neither a folder nor a model that the Hub gave ({reason})") from error
 
 
 def shards(folder: Path) -> dict[str, Path]:
@@ -266,6 +263,22 @@ def tensor_fingerprint(folder: Path, only: set[str] | None = None) -> str:
             for position in (first, (first + last - _SAMPLE_BYTES) // 2, last - _SAMPLE_BYTES):
                 file.seek(max(first, position))
                 digest.update(file.read(min(_SAMPLE_BYTES, last - max(first, position))))
+    return digest.hexdigest()
+
+
+def tensor_hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of the bytes of every tensor of a checkpoint, by tensor name; reads them all."""
+    located = shards(folder)
+    headers = {path: header(path) for path in sorted(set(located.values()))}
+    return {name: _tensor_hash(located[name], headers[located[name]][name]) for name in sorted(located)}
+
+
+def _tensor_hash(path: Path, entry: Mapping[str, Any]) -> str:
+    digest, (first, last) = hashlib.sha256(), entry["data_offsets"]
+    with path.open("rb") as file:
+        file.seek(data_start(path) + first)
+        for position in range(first, last, 1 << 20):
+            digest.update(file.read(min(1 << 20, last - position)))
     return digest.hexdigest()
 
 

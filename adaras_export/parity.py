@@ -13,6 +13,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from adaras_export.checks import Check as Check  # whoever compares imports them from here
+from adaras_export.checks import ParityReport as ParityReport
 from adaras_export.divergence import next_token_divergence
 from adaras_export.generation import left_pad
 from adaras_export.rule import SteeringRule
@@ -49,49 +51,6 @@ FLOAT32 = Tolerance(64)
 
 _STEPS = 6
 _LENGTHS = (3, 7, 11, 16)
-
-
-@dataclass(frozen=True)
-class Check:
-    """One comparison: ``figure`` must not exceed ``limit``; a None limit only reports."""
-
-    name: str
-    figure: float
-    limit: float | None
-    detail: str = ""
-
-    @property
-    def ok(self) -> bool:
-        """Whether the figure is within the limit; NaN never is."""
-        return self.limit is None or self.figure <= self.limit
-
-    def line(self) -> str:
-        """One line for a person."""
-        verdict = "    " if self.limit is None else "ok  " if self.ok else "FAIL"
-        limit = "" if self.limit is None else f"  (limit {self.limit:.3g})"
-        return f"{verdict} {self.name}: {self.figure:.3g}{limit}{'  ' + self.detail if self.detail else ''}"
-
-
-@dataclass(frozen=True)
-class ParityReport:
-    """All checks of one artifact."""
-
-    checks: tuple[Check, ...]
-
-    @property
-    def ok(self) -> bool:
-        """Whether every check passed."""
-        return all(check.ok for check in self.checks)
-
-    def failed(self) -> list[Check]:
-        """The checks that did not pass."""
-        return [check for check in self.checks if not check.ok]
-
-    def as_record(self) -> list[dict[str, Any]]:
-        """The checks as JSON values."""
-        return [
-            {"check": c.name, "figure": c.figure, "limit": c.limit, "ok": c.ok, "detail": c.detail} for c in self.checks
-        ]
 
 
 @dataclass(frozen=True)
