@@ -1,9 +1,10 @@
-"""Kills exports and verifications with SIGKILL at random moments, and looks at what is left.
+"""Kills exports, verifications and pushes with SIGKILL at random moments, and looks at what is left.
 
     python tests/reliability/kills.py --kills 100 --seed 0
 
 After each kill: under the final name there is nothing, or what a run in peace writes, byte for byte; the base is as it
-was; a second run succeeds, gives the same again, and leaves nothing of the dead one. Prints how often each stage was
+was; a second run succeeds, gives the same again, and leaves nothing of the dead one. A repository of the Hub, here one
+on loopback, has no file of the artifact or all of them, and all after the second run. Prints how often each stage was
 hit, as a table for docs/reliability.md, and ends with 1 if anything was found.
 
 Most runs are forks of this process, which has all libraries loaded, so that they take a second and the kills hit what
@@ -14,6 +15,7 @@ beside the artifact. Some runs are processes from the start. With --every-step, 
 
 import argparse
 import functools
+import json
 import os
 import random
 import shutil
@@ -28,8 +30,14 @@ sys.path[:0] = [str(Path(__file__).parents[up]) for up in (0, 1, 2)]
 
 import jobs  # noqa: E402
 from exporting import finished, fork, load_libraries, spawn  # noqa: E402
+from hub.conftest import TOKENS, at  # noqa: E402
+from hub.server import Hub  # noqa: E402
+
+from adaras_export import storage  # noqa: E402
 
 PHASES = ("before", "writing", "verifying", "card", "settling", "named", "over")
+PUSH_PHASES = ("no repository", "no commit", "committed", "over")
+_REPOSITORY = "user/steered"
 
 
 def phase(out):
@@ -100,6 +108,7 @@ class Bench:
         self.seconds = {name: self.run(name, jobs.JOBS[name].command(home, out)) for name, out in self.peace.items()}
         self.files = {name: jobs.contents(out) for name, out in self.peace.items()}
         self.steps = {name: self.count(name) for name in names}
+        self.kill_push(names[0])  # in peace, at first
 
     def count(self, name):
         """The number of steps of a job; it must give the same again."""
@@ -160,6 +169,37 @@ class Bench:
         self.look(name, "verify", out)
         self.run(name, ["verify", str(out)])
 
+    def kill_push(self, name):
+        """Each time on a Hub of its own, which wants large files in parts of 50 kB."""
+        out, before = self.peace[name], jobs.snapshot(self.peace[name])
+        arguments = ["push", str(out), _REPOSITORY, "--yes"]
+        with tempfile.TemporaryDirectory(dir=self.home) as scratch, Hub(scratch, TOKENS, part_bytes=50_000) as hub:
+            online = functools.partial(at(hub, Path(scratch)).__enter__)
+            if "push" not in self.seconds:
+                self.seconds["push"] = self.run(f"push {name}", arguments, online)
+                return
+            moment = self.draw.uniform(0, self.seconds["push"])
+            is_killed = kill(fork(arguments, self.log, online), lambda seconds: seconds >= moment)
+            found = pushed(hub) if is_killed else "over"
+            self.counts["push", found] += 1
+            self.look_at_hub(name, found, hub, may_lack=is_killed)
+            self.run(f"push {name}", arguments, online)
+            self.look_at_hub(name, f"{found}, second run", hub)
+            self.require(hub.surprises == [], f"push {name}: {hub.surprises}")
+        self.require(jobs.snapshot(out) == before, f"push {name}: changed the artifact")
+
+    def look_at_hub(self, name, found, hub, *, may_lack=False):
+        wanted = {
+            path.relative_to(self.peace[name]).as_posix() for path in self.peace[name].rglob("*") if path.is_file()
+        }
+        if (state := pushed(hub)) == "committed":
+            there = hub.repositories[_REPOSITORY].files().keys() - {".gitattributes"}
+            receipt = json.loads(hub.content(_REPOSITORY, "receipt.json"))
+            right = {path: storage.sha256(hub.content(_REPOSITORY, path)) for path in there - {"receipt.json"}}
+            self.require(there == wanted and right == receipt["files"], f"push {name}: {found}: another artifact")
+        else:
+            self.require(may_lack, f"push {name}: {found}: {state}")
+
     def kill_at_every_step(self):
         for name, steps in self.steps.items():
             for step in range(steps):
@@ -168,19 +208,30 @@ class Bench:
     def kill_at_random(self, kills, processes):
         names = [*self.steps]
         for n in range(kills):
-            if n % 5 == 4:
+            if n % 5 == 3:
+                self.kill_push(names[n // 5 % len(names)])
+            elif n % 5 == 4:
                 self.kill_verify(names[n // 5 % len(names)])
             else:
-                name = names[(n - n // 5) % len(names)]
+                name = names[(n - n // 5 * 2) % len(names)]
                 drawn = self.draw.choice(["time", self.draw.randrange(self.steps[name])])
                 self.kill_export(name, "process" if n < processes else drawn)
 
-    def table(self):
-        names = sorted({name for name, _ in self.counts})
-        rows = [(name, [self.counts[name, found] for found in PHASES]) for name in names]
+    def tables(self):
+        exports = [name for name in (*self.steps, "verify") if any(one == name for one, _ in self.counts)]
+        return "\n\n".join(self.table(phases, names) for phases, names in ((PHASES, exports), (PUSH_PHASES, ["push"])))
+
+    def table(self, phases, names):
+        rows = [(name, [self.counts[name, found] for found in phases]) for name in names]
         rows.append(("all", [sum(column) for column in zip(*(row for _, row in rows), strict=True)]))
         lines = [f"| {name} | {' | '.join(map(str, row))} | {sum(row)} |" for name, row in rows]
-        return "\n".join([f"| killed while | {' | '.join(PHASES)} | all |", "|---|" + "---|" * 8, *lines])
+        return "\n".join([f"| killed while | {' | '.join(phases)} | all |", "|---" * (len(phases) + 2) + "|", *lines])
+
+
+def pushed(hub):
+    """How far a push came: the first commit of a repository is the Hub's own."""
+    commits = len(hub.repositories[_REPOSITORY].commits) if _REPOSITORY in hub.repositories else 0
+    return PUSH_PHASES[min(commits, 2)]
 
 
 def _after(delay, is_seen):
@@ -212,7 +263,7 @@ def main():
             bench.kill_at_every_step()
         else:
             bench.kill_at_random(chosen.kills, chosen.real)
-        print(f"{bench.table()}\n{len(bench.faults)} faults", flush=True)
+        print(f"{bench.tables()}\n\n{len(bench.faults)} faults", flush=True)
     sys.exit(bool(bench.faults))
 
 
