@@ -271,6 +271,8 @@ def evaluate(
     stop: Stop = None,
     batch_size: Rows = 64,
     allow_seen: Seen = False,
+    dataset: Annotated[str | None, typer.Option(help="Hub dataset that the questions are from, for the card.")] = None,
+    task: Annotated[str | None, typer.Option(help="Task of that benchmark, for its leaderboard.")] = None,
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
@@ -284,6 +286,7 @@ def evaluate(
     read = SteeringRule.load(rule)
     arms = arms_of(read, compare.split(",")) if compare else ()
     exam = _exam(questions, check, Sampling(max_new_tokens, stop=_text(stop)), batch_size)
+    exam = replace(exam, dataset=dataset, task=task)
     read.base.require_same(BaseModel.of(model, revision))  # a model in memory has no fingerprint to compare
     loaded, tokenizer = _load(model, revision)
     how: dict[str, Any] = {"random_seeds": range(random_controls), "allow_seen": allow_seen}
@@ -390,6 +393,28 @@ def push(
         typer.confirm("push this?", abort=True, err=True)
     done = hub.carry_out(planned)
     _print(done.as_record(), f"{done.url}: {len(done.uploaded)} files went there, {len(done.removed)} removed", as_json)
+
+
+@app.command()
+def card(
+    folder: Annotated[Path, typer.Argument(help="An exported folder.")],
+    repository: Annotated[str | None, typer.Option(help="What the card calls it: USER/REPO on the Hub.")] = None,
+    evaluation: Annotated[Path | None, typer.Option(help="File of eval; default: the one that is in it.")] = None,
+    dataset: Annotated[
+        list[str] | None, typer.Option(help="Hub dataset that the rule was made with; may be repeated.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write the model card of an exported folder anew, and its receipt; nothing else of it changes."""
+    from adaras_export import delivery, receipts
+
+    before = receipts.read(folder).files
+    receipt = delivery.recard(folder, repository, evaluation, dataset or None)
+    changed = sorted(name for name, found in receipt.files.items() if before.get(name) != found)
+    gone = sorted(before.keys() - receipt.files.keys())
+    record = {"path": str(folder), "repository": receipt.repository, "changed": changed, "removed": gone}
+    told = [f"written: {', '.join(changed)}" if changed else "as it was", *(f"removed: {name}" for name in gone)]
+    _print(record, f"{folder}: {'; '.join(told)}", as_json)
 
 
 @app.command()

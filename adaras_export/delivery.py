@@ -9,14 +9,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from adaras_export import exporters, models, receipts, storage
-from adaras_export.card import CardContext, card
+from adaras_export import disclosure, exporters, models, receipts, storage
+from adaras_export.card import CardContext, card, results
+from adaras_export.card_effect import Measured
+from adaras_export.card_header import inherited
 from adaras_export.checks import Check, ParityReport
-from adaras_export.errors import ArtifactError, ExportError, ParityError
+from adaras_export.errors import ArtifactError, ExportError, ParityError, first_line
 from adaras_export.exporters.base import Commission, Exporter, Feature
 from adaras_export.models import BaseModel
 from adaras_export.parity import compare, rehearse
-from adaras_export.receipts import CARD_FILE, EVALUATION_FILE, RECEIPT_FILE, RULE_FILE, SIGNATURE_FILE, Receipt
+from adaras_export.receipts import (
+    CARD_FILE,
+    EVALUATION_FILE,
+    RECEIPT_FILE,
+    RESULTS_FILE,
+    RULE_FILE,
+    SIGNATURE_FILE,
+    Receipt,
+)
 from adaras_export.rule import SteeringRule
 from adaras_export.staging import staged
 
@@ -84,6 +94,7 @@ def export(  # noqa: PLR0913 - one job with the options that the command line ha
         parity = ParityReport((*written.notes, *_verified(exporter, stage, rule, folder).checks))
         if not parity.ok:
             raise ParityError(f"{out}: not written: " + "; ".join(check.line().strip() for check in parity.failed()))
+        base_tensors = models.tensor_hashes(folder)
         receipt = Receipt(
             target=to,
             options=dict(exporter.recorded()),
@@ -93,22 +104,29 @@ def export(  # noqa: PLR0913 - one job with the options that the command line ha
             given_rule=given,
             base=found,
             source=origin,
-            base_tensors=models.tensor_hashes(folder),
+            base_tensors=base_tensors,
             base_card=_base_card(folder),
             parity=parity,
             files={},
+            tensors=tuple(exporter.disclosed(stage, base_tensors)),
         )
         files = _describe(stage, receipt, exporter, rule).files
     return ExportReport(out, to, dict(files), dropped, parity)
 
 
-def recard(path: str | Path, repository: str | None = None, evaluation: str | Path | None = None) -> Receipt:
+def recard(
+    path: str | Path,
+    repository: str | None = None,
+    evaluation: str | Path | None = None,
+    datasets: Sequence[str] | None = None,
+) -> Receipt:
     """Write card and receipt of an exported folder anew; nothing else of it changes.
 
     Args:
         path: the folder.
         repository: what the card is to call it, a Hub id for one; default: as before.
         evaluation: JSON file of `adaras-export eval`; default: the one that the artifact has.
+        datasets: Hub ids of the datasets that the rule was made with; default: as before.
 
     Raises:
         ArtifactError: the folder is no export, or its files are not those of its receipt.
@@ -121,16 +139,20 @@ def recard(path: str | Path, repository: str | None = None, evaluation: str | Pa
     if broken := [check for check in receipts.file_checks(folder, receipt) if not check.ok]:
         raise ArtifactError(f"{folder}: {'; '.join(f'{check.name}: {check.detail}' for check in broken)}; export again")
     rule = SteeringRule.load(folder / RULE_FILE)
+    named = tuple(receipt.datasets if datasets is None else datasets)
+    if strange := [name for name in named if not models.is_hub_id(name)]:
+        raise ExportError(f"datasets: {', '.join(map(repr, strange))} could be on no Hub; expected USER/NAME")
     if evaluation is not None:
         storage.replace_file(folder / EVALUATION_FILE, _evaluation(Path(evaluation), rule))
-    renamed = replace(receipt, repository=repository or receipt.repository)
+    renamed = replace(receipt, repository=repository or receipt.repository, datasets=named)
     return _describe(folder, renamed, _exporter_of(receipt), rule)
 
 
 def readdressed(folder: Path, receipt: Receipt, repository: str) -> dict[str, bytes]:
     """Card and receipt of an exported folder as they are under another name, by file; writes nothing."""
     renamed = replace(receipt, repository=repository)
-    text = _card(folder, renamed, _exporter_of(receipt), SteeringRule.load(folder / RULE_FILE))
+    context = _context(folder, renamed, _exporter_of(receipt))
+    text = card(SteeringRule.load(folder / RULE_FILE), receipt.parity, context).encode()
     complete = replace(renamed, files={**receipt.files, CARD_FILE: storage.sha256(text)})
     return {CARD_FILE: text, RECEIPT_FILE: complete.to_bytes()}
 
@@ -156,7 +178,7 @@ def verify(path: str | Path, base: str | Path | None = None) -> ParityReport:
     found, revision = receipt.source if base is None else base, receipt.base.revision
     base_folder = models.fetch(found, revision)
     rule.base.require_same(BaseModel.of(found, revision))
-    checks.append(_base_check(receipt, base_folder))
+    checks += [_base_check(receipt, base_folder), _disclosure_check(exporter, folder, receipt)]
     elsewhere = None if base is None else base_folder
     exporter = exporter.commissioned(Commission(receipt.source, revision, elsewhere, options=receipt.options))
     return ParityReport((*checks, *_verified(exporter, folder, rule, base_folder).checks))
@@ -171,18 +193,52 @@ def _exporter_of(receipt: Receipt) -> Exporter:
 
 def _describe(folder: Path, receipt: Receipt, exporter: Exporter, rule: SteeringRule) -> Receipt:
     """Write the card, then the receipt, which has the hashes of all the rest."""
-    storage.replace_file(folder / CARD_FILE, _card(folder, receipt, exporter, rule))
+    context = _context(folder, receipt, exporter)
+    storage.replace_file(folder / CARD_FILE, card(rule, receipt.parity, context).encode())
+    _put(folder / RESULTS_FILE, results(rule, context))
     complete = replace(receipt, files=receipts.hashes(folder))
     complete.write(folder)
     return complete
 
 
-def _card(folder: Path, receipt: Receipt, exporter: Exporter, rule: SteeringRule) -> bytes:
-    own = (exporter.usage(), exporter.weights(), exporter.library, exporter.relation, exporter.tags())
-    measured = folder / EVALUATION_FILE
-    evaluation = storage.read_json(measured) if measured.exists() else None
-    context = CardContext(receipt.repository, *own, receipt.drops, receipt.base_card.get("license"), evaluation)
-    return card(rule, receipt.parity, context).encode()
+def _context(folder: Path, receipt: Receipt, exporter: Exporter) -> CardContext:
+    path = folder / EVALUATION_FILE
+    return CardContext(
+        repository=receipt.repository,
+        usage=exporter.usage(),
+        off=exporter.off(),
+        limits=exporter.limits(),
+        weights=exporter.weights(),
+        library=exporter.library,
+        relation=exporter.relation,
+        tags=exporter.tags(),
+        rounded=exporter.rounded,
+        drops=receipt.drops,
+        base=receipt.base,
+        base_card=receipt.base_card,
+        datasets=receipt.datasets,
+        tensors=receipt.tensors,
+        measured=Measured.from_record(storage.read_json(path), str(path)) if path.exists() else None,
+    )
+
+
+def _put(path: Path, text: str | None) -> None:
+    """Write a file that some artifacts have, or see to it that there is none."""
+    if text is None:
+        path.unlink(missing_ok=True)
+        return
+    path.parent.mkdir(exist_ok=True)
+    storage.replace_file(path, text.encode())
+
+
+def _disclosure_check(exporter: Exporter, folder: Path, receipt: Receipt) -> Check:
+    name = "tensors other than disclosed"
+    try:
+        found = exporter.disclosed(folder, receipt.base_tensors)
+    except ArtifactError as error:
+        return Check(name, 1, 0, str(error))
+    other = disclosure.differing(found, receipt.tensors)
+    return Check(name, len(other), 0, " ".join(other))
 
 
 def _base_check(receipt: Receipt, base: Path) -> Check:
@@ -230,6 +286,7 @@ def _evaluation(path: Path, rule: SteeringRule) -> bytes:
     evaluation = storage.read_json(path)
     if evaluation.get("rule") != rule.fingerprint:
         raise ExportError(f"{path}: evaluates rule {evaluation.get('rule')}; expected {rule.fingerprint}")
+    Measured.from_record(evaluation, str(path))
     return path.read_bytes()
 
 
@@ -238,7 +295,12 @@ def _base_card(base: Path) -> dict[str, Any]:
     readme = base / "README.md"
     if not readme.exists():
         return {}
-    from huggingface_hub import ModelCard
+    from huggingface_hub import metadata_load
+    from yaml import YAMLError
 
-    found = ModelCard.load(readme).data.get("license")
-    return {} if found is None else {"license": str(found)}
+    try:
+        return inherited(metadata_load(readme) or {}, str(readme))
+    except (ValueError, YAMLError) as error:
+        raise ArtifactError(
+            f"{readme}: its header cannot be read ({first_line(error)}); expected YAML; mend it"
+        ) from error

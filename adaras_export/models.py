@@ -212,6 +212,18 @@ def fetch(path_or_id: str | Path, revision: str | None = None) -> Path:
         return Path(snapshot_download(str(path_or_id), revision=revision, allow_patterns=patterns))
 
 
+def is_hub_id(text: str) -> bool:
+    """Whether the Hub could have a repository of this name."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(text)
+    except HFValidationError:
+        return False
+    return True
+
+
 def shards(folder: Path) -> dict[str, Path]:
     """The file of each tensor of a checkpoint, by tensor name.
 
@@ -270,10 +282,11 @@ def tensor_hashes(folder: Path) -> dict[str, str]:
     """SHA-256 of the bytes of every tensor of a checkpoint, by tensor name; reads them all."""
     located = shards(folder)
     headers = {path: header(path) for path in sorted(set(located.values()))}
-    return {name: _tensor_hash(located[name], headers[located[name]][name]) for name in sorted(located)}
+    return {name: tensor_hash(located[name], headers[located[name]][name]) for name in sorted(located)}
 
 
-def _tensor_hash(path: Path, entry: Mapping[str, Any]) -> str:
+def tensor_hash(path: Path, entry: Mapping[str, Any]) -> str:
+    """SHA-256 of the bytes of one tensor; ``entry`` is its entry of `header`."""
     digest, (first, last) = hashlib.sha256(), entry["data_offsets"]
     with path.open("rb") as file:
         file.seek(data_start(path) + first)

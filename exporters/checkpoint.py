@@ -14,8 +14,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from adaras_export import models, storage
+from adaras_export.disclosure import Disclosed, What
 from adaras_export.errors import ArtifactError, ExportError, first_line
-from adaras_export.receipts import DESCRIBING
+from adaras_export.receipts import DESCRIBING, files_of
 from adaras_export.rule import SteeringRule
 from adaras_export.storage import Array
 
@@ -178,6 +179,19 @@ def stores(path: Path | None, name: str, value: Array) -> bool:
             return name in file.keys() and np.array_equal(file.get_tensor(name), value)
     except (SafetensorError, OSError, TypeError):  # truncated, missing, not in the index, or of another type
         return False
+
+
+def disclosed(folder: Path, base_tensors: Mapping[str, str]) -> tuple[Disclosed, ...]:
+    """As `Exporter.disclosed` says, of an artifact whose tensors are in safetensors files."""
+    found = []
+    for file, path in files_of(folder).items():
+        if path.suffix == ".safetensors" and file not in DESCRIBING:
+            for name, entry in sorted(models.header(path).items()):
+                digest = models.tensor_hash(path, entry)
+                if digest != base_tensors.get(name):
+                    what: What = "changed" if name in base_tensors else "added"
+                    found.append(Disclosed(name, file, entry["dtype"], tuple(entry["shape"]), digest, what))
+    return tuple(found)
 
 
 def stored_names(path: Path) -> set[str]:

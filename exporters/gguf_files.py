@@ -12,6 +12,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, ReaderField, ReaderTensor
 
+from adaras_export import storage
+from adaras_export.disclosure import Disclosed
 from adaras_export.errors import ArtifactError, first_line
 from adaras_export.storage import Array
 
@@ -53,6 +55,22 @@ def strange(reader: GGUFReader, expected: Mapping[str, Array]) -> list[str]:
 def differing(found: Mapping[str, Array], expected: Mapping[str, Array]) -> list[str]:
     """Which of the expected tensors are not there, or have other values."""
     return [name for name, value in expected.items() if name not in found or not np.array_equal(found[name], value)]
+
+
+def disclosed(folder: Path, file: str, ending: str = "") -> tuple[Disclosed, ...]:
+    """The tensors of a file of an artifact whose names have this ending, as added ones."""
+    return tuple(
+        Disclosed(
+            name=tensor.name,
+            file=file,
+            dtype=tensor.tensor_type.name,
+            shape=tuple(tensor.shape.tolist()),
+            sha256=storage.sha256(tensor.data.tobytes()),
+            what="added",
+        )
+        for tensor in opened(folder / file).tensors
+        if tensor.name.endswith(ending)
+    )
 
 
 def write(path: Path, entries: Mapping[str, Entry], tensors: Mapping[str, Array]) -> None:

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 
 from adaras_export import models, storage
+from adaras_export.disclosure import Disclosed
+from adaras_export.exporters import hf_words as words
 from adaras_export.exporters.base import Commission, Exporter, Feature, Written, stock_reference
 from adaras_export.exporters.checkpoint import (
     STEERING_FILE,
@@ -22,6 +24,7 @@ from adaras_export.exporters.checkpoint import (
     content_of,
     copy_companions,
     differing_keys,
+    disclosed,
     link_or_copy,
     linked_name,
     name_tokenizer_class,
@@ -51,6 +54,7 @@ class HuggingFaceExporter:
     options: frozenset[str] = frozenset()
     library: str = "transformers"
     relation: str = "finetune"
+    rounded: bool = False
     copy: bool = False
 
     def commissioned(self, commission: Commission) -> Exporter:
@@ -89,6 +93,10 @@ class HuggingFaceExporter:
         """As `Exporter` says. Runs the repository's code, which `inspect` has found to be this library's own."""
         return open_repository(folder)
 
+    def disclosed(self, folder: Path, base_tensors: Mapping[str, str]) -> Sequence[Disclosed]:
+        """As `Exporter` says."""
+        return disclosed(folder, base_tensors)
+
     def tags(self) -> Sequence[str]:
         """As `Exporter` says."""
         return ("custom_code",)
@@ -99,30 +107,18 @@ class HuggingFaceExporter:
 
     def usage(self) -> str:
         """As `Exporter` says."""
-        return USAGE
+        return words.USAGE
+
+    def off(self) -> str:
+        """As `Exporter` says."""
+        return words.OFF
+
+    def limits(self) -> Sequence[str]:
+        """As `Exporter` says."""
+        return words.LIMITS
 
 
 EXPORTER = HuggingFaceExporter()
-
-USAGE = """\
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("{repo}", trust_remote_code=True)
-model = AutoModelForCausalLM.from_pretrained("{repo}", trust_remote_code=True)
-
-prompt = "What is 12 times 7?"
-inputs = tokenizer(prompt, return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0]))
-
-print(model.steering.last_decisions)   # (p(correct), steered) of each sequence
-model.steering.strength = 0.0          # dial it: 0 is the base model, bit for bit
-with model.steering.off():             # or switch it off
-    model.generate(**inputs, max_new_tokens=32)
-```
-
-Needs torch and transformers >= 4.57, nothing else. The code is short: read it, and pin a `revision`.
-"""
 
 
 def write_repository(out: Path, base: Path, config: dict[str, Any], code: dict[str, bytes]) -> None:
