@@ -53,7 +53,7 @@ class Family:
     def sizes_in(self, config: Mapping[str, Any]) -> tuple[int, int, int]:
         """L, M and D of a config that has these keys."""
         layers, mlp_size, hidden_size = (config[key] for key in self.sizes)
-        if mlp_size is None and self.mlp_ratio is not None:
+        if mlp_size is None and self.mlp_ratio is not None and isinstance(hidden_size, int):
             mlp_size = self.mlp_ratio * hidden_size
         return layers, mlp_size, hidden_size
 
@@ -131,12 +131,15 @@ class BaseModel:
     fingerprint: str | None = None
 
     def __post_init__(self) -> None:
-        if self.family not in FAMILIES:
-            family_of({"model_type": self.family}, self.id)
+        family_of({"model_type": self.family}, str(self.id))
+        for name in ("id", "revision", "fingerprint"):
+            value = getattr(self, name)
+            if not isinstance(value, str) and (name == "id" or value is not None):
+                raise RuleError(f"base: {name} is {reprlib.repr(value)}; expected text")
         for name in ("layers", "mlp_size", "hidden_size"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise RuleError(f"base {self.id}: {name} is {value!r}; expected a positive integer")
+            if type(value) is not int or not 1 <= value < 1 << 31:
+                raise RuleError(f"base {self.id}: {name} is {reprlib.repr(value)}; expected a positive integer")
 
     @classmethod
     def of(cls, path_or_id: str | Path, revision: str | None = None) -> "BaseModel":
@@ -153,7 +156,7 @@ class BaseModel:
         if missing := [key for key in family.sizes if key not in config]:
             raise ArtifactError(f"{folder / 'config.json'}: has no {', '.join(missing)}; expected the sizes of a model")
         layers, mlp_size, hidden_size = family.sizes_in(config)
-        return cls(
+        base = cls(
             id=folder.resolve().name if local else str(path_or_id),
             revision=None if local else folder.name,  # the commit
             family=family.model_type,
@@ -162,6 +165,8 @@ class BaseModel:
             hidden_size=hidden_size,
             fingerprint=tensor_fingerprint(folder),
         )
+        _require_sizes(base, folder)
+        return base
 
     def require_same(self, other: "BaseModel") -> None:
         """Refuse ``other`` where it is not this model; an unrecorded fingerprint matches any.
@@ -191,7 +196,7 @@ class BaseModel:
         """
         try:
             return cls(**record)
-        except TypeError as error:
+        except TypeError as error:  # other keys, or no object
             raise ArtifactError(f"{subject}: damaged base record ({error})") from error
 
 
@@ -224,15 +229,7 @@ def shards(folder: Path) -> dict[str, Path]:
     index = folder / "model.safetensors.index.json"
     single = folder / "model.safetensors"
     if index.exists():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ArtifactError(f"{index}: has no weight_map; expected tensor names and their files")
-        located = {name: folder / str(file) for name, file in weight_map.items()}
-        outside = sorted(name for name, path in located.items() if path.parent != folder)
-        missing = sorted({path.name for path in located.values() if not path.exists()})
-        if outside or missing:
-            raise ArtifactError(f"{index}: names files that are not in the folder: {', '.join(outside + missing)}")
-        return located
+        return _indexed(index)
     if single.exists():
         return dict.fromkeys(header(single), single)
     if pickles := sorted(path.name for path in folder.glob("pytorch_model*.bin*")):
@@ -242,6 +239,23 @@ def shards(folder: Path) -> dict[str, Path]:
         )
     raise ArtifactError(f"{folder}: no model.safetensors and no index; expected safetensors weights")
 
+
+def _indexed(index: Path) -> dict[str, Path]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ArtifactError(f"{index}: has no weight_map; expected tensor names and their files")
+    files = {str(file) for file in weight_map.values()}
+    # Links are followed: a snapshot of the Hub's cache consists of them.
+    if strange := sorted(file for file in files if not _FILE_NAME.fullmatch(file) or not (index.parent / file).is_file()):
+        raise ArtifactError(
+            f"{index}: names files that are not in the folder: {', '.join(strange[:5])}; expected plain names of "
+            "safetensors files beside it"
+        )
+    return {name: index.parent / str(file) for name, file in weight_map.items()}
+
+
+# No way out of the folder on any system, and no longer than file systems have names.
+_FILE_NAME = re.compile(r"(?!\.)[^/\\:\0]{1,240}\.safetensors")
 
 _SAMPLE_BYTES = 4096
 
@@ -270,27 +284,37 @@ def tensor_fingerprint(folder: Path, only: set[str] | None = None) -> str:
 
 
 def data_start(path: Path) -> int:
-    """Where the tensors of a safetensors file begin, in bytes."""
-    with path.open("rb") as file:
-        return 8 + int(struct.unpack("<Q", file.read(8))[0])
+    """Where the tensors of a safetensors file begin, in bytes; it is one, as `header` has found."""
+    return foreign.header(path)[1]
 
 
 def header(path: Path) -> dict[str, dict[str, Any]]:
-    """The header of a safetensors file, checked by the library itself, without the metadata."""
-    from safetensors import SafetensorError, safe_open
+    """The header of a safetensors file, checked by the library itself, without the metadata.
 
+    Raises:
+        ArtifactError: it is no safetensors file.
+    """
     try:
-        with safe_open(path, framework="numpy"):  # refuses truncated files and overlapping tensors
-            pass
-    except (SafetensorError, OSError) as error:
+        with foreign.tensors(path):  # refuses truncated files and overlapping tensors
+            entries, _ = foreign.header(path)
+    except UnreadableError as error:
         raise ArtifactError(f"{path}: {error}; expected a safetensors file") from error
-    with path.open("rb") as file:
-        length = int(struct.unpack("<Q", file.read(8))[0])
-        header: dict[str, dict[str, Any]] = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    return header
+    entries.pop("__metadata__", None)
+    return entries
 
 
+def _require_sizes(base: BaseModel, folder: Path) -> None:
+    """Refuse a config whose sizes are not those of the weights: whoever believes it would make room for them."""
+    family, located = FAMILIES[base.family], shards(folder)
+    below = f"{layers_key(base.family, located)}."
+    numbers = {name.removeprefix(below).partition(".")[0] for name in located if name.startswith(below)}
+    if len(numbers) != base.layers or str(base.layers - 1) not in numbers:
+        raise ArtifactError(f"{folder}: has the weights of {len(numbers)} layers; expected {base.layers}, as config.json says")
+    sizes = [base.hidden_size, base.mlp_size]
+    expected = sizes[::-1] if family.transposed else sizes
+    for layer in range(base.layers):
+        name = f"{below}{layer}.{family.down}.weight"
+        ...
 def decoder(model: "nn.Module") -> "nn.Module":
     """The module of a causal language model that runs the decoder layers (without the LM head).
 
