@@ -75,7 +75,7 @@ clean:
 # torch comes from constraints.txt, which pins a CPU build; see there for other hardware.
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python $(PIP) --constraint constraints.txt --editable '.[identify,eval,genai,gguf,notebook,onnx,peft,dev]'
+	$(BIN)/python $(PIP) --constraint constraints.txt --editable '.[identify,eval,genai,gguf,notebook,onnx,peft,sign,dev]'
 	touch $@
 
 # The wheel's own dependencies are a command-line tool that nothing here needs.

@@ -5,27 +5,22 @@ its name. Knows no format; the exporters do.
 """
 
 import errno
-import json
-import platform
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from importlib.metadata import version
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from adaras_export import __version__, exporters, models, storage
+from adaras_export import exporters, models, receipts, storage
 from adaras_export.card import CardContext, card
 from adaras_export.errors import ArtifactError, ExportError, ParityError
 from adaras_export.exporters.base import Commission, Exporter, Feature
 from adaras_export.models import BaseModel
 from adaras_export.parity import Check, ParityReport, compare, rehearse
+from adaras_export.receipts import CARD_FILE, EVALUATION_FILE, RULE_FILE, SIGNATURE_FILE, Receipt
 from adaras_export.rule import SteeringRule
-
-_RULE_FILE = "rule.safetensors"
-_RECEIPT_FILE = "receipt.json"
 
 
 @dataclass(frozen=True)
@@ -84,22 +79,53 @@ def export(  # noqa: PLR0913 - one job with the options that the command line ha
     with _staged(out) as stage:
         written = exporter.write(rule, folder, stage)
         rule = written.rule
-        (stage / _RULE_FILE).write_bytes(rule.to_bytes())
+        (stage / RULE_FILE).write_bytes(rule.to_bytes())
+        if measured is not None:
+            (stage / EVALUATION_FILE).write_bytes(measured)
         parity = ParityReport((*written.notes, *_verified(exporter, stage, rule, folder).checks))
         if not parity.ok:
             raise ParityError(f"{out}: not written: " + "; ".join(check.line().strip() for check in parity.failed()))
-        own = (exporter.usage(), exporter.weights(), exporter.library, exporter.relation, exporter.tags())
-        context = CardContext(out.name, *own, dropped, _license(folder), measured)
-        (stage / "README.md").write_text(card(rule, parity, context), encoding="utf-8")
-        files = _hashes(stage)
-        receipt = _receipt(rule, exporter, parity, files) | {
-            "base": found.as_record(),
-            "source": origin,
-            "options": dict(exporter.recorded()),
-            "given_rule": given,
-        }
-        (stage / _RECEIPT_FILE).write_text(json.dumps(receipt, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    return ExportReport(out, to, files, dropped, parity)
+        receipt = Receipt(
+            target=to,
+            options=dict(exporter.recorded()),
+            repository=out.name,
+            drops=dropped,
+            rule=rule.fingerprint,
+            given_rule=given,
+            base=found,
+            source=origin,
+            base_tensors=models.tensor_hashes(folder),
+            base_card=_base_card(folder),
+            parity=parity,
+            files={},
+        )
+        files = _describe(stage, receipt, exporter, rule).files
+    return ExportReport(out, to, dict(files), dropped, parity)
+
+
+def recard(path: str | Path, repository: str | None = None, evaluation: str | Path | None = None) -> Receipt:
+    """Write card and receipt of an exported folder anew; nothing else of it changes.
+
+    Args:
+        path: the folder.
+        repository: what the card is to call it, a Hub id for one; default: as before.
+        evaluation: JSON file of `adaras-export eval`; default: the one that the artifact has.
+
+    Raises:
+        ArtifactError: the folder is no export, or its files are not those of its receipt.
+        ExportError: the evaluation is of another rule, or the folder is signed.
+    """
+    folder = Path(path)
+    receipt = receipts.read(folder)
+    if (folder / SIGNATURE_FILE).exists():
+        raise ExportError(f"{folder}: is signed, and a new card would break that; remove {SIGNATURE_FILE}, sign again")
+    if broken := [check for check in receipts.file_checks(folder, receipt) if not check.ok]:
+        raise ArtifactError(f"{folder}: {'; '.join(f'{check.name}: {check.detail}' for check in broken)}; export again")
+    rule = SteeringRule.load(folder / RULE_FILE)
+    if evaluation is not None:
+        storage.replace_file(folder / EVALUATION_FILE, _evaluation(Path(evaluation), rule))
+    renamed = replace(receipt, repository=repository or receipt.repository)
+    return _describe(folder, renamed, _exporter_of(receipt), rule)
 
 
 def verify(path: str | Path, base: str | Path | None = None) -> ParityReport:
@@ -115,25 +141,44 @@ def verify(path: str | Path, base: str | Path | None = None) -> ParityReport:
         ArtifactError: the folder is no export, or the base cannot be found.
     """
     folder = Path(path)
-    receipt = storage.read_json(folder / _RECEIPT_FILE)
-    try:
-        exporter, recorded = (
-            exporters.load(receipt["target"]),
-            BaseModel.from_record(receipt["base"], str(folder)),
-        )
-        checks = _file_checks(folder, receipt["files"])
-        rule_hash, origin, options = receipt["rule"], receipt["source"], dict(receipt.get("options", {}))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ArtifactError(f"{folder / _RECEIPT_FILE}: damaged receipt ({error}); export again") from error
-    _refuse_options(exporter, options)
-    rule = SteeringRule.load(folder / _RULE_FILE)
-    checks.append(Check("rule other than the receipt's", float(rule.fingerprint != rule_hash), 0))
-    found = origin if base is None else base
-    base_folder = models.fetch(found, recorded.revision)
-    rule.base.require_same(BaseModel.of(found, recorded.revision))
+    receipt = receipts.read(folder)
+    exporter = _exporter_of(receipt)
+    checks = receipts.file_checks(folder, receipt)
+    rule = SteeringRule.load(folder / RULE_FILE)
+    checks.append(Check("rule other than the receipt's", float(rule.fingerprint != receipt.rule), 0))
+    found, revision = receipt.source if base is None else base, receipt.base.revision
+    base_folder = models.fetch(found, revision)
+    rule.base.require_same(BaseModel.of(found, revision))
+    checks.append(_base_check(receipt, base_folder))
     elsewhere = None if base is None else base_folder
-    exporter = exporter.commissioned(Commission(origin, recorded.revision, elsewhere, options=options))
+    exporter = exporter.commissioned(Commission(receipt.source, revision, elsewhere, options=receipt.options))
     return ParityReport((*checks, *_verified(exporter, folder, rule, base_folder).checks))
+
+
+def _exporter_of(receipt: Receipt) -> Exporter:
+    """The exporter that wrote a folder, as it was commissioned."""
+    exporter = exporters.load(receipt.target)
+    _refuse_options(exporter, receipt.options)
+    return exporter.commissioned(Commission(receipt.source, receipt.base.revision, options=receipt.options))
+
+
+def _describe(folder: Path, receipt: Receipt, exporter: Exporter, rule: SteeringRule) -> Receipt:
+    """Write the card, then the receipt, which has the hashes of all the rest."""
+    own = (exporter.usage(), exporter.weights(), exporter.library, exporter.relation, exporter.tags())
+    measured = folder / EVALUATION_FILE
+    evaluation = storage.read_json(measured) if measured.exists() else None
+    context = CardContext(receipt.repository, *own, receipt.drops, receipt.base_card.get("license"), evaluation)
+    storage.replace_file(folder / CARD_FILE, card(rule, receipt.parity, context).encode())
+    complete = replace(receipt, files=receipts.hashes(folder))
+    complete.write(folder)
+    return complete
+
+
+def _base_check(receipt: Receipt, base: Path) -> Check:
+    found = models.tensor_hashes(base)
+    names = {*found, *receipt.base_tensors}
+    changed = sorted(name for name in names if found.get(name) != receipt.base_tensors.get(name))
+    return Check("tensors of the base that changed since", len(changed), 0, " ".join(changed))
 
 
 def _verified(exporter: Exporter, folder: Path, rule: SteeringRule, base: Path) -> ParityReport:
@@ -191,54 +236,20 @@ def _staged(out: Path) -> Iterator[Path]:
             shutil.rmtree(stage)
 
 
-def _file_checks(folder: Path, expected: dict[str, str]) -> list[Check]:
-    found = _hashes(folder)
-    changed = sorted(name for name in expected if name in found and found[name] != expected[name])
-    missing, unknown = (
-        sorted(expected.keys() - found.keys()),
-        sorted(found.keys() - expected.keys()),
-    )
-    return [
-        Check(f"files {word}", len(names), 0, " ".join(names))
-        for word, names in (("changed", changed), ("missing", missing), ("unknown", unknown))
-    ]
-
-
-def _hashes(folder: Path) -> dict[str, str]:
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and "__pycache__" not in path.parts)
-    names = {str(path.relative_to(folder)): path for path in files}
-    return {name: storage.sha256_file(path) for name, path in names.items() if name != _RECEIPT_FILE}
-
-
-def _receipt(rule: SteeringRule, exporter: Exporter, parity: ParityReport, files: dict[str, str]) -> dict[str, Any]:
-    libraries = ("torch", "transformers", "safetensors")
-    return {
-        "version": 1,
-        "target": exporter.name,
-        "rule": rule.fingerprint,
-        "files": files,
-        "parity": parity.as_record(),
-        "versions": {
-            "python": platform.python_version(),
-            "adaras-export": __version__,
-            **{name: version(name) for name in libraries},
-        },
-    }
-
-
-def _evaluation(path: Path, rule: SteeringRule) -> dict[str, Any]:
+def _evaluation(path: Path, rule: SteeringRule) -> bytes:
+    """A file of `adaras-export eval` about ``rule``, as it goes into the artifact."""
     evaluation = storage.read_json(path)
     if evaluation.get("rule") != rule.fingerprint:
         raise ExportError(f"{path}: evaluates rule {evaluation.get('rule')}; expected {rule.fingerprint}")
-    return evaluation
+    return path.read_bytes()
 
 
-def _license(base: Path) -> str | None:
-    """The licence that the base's own model card names."""
+def _base_card(base: Path) -> dict[str, Any]:
+    """What the base's own model card says that ours repeats."""
     readme = base / "README.md"
     if not readme.exists():
-        return None
+        return {}
     from huggingface_hub import ModelCard
 
     found = ModelCard.load(readme).data.get("license")
-    return None if found is None else str(found)
+    return {} if found is None else {"license": str(found)}

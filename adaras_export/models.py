@@ -283,6 +283,22 @@ def tensor_fingerprint(folder: Path, only: set[str] | None = None) -> str:
     return digest.hexdigest()
 
 
+def tensor_hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of the bytes of every tensor of a checkpoint, by tensor name; reads them all."""
+    located = shards(folder)
+    headers = {path: header(path) for path in sorted(set(located.values()))}
+    return {name: _tensor_hash(located[name], headers[located[name]][name]) for name in sorted(located)}
+
+
+def _tensor_hash(path: Path, entry: Mapping[str, Any]) -> str:
+    digest, (first, last) = hashlib.sha256(), entry["data_offsets"]
+    with path.open("rb") as file:
+        file.seek(data_start(path) + first)
+        for position in range(first, last, 1 << 20):
+            digest.update(file.read(min(1 << 20, last - position)))
+    return digest.hexdigest()
+
+
 def data_start(path: Path) -> int:
     """Where the tensors of a safetensors file begin, in bytes; it is one, as `header` has found."""
     return foreign.header(path)[1]

@@ -93,6 +93,15 @@ class ParityReport:
             {"check": c.name, "figure": c.figure, "limit": c.limit, "ok": c.ok, "detail": c.detail} for c in self.checks
         ]
 
+    @classmethod
+    def from_record(cls, record: Any) -> "ParityReport":  # noqa: ANN401 - comes from a file
+        """The checks that `as_record` described.
+
+        Raises:
+            KeyError, TypeError: the record is not of that form.
+        """
+        return cls(tuple(Check(one["check"], one["figure"], one["limit"], one["detail"]) for one in record))
+
 
 @dataclass(frozen=True)
 class Play:

@@ -15,6 +15,7 @@ from safetensors.numpy import save
 
 from adaras_export import models, storage
 from adaras_export.errors import ArtifactError, ExportError, first_line
+from adaras_export.receipts import DESCRIBING
 from adaras_export.rule import SteeringRule
 from adaras_export.storage import Array
 
@@ -56,7 +57,7 @@ _COMPANIONS = (
     "additional_chat_templates/*.jinja",
 )
 # The last one would send from_pretrained, where peft is installed, to another repository and its code.
-_NOT_COMPANIONS = {"config.json", "model.safetensors.index.json", "receipt.json", "adapter_config.json"}
+_NOT_COMPANIONS = {"config.json", "model.safetensors.index.json", "adapter_config.json", *DESCRIBING}
 
 
 def companions(base: Path) -> dict[str, Path]:

@@ -24,11 +24,11 @@ from adaras_export.exporters.base import Commission, Exporter, Feature, Written,
 from adaras_export.exporters.checkpoint import differing_keys, opened, plain_config, vectors
 from adaras_export.exporters.gguf_files import Entry
 from adaras_export.parity import FLOAT32, Artifact, Check, Mode, Play, Reference, play_model
+from adaras_export.receipts import DESCRIBING, files_of
 from adaras_export.rule import SteeringRule
 from adaras_export.storage import Array
 
 VECTOR_FILE = "control-vector.gguf"
-_BESIDE = {"README.md", "receipt.json", "rule.safetensors"}
 
 # What llama.cpp calls the families whose block ends with h + mlp(h) and, in Granite, a factor on mlp(h).
 _ARCHITECTURES = {
@@ -98,8 +98,7 @@ class GgufExporter:
     def inspect(self, folder: Path, rule: SteeringRule, base: Path) -> Sequence[Check]:
         """As `Exporter` says."""
         path = folder / (VECTOR_FILE if self.into is None else gguf_model.FILE)
-        names = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
-        strange = sorted(names - _BESIDE - {path.name})
+        strange = sorted(files_of(folder).keys() - DESCRIBING - {path.name})
         files = Check("files that are not the library's", len(strange), 0, " ".join(strange))
         if self.into is None:
             return [files, *_vector_checks(path, rule, base)]

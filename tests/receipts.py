@@ -2,12 +2,12 @@
 
 import json
 
-from adaras_export import delivery
+from adaras_export import delivery, receipts
 
 
 def failures(folder):
     """The failed checks and their details, by name; the hashes of the receipt are made those of the files."""
     path = folder / "receipt.json"
     receipt = json.loads(path.read_text())
-    path.write_text(json.dumps({**receipt, "files": delivery._hashes(folder)}))
+    path.write_text(json.dumps({**receipt, "files": receipts.hashes(folder)}))
     return {check.name: check.detail for check in delivery.verify(folder).failed()}

@@ -14,8 +14,8 @@ import torch
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from adaras_export import delivery, storage
-from adaras_export.delivery import export, verify
+from adaras_export import delivery, receipts, storage
+from adaras_export.delivery import export, recard, verify
 from adaras_export.errors import ArtifactError, ExportError, ParityError, RuleError
 from adaras_export.exporters.base import Written
 from adaras_export.exporters.hf import HuggingFaceExporter
@@ -56,7 +56,7 @@ def edit_steering(folder, change):
 def with_a_new_receipt(folder):
     """Make the hashes of the receipt those of the files, as whoever damaged the folder would."""
     receipt = json.loads((folder / "receipt.json").read_text())
-    receipt["files"] = delivery._hashes(folder)
+    receipt["files"] = receipts.hashes(folder)
     receipt["rule"] = SteeringRule.load(folder / "rule.safetensors").fingerprint
     (folder / "receipt.json").write_text(json.dumps(receipt))
     return folder
@@ -311,18 +311,21 @@ RECEIPTS = {
     "no json": "{",
     "no object": "[]",
     "empty": "{}",
-    "no base": '{"target": "hf"}',
-    "bad base": '{"target": "hf", "base": 7, "files": {}, "rule": "", "source": ""}',
-    "bad files": '{"target": "hf", "base": BASE, "files": 7, "rule": "", "source": ""}',
-    "no rule": '{"target": "hf", "base": BASE, "files": {}, "source": ""}',
-    "bad target": '{"target": ["hf"], "base": BASE, "files": {}, "rule": "", "source": ""}',
+    "another version": '{"version": 1, "target": "hf"}',
+    "no base": {"base": None},
+    "bad base": {"base": 7},
+    "bad files": {"files": 7},
+    "bad hashes": {"files": {"config.json": 7}},
+    "bad checks": {"parity": [7]},
+    "bad target": {"target": ["hf"]},
+    "more": {"more": 1},
 }
 
 
-@pytest.mark.parametrize("content", RECEIPTS.values(), ids=RECEIPTS)
-def test_a_damaged_receipt_is_refused_in_one_line(content, folder):
-    receipt = json.loads((folder / "receipt.json").read_text())
-    (folder / "receipt.json").write_text(content.replace("BASE", json.dumps(receipt["base"])))
+@pytest.mark.parametrize("damage", RECEIPTS.values(), ids=RECEIPTS)
+def test_a_damaged_receipt_is_refused_in_one_line(damage, folder):
+    path = folder / "receipt.json"
+    path.write_text(damage if isinstance(damage, str) else json.dumps(json.loads(path.read_text()) | damage))
     with pytest.raises(ArtifactError, match=r"receipt.json|damaged base record") as caught:
         verify(folder)
     assert "\n" not in str(caught.value)
@@ -615,6 +618,7 @@ def test_evaluation_and_licence_reach_the_card(rules, folders, tmp_path):
     evaluation = {"rule": rules[KEY].fingerprint, "questions": 20, "verdict": "no arm differs.", "arms": [arm]}
     (tmp_path / "eval.json").write_text(json.dumps(evaluation))
     out = export(rules[KEY], base=base, to="hf", out=tmp_path / "out", evaluation=tmp_path / "eval.json").path
+    assert (out / "evaluation.json").read_bytes() == (tmp_path / "eval.json").read_bytes()
     text = (out / "README.md").read_text()
     assert text.startswith("---\nlicense: apache-2.0\n")
     assert "| gated | 50.0% | 25.0% to 75.0% | 3 | 1 | 0.62 |" in text
@@ -635,3 +639,42 @@ def test_a_rule_without_weights_on_record_is_delivered_with_those_of_its_base(ru
     assert receipt["base"]["fingerprint"] == BaseModel.of(folders["llama"]).fingerprint
     assert np.isfinite([check.figure for check in report.parity.checks]).all()
     assert verify(report.path).ok
+
+
+def test_the_receipt_has_the_hash_of_every_tensor_of_the_base(delivered, folders):
+    tensors = load_file(folders["llama"] / "model.safetensors")
+    expected = {name: storage.sha256(tensor.tobytes()) for name, tensor in tensors.items()}
+    assert receipts.read(delivered.path).base_tensors == expected
+
+
+def test_a_base_that_changed_in_the_middle_of_a_tensor_is_named(delivered, folders, folder, tmp_path):
+    """The fingerprint samples tensors; what lies between its samples only the hashes see."""
+    base = shutil.copytree(folders["llama"], tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    name, changed = max(((name, tensor.copy()) for name, tensor in tensors.items()), key=lambda pair: pair[1].nbytes)
+    changed.reshape(-1)[changed.size // 4] += 1
+    save_file({**tensors, name: changed}, base / "model.safetensors", metadata={"format": "pt"})
+    assert changed.nbytes > 3 * 4096
+    assert failures(folder, base=base)["tensors of the base that changed since"] == name
+
+
+def test_a_new_card_has_the_new_name_and_the_folder_still_verifies(delivered, folder):
+    before = receipts.hashes(folder)
+    receipt = recard(folder, repository="someone/steered")
+    after = receipts.hashes(folder)
+    assert {name for name in after if after[name] != before[name]} == {"README.md"}
+    assert 'from_pretrained("someone/steered"' in (folder / "README.md").read_text()
+    assert receipts.read(folder).repository == receipt.repository == "someone/steered"
+    assert verify(folder).ok
+
+
+def test_a_folder_that_is_not_as_its_receipt_says_gets_no_new_card(folder):
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(ArtifactError, match=r"files changed: config.json; export again"):
+        recard(folder, repository="someone/steered")
+
+
+def test_a_signed_folder_gets_no_new_card(folder):
+    (folder / "model.sig").write_text("{}")
+    with pytest.raises(ExportError, match=r"is signed, and a new card would break that; remove model.sig, sign again"):
+        recard(folder)
