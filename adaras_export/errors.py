@@ -10,13 +10,12 @@ AdarasError
 ├── MissingExtraError      an optional library is not installed
 └── BrokenInstallationError  libraries that exclude each other are installed together
 
-A message is one line: subject, found, expected, remedy; what could move a terminal's cursor is written out. The command line turns ParityError into exit 1
-and every other AdarasError into exit 2; anything else is a bug of ours and keeps its traceback.
+A message is one line: subject, found, expected, remedy; control characters are escaped. The command line turns
+ParityError into exit 1 and every other AdarasError into exit 2; anything else is a bug of ours and keeps its traceback.
 """
 
 import importlib
 from types import ModuleType
-
 
 _LONGEST = 2000
 

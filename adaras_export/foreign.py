@@ -2,7 +2,7 @@
 
 A file is opened only where it is a regular one (a pipe or a device could keep its reader forever), up to a size that
 what we expect never reaches, because JSON takes twenty times its size in memory. JSON is taken at its word: a key given
-twice, NaN, a number beyond 64 bits or half a character is refused. Knows nothing of what the files are for.
+twice, NaN, a number of hundreds of digits or half a character is refused. Knows nothing of what the files are for.
 """
 
 import json
@@ -11,6 +11,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from decimal import Decimal, InvalidOperation
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
@@ -76,19 +77,20 @@ def text(encoded: bytes) -> str:
 
 
 def parsed(encoded: bytes, *, exact: bool = False) -> Any:  # noqa: ANN401 - a JSON value
-    """The JSON value in ``encoded``; with ``exact``, fractions are Decimal, and whole numbers of any size.
+    """The JSON value in ``encoded``; with ``exact``, fractions are Decimal, and whole numbers may be long.
 
     Raises:
         UnreadableError: it is not JSON, or JSON that two readers could understand differently.
     """
-    fraction, whole = (_decimal, _of_any_size) if exact else (_finite, _of_64_bits)
+    # Tokenizers call no limit 10**30. What takes more than 4000 digits takes long: Python itself refuses a little more.
+    fraction, most = (_decimal, 4000) if exact else (_finite, 100)
     try:
         value = json.loads(
             text(encoded).rstrip(),
             object_pairs_hook=_object,
             parse_constant=_refuse_constant,
             parse_float=fraction,
-            parse_int=whole,
+            parse_int=partial(_whole, most),
         )
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, " if error.lineno > 1 else ""
@@ -180,15 +182,9 @@ def _decimal(digits: str) -> Decimal:
         raise UnreadableError(f"holds {digits}, which is no finite number") from error
 
 
-def _of_64_bits(digits: str) -> int:
-    if len(digits) > 20 or not -(1 << 63) <= (value := int(digits)) < 1 << 64:
-        raise UnreadableError(f"holds a whole number of {len(digits)} digits; expected one of 64 bits")
-    return value
-
-
-def _of_any_size(digits: str) -> int:
-    if len(digits) > 4000:  # Python itself refuses somewhat more, as the time that they take grows with their square
-        raise UnreadableError(f"holds a whole number of {len(digits)} digits; expected at most 4000")
+def _whole(most: int, digits: str) -> int:
+    if len(digits) > most:
+        raise UnreadableError(f"holds a whole number of {len(digits)} digits; at most {most} are read")
     return int(digits)
 
 

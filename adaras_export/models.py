@@ -6,14 +6,17 @@ not in the table is refused: a guessed module path would steer the wrong thing w
 
 import hashlib
 import json
-import struct
+import re
+import reprlib
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adaras_export import foreign
 from adaras_export.errors import ArtifactError, RuleError, UnsupportedModelError, first_line
+from adaras_export.foreign import UnreadableError
 from adaras_export.storage import read_json
 
 if TYPE_CHECKING:
@@ -165,7 +168,7 @@ class BaseModel:
             hidden_size=hidden_size,
             fingerprint=tensor_fingerprint(folder),
         )
-        _require_sizes(base, folder)
+        _require_sizes(base, folder, packed="quantization_config" in config)
         return base
 
     def require_same(self, other: "BaseModel") -> None:
@@ -246,7 +249,9 @@ def _indexed(index: Path) -> dict[str, Path]:
         raise ArtifactError(f"{index}: has no weight_map; expected tensor names and their files")
     files = {str(file) for file in weight_map.values()}
     # Links are followed: a snapshot of the Hub's cache consists of them.
-    if strange := sorted(file for file in files if not _FILE_NAME.fullmatch(file) or not (index.parent / file).is_file()):
+    if strange := sorted(
+        file for file in files if not _FILE_NAME.fullmatch(file) or not (index.parent / file).is_file()
+    ):
         raise ArtifactError(
             f"{index}: names files that are not in the folder: {', '.join(strange[:5])}; expected plain names of "
             "safetensors files beside it"
@@ -254,8 +259,8 @@ def _indexed(index: Path) -> dict[str, Path]:
     return {name: index.parent / str(file) for name, file in weight_map.items()}
 
 
-# No way out of the folder on any system, and no longer than file systems have names.
-_FILE_NAME = re.compile(r"(?!\.)[^/\\:\0]{1,240}\.safetensors")
+# No way out of the folder, on any system.
+_FILE_NAME = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9_.+-]{0,200}\.safetensors")
 
 _SAMPLE_BYTES = 4096
 
@@ -268,14 +273,11 @@ def tensor_fingerprint(folder: Path, only: set[str] | None = None) -> str:
     """
     digest = hashlib.sha256()
     located = shards(folder)
-    headers = {path: header(path) for path in sorted(set(located.values()))}
+    entries = _entries(located)
     for name in sorted(located if only is None else only & located.keys()):
-        path = located[name]
-        if name not in headers[path]:
-            raise ArtifactError(f"{path}: tensor {name} is missing; the index names it")
-        entry, start = headers[path][name], data_start(path)
+        path, entry = located[name], entries[name]
         digest.update(json.dumps([name, entry["dtype"], entry["shape"]]).encode())
-        first, last = (start + offset for offset in entry["data_offsets"])
+        first, last = (data_start(path) + offset for offset in entry["data_offsets"])
         with path.open("rb") as file:
             for position in (first, (first + last - _SAMPLE_BYTES) // 2, last - _SAMPLE_BYTES):
                 file.seek(max(first, position))
@@ -286,8 +288,8 @@ def tensor_fingerprint(folder: Path, only: set[str] | None = None) -> str:
 def tensor_hashes(folder: Path) -> dict[str, str]:
     """SHA-256 of the bytes of every tensor of a checkpoint, by tensor name; reads them all."""
     located = shards(folder)
-    headers = {path: header(path) for path in sorted(set(located.values()))}
-    return {name: _tensor_hash(located[name], headers[located[name]][name]) for name in sorted(located)}
+    entries = _entries(located)
+    return {name: _tensor_hash(located[name], entries[name]) for name in sorted(located)}
 
 
 def _tensor_hash(path: Path, entry: Mapping[str, Any]) -> str:
@@ -301,7 +303,8 @@ def _tensor_hash(path: Path, entry: Mapping[str, Any]) -> str:
 
 def data_start(path: Path) -> int:
     """Where the tensors of a safetensors file begin, in bytes; it is one, as `header` has found."""
-    return foreign.header(path)[1]
+    with path.open("rb") as file:
+        return 8 + int.from_bytes(file.read(8), "little")
 
 
 def header(path: Path) -> dict[str, dict[str, Any]]:
@@ -319,18 +322,41 @@ def header(path: Path) -> dict[str, dict[str, Any]]:
     return entries
 
 
-def _require_sizes(base: BaseModel, folder: Path) -> None:
-    """Refuse a config whose sizes are not those of the weights: whoever believes it would make room for them."""
+def _entries(located: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
+    """Type, shape and offsets of each tensor of a checkpoint; ``located`` as `shards` gives it."""
+    headers = {path: header(path) for path in sorted({*located.values()})}
+    for name, path in located.items():
+        if name not in headers[path]:
+            raise ArtifactError(f"{path}: tensor {name} is missing; the index names it")
+    return {name: headers[path][name] for name, path in located.items()}
+
+
+def _require_sizes(base: BaseModel, folder: Path, *, packed: bool) -> None:
+    """Refuse a config whose sizes are not those of the weights: whoever believed it would make room for them.
+
+    The matrices of quantised weights are ``packed`` into other shapes.
+    """
     family, located = FAMILIES[base.family], shards(folder)
     below = f"{layers_key(base.family, located)}."
-    numbers = {name.removeprefix(below).partition(".")[0] for name in located if name.startswith(below)}
-    if len(numbers) != base.layers or str(base.layers - 1) not in numbers:
-        raise ArtifactError(f"{folder}: has the weights of {len(numbers)} layers; expected {base.layers}, as config.json says")
-    sizes = [base.hidden_size, base.mlp_size]
-    expected = sizes[::-1] if family.transposed else sizes
-    for layer in range(base.layers):
+    found = {name.removeprefix(below).partition(".")[0] for name in located if name.startswith(below)}
+    if len(found) != base.layers:
+        raise ArtifactError(
+            f"{folder}: has weights of {len(found)} layers; expected {base.layers}, as its config.json says"
+        )
+    expected = [base.mlp_size, base.hidden_size] if family.transposed else [base.hidden_size, base.mlp_size]
+    entries = _entries(located)
+    for layer in range(0 if packed else base.layers):
         name = f"{below}{layer}.{family.down}.weight"
-        ...
+        if name not in located:
+            raise _no_tensor(name, folder, base.family)
+        if (shape := entries[name]["shape"]) != expected:
+            raise ArtifactError(f"{located[name]}: {name} has shape {shape}; expected {expected}, as config.json says")
+
+
+def _no_tensor(name: str, folder: Path, family: str) -> ArtifactError:
+    return ArtifactError(f"{folder}: no tensor {name}; expected the plain weights of a {family} model")
+
+
 def decoder(model: "nn.Module") -> "nn.Module":
     """The module of a causal language model that runs the decoder layers (without the LM head).
 
@@ -366,13 +392,10 @@ def down_columns(family: str, located: Mapping[str, Path], layer: int, index: "T
     Raises:
         ArtifactError: there is no such tensor.
     """
-    from safetensors import safe_open
-
     name = f"{layers_key(family, located)}.{layer}.{FAMILIES[family].down}.weight"
     if name not in located:
-        folder = next(iter(located.values())).parent
-        raise ArtifactError(f"{folder}: no tensor {name}; expected the plain weights of a {family} model")
-    with safe_open(located[name], framework="pt") as file:
+        raise _no_tensor(name, next(iter(located.values())).parent, family)
+    with foreign.tensors(located[name], "pt") as file:
         weight: Tensor = file.get_tensor(name)
     return weight[index].T if FAMILIES[family].transposed else weight[:, index]
 

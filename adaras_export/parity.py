@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from adaras_export.divergence import next_token_divergence
+from adaras_export.errors import printable
 from adaras_export.generation import left_pad
 from adaras_export.rule import SteeringRule
 from adaras_export.steering import steered, steered_everywhere
@@ -69,7 +70,8 @@ class Check:
         """One line for a person."""
         verdict = "    " if self.limit is None else "ok  " if self.ok else "FAIL"
         limit = "" if self.limit is None else f"  (limit {self.limit:.3g})"
-        return f"{verdict} {self.name}: {self.figure:.3g}{limit}{'  ' + self.detail if self.detail else ''}"
+        detail = "  " + self.detail if self.detail else ""
+        return printable(f"{verdict} {self.name}: {self.figure:.3g}{limit}{detail}")  # it names foreign files
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,13 @@ class ParityReport:
         Raises:
             KeyError, TypeError: the record is not of that form.
         """
-        return cls(tuple(Check(one["check"], one["figure"], one["limit"], one["detail"]) for one in record))
+        checks = tuple(Check(one["check"], one["figure"], one["limit"], one["detail"]) for one in record)
+        for check in checks:
+            numbers = [check.figure] if check.limit is None else [check.figure, check.limit]
+            texts = [check.name, check.detail]
+            if not all(type(one) in (int, float) for one in numbers) or not all(isinstance(one, str) for one in texts):
+                raise TypeError("a check has a figure or a text of another type")
+        return cls(checks)
 
 
 @dataclass(frozen=True)

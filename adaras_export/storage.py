@@ -52,8 +52,7 @@ def load_file(path: str | Path, kind: str, largest: int = LARGEST) -> tuple[dict
         foreign.size_of(path, largest)
         entries, _ = foreign.header(path)
         record = _record(entries.pop("__metadata__", None), kind)
-        if strange := sorted({entry["dtype"] for entry in entries.values()} - _DTYPES):
-            raise UnreadableError(f"holds {', '.join(strange)}")
+        _require_numpy_types(entries)
         with foreign.tensors(path) as file:
             return {name: file.get_tensor(name) for name in entries}, record
     except UnreadableError as error:
@@ -62,6 +61,11 @@ def load_file(path: str | Path, kind: str, largest: int = LARGEST) -> tuple[dict
 
 # Not those that NumPy lacks unless another library has taught it: bfloat16, and floats of fewer bits.
 _DTYPES = {"F64", "F32", "F16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"}
+
+
+def _require_numpy_types(entries: Mapping[str, Any]) -> None:
+    if strange := sorted({entry["dtype"] for entry in entries.values()} - _DTYPES):
+        raise UnreadableError(f"holds {', '.join(strange)}")
 
 
 def _record(metadata: Any, kind: str) -> dict[str, Any]:  # noqa: ANN401 - a JSON value
@@ -121,10 +125,16 @@ def sha256(content: bytes) -> str:
 
 
 def sha256_file(path: str | Path) -> str:
-    """The SHA-256 of a file, hexadecimal, read in pieces of 1 MiB."""
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
+    """The SHA-256 of a file, hexadecimal, read in pieces of 1 MiB.
 
+    Raises:
+        ArtifactError: it cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        with Path(path).open("rb") as file:
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be read ({foreign.reason(error)}); expected a file to hash") from error
+    return digest.hexdigest()

@@ -19,10 +19,10 @@ from gguf import GGUFValueType
 
 from adaras_export import models, storage
 from adaras_export.errors import ArtifactError, ExportError
-from adaras_export.exporters import gguf_files, gguf_model
+from adaras_export.exporters import gguf_files, gguf_model, gguf_reader
 from adaras_export.exporters.base import Commission, Exporter, Feature, Written, require_effect, stock_reference
 from adaras_export.exporters.checkpoint import differing_keys, opened, plain_config, vectors
-from adaras_export.exporters.gguf_files import Entry
+from adaras_export.exporters.gguf_reader import Entry
 from adaras_export.parity import FLOAT32, Artifact, Check, Mode, Play, Reference, play_model
 from adaras_export.receipts import DESCRIBING, files_of
 from adaras_export.rule import SteeringRule
@@ -201,13 +201,12 @@ def _directions(rule: SteeringRule, base: Path, config: Mapping[str, Any]) -> di
 
 
 def _vector_checks(path: Path, rule: SteeringRule, base: Path) -> list[Check]:
-    reader = gguf_files.opened(path)
-    entries, expected_entries = gguf_files.metadata(reader), _metadata(rule)
+    file, expected_entries = gguf_reader.opened(path), _metadata(rule)
     expected = _directions(rule, base, storage.read_json(base / "config.json"))
-    other = differing_keys(entries, expected_entries)
-    other += sorted({tensor.name for tensor in reader.tensors} - expected.keys())
-    other += gguf_files.strange(reader, expected)
-    wrong = gguf_files.differing(gguf_files.vectors(reader), expected)
+    other = differing_keys(file.entries, expected_entries)
+    other += sorted({tensor.name for tensor in file.tensors} - expected.keys())
+    other += gguf_files.strange(file, expected)
+    wrong = gguf_files.differing(gguf_files.vectors(file), expected)
     return [
         Check("metadata entries or tensors that differ", len(other), 0, " ".join(other)),
         Check("directions that differ", len(wrong), 0, " ".join(wrong)),
@@ -216,9 +215,9 @@ def _vector_checks(path: Path, rule: SteeringRule, base: Path) -> list[Check]:
 
 def _stored_directions(path: Path) -> dict[int, Array]:
     """The vectors of a control vector by 0-based layer, times the scale that it is meant for."""
-    reader = gguf_files.opened(path)
-    scale = np.float32(gguf_files.metadata(reader)["adaras.strength"][1])
-    return {int(name.removeprefix("direction.")): scale * value for name, value in gguf_files.vectors(reader).items()}
+    file = gguf_reader.opened(path)
+    scale = np.float32(file.entries["adaras.strength"][1])
+    return {int(name.removeprefix("direction.")): scale * value for name, value in gguf_files.vectors(file).items()}
 
 
 class _Player:
