@@ -157,9 +157,12 @@ def verify(path: str | Path, base: str | Path | None = None) -> ParityReport:
 
 def _exporter_of(receipt: Receipt) -> Exporter:
     """The exporter that wrote a folder, as it was commissioned."""
-    exporter = exporters.load(receipt.target)
-    _refuse_options(exporter, receipt.options)
-    return exporter.commissioned(Commission(receipt.source, receipt.base.revision, options=receipt.options))
+    try:
+        exporter = exporters.load(receipt.target)
+        _refuse_options(exporter, receipt.options)
+        return exporter.commissioned(Commission(receipt.source, receipt.base.revision, options=receipt.options))
+    except ExportError as error:
+        raise ExportError(f"{receipts.RECEIPT_FILE}: {error}; export again") from error
 
 
 def _describe(folder: Path, receipt: Receipt, exporter: Exporter, rule: SteeringRule) -> Receipt:

@@ -154,20 +154,24 @@ class BaseModel:
         """
         folder = fetch(path_or_id, revision)
         local = folder == Path(path_or_id)
-        config = read_json(folder / "config.json")
+        path = folder / "config.json"
+        config = read_json(path)
         family = family_of(config, str(path_or_id))
         if missing := [key for key in family.sizes if key not in config]:
-            raise ArtifactError(f"{folder / 'config.json'}: has no {', '.join(missing)}; expected the sizes of a model")
+            raise ArtifactError(f"{path}: has no {', '.join(missing)}; expected the sizes of a model")
         layers, mlp_size, hidden_size = family.sizes_in(config)
-        base = cls(
-            id=folder.resolve().name if local else str(path_or_id),
-            revision=None if local else folder.name,  # the commit
-            family=family.model_type,
-            layers=layers,
-            mlp_size=mlp_size,
-            hidden_size=hidden_size,
-            fingerprint=tensor_fingerprint(folder),
-        )
+        try:
+            base = cls(
+                id=folder.resolve().name if local else str(path_or_id),
+                revision=None if local else folder.name,  # the commit
+                family=family.model_type,
+                layers=layers,
+                mlp_size=mlp_size,
+                hidden_size=hidden_size,
+                fingerprint=tensor_fingerprint(folder),
+            )
+        except RuleError as error:
+            raise RuleError(f"{path}: {error}") from error
         _require_sizes(base, folder, packed="quantization_config" in config)
         return base
 

@@ -115,7 +115,10 @@ class NeuronSet(Value):
                 or the file has fewer than ``top`` rows.
         """
         layer, index, delta = zip(*reference.neuron_rows(Path(path)), strict=True)
-        neurons = cls(layer=np.array(layer), index=np.array(index), delta=np.array(delta), base=base)
+        try:
+            neurons = cls(layer=np.array(layer), index=np.array(index), delta=np.array(delta), base=base)
+        except RuleError as error:
+            raise RuleError(f"{path}: {error}") from error
         return neurons if top is None else neurons.top(top)
 
     def _arrays(self) -> dict[str, Array]:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 
 from adaras_export import storage
-from adaras_export.errors import ArtifactError, RuleError
+from adaras_export.errors import ArtifactError, RuleError, UnsupportedModelError
 from adaras_export.models import BaseModel
 from adaras_export.storage import Array
 
@@ -59,6 +59,8 @@ class Value:
             return cls._restore(arrays, record, str(path))
         except (KeyError, TypeError) as error:
             raise ArtifactError(f"{path}: damaged {cls.kind} file ({error}); write it again") from error
+        except (RuleError, UnsupportedModelError) as error:
+            raise type(error)(f"{path}: {error}") from error
 
     def to_bytes(self) -> bytes:
         """The bytes of the file."""

@@ -70,10 +70,10 @@ class GgufExporter:
         """As `Exporter` says."""
         into = commission.options.get("into")
         if into is None or isinstance(into, Mapping):
-            if into is not None and into.keys() != {"file", "content"}:
+            if into is not None and (into.keys() != {"file", "content"} or not all(map(_is_text, into.values()))):
                 raise ArtifactError(f"receipt: says of --into {sorted(into)}; expected content and file; export again")
             return replace(self, into=into, commission=commission)
-        if not Path(into).is_file():
+        if not isinstance(into, str | Path) or not Path(into).is_file():
             raise ExportError(f"gguf: --into {into}: no such file; expected a GGUF model")
         return replace(self, into=Path(into), commission=commission)
 
@@ -166,6 +166,10 @@ llama-completion -m model.gguf --control-vector-scaled {repo}/control-vector.ggu
 * Ollama knows no control vectors. There, and elsewhere, a GGUF model with steering in it needs no option: for bases
   that llama.cpp calls `llama` or `granite`, `adaras-export export ... --to gguf --into model.gguf` writes one.
 """
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
 
 
 def _require_expressible(rule: SteeringRule) -> None:
