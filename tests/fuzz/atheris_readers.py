@@ -7,9 +7,11 @@ than a value or one printable line. Our own modules are instrumented, those of l
 """
 
 import hashlib
+import logging
 import random
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 
 import atheris
@@ -23,6 +25,8 @@ _MEMORY = Path("/dev/shm")  # a file for every input: on a disk they would take 
 
 
 def _main() -> None:
+    logging.disable()  # what libraries say of an odd graph would bury the log
+    warnings.simplefilter("ignore")
     arguments = sys.argv
     only = _taken(arguments, "--reader")
     corpus = Path(arguments[1])
@@ -72,7 +76,15 @@ def _words() -> list[bytes]:
     keys = {
         *("__metadata__", "adaras", "dtype", "shape", "data_offsets", "F32", "I64", "BF16", "kind", "version", "base"),
         *("weight_map", "model_type", "id", "question_id", "prompt", "completion", "correct", "is_good", "answer"),
-        *("eos_token_id", "chat_template", "content", "GGUF", "general.alignment", "overall_neuron_index", ".safetensors"),
+        *(
+            "eos_token_id",
+            "chat_template",
+            "content",
+            "GGUF",
+            "general.alignment",
+            "overall_neuron_index",
+            ".safetensors",
+        ),
     }
     return sorted({*(key.encode() for key in keys), *(raw for raw in mutations.RAW if len(raw) < 60)})
 

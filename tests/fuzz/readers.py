@@ -13,11 +13,13 @@ from typing import Any
 
 import numpy as np
 from gguf import GGUFValueType
+from onnx import TensorProto, helper
 from safetensors.numpy import save
 
-from adaras_export import delivery, models, onnx_runner, receipts, storage, traces
+from adaras_export import delivery, models, onnx_runner, peft_settings, receipts, storage, traces
 from adaras_export.errors import AdarasError
-from adaras_export.exporters import checkpoint, gguf_files, gguf_reader, steering_lora, stream
+from adaras_export.exporters import checkpoint, gguf_files, gguf_reader, onnx_genai, steering_lora, stream
+from adaras_export.exporters import onnx as onnx_target
 from adaras_export.models import BaseModel
 from adaras_export.parity import Check, ParityReport
 from adaras_export.rule import Gate, NeuronSet, SteeringRule
@@ -57,8 +59,8 @@ def require_line(message: str, folder: Path) -> None:
     """One printable line of bearable length, which names the file, or its folder."""
     assert message.isprintable(), ascii(message)
     assert 20 < len(message) <= 2100, ascii(message)
-    # Options of a receipt are refused by the target that has them, which knows no folder.
-    assert str(folder) in message or message.startswith("receipt"), ascii(message)
+    # Options of a receipt are refused by the target that has them, settings by PEFT's own class: they know no folder.
+    assert str(folder) in message or message.startswith(("receipt", "adapter_config.json")), ascii(message)
 
 
 def prepared(reader: Reader, folder: Path) -> Path:
@@ -265,6 +267,55 @@ def _read_evaluation(folder: Path) -> None:
     assert delivery._evaluation(folder / "evaluation.json", values()["rule"])
 
 
+ADAPTIVE = {
+    "steered": ["model.layers.1.mlp.down_proj"],
+    "features": {"model.layers.0.mlp.down_proj": [1, 3]},
+    "gate_module": "model.layers.0.mlp.down_proj",
+    "gate_size": 2,
+    "hidden_size": 4,
+    "strength": 2.0,
+    "threshold": 0.5,
+    "start": "last_prompt_token",
+}
+
+
+def _read_adaptive(folder: Path) -> None:
+    settings = {**ADAPTIVE, **storage.read_json(folder / "adapter_config.json")}
+    peft_settings.require(settings)
+    for name in (*settings["steered"], *settings["features"]):
+        peft_settings.require_fits(name, settings, width=6, hidden_size=4)
+
+
+def _graph_seeds() -> list[bytes]:
+    cache = [helper.make_tensor_value_info("past_key_values.0.key", TensorProto.FLOAT, [1, 2, "p", 4])]
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [2])
+    held = helper.make_tensor("w", TensorProto.FLOAT, [2], [1.0, 2.0])
+    elsewhere = helper.make_tensor("v", TensorProto.FLOAT, [2], np.ones(2, np.float32).tobytes(), raw=True)
+    elsewhere.ClearField("raw_data")
+    elsewhere.data_location = TensorProto.EXTERNAL
+    for key, value in (("location", "model.onnx_data"), ("offset", "0"), ("length", "8")):
+        elsewhere.external_data.add(key=key, value=value)
+    node = helper.make_node("Add", ["x", "w"], ["y"])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [2])
+    graph = helper.make_graph([node], "g", [x, *cache], [y], [held, elsewhere])
+    return [helper.make_model(graph).SerializeToString()]
+
+
+def _read_graph(folder: Path) -> None:
+    model = onnx_target._graph(folder)
+    for strange in (onnx_target._strange_functions(model), onnx_target._strange_operators(model)):
+        assert all(isinstance(one, str) for one in strange)
+    onnx_target._strange_files(model, folder)
+    for value in model.graph.initializers.values():
+        onnx_target._equal(value.const_value, _VECTOR[:2])
+    onnx_genai.genai_config(model, CONFIG, {}, "llama", str(folder / onnx_target.GRAPH))
+
+
+def _write_graph_folder(folder: Path) -> None:
+    (folder / "onnx").mkdir(exist_ok=True)
+    (folder / "onnx" / "model.onnx_data").write_bytes(bytes(8))
+
+
 def _read_json(folder: Path) -> None:
     value = storage.read_json(folder / "value.json")
     checkpoint.write_json(folder / "again.json", value)
@@ -289,6 +340,8 @@ READERS = {
     "generation config": Reader(
         "generation_config.json", lambda: [b'{"eos_token_id": [1, 2]}'], _read_runner_settings, write_base
     ),
+    "adaptive config": Reader("adapter_config.json", lambda: [json.dumps(ADAPTIVE).encode()], _read_adaptive),
+    "graph": Reader("onnx/model.onnx", _graph_seeds, _read_graph, _write_graph_folder),
     "evaluation": Reader("evaluation.json", _evaluation_seeds, _read_evaluation),
     "json": Reader("value.json", lambda: [b'{"a": [1, 2.5, "x", null, true], "b": {}}'], _read_json),
 }
