@@ -8,9 +8,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from adaras_export.checks import ParityReport
     from adaras_export.delivery import ExportReport, export, verify
     from adaras_export.models import BaseModel
-    from adaras_export.parity import ParityReport
     from adaras_export.rule import Gate, NeuronSet, SteeringRule
     from adaras_export.statistics import NeuronStats
     from adaras_export.steering import steered
@@ -23,7 +23,7 @@ _HOMES = {
     "Gate": "rule",
     "NeuronSet": "rule",
     "NeuronStats": "statistics",
-    "ParityReport": "parity",
+    "ParityReport": "checks",
     "SteeringRule": "rule",
     "export": "delivery",
     "steered": "steering",

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from adaras_export.parity import ParityReport
+from adaras_export.checks import ParityReport
 from adaras_export.rule import SteeringRule
 
 

@@ -18,9 +18,9 @@ import typer
 from adaras_export.errors import AdarasError, ParityError, printable
 
 if TYPE_CHECKING:
+    from adaras_export.checks import ParityReport
     from adaras_export.evaluate import Exam
     from adaras_export.generation import Sampling
-    from adaras_export.parity import ParityReport
 
 app = typer.Typer(
     name="adaras-export",

@@ -4,23 +4,21 @@ Written beside its destination, verified, given card and receipt, and only then 
 its name. Knows no format; the exporters do.
 """
 
-import errno
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
 from adaras_export import exporters, models, receipts, storage
 from adaras_export.card import CardContext, card
+from adaras_export.checks import Check, ParityReport
 from adaras_export.errors import ArtifactError, ExportError, ParityError
 from adaras_export.exporters.base import Commission, Exporter, Feature
 from adaras_export.models import BaseModel
-from adaras_export.parity import Check, ParityReport, compare, rehearse
+from adaras_export.parity import compare, rehearse
 from adaras_export.receipts import CARD_FILE, EVALUATION_FILE, RULE_FILE, SIGNATURE_FILE, Receipt
 from adaras_export.rule import SteeringRule
+from adaras_export.staging import staged
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,8 @@ def export(  # noqa: PLR0913 - one job with the options that the command line ha
             calibration; peft has adaptive and merge; stock has switchable; gguf has into.
 
     Raises:
-        ExportError: the target cannot express the rule or has no such option, ``out`` exists, or the disk is full.
+        ExportError: the target cannot express the rule or has no such option, or ``out`` exists, is being written by
+            another process, lies in the base's folder, or cannot be written.
         RuleError: the rule belongs to another model.
         ParityError: the artifact does not behave like the rule.
     """
@@ -76,7 +75,7 @@ def export(  # noqa: PLR0913 - one job with the options that the command line ha
     origin = found.id if found.revision else str(folder.resolve())
     exporter = exporter.commissioned(Commission(origin, found.revision, copy=copy, options=options))
     measured = None if evaluation is None else _evaluation(Path(evaluation), rule)
-    with _staged(out) as stage:
+    with staged(out, folder) as stage:
         written = exporter.write(rule, folder, stage)
         rule = written.rule
         (stage / RULE_FILE).write_bytes(rule.to_bytes())
@@ -215,28 +214,6 @@ def _refuse_options(exporter: Exporter, options: Mapping[str, Any]) -> None:
     if unknown := sorted(options.keys() - exporter.options):
         known = ", ".join(sorted(exporter.options)) or "none"
         raise ExportError(f"{exporter.name}: has no option {', '.join(unknown)}; expected of: {known}")
-
-
-@contextmanager
-def _staged(out: Path) -> Iterator[Path]:
-    """A folder beside ``out`` that becomes ``out`` when the context ends well, and vanishes otherwise."""
-    if out.exists():
-        raise ExportError(f"{out}: exists already; choose another folder, or remove it first")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        stage = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-    except OSError as error:
-        raise ExportError(f"{out}: cannot be written ({error.strerror})") from error
-    try:
-        yield stage
-        stage.chmod(0o755)
-        stage.rename(out)
-    except OSError as error:
-        reason = "the disk is full" if error.errno == errno.ENOSPC else error
-        raise ExportError(f"{out}: cannot be written ({reason}); nothing was left behind") from error
-    finally:
-        if stage.exists():
-            shutil.rmtree(stage)
 
 
 def _evaluation(path: Path, rule: SteeringRule) -> bytes:

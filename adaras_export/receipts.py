@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from adaras_export import storage
+from adaras_export.checks import Check, ParityReport
 from adaras_export.errors import AdarasError, ArtifactError
 from adaras_export.models import BaseModel
-from adaras_export.parity import Check, ParityReport
 
 RECEIPT_FILE = "receipt.json"
 RULE_FILE = "rule.safetensors"
