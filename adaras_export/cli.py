@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from adaras_export.errors import AdarasError, ParityError
+from adaras_export.errors import AdarasError, ParityError, printable
 
 if TYPE_CHECKING:
     from adaras_export.checks import ParityReport
@@ -487,7 +487,7 @@ _USAGE_ERROR: Any = typer.BadParameter.__base__
 
 
 def _fail(kind: str, message: str, status: int) -> None:
-    sys.stderr.write(f"{kind}: {' '.join(message.split())}\n")
+    sys.stderr.write(f"{kind}: {printable(' '.join(message.split()))}\n")
     sys.exit(status)
 
 

@@ -17,7 +17,7 @@ from adaras_export.card_header import inherited
 from adaras_export.checks import Check, ParityReport
 from adaras_export.errors import ArtifactError, ExportError, ParityError, first_line
 from adaras_export.exporters.base import Commission, Exporter, Feature
-from adaras_export.exporters.checkpoint import content_of, differing_keys
+from adaras_export.exporters.checkpoint import differing_keys, holds
 from adaras_export.models import BaseModel
 from adaras_export.parity import compare, rehearse
 from adaras_export.receipts import (
@@ -201,9 +201,12 @@ def verify(
 
 def _exporter_of(receipt: Receipt) -> Exporter:
     """The exporter that wrote a folder, as it was commissioned."""
-    exporter = exporters.load(receipt.target)
-    _refuse_options(exporter, receipt.options)
-    return exporter.commissioned(Commission(receipt.source, receipt.base.revision, options=receipt.options))
+    try:
+        exporter = exporters.load(receipt.target)
+        _refuse_options(exporter, receipt.options)
+        return exporter.commissioned(Commission(receipt.source, receipt.base.revision, options=receipt.options))
+    except ExportError as error:
+        raise ExportError(f"{receipts.RECEIPT_FILE}: {error}; export again") from error
 
 
 def _describe(folder: Path, receipt: Receipt, exporter: Exporter, rule: SteeringRule) -> Receipt:
@@ -236,7 +239,11 @@ def _other_than_written(folder: Path, receipt: Receipt, exporter: Exporter, rule
     except ArtifactError:  # an evaluation of another form
         return [EVALUATION_FILE]
     expected = {CARD_FILE: card(rule, receipt.parity, context), RESULTS_FILE: results(rule, context)}
-    return [name for name, text in expected.items() if content_of(folder / name) != (text or "").encode()]
+    return [name for name, text in expected.items() if not _has(folder / name, text)]
+
+
+def _has(path: Path, text: str | None) -> bool:
+    return not path.exists() if text is None else holds(path, text.encode())
 
 
 def _context(folder: Path, receipt: Receipt, exporter: Exporter) -> CardContext:

@@ -22,10 +22,10 @@ from adaras_export.exporters.checkpoint import (
     INDEX_FILE,
     STEERING_FILE,
     changed_companions,
-    content_of,
     copy_companions,
     differing_keys,
     disclosed,
+    holds,
     index_check,
     link_or_copy,
     linked_name,
@@ -252,7 +252,7 @@ def _gate_settings(gate: Gate) -> dict[str, Any]:
 
 def _strange_code(folder: Path, own: dict[str, bytes]) -> list[str]:
     """Files that are not this library's and that from_pretrained would run, or follow to code elsewhere."""
-    changed = [name for name, content in own.items() if content_of(folder / name) != content]
+    changed = [name for name, content in own.items() if not holds(folder / name, content)]
     names = [str(path.relative_to(folder)) for path in sorted(folder.rglob("*.py")) if "__pycache__" not in path.parts]
     pointers = [name for name in ("adapter_config.json",) if (folder / name).exists()]
     tokenizer = folder / "tokenizer_config.json"
