@@ -82,8 +82,8 @@ def look(name: str, branch: str = MAIN, token: str | None = None) -> Remote:
     Raises:
         HubError: no token, or one that the Hub does not accept; no Hub; no such name.
     """
-    from huggingface_hub import RepoFile
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    from huggingface_hub.hf_api import RepoFile
 
     require_token(name, token)
     api = _api(token)
