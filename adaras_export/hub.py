@@ -147,8 +147,6 @@ def carry_out(planned: Plan, token: str | None = None) -> Pushed:
         HubError: the Hub refuses, or somebody else committed since the plan was made; nothing was committed.
     """
     remote, sent = planned.remote, tuple(sorted({*planned.added, *planned.replaced}))
-    if remote.head is not None and planned.empty and not remote.new_branch:
-        return Pushed(remote.name, remote.head, remote.url, planned.private, {}, planned.unchanged, ())
     made = repositories.commit(
         remote,
         {name: planned.files[name] for name in sent},

@@ -82,8 +82,8 @@ def look(name: str, branch: str = MAIN, token: str | None = None) -> Remote:
     Raises:
         HubError: no token, or one that the Hub does not accept; no Hub; no such name.
     """
-    from huggingface_hub import RepoFile
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    from huggingface_hub.hf_api import RepoFile
 
     require_token(name, token)
     api = _api(token)
@@ -117,6 +117,8 @@ def commit(
 ) -> Commit:
     """Put files into a repository, and take others out, with one commit; creates repository and branch where missing.
 
+    Where there is nothing to put or take, the branch stays where it is.
+
     Large files are sent first, so that a push which is cut off and repeated sends only what is not there yet.
 
     Raises:
@@ -132,6 +134,8 @@ def commit(
             head = api.model_info(remote.name).sha
         if remote.branch != MAIN and (remote.head is None or remote.new_branch):
             api.create_branch(remote.name, branch=remote.branch, revision=head)
+        if not files and not removed:
+            return Commit(str(head), f"{remote.url}/commit/{head}")
         additions = [CommitOperationAdd(path, files[path]) for path in sorted(files)]
         deletions = [CommitOperationDelete(path) for path in sorted(removed)]
         made = api.create_commit(
