@@ -31,7 +31,7 @@ As a pipeline:
 from transformers import pipeline
 
 generate = pipeline("text-generation", model="{repo}")
-print(generate("What is 12 times 7?", max_new_tokens=32)[0]["generated_text"])
+print(generate("What is 12 times 7?", max_new_tokens=32, do_sample=False)[0]["generated_text"])
 ```
 
 An ordinary checkpoint, which servers open as well. vLLM (where `config.json` says `hy_v3`, with
