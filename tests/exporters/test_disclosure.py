@@ -121,9 +121,7 @@ def graph(rules, folders, plain, tmp_path_factory):
     out = tmp_path_factory.mktemp("graph") / "onnx"
     shutil.copytree(plain["llama"].parent, out)
     ir.save(model, out / "model.onnx")
-    return out.parent, {
-        name: value for name, value in onnx_graph.tensors(rule, vectors(rule, folders["llama"])).items()
-    }
+    return out.parent, dict(onnx_graph.tensors(rule, vectors(rule, folders["llama"])).items())
 
 
 @pytest.mark.slow
