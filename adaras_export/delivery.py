@@ -4,18 +4,20 @@ Written beside its destination, verified, given card and receipt, and only then 
 its name. Knows no format; the exporters do.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from adaras_export import disclosure, exporters, models, receipts, storage
+from adaras_export import disclosure, exporters, integrity, models, receipts, storage
 from adaras_export.card import CardContext, card, results
 from adaras_export.card_effect import Measured
 from adaras_export.card_header import inherited
 from adaras_export.checks import Check, ParityReport
 from adaras_export.errors import ArtifactError, ExportError, ParityError, first_line
 from adaras_export.exporters.base import Commission, Exporter, Feature
+from adaras_export.exporters.checkpoint import differing_keys, holds
 from adaras_export.models import BaseModel
 from adaras_export.parity import compare, rehearse
 from adaras_export.receipts import (
@@ -157,7 +159,13 @@ def readdressed(folder: Path, receipt: Receipt, repository: str) -> dict[str, by
     return {CARD_FILE: text, RECEIPT_FILE: complete.to_bytes()}
 
 
-def verify(path: str | Path, base: str | Path | None = None) -> ParityReport:
+def verify(
+    path: str | Path,
+    base: str | Path | None = None,
+    *,
+    receipt: str | None = None,
+    key: str | Path | None = None,
+) -> ParityReport:
     """Check an exported folder: its files, what it stores, and what it computes.
 
     Code of the artifact runs only after it was found to be, byte for byte, this library's own.
@@ -165,30 +173,40 @@ def verify(path: str | Path, base: str | Path | None = None) -> ParityReport:
     Args:
         path: the folder.
         base: the base model, where it is no longer at the place that the receipt names.
+        receipt: the SHA-256 that ``receipt.json`` must have, as its author told it elsewhere.
+        key: PEM file of the public key that the folder must be signed with.
 
     Raises:
         ArtifactError: the folder is no export, or the base cannot be found.
     """
     folder = Path(path)
-    receipt = receipts.read(folder)
-    exporter = _exporter_of(receipt)
-    checks = receipts.file_checks(folder, receipt)
+    recorded = receipts.read(folder)
+    exporter = _exporter_of(recorded)
+    checks = [*integrity.origin_checks(folder, receipt, key), *integrity.content_checks(folder, recorded)]
+    if any(check.name in integrity.FATAL and not check.ok for check in checks):
+        return ParityReport((*checks, Check("not looked into, because of that", 1, 0)))
     rule = SteeringRule.load(folder / RULE_FILE)
-    checks.append(Check("rule other than the receipt's", float(rule.fingerprint != receipt.rule), 0))
-    found, revision = receipt.source if base is None else base, receipt.base.revision
+    found, revision = recorded.source if base is None else base, recorded.base.revision
     base_folder = models.fetch(found, revision)
     rule.base.require_same(BaseModel.of(found, revision))
-    checks += [_base_check(receipt, base_folder), _disclosure_check(exporter, folder, receipt)]
+    checks += [
+        _base_check(recorded, base_folder),
+        _disclosure_check(exporter, folder, recorded),
+        *_card_checks(folder, recorded, exporter, rule, base_folder),
+    ]
     elsewhere = None if base is None else base_folder
-    exporter = exporter.commissioned(Commission(receipt.source, revision, elsewhere, options=receipt.options))
+    exporter = exporter.commissioned(Commission(recorded.source, revision, elsewhere, options=recorded.options))
     return ParityReport((*checks, *_verified(exporter, folder, rule, base_folder).checks))
 
 
 def _exporter_of(receipt: Receipt) -> Exporter:
     """The exporter that wrote a folder, as it was commissioned."""
-    exporter = exporters.load(receipt.target)
-    _refuse_options(exporter, receipt.options)
-    return exporter.commissioned(Commission(receipt.source, receipt.base.revision, options=receipt.options))
+    try:
+        exporter = exporters.load(receipt.target)
+        _refuse_options(exporter, receipt.options)
+        return exporter.commissioned(Commission(receipt.source, receipt.base.revision, options=receipt.options))
+    except ExportError as error:
+        raise ExportError(f"{receipts.RECEIPT_FILE}: {error}; export again") from error
 
 
 def _describe(folder: Path, receipt: Receipt, exporter: Exporter, rule: SteeringRule) -> Receipt:
@@ -199,6 +217,33 @@ def _describe(folder: Path, receipt: Receipt, exporter: Exporter, rule: Steering
     complete = replace(receipt, files=receipts.hashes(folder))
     complete.write(folder)
     return complete
+
+
+def _card_checks(folder: Path, receipt: Receipt, exporter: Exporter, rule: SteeringRule, base: Path) -> list[Check]:
+    """Whether the card is the one that its receipt gives, and says of rule and base what they say themselves."""
+    said = _base_card(base)
+    other = [] if not (base / "README.md").exists() else differing_keys(receipt.base_card, json.loads(json.dumps(said)))
+    dropped = sorted({*receipt.drops} ^ {*_dropped(rule, exporter)})
+    written = _other_than_written(folder, receipt, exporter, rule)
+    return [
+        Check("card other than its receipt's", len(written), 0, " ".join(written)),
+        Check("statements about the base that differ from its card", len(other), 0, " ".join(other)),
+        Check("features left out, or not, other than the receipt's", len(dropped), 0, " ".join(dropped)),
+    ]
+
+
+def _other_than_written(folder: Path, receipt: Receipt, exporter: Exporter, rule: SteeringRule) -> list[str]:
+    """Which of card and evaluation results are not what receipt, rule and evaluation give."""
+    try:
+        context = _context(folder, receipt, exporter)
+    except ArtifactError:  # an evaluation of another form
+        return [EVALUATION_FILE]
+    expected = {CARD_FILE: card(rule, receipt.parity, context), RESULTS_FILE: results(rule, context)}
+    return [name for name, text in expected.items() if not _has(folder / name, text)]
+
+
+def _has(path: Path, text: str | None) -> bool:
+    return not path.exists() if text is None else holds(path, text.encode())
 
 
 def _context(folder: Path, receipt: Receipt, exporter: Exporter) -> CardContext:
@@ -250,7 +295,10 @@ def _base_check(receipt: Receipt, base: Path) -> Check:
 
 def _verified(exporter: Exporter, folder: Path, rule: SteeringRule, base: Path) -> ParityReport:
     """Look the artifact over; where its code and settings are the library's, run it against the reference."""
-    stored = list(exporter.inspect(folder, rule, base))
+    try:
+        stored = list(exporter.inspect(folder, rule, base))
+    except ArtifactError as error:
+        return ParityReport((Check("what it stores cannot be read", 1, 0, str(error)),))
     if not all(check.ok for check in stored[:2]):  # never run code that is not ours, or that its settings name
         return ParityReport((*stored, Check("not run, because its code or its settings differ", 1, 0)))
     try:
@@ -258,6 +306,10 @@ def _verified(exporter: Exporter, folder: Path, rule: SteeringRule, base: Path) 
         return ParityReport((*stored, *compare(script, exporter.load(folder))))
     except ArtifactError as error:
         return ParityReport((*stored, Check("it does not open or run", 1, 0, str(error))))
+    except Exception as error:  # of damaged files libraries say all kinds of things
+        if all(check.ok for check in stored):
+            raise
+        return ParityReport((*stored, Check("it does not open or run", 1, 0, first_line(error))))
 
 
 def _refuse_loss(rule: SteeringRule, exporter: Exporter, accepted: Sequence[str]) -> tuple[str, ...]:
@@ -265,14 +317,19 @@ def _refuse_loss(rule: SteeringRule, exporter: Exporter, accepted: Sequence[str]
         raise ExportError(
             f"--accept-loss: no feature {', '.join(unknown)}; expected of: {', '.join(get_args(Feature))}"
         )
-    needed = {"start", "dial", *(["gate"] if rule.gate is not None else [])}
-    dropped = tuple(sorted(exporter.drops & needed))
+    dropped = _dropped(rule, exporter)
     if refused := [feature for feature in dropped if feature not in accepted]:
         raise ExportError(
             f"{exporter.name}: cannot express {', '.join(refused)}; drop it with --accept-loss {','.join(refused)}, "
             "or choose target hf"
         )
     return dropped
+
+
+def _dropped(rule: SteeringRule, exporter: Exporter) -> tuple[str, ...]:
+    """What a rule has and a format, as commissioned, cannot express."""
+    needed = {"start", "dial", *(["gate"] if rule.gate is not None else [])}
+    return tuple(sorted(exporter.drops & needed))
 
 
 def _refuse_options(exporter: Exporter, options: Mapping[str, Any]) -> None:

@@ -39,7 +39,10 @@ def hub_access() -> Finding:
     if status == 401:
         mend = "set another HF_TOKEN" if os.environ.get("HF_TOKEN") else "run: hf auth login --force"
         return Finding(_HUB, ok=False, text=f"{endpoint} refuses the token that it is given; {mend}", figures=figures)
-    return Finding(_HUB, None, f"{endpoint} gives no answer of a Hub ({status}); needed only for its models", figures)
+    how = (
+        f"answers with status {status}, not as a Hub does" if isinstance(status, int) else f"cannot be asked ({status})"
+    )
+    return Finding(_HUB, None, f"{endpoint} {how}; only models of the Hub need it", figures)
 
 
 def _asked(endpoint: str, token: str | None) -> tuple[int | str, str | None]:

@@ -1,8 +1,8 @@
-"""What is installed here, by the names and versions of packages. Imports none of them."""
+"""What is installed here, and whether it is new enough, by the names and versions of packages. Imports none of them."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Any
 
 _CORE = ("adaras-export", "torch", "transformers", "safetensors", "huggingface_hub")
@@ -52,8 +52,9 @@ def installed(name: str) -> str | None:
 
 def packages(installed: Installed = installed) -> list[Finding]:
     """The libraries that all of this needs, what the extras bring, and whether the latter get along."""
-    core = [Finding(name, found is not None, found or "missing") for name in _CORE for found in [installed(name)]]
-    return [*core, *_extras(installed), onnxruntime(installed)]
+    wanted = _wanted()
+    core = [_package(name, installed(name), wanted.get(name, "")) for name in _CORE]
+    return [*core, *(_extra(extra, installed, wanted) for extra in _EXTRAS), onnxruntime(installed)]
 
 
 def has_onnxruntime(installed: Installed = installed) -> bool:
@@ -74,11 +75,36 @@ def onnxruntime(installed: Installed = installed) -> Finding:
     return Finding("one ONNX Runtime", True if found else None, text)
 
 
-def _extras(installed: Installed) -> list[Finding]:
-    findings = []
-    for extra, names in _EXTRAS.items():
-        missing = [name for name in names if installed(name) is None]
-        found = ", ".join(f"{name} {installed(name)}" for name in names if name not in missing)
-        remedy = f"no {', '.join(missing)}; for it, pip install 'adaras-export[{extra}]'"
-        findings.append(Finding(f"extra {extra}", None if missing else True, remedy if missing else found))
-    return findings
+def _wanted() -> dict[str, str]:
+    """The versions that this library asks for, by package: ">=4.57"."""
+    from packaging.requirements import Requirement  # Transformers and huggingface_hub bring it
+
+    try:
+        asked = [Requirement(line) for line in requires("adaras-export") or ()]
+    except PackageNotFoundError:  # run from its source, without an installation
+        return {}
+    return {one.name: str(one.specifier) for one in asked}
+
+
+def _fits(found: str, wanted: str) -> bool:
+    from packaging.specifiers import SpecifierSet
+
+    return SpecifierSet(wanted).contains(found, prereleases=True)
+
+
+def _package(name: str, found: str | None, wanted: str) -> Finding:
+    if found is not None and _fits(found, wanted):
+        return Finding(name, ok=True, text=found)
+    text = f"{found or 'missing'}; expected {wanted or 'it'}: pip install --upgrade '{name}{wanted}'"
+    return Finding(name, ok=False, text=text)
+
+
+def _extra(extra: str, installed: Installed, wanted: Mapping[str, str]) -> Finding:
+    name, found = f"extra {extra}", {one: installed(one) for one in _EXTRAS[extra]}
+    there = {one: here for one, here in found.items() if here is not None}
+    if missing := [one for one in found if one not in there]:
+        return Finding(name, None, f"no {', '.join(missing)}; for it, pip install 'adaras-export[{extra}]'")
+    old = [one for one, here in there.items() if not _fits(here, wanted.get(one, ""))]
+    text = ", ".join(f"{one} {here}{f', expected {wanted[one]}' if one in old else ''}" for one, here in there.items())
+    remedy = f"; pip install --upgrade 'adaras-export[{extra}]'" if old else ""
+    return Finding(name, ok=not old, text=text + remedy)

@@ -11,16 +11,28 @@ AdarasError
 ├── MissingExtraError      an optional library is not installed
 └── BrokenInstallationError  a library or target does not work, or libraries exclude each other
 
-A message is one line: subject, found, expected, remedy. The command line turns ParityError into exit 1
-and every other AdarasError into exit 2; anything else is a bug of ours and keeps its traceback.
+A message is one line: subject, found, expected, remedy; control characters are escaped. The command line turns
+ParityError into exit 1 and every other AdarasError into exit 2; anything else is a bug of ours and keeps its traceback.
 """
 
 import importlib
 from types import ModuleType
 
+_LONGEST = 2000
+
+
+def printable(text: str) -> str:
+    """Text for a terminal, in one line of bearable length: control characters, as names of files may hold, escaped."""
+    if len(text) > _LONGEST:
+        text = f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+
 
 class AdarasError(Exception):
     """Base of all errors that the user can act on."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 class TraceError(AdarasError):

@@ -30,6 +30,7 @@ from adaras_export.values import (
     restore_base,
     same_length,
     set_array,
+    set_questions,
     set_vectors,
 )
 
@@ -76,7 +77,7 @@ class NeuronSet(Value):
         same_length(self, "neurons", ("layer", "index", "delta", *self._optional))
         check_choice("neurons", "ranking", self.ranking, get_args(Ranking))
         check_places("neurons", self.layer, self.index, self.base)
-        object.__setattr__(self, "questions", tuple(sorted(set(self.questions))))
+        set_questions(self, "neurons")
 
     def __len__(self) -> int:
         return len(self.layer)
@@ -114,7 +115,10 @@ class NeuronSet(Value):
                 or the file has fewer than ``top`` rows.
         """
         layer, index, delta = zip(*reference.neuron_rows(Path(path)), strict=True)
-        neurons = cls(layer=np.array(layer), index=np.array(index), delta=np.array(delta), base=base)
+        try:
+            neurons = cls(layer=np.array(layer), index=np.array(index), delta=np.array(delta), base=base)
+        except RuleError as error:
+            raise RuleError(f"{path}: {error}") from error
         return neurons if top is None else neurons.top(top)
 
     def _arrays(self) -> dict[str, Array]:
@@ -137,7 +141,7 @@ class NeuronSet(Value):
             **arrays,
             ranking=record["ranking"],
             base=restore_base(record, subject),
-            questions=tuple(record["questions"]),
+            questions=record["questions"],
         )
 
 
@@ -201,7 +205,7 @@ class Gate(Value):
         if not 0 <= self.threshold <= 1:
             raise RuleError(f"gate: threshold {self.threshold} is no probability; expected a number from 0 to 1")
         check_places("gate", self.layer, self.index, self.base)
-        object.__setattr__(self, "questions", tuple(sorted(set(self.questions))))
+        set_questions(self, "gate")
         order = np.lexsort((self.index, self.layer))
         for name in ("layer", "index", "attention_weight", "hidden_weight"):
             freeze(self, name, getattr(self, name)[..., order])
@@ -229,7 +233,7 @@ class Gate(Value):
             **arrays,
             threshold=record["threshold"],
             base=restore_base(record, subject),
-            questions=tuple(record["questions"]),
+            questions=record["questions"],
         )
 
 
@@ -263,6 +267,7 @@ class SteeringRule(Value):
     def __post_init__(self) -> None:
         check_number("rule", "strength", self.strength)
         check_choice("rule", "start", self.start, get_args(Start))
+        set_questions(self, "rule")
         for part in (self.neurons, self.gate):
             if part is not None and part.base is not None:
                 part.base.require_same(self.base)
@@ -387,5 +392,5 @@ class SteeringRule(Value):
             base=base,
             start=record["start"],
             gate=Gate(**parts["gate"], threshold=record["threshold"], base=base) if parts["gate"] else None,
-            questions=tuple(record["questions"]),
+            questions=record["questions"],
         )

@@ -20,11 +20,11 @@ from gguf import GGUFValueType
 from adaras_export import models, storage
 from adaras_export.disclosure import Disclosed
 from adaras_export.errors import ArtifactError, ExportError
-from adaras_export.exporters import gguf_files, gguf_model
+from adaras_export.exporters import gguf_files, gguf_model, gguf_reader
 from adaras_export.exporters import gguf_words as words
 from adaras_export.exporters.base import Commission, Exporter, Feature, Written, require_effect, stock_reference
 from adaras_export.exporters.checkpoint import differing_keys, opened, plain_config, vectors
-from adaras_export.exporters.gguf_files import Entry
+from adaras_export.exporters.gguf_reader import Entry
 from adaras_export.parity import FLOAT32, Artifact, Check, Mode, Play, Reference, play_model
 from adaras_export.receipts import DESCRIBING, files_of
 from adaras_export.rule import SteeringRule
@@ -73,10 +73,10 @@ class GgufExporter:
         """As `Exporter` says."""
         into = commission.options.get("into")
         if into is None or isinstance(into, Mapping):
-            if into is not None and into.keys() != {"file", "content"}:
+            if into is not None and (into.keys() != {"file", "content"} or not all(map(_is_text, into.values()))):
                 raise ArtifactError(f"receipt: says of --into {sorted(into)}; expected content and file; export again")
             return replace(self, into=into, commission=commission)
-        if not Path(into).is_file():
+        if not isinstance(into, str | Path) or not Path(into).is_file():
             raise ExportError(f"gguf: --into {into}: no such file; expected a GGUF model")
         return replace(self, into=Path(into), commission=commission)
 
@@ -169,6 +169,10 @@ class GgufExporter:
 EXPORTER = GgufExporter()
 
 
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
 def _require_expressible(rule: SteeringRule) -> None:
     if rule.base.family not in _ARCHITECTURES:
         raise ExportError(
@@ -202,13 +206,12 @@ def _directions(rule: SteeringRule, base: Path, config: Mapping[str, Any]) -> di
 
 
 def _vector_checks(path: Path, rule: SteeringRule, base: Path) -> list[Check]:
-    reader = gguf_files.opened(path)
-    entries, expected_entries = gguf_files.metadata(reader), _metadata(rule)
+    file, expected_entries = gguf_reader.opened(path), _metadata(rule)
     expected = _directions(rule, base, storage.read_json(base / "config.json"))
-    other = differing_keys(entries, expected_entries)
-    other += sorted({tensor.name for tensor in reader.tensors} - expected.keys())
-    other += gguf_files.strange(reader, expected)
-    wrong = gguf_files.differing(gguf_files.vectors(reader), expected)
+    other = differing_keys(file.entries, expected_entries)
+    other += sorted({tensor.name for tensor in file.tensors} - expected.keys())
+    other += gguf_files.strange(file, expected)
+    wrong = gguf_files.differing(gguf_files.vectors(file), expected)
     return [
         Check("metadata entries or tensors that differ", len(other), 0, " ".join(other)),
         Check("directions that differ", len(wrong), 0, " ".join(wrong)),
@@ -217,9 +220,9 @@ def _vector_checks(path: Path, rule: SteeringRule, base: Path) -> list[Check]:
 
 def _stored_directions(path: Path) -> dict[int, Array]:
     """The vectors of a control vector by 0-based layer, times the scale that it is meant for."""
-    reader = gguf_files.opened(path)
-    scale = np.float32(gguf_files.metadata(reader)["adaras.strength"][1])
-    return {int(name.removeprefix("direction.")): scale * value for name, value in gguf_files.vectors(reader).items()}
+    file = gguf_reader.opened(path)
+    scale = np.float32(file.entries["adaras.strength"][1])
+    return {int(name.removeprefix("direction.")): scale * value for name, value in gguf_files.vectors(file).items()}
 
 
 class _Player:

@@ -20,8 +20,9 @@ from adaras_export.exporters.checkpoint import (
     STEERING_FILE,
     disclosed,
     plain_config,
-    stored_names,
     stores,
+    strange_names,
+    unknown_files,
     write_tensors,
 )
 from adaras_export.parity import Artifact, Check, Reference
@@ -73,11 +74,12 @@ class ThinExporter:
         checks = hf.repository_checks(folder, base, self._config(rule, base), payload(rule.base.family))
         expected, path = _tensors(rule, base), folder / STEERING_FILE
         wrong = [name for name, value in expected.items() if not stores(path, name, value)]
-        strange = sorted(stored_names(path) ^ expected.keys())
+        strange = strange_names(path, expected)
         return [
             *checks,
             Check("steering tensors that differ", len(wrong), 0, " ".join(wrong)),
             Check("tensors missing or unknown", len(strange), 0, " ".join(strange)),
+            unknown_files(folder, base, {*payload(rule.base.family), *hf.REPOSITORY_FILES, STEERING_FILE}),
         ]
 
     def reference(self, folder: Path, rule: SteeringRule, base: Path) -> Reference:  # noqa: ARG002

@@ -51,6 +51,9 @@ _PACKAGES = (
     ),
 )
 
+FILES = frozenset({GRAPH, *_OWN, *(name for package in _PACKAGES for name in package.files.values())})
+"""All that a page consists of."""
+
 
 def write_files(out: Path) -> None:
     """Write all of the page but its graph into ``out``.

@@ -27,6 +27,8 @@ from adaras_export.exporters.checkpoint import (
     plain_config,
     stored_names,
     stores,
+    strange_names,
+    unknown_files,
     vectors,
     write_json,
 )
@@ -71,12 +73,13 @@ class PeftExporter:
         settings = differing_keys(found, expected)
         tensors, path = self.tensors(rule, base), folder / ADAPTER_FILE
         wrong = [name for name, value in tensors.items() if not stores(path, name, value)]
-        strange = sorted(stored_names(path) ^ tensors.keys())
+        strange = strange_names(path, tensors)
         return [
             _code_check(folder),
             Check("adapter_config.json entries that differ", len(settings), 0, " ".join(settings)),
             Check("adapter tensors that differ", len(wrong), 0, " ".join(wrong)),
             Check("tensors missing or unknown", len(strange), 0, " ".join(strange)),
+            unknown_files(folder, None, {ADAPTER_FILE, CONFIG_FILE}),
         ]
 
     def reference(self, folder: Path, rule: SteeringRule, base: Path) -> Reference:  # noqa: ARG002

@@ -17,7 +17,7 @@ from adaras_export.errors import require
 from adaras_export.exporters import hf, steering_lora
 from adaras_export.exporters import stock_words as words
 from adaras_export.exporters.base import Commission, Exporter, Feature, Written, require_effect, stock_reference
-from adaras_export.exporters.checkpoint import disclosed, opened
+from adaras_export.exporters.checkpoint import disclosed, opened, unknown_files
 from adaras_export.exporters.stock_plan import Plan
 from adaras_export.parity import FLOAT32, Artifact, Check, Mode, Play, Reference, play_model
 from adaras_export.rule import SteeringRule
@@ -70,7 +70,9 @@ class StockExporter:
             detail = " ".join([checks[1].detail, *wrong]).strip()
             checks[1] = replace(checks[1], figure=checks[1].figure + len(wrong), detail=detail)
             checks += steering_lora.checks(rule, base, folder)
-        return checks
+        adapter = steering_lora.FILES if self.switchable else ()
+        own = {*hf.REPOSITORY_FILES, *hf.SHARED_FILES, *plan.names.values(), *adapter}
+        return [*checks, unknown_files(folder, base, own)]
 
     def reference(self, folder: Path, rule: SteeringRule, base: Path) -> Reference:  # noqa: ARG002
         """As `Exporter` says."""

@@ -14,6 +14,7 @@ os.environ["HF_HOME"] = str(_CACHE)
 os.environ["HF_MODULES_CACHE"] = str(_CACHE / "modules")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import artifacts  # noqa: E402
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import tiny  # noqa: E402
@@ -115,6 +116,12 @@ def told(rules, stock):
 def told_everywhere(rules, stock):
     """The same where every token of every sequence is steered: what a static artifact must say."""
     return tiny.Lazy(lambda key: tiny.answers_everywhere(stock[key[0]], rules[key]))
+
+
+@pytest.fixture(scope="session")
+def exported(rules, folders, stock, tmp_path_factory):
+    """The folder of an export, by name of `artifacts.EXPORTS`. Read only."""
+    return tiny.Lazy(lambda name: artifacts.write(name, rules, folders, stock, tmp_path_factory.mktemp(name)))
 
 
 @pytest.fixture(scope="session")

@@ -1,15 +1,21 @@
 """Which packages are here, which are missing, and how an optional library is told from a broken one."""
 
-from importlib.metadata import version
+from importlib.metadata import requires, version
 
 import pytest
+from packaging.requirements import Requirement
 
-from adaras_export.environment import has_onnxruntime, onnxruntime, packages
+from adaras_export.environment import _EXTRAS, has_onnxruntime, onnxruntime, packages
 from adaras_export.errors import BrokenInstallationError, MissingExtraError, require
 
 
 def by_name(findings):
     return {finding.name: finding for finding in findings}
+
+
+def asked_for(extra):
+    lines = [Requirement(line) for line in requires("adaras-export")]
+    return {one.name for one in lines if one.marker and one.marker.evaluate({"extra": extra})}
 
 
 def test_it_finds_what_is_installed_here():
@@ -38,8 +44,20 @@ def test_what_is_absent_comes_with_the_command_that_brings_it():
     assert not has_onnxruntime(installed)
 
 
-def test_a_core_library_that_is_missing_is_a_failure():
-    assert by_name(packages(lambda name: None))["torch"].line() == "FAIL torch: missing"
+def test_a_core_library_that_is_missing_or_too_old_is_a_failure():
+    for found, told in ((None, "missing"), ("4.56.2", "4.56.2")):
+        line = by_name(packages(lambda name, found=found: found))["transformers"].line()
+        assert line == f"FAIL transformers: {told}; expected >=4.57: pip install --upgrade 'transformers>=4.57'"
+
+
+def test_a_library_of_an_extra_that_is_too_old_is_a_failure():
+    found = by_name(packages(lambda name: "0.17.1"))["extra peft"]
+    assert found.line() == "FAIL extra peft: peft 0.17.1, expected >=0.18; pip install --upgrade 'adaras-export[peft]'"
+
+
+def test_every_library_of_an_extra_is_one_that_the_extra_asks_for():
+    for extra, names in _EXTRAS.items():
+        assert {*names} <= asked_for(extra)
 
 
 @pytest.mark.parametrize(

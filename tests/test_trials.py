@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import sysconfig
 import venv
 from pathlib import Path
@@ -25,8 +26,8 @@ class Environment:
         venv.create(folder, symlinks=True)
         self.python = folder / "bin" / "python"
         self.site = Path(sysconfig.get_path("purelib", vars={"base": str(folder)}))
-        for entry in Path(sysconfig.get_path("purelib")).iterdir():
-            if entry.suffix != ".pth" and entry.name != PACKAGE.name:
+        for entry in installed():
+            if not (self.site / entry.name).exists():  # as in an import, the first one counts
                 (self.site / entry.name).symlink_to(entry)
         (self.site / PACKAGE.name).symlink_to(PACKAGE)
 
@@ -54,6 +55,17 @@ class Environment:
         command = [self.python, "-c", code, *(str(WAYS.index(way)) for way in ways)]
         done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=self.site, env=bare())
         return dict(line.split(": ", 1) for line in done.stdout.splitlines())
+
+
+def installed():
+    """All that lies in the folders that this Python imports packages from, but our own package."""
+    folders = [Path(folder) for folder in sys.path if Path(folder).name in {"site-packages", "dist-packages"}]
+    return [
+        entry
+        for folder in folders
+        for entry in folder.iterdir()
+        if entry.suffix != ".pth" and entry.name != PACKAGE.name
+    ]
 
 
 def bare():
