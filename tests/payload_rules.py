@@ -68,7 +68,7 @@ THIN = Allowed(
     },
     dynamic={
         "getattr(sys.modules[type(config).__module__], record['auto_map'][cls.auto_class].rpartition('.')[2])",
-        "setattr(module, name, nn.Parameter(value, requires_grad=False) if value.is_floating_point() else value)",
+        "setattr(decoder.get_submodule(owner), key, value)",
     },
 )
 

@@ -477,11 +477,12 @@ class SteeredGeneration(_Steered, GenerationMixin):
         kwargs["inputs_embeds"] = inputs_embeds  # named above because Transformers looks at the signature
         prepared = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc]
         cache, tokens, scope = prepared.get("past_key_values"), tokens_of(prepared), scope_of(self.steered_decoder)
-        columns = columns_in(cache)
+        mask = kwargs.get("attention_mask")  # the 2D one: with a static cache, that of this call is a 4D one
+        # Version 5 drops a mask without padding; version 4 does not count the padding in a static cache.
+        columns = columns_in(cache) if mask is None else mask.shape[1] - tokens.shape[1]
         if scope is not None and (scope.prompt_width > columns or tokens.shape[1] > 1):
             prepared["steering_start"] = scope.prompt_width - columns
-            # From the mask that came in: a static cache has turned the mask of this call into a 4D one.
-            prepared["steering_valid"] = valid_tokens(kwargs.get("attention_mask"), tokens)
+            prepared["steering_valid"] = valid_tokens(mask, tokens)
         if cache is not None and not columns:
             cache.steering_state = None  # the caller's cache was reset, which a compiled graph cannot see
         return prepared
