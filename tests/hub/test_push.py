@@ -14,6 +14,7 @@ from huggingface_hub import constants, snapshot_download
 from adaras_export import cli, delivery, receipts
 from adaras_export import hub as pushing
 from adaras_export.errors import ArtifactError, ExportError, HubError
+from adaras_export.storage import sha256
 
 # huggingface_hub hands files to its HTTP client by a name that this calls old.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -112,6 +113,14 @@ def test_a_branch_of_a_new_repository_leaves_main_empty(online, artifact):
 
 
 @slow
+def test_a_commit_is_no_branch(online, artifact):
+    with pytest.raises(
+        HubError, match=rf"{NAME}: {'5' * 40} is a commit, which nothing can be added to; expected a branch"
+    ):
+        pushing.push(artifact, NAME, revision="5" * 40)
+
+
+@slow
 def test_visibility_is_what_was_asked_for_and_else_what_it_is(online, artifact):
     assert not pushing.push(artifact, NAME, private=False).private
     assert not pushing.plan(artifact, NAME).private
@@ -139,6 +148,7 @@ def test_the_command_says_what_it_did_as_json(online, artifact, monkeypatch, cap
     done = json.loads(said.out)
     assert online.repositories[NAME].commits[done["commit"]]["summary"] == "why"
     assert (done["repository"], done["private"], done["removed"]) == (NAME, False, [])
+    assert done["receipt"] == sha256(remote(online)["receipt.json"])
     assert done["uploaded"] == {name: len(content) for name, content in expected(artifact).items()}
     assert "a new PUBLIC repository" in said.err
 
