@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from adaras_export.errors import printable
+
 
 @dataclass(frozen=True)
 class Check:
@@ -22,7 +24,8 @@ class Check:
         """One line for a person."""
         verdict = "    " if self.limit is None else "ok  " if self.ok else "FAIL"
         limit = "" if self.limit is None else f"  (limit {self.limit:.3g})"
-        return f"{verdict} {self.name}: {self.figure:.3g}{limit}{'  ' + self.detail if self.detail else ''}"
+        detail = "  " + self.detail if self.detail else ""
+        return printable(f"{verdict} {self.name}: {self.figure:.3g}{limit}{detail}")  # it names foreign files
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class ParityReport:
 def _check(record: Any) -> Check:  # noqa: ANN401 - comes from a file
     found = Check(record["check"], record["figure"], record["limit"], record["detail"])
     numbers = [found.figure] if found.limit is None else [found.figure, found.limit]
-    if not all(isinstance(number, int | float) for number in numbers):
+    if not all(type(number) in (int, float) for number in numbers):
         raise TypeError(f"check {found.name!r} has no numbers")
     if not isinstance(found.name, str) or not isinstance(found.detail, str):
         raise TypeError(f"check {found.name!r} has no texts")

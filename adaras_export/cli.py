@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from adaras_export.errors import AdarasError, ParityError
+from adaras_export.errors import AdarasError, ParityError, printable
 
 if TYPE_CHECKING:
     from adaras_export.checks import ParityReport
@@ -271,6 +271,8 @@ def evaluate(
     stop: Stop = None,
     batch_size: Rows = 64,
     allow_seen: Seen = False,
+    dataset: Annotated[str | None, typer.Option(help="Hub dataset that the questions are from, for the card.")] = None,
+    task: Annotated[str | None, typer.Option(help="Task of that benchmark, for its leaderboard.")] = None,
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
@@ -284,6 +286,7 @@ def evaluate(
     read = SteeringRule.load(rule)
     arms = arms_of(read, compare.split(",")) if compare else ()
     exam = _exam(questions, check, Sampling(max_new_tokens, stop=_text(stop)), batch_size)
+    exam = replace(exam, dataset=dataset, task=task)
     read.base.require_same(BaseModel.of(model, revision))  # a model in memory has no fingerprint to compare
     loaded, tokenizer = _load(model, revision)
     how: dict[str, Any] = {"random_seeds": range(random_controls), "allow_seen": allow_seen}
@@ -382,6 +385,28 @@ def verify(
 
 
 @app.command()
+def card(
+    folder: Annotated[Path, typer.Argument(help="An exported folder.")],
+    repository: Annotated[str | None, typer.Option(help="What the card calls it: USER/REPO on the Hub.")] = None,
+    evaluation: Annotated[Path | None, typer.Option(help="File of eval; default: the one that is in it.")] = None,
+    dataset: Annotated[
+        list[str] | None, typer.Option(help="Hub dataset that the rule was made with; may be repeated.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write the model card of an exported folder anew, and its receipt; nothing else of it changes."""
+    from adaras_export import delivery, receipts
+
+    before = receipts.read(folder).files
+    receipt = delivery.recard(folder, repository, evaluation, dataset or None)
+    changed = sorted(name for name, found in receipt.files.items() if before.get(name) != found)
+    gone = sorted(before.keys() - receipt.files.keys())
+    record = {"path": str(folder), "repository": receipt.repository, "changed": changed, "removed": gone}
+    told = [f"written: {', '.join(changed)}" if changed else "as it was", *(f"removed: {name}" for name in gone)]
+    _print(record, f"{folder}: {'; '.join(told)}", as_json)
+
+
+@app.command()
 def sign(
     folder: Annotated[Path, typer.Argument(help="An exported folder.")],
     key: Annotated[Path, typer.Argument(help="PEM file of a private key: P-256, P-384 or P-521.")],
@@ -393,12 +418,46 @@ def sign(
 
 
 @app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="An exported folder.")],
+    repository: Annotated[str, typer.Argument(help="USER/NAME.")],
+    private: Annotated[
+        bool | None, typer.Option("--private/--public", help="Who may see it. [default: private, if it is new]")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="A branch, new or not. [default: main]")] = None,
+    message: Annotated[str | None, typer.Option(help="The commit's message.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Put an exported folder on the Hub, with one commit. Goes on where it was interrupted."""
+    from adaras_export import hub
+
+    if not (yes or dry_run or sys.stdin.isatty()):
+        raise typer.BadParameter("nobody is there to be asked; expected --yes, or --dry-run to see what would be done")
+    _quiet_libraries()
+    planned = hub.plan(folder, repository, private=private, revision=revision, message=message)
+    for warning in planned.warnings:
+        _warn(warning)
+    if dry_run:
+        _print(planned.as_record(), planned.text(), as_json)
+        return
+    sys.stderr.write(f"{planned.text()}\n")
+    if not (yes or planned.empty):
+        typer.confirm("push this?", abort=True, err=True)
+    done = hub.carry_out(planned)
+    did = f"{len(done.uploaded)} files sent, {len(done.removed)} removed, {len(done.unchanged)} were there"
+    _print(done.as_record(), f"{done.url}: {did}", as_json)
+
+
+@app.command()
 def doctor(as_json: Json = False) -> None:
-    """Say what works here: versions, extras, ONNX Runtime's providers, a GPU."""
+    """Say what works here: libraries, a GPU, the Hub, and every target, tried on a toy. Takes half a minute."""
     from adaras_export.doctor import examine
     from adaras_export.errors import BrokenInstallationError
 
-    findings = examine()
+    with _progress() as bar:
+        findings = examine(bar("trying targets"))
     broken = [finding for finding in findings if finding.ok is False]
     record = {"ok": not broken, "findings": [vars(finding) for finding in findings]}
     _print(record, "\n".join(finding.line() for finding in findings), as_json)
@@ -429,7 +488,7 @@ _USAGE_ERROR: Any = typer.BadParameter.__base__
 
 
 def _fail(kind: str, message: str, status: int) -> None:
-    sys.stderr.write(f"{kind}: {' '.join(message.split())}\n")
+    sys.stderr.write(f"{kind}: {printable(' '.join(message.split()))}\n")
     sys.exit(status)
 
 
@@ -480,6 +539,10 @@ def _quiet_libraries() -> None:
     """Our own bars and messages are enough."""
     from transformers.utils import logging as transformers_logging
 
+    if not sys.stderr.isatty():
+        from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
+
+        disable_progress_bars()
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 

@@ -4,7 +4,6 @@ Knows nothing of steering and prints nothing. The batches follow from the argume
 that was killed goes on where it stopped and ends with the same bytes.
 """
 
-import json
 import os
 import time
 from collections import Counter, defaultdict, deque
@@ -15,9 +14,11 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from adaras_export import foreign
 from adaras_export.activations import Recorder, recording, trace_means
 from adaras_export.checkers import Checker
 from adaras_export.errors import TraceError
+from adaras_export.foreign import UnreadableError
 from adaras_export.generation import Sampling, continue_ids, decode, encode_prompt, end_ids, pad_id, prefill
 from adaras_export.models import BaseModel
 from adaras_export.statistics import NeuronStats, with_question
@@ -281,8 +282,8 @@ def _mend_last_line(out: Path) -> None:
 
 def _is_json(line: bytes) -> bool:
     try:
-        json.loads(line)
-    except ValueError:
+        foreign.parsed(line, exact=True)
+    except UnreadableError:
         return False
     return True
 

@@ -6,14 +6,18 @@ not in the table is refused: a guessed module path would steer the wrong thing w
 
 import hashlib
 import json
-import struct
+import re
+import reprlib
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adaras_export.errors import ArtifactError, RuleError, UnsupportedModelError, first_line
+from adaras_export import foreign
+from adaras_export.errors import ArtifactError, RuleError, UnsupportedModelError
+from adaras_export.foreign import UnreadableError
+from adaras_export.repositories import translated
 from adaras_export.storage import read_json
 
 if TYPE_CHECKING:
@@ -53,7 +57,7 @@ class Family:
     def sizes_in(self, config: Mapping[str, Any]) -> tuple[int, int, int]:
         """L, M and D of a config that has these keys."""
         layers, mlp_size, hidden_size = (config[key] for key in self.sizes)
-        if mlp_size is None and self.mlp_ratio is not None:
+        if mlp_size is None and self.mlp_ratio is not None and isinstance(hidden_size, int):
             mlp_size = self.mlp_ratio * hidden_size
         return layers, mlp_size, hidden_size
 
@@ -131,12 +135,15 @@ class BaseModel:
     fingerprint: str | None = None
 
     def __post_init__(self) -> None:
-        if self.family not in FAMILIES:
-            family_of({"model_type": self.family}, self.id)
+        family_of({"model_type": self.family}, str(self.id))
+        for name in ("id", "revision", "fingerprint"):
+            value = getattr(self, name)
+            if not isinstance(value, str) and (name == "id" or value is not None):
+                raise RuleError(f"base: {name} is {reprlib.repr(value)}; expected text")
         for name in ("layers", "mlp_size", "hidden_size"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise RuleError(f"base {self.id}: {name} is {value!r}; expected a positive integer")
+            if type(value) is not int or not 1 <= value < 1 << 31:
+                raise RuleError(f"base {self.id}: {name} is {reprlib.repr(value)}; expected a positive integer")
 
     @classmethod
     def of(cls, path_or_id: str | Path, revision: str | None = None) -> "BaseModel":
@@ -148,20 +155,26 @@ class BaseModel:
         """
         folder = fetch(path_or_id, revision)
         local = folder == Path(path_or_id)
-        config = read_json(folder / "config.json")
+        path = folder / "config.json"
+        config = read_json(path)
         family = family_of(config, str(path_or_id))
         if missing := [key for key in family.sizes if key not in config]:
-            raise ArtifactError(f"{folder / 'config.json'}: has no {', '.join(missing)}; expected the sizes of a model")
+            raise ArtifactError(f"{path}: has no {', '.join(missing)}; expected the sizes of a model")
         layers, mlp_size, hidden_size = family.sizes_in(config)
-        return cls(
-            id=folder.resolve().name if local else str(path_or_id),
-            revision=None if local else folder.name,  # the commit
-            family=family.model_type,
-            layers=layers,
-            mlp_size=mlp_size,
-            hidden_size=hidden_size,
-            fingerprint=tensor_fingerprint(folder),
-        )
+        try:
+            base = cls(
+                id=folder.resolve().name if local else str(path_or_id),
+                revision=None if local else folder.name,  # the commit
+                family=family.model_type,
+                layers=layers,
+                mlp_size=mlp_size,
+                hidden_size=hidden_size,
+                fingerprint=tensor_fingerprint(folder),
+            )
+        except RuleError as error:
+            raise RuleError(f"{path}: {error}") from error
+        _require_sizes(base, folder, packed="quantization_config" in config)
+        return base
 
     def require_same(self, other: "BaseModel") -> None:
         """Refuse ``other`` where it is not this model; an unrecorded fingerprint matches any.
@@ -191,7 +204,7 @@ class BaseModel:
         """
         try:
             return cls(**record)
-        except TypeError as error:
+        except TypeError as error:  # other keys, or no object
             raise ArtifactError(f"{subject}: damaged base record ({error})") from error
 
 
@@ -199,20 +212,28 @@ def fetch(path_or_id: str | Path, revision: str | None = None) -> Path:
     """The folder of a model: the given one, or the Hub's snapshot in the local cache.
 
     Raises:
-        ArtifactError: there is neither.
+        HubError: there is neither.
     """
     folder = Path(path_or_id)
     if folder.is_dir():
         return folder
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*", "NOTICE*"]
-    try:
+    with translated(f"{path_or_id}: neither a folder nor a model that the Hub gave"):
         return Path(snapshot_download(str(path_or_id), revision=revision, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = first_line(error)
-        raise ArtifactError(f"{path_or_id}: neither a folder nor a model that the Hub gave ({reason})") from error
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether the Hub could have a repository of this name."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(text)
+    except HFValidationError:
+        return False
+    return True
 
 
 def shards(folder: Path) -> dict[str, Path]:
@@ -224,15 +245,7 @@ def shards(folder: Path) -> dict[str, Path]:
     index = folder / "model.safetensors.index.json"
     single = folder / "model.safetensors"
     if index.exists():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ArtifactError(f"{index}: has no weight_map; expected tensor names and their files")
-        located = {name: folder / str(file) for name, file in weight_map.items()}
-        outside = sorted(name for name, path in located.items() if path.parent != folder)
-        missing = sorted({path.name for path in located.values() if not path.exists()})
-        if outside or missing:
-            raise ArtifactError(f"{index}: names files that are not in the folder: {', '.join(outside + missing)}")
-        return located
+        return _indexed(index)
     if single.exists():
         return dict.fromkeys(header(single), single)
     if pickles := sorted(path.name for path in folder.glob("pytorch_model*.bin*")):
@@ -242,6 +255,25 @@ def shards(folder: Path) -> dict[str, Path]:
         )
     raise ArtifactError(f"{folder}: no model.safetensors and no index; expected safetensors weights")
 
+
+def _indexed(index: Path) -> dict[str, Path]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ArtifactError(f"{index}: has no weight_map; expected tensor names and their files")
+    files = {str(file) for file in weight_map.values()}
+    # Links are followed: a snapshot of the Hub's cache consists of them.
+    if strange := sorted(
+        file for file in files if not _FILE_NAME.fullmatch(file) or not (index.parent / file).is_file()
+    ):
+        raise ArtifactError(
+            f"{index}: names files that are not in the folder: {', '.join(strange[:5])}; expected plain names of "
+            "safetensors files beside it"
+        )
+    return {name: index.parent / str(file) for name, file in weight_map.items()}
+
+
+# No way out of the folder, on any system.
+_FILE_NAME = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9_.+-]{0,200}\.safetensors")
 
 _SAMPLE_BYTES = 4096
 
@@ -254,14 +286,11 @@ def tensor_fingerprint(folder: Path, only: set[str] | None = None) -> str:
     """
     digest = hashlib.sha256()
     located = shards(folder)
-    headers = {path: header(path) for path in sorted(set(located.values()))}
+    entries = _entries(located)
     for name in sorted(located if only is None else only & located.keys()):
-        path = located[name]
-        if name not in headers[path]:
-            raise ArtifactError(f"{path}: tensor {name} is missing; the index names it")
-        entry, start = headers[path][name], data_start(path)
+        path, entry = located[name], entries[name]
         digest.update(json.dumps([name, entry["dtype"], entry["shape"]]).encode())
-        first, last = (start + offset for offset in entry["data_offsets"])
+        first, last = (data_start(path) + offset for offset in entry["data_offsets"])
         with path.open("rb") as file:
             for position in (first, (first + last - _SAMPLE_BYTES) // 2, last - _SAMPLE_BYTES):
                 file.seek(max(first, position))
@@ -272,11 +301,12 @@ def tensor_fingerprint(folder: Path, only: set[str] | None = None) -> str:
 def tensor_hashes(folder: Path) -> dict[str, str]:
     """SHA-256 of the bytes of every tensor of a checkpoint, by tensor name; reads them all."""
     located = shards(folder)
-    headers = {path: header(path) for path in sorted(set(located.values()))}
-    return {name: _tensor_hash(located[name], headers[located[name]][name]) for name in sorted(located)}
+    entries = _entries(located)
+    return {name: tensor_hash(located[name], entries[name]) for name in sorted(located)}
 
 
-def _tensor_hash(path: Path, entry: Mapping[str, Any]) -> str:
+def tensor_hash(path: Path, entry: Mapping[str, Any]) -> str:
+    """SHA-256 of the bytes of one tensor; ``entry`` is its entry of `header`."""
     digest, (first, last) = hashlib.sha256(), entry["data_offsets"]
     with path.open("rb") as file:
         file.seek(data_start(path) + first)
@@ -286,25 +316,59 @@ def _tensor_hash(path: Path, entry: Mapping[str, Any]) -> str:
 
 
 def data_start(path: Path) -> int:
-    """Where the tensors of a safetensors file begin, in bytes."""
+    """Where the tensors of a safetensors file begin, in bytes; it is one, as `header` has found."""
     with path.open("rb") as file:
-        return 8 + int(struct.unpack("<Q", file.read(8))[0])
+        return 8 + int.from_bytes(file.read(8), "little")
 
 
 def header(path: Path) -> dict[str, dict[str, Any]]:
-    """The header of a safetensors file, checked by the library itself, without the metadata."""
-    from safetensors import SafetensorError, safe_open
+    """The header of a safetensors file, checked by the library itself, without the metadata.
 
+    Raises:
+        ArtifactError: it is no safetensors file.
+    """
     try:
-        with safe_open(path, framework="numpy"):  # refuses truncated files and overlapping tensors
-            pass
-    except (SafetensorError, OSError) as error:
+        with foreign.tensors(path):  # refuses truncated files and overlapping tensors
+            entries, _ = foreign.header(path)
+    except UnreadableError as error:
         raise ArtifactError(f"{path}: {error}; expected a safetensors file") from error
-    with path.open("rb") as file:
-        length = int(struct.unpack("<Q", file.read(8))[0])
-        header: dict[str, dict[str, Any]] = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    return header
+    entries.pop("__metadata__", None)
+    return entries
+
+
+def _entries(located: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
+    """Type, shape and offsets of each tensor of a checkpoint; ``located`` as `shards` gives it."""
+    headers = {path: header(path) for path in sorted({*located.values()})}
+    for name, path in located.items():
+        if name not in headers[path]:
+            raise ArtifactError(f"{path}: tensor {name} is missing; the index names it")
+    return {name: headers[path][name] for name, path in located.items()}
+
+
+def _require_sizes(base: BaseModel, folder: Path, *, packed: bool) -> None:
+    """Refuse a config whose sizes are not those of the weights: whoever believed it would make room for them.
+
+    The matrices of quantised weights are ``packed`` into other shapes.
+    """
+    family, located = FAMILIES[base.family], shards(folder)
+    below = f"{layers_key(base.family, located)}."
+    found = {name.removeprefix(below).partition(".")[0] for name in located if name.startswith(below)}
+    if len(found) != base.layers:
+        raise ArtifactError(
+            f"{folder}: has weights of {len(found)} layers; expected {base.layers}, as its config.json says"
+        )
+    expected = [base.mlp_size, base.hidden_size] if family.transposed else [base.hidden_size, base.mlp_size]
+    entries = _entries(located)
+    for layer in range(0 if packed else base.layers):
+        name = f"{below}{layer}.{family.down}.weight"
+        if name not in located:
+            raise _no_tensor(name, folder, base.family)
+        if (shape := entries[name]["shape"]) != expected:
+            raise ArtifactError(f"{located[name]}: {name} has shape {shape}; expected {expected}, as config.json says")
+
+
+def _no_tensor(name: str, folder: Path, family: str) -> ArtifactError:
+    return ArtifactError(f"{folder}: no tensor {name}; expected the plain weights of a {family} model")
 
 
 def decoder(model: "nn.Module") -> "nn.Module":
@@ -342,13 +406,10 @@ def down_columns(family: str, located: Mapping[str, Path], layer: int, index: "T
     Raises:
         ArtifactError: there is no such tensor.
     """
-    from safetensors import safe_open
-
     name = f"{layers_key(family, located)}.{layer}.{FAMILIES[family].down}.weight"
     if name not in located:
-        folder = next(iter(located.values())).parent
-        raise ArtifactError(f"{folder}: no tensor {name}; expected the plain weights of a {family} model")
-    with safe_open(located[name], framework="pt") as file:
+        raise _no_tensor(name, next(iter(located.values())).parent, family)
+    with foreign.tensors(located[name], "pt") as file:
         weight: Tensor = file.get_tensor(name)
     return weight[index].T if FAMILIES[family].transposed else weight[:, index]
 

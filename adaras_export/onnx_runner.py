@@ -10,6 +10,7 @@ import argparse
 import itertools
 import json
 import math
+import reprlib
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from adaras_export import doctor, storage
+from adaras_export import environment, foreign, storage
 from adaras_export.errors import (
     AdarasError,
     ArtifactError,
@@ -29,6 +30,7 @@ from adaras_export.errors import (
     first_line,
     require,
 )
+from adaras_export.foreign import UnreadableError
 from adaras_export.storage import Array
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -252,7 +254,7 @@ def _value(array: Array) -> Any:  # noqa: ANN401 - onnxruntime has no types
 
 def _require_one_onnxruntime() -> None:
     require("onnxruntime", "onnx", _PURPOSE)
-    found = doctor.onnxruntime()
+    found = environment.onnxruntime()
     if found.ok is False:
         raise BrokenInstallationError(found.text)
 
@@ -296,8 +298,11 @@ def _tokenizer(folder: Path) -> Any:  # noqa: ANN401 - a class of compiled code
 
 def _ends(folder: Path, config: dict[str, Any]) -> set[int]:
     path = folder / "generation_config.json"
-    ends = {**config, **(storage.read_json(path) if path.is_file() else {})}.get("eos_token_id")
-    return set(ends if isinstance(ends, list) else [] if ends is None else [ends])
+    found = {**config, **(storage.read_json(path) if path.is_file() else {})}.get("eos_token_id")
+    ends = found if isinstance(found, list) else [] if found is None else [found]
+    if not all(type(end) is int for end in ends):
+        raise ArtifactError(f"{folder}: eos_token_id is {reprlib.repr(found)}; expected whole numbers: export again")
+    return set(ends)
 
 
 @dataclass(frozen=True)
@@ -339,8 +344,12 @@ class _Template:
             return environment.from_string(self.source).render(
                 messages=messages, add_generation_prompt=True, **self.special
             )
-        except TemplateError as error:
+        except (TemplateError, *_EXPRESSIONS) as error:
             raise TraceError(f"prompt: the chat template refuses it ({error}); leave it out with --raw") from error
+
+
+# What a template's own expressions raise: 1 / 0, [0][1], 1 + "", a macro that calls itself.
+_EXPRESSIONS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError)
 
 
 def _now(form: str) -> str:
@@ -353,15 +362,30 @@ def _chat_template(folder: Path) -> _Template | None:
     """The template in a file of its own, or the (default) one among the tokenizer's settings."""
     path = folder / "tokenizer_config.json"
     settings = storage.read_json(path) if path.is_file() else {}
-    source = settings.get("chat_template")
-    if isinstance(source, list):
-        source = {one["name"]: one["template"] for one in source}.get("default")
     if (own := folder / "chat_template.jinja").is_file():
-        source = own.read_text(encoding="utf-8")
+        source: Any = _text(own)
+    else:
+        source = _default(settings.get("chat_template"))
+    if source is not None and not isinstance(source, str):
+        raise ArtifactError(f"{path}: chat_template is {reprlib.repr(source)}; expected text, or a list of named ones")
     named = {key: value for key, value in settings.items() if key.endswith("_token")}
-    texts = {key: value["content"] if isinstance(value, dict) else value for key, value in named.items()}
+    texts = {key: value.get("content") if isinstance(value, dict) else value for key, value in named.items()}
     special = {key: text for key, text in texts.items() if isinstance(text, str)}
     return None if source is None else _Template(source, special)
+
+
+def _default(source: Any) -> Any:  # noqa: ANN401 - a JSON value
+    """Of several named templates the default one."""
+    if not isinstance(source, list) or not all(isinstance(one, dict) for one in source):
+        return source
+    return {str(one.get("name")): one.get("template") for one in source}.get("default")
+
+
+def _text(path: Path) -> str:
+    try:
+        return foreign.text(foreign.content(path))
+    except UnreadableError as error:
+        raise ArtifactError(f"{path}: {error}; expected a chat template") from error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from adaras_export import models
+from adaras_export import models, peft_settings
 from adaras_export.errors import ExportError, first_line, require
 from adaras_export.runtime.steering_adaras import Scope, SteeredMLP, Steering, SteeringGate, Step
 from adaras_export.steering import Passes, announcing
@@ -74,6 +74,7 @@ class AdarasConfig(peft.PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = peft.PeftType(METHOD)
+        peft_settings.require(vars(self))
 
 
 class AdarasLayer(nn.Module, BaseTunerLayer, SteeredMLP):
@@ -95,6 +96,7 @@ class AdarasLayer(nn.Module, BaseTunerLayer, SteeredMLP):
 
     def update_layer(self, adapter: str, config: AdarasConfig, name: str) -> None:
         """Make room for an adapter; what belongs there is loaded afterwards. ``name`` is this module's."""
+        peft_settings.require_fits(name, vars(config), *_sizes(self.base_layer))
         index = config.features.get(name)
         self.adaras_index[adapter] = None if index is None else torch.tensor(index)
         if name in config.steered:
@@ -150,6 +152,11 @@ class AdarasLayer(nn.Module, BaseTunerLayer, SteeredMLP):
         for held in (self.adaras_vector, self.adaras_gate):
             if adapter_name in held and not any(one.is_meta for one in held.parameters()):
                 held[adapter_name] = held[adapter_name].to(to)
+
+
+def _sizes(module: Any) -> tuple[int, int]:  # noqa: ANN401 - a linear map of PyTorch, Transformers or a quantiser
+    """How many inputs and outputs a down projection has; the shape of a quantised weight does not say."""
+    return (module.nx, module.nf) if hasattr(module, "nf") else (module.in_features, module.out_features)
 
 
 _UNMERGEABLE = (

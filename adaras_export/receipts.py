@@ -15,16 +15,18 @@ from typing import Any
 
 from adaras_export import storage
 from adaras_export.checks import Check, ParityReport
+from adaras_export.disclosure import Disclosed
 from adaras_export.errors import AdarasError, ArtifactError
-from adaras_export.models import BaseModel
+from adaras_export.models import BaseModel, is_hub_id
 
 RECEIPT_FILE = "receipt.json"
 RULE_FILE = "rule.safetensors"
 CARD_FILE = "README.md"
 EVALUATION_FILE = "evaluation.json"
+RESULTS_FILE = ".eval_results/adaras.yaml"
 SIGNATURE_FILE = "model.sig"
 
-DESCRIBING = {CARD_FILE, EVALUATION_FILE, RECEIPT_FILE, RULE_FILE, SIGNATURE_FILE}
+DESCRIBING = {CARD_FILE, EVALUATION_FILE, RESULTS_FILE, RECEIPT_FILE, RULE_FILE, SIGNATURE_FILE}
 """The files that every artifact may have, whatever its format."""
 
 _NOT_HASHED = {RECEIPT_FILE, SIGNATURE_FILE}  # a signature covers the receipt, the receipt all the rest
@@ -54,6 +56,8 @@ class Receipt:
         base_card: what the card says of the base: license, languages and the like, as the base's own card has them.
         parity: every check, with figure and limit.
         files: SHA-256 of every other file, by its path within the folder.
+        tensors: every tensor that is not the base's, with its SHA-256.
+        datasets: Hub ids of the datasets that the rule was made with, where its publisher names them.
         versions: of Python, this library, and the libraries that it ran with.
     """
 
@@ -69,12 +73,19 @@ class Receipt:
     base_card: Mapping[str, Any]
     parity: ParityReport
     files: Mapping[str, str]
+    tensors: Sequence[Disclosed]
+    datasets: Sequence[str] = ()
     versions: Mapping[str, str] = field(default_factory=lambda: current_versions())
 
     def __post_init__(self) -> None:
         _require_types(vars(self), _TYPES)
         for name in ("files", "base_tensors", "versions"):
             _require_types(getattr(self, name), dict.fromkeys(getattr(self, name), str))
+        for name in ("drops", "datasets"):
+            listed = {f"{name}[{place}]": one for place, one in enumerate(getattr(self, name))}
+            _require_types(listed, dict.fromkeys(listed, str))
+        if strange := [name for name in self.datasets if not is_hub_id(name)]:
+            raise ArtifactError(f"datasets {strange}; expected Hub ids")
 
     @property
     def strength_zero(self) -> dict[str, float] | None:
@@ -90,6 +101,7 @@ class Receipt:
     def to_bytes(self) -> bytes:
         """The file's bytes: sorted JSON."""
         values = {**vars(self), "base": self.base.as_record(), "parity": self.parity.as_record()}
+        values["tensors"] = [tensor.as_record() for tensor in self.tensors]
         values["strength_zero"] = self.strength_zero
         return (json.dumps({"version": _VERSION, **values}, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
 
@@ -101,7 +113,7 @@ class Receipt:
 _TYPES: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("target", "repository", "rule", "given_rule", "source"), str),
     **dict.fromkeys(("options", "base_tensors", "base_card", "files", "versions"), Mapping),
-    "drops": (list, tuple),
+    **dict.fromkeys(("drops", "tensors", "datasets"), (list, tuple)),
 }
 
 
@@ -119,7 +131,9 @@ def read(folder: Path) -> Receipt:
         raise ArtifactError(f"{path}: receipt of version {found}; expected {_VERSION}; export again")
     try:
         base, said = BaseModel.from_record(record.pop("base"), str(path)), record.pop("strength_zero")
-        receipt = Receipt(**{**record, "base": base, "parity": ParityReport.from_record(record.pop("parity"))})
+        parity = ParityReport.from_record(record.pop("parity"))
+        tensors = tuple(Disclosed.from_record(one) for one in record.pop("tensors"))
+        receipt = Receipt(**record, base=base, parity=parity, tensors=tensors)
     except (KeyError, TypeError, AdarasError) as error:
         raise ArtifactError(f"{path}: damaged receipt ({error}); export again") from error
     if said != receipt.strength_zero:
@@ -185,7 +199,7 @@ def _contents(folder: Path) -> dict[str, str | None]:
 def _content(path: Path) -> str | None:
     try:
         return storage.sha256_file(path) if _is_file(path) else None  # a pipe would be waited for
-    except OSError:
+    except ArtifactError:
         return None
 
 

@@ -1,9 +1,16 @@
 """Files of the reference code (github.com/cat-sk/AdaRAS), read without it."""
 
 import csv
+import io
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from adaras_export import foreign
 from adaras_export.errors import RuleError
+from adaras_export.foreign import UnreadableError
+
+_COLUMNS = ("overall_neuron_index", "layer", "neuron_index_in_layer", "weight")
 
 
 def neuron_rows(path: Path) -> list[tuple[int, int, float]]:
@@ -12,29 +19,41 @@ def neuron_rows(path: Path) -> list[tuple[int, int, float]]:
     Raises:
         RuleError: a column is missing, or a row is not of that form or contradicts the others (path:line).
     """
-    columns = ("overall_neuron_index", "layer", "neuron_index_in_layer", "weight")
-    rows, sizes = [], set()
+    rows: list[tuple[int, int, float]] = []
+    sizes: set[float] = set()
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            if missing := [name for name in columns if name not in (reader.fieldnames or ())]:
-                raise RuleError(f"{path}: columns {missing} are missing; expected {', '.join(columns)}")
-            for row in reader:
-                try:
-                    overall, layer, index = (int(row[name]) for name in columns[:3])
-                    delta = float(row["weight"])
-                except (TypeError, ValueError) as error:
-                    raise RuleError(f"{path}:{reader.line_num}: {error}; expected numbers") from error
-                rows.append((layer, index, delta))
-                if layer:
-                    sizes.add((overall - index) / layer)
-                if len(sizes) > 1 or (not layer and overall != index):
-                    raise RuleError(
-                        f"{path}:{reader.line_num}: overall_neuron_index {overall} contradicts the rows above; "
-                        "expected layer * neurons per layer + neuron_index_in_layer"
-                    )
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        reader = csv.DictReader(io.StringIO(foreign.text(foreign.content(path)), newline=""))
+        _require_columns(path, reader.fieldnames or ())
+        for row in reader:
+            overall, layer, index, delta = _numbers(f"{path}:{reader.line_num}", row)
+            rows.append((layer, index, delta))
+            if layer:
+                sizes.add((overall - index) / layer)
+            if len(sizes) > 1 or (not layer and overall != index):
+                raise RuleError(
+                    f"{path}:{reader.line_num}: overall_neuron_index {overall} contradicts the rows above; "
+                    "expected layer * neurons per layer + neuron_index_in_layer"
+                )
+    except (UnreadableError, csv.Error) as error:
         raise RuleError(f"{path}: {error}; expected a CSV file of the reference") from error
     if not rows:
         raise RuleError(f"{path}: has no rows; expected one neuron a row")
     return rows
+
+
+def _require_columns(path: Path, found: Sequence[str]) -> None:
+    if missing := [name for name in _COLUMNS if name not in found]:
+        raise RuleError(f"{path}: columns {missing} are missing; expected {', '.join(_COLUMNS)}")
+    if twice := sorted({name for name in found if found.count(name) > 1}):
+        raise RuleError(f"{path}: columns {twice} are given more than once; expected each once")
+
+
+def _numbers(place: str, row: Mapping[str, str]) -> tuple[int, int, int, float]:
+    try:
+        overall, layer, index = (int(row[name]) for name in _COLUMNS[:3])
+        delta = float(row["weight"])
+    except (TypeError, ValueError) as error:
+        raise RuleError(f"{place}: {error}; expected numbers") from error
+    if max(abs(overall), abs(layer), abs(index)) >= 1 << 53 or not math.isfinite(delta):
+        raise RuleError(f"{place}: holds NaN, infinity or a number of more than 53 bits; expected those of a neuron")
+    return overall, layer, index, delta

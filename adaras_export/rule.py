@@ -30,6 +30,7 @@ from adaras_export.values import (
     restore_base,
     same_length,
     set_array,
+    set_questions,
     set_vectors,
 )
 
@@ -76,7 +77,7 @@ class NeuronSet(Value):
         same_length(self, "neurons", ("layer", "index", "delta", *self._optional))
         check_choice("neurons", "ranking", self.ranking, get_args(Ranking))
         check_places("neurons", self.layer, self.index, self.base)
-        object.__setattr__(self, "questions", tuple(sorted(set(self.questions))))
+        set_questions(self, "neurons")
 
     def __len__(self) -> int:
         return len(self.layer)
@@ -114,7 +115,10 @@ class NeuronSet(Value):
                 or the file has fewer than ``top`` rows.
         """
         layer, index, delta = zip(*reference.neuron_rows(Path(path)), strict=True)
-        neurons = cls(layer=np.array(layer), index=np.array(index), delta=np.array(delta), base=base)
+        try:
+            neurons = cls(layer=np.array(layer), index=np.array(index), delta=np.array(delta), base=base)
+        except RuleError as error:
+            raise RuleError(f"{path}: {error}") from error
         return neurons if top is None else neurons.top(top)
 
     def _arrays(self) -> dict[str, Array]:
@@ -137,7 +141,7 @@ class NeuronSet(Value):
             **arrays,
             ranking=record["ranking"],
             base=restore_base(record, subject),
-            questions=tuple(record["questions"]),
+            questions=record["questions"],
         )
 
 
@@ -201,7 +205,7 @@ class Gate(Value):
         if not 0 <= self.threshold <= 1:
             raise RuleError(f"gate: threshold {self.threshold} is no probability; expected a number from 0 to 1")
         check_places("gate", self.layer, self.index, self.base)
-        object.__setattr__(self, "questions", tuple(sorted(set(self.questions))))
+        set_questions(self, "gate")
         order = np.lexsort((self.index, self.layer))
         for name in ("layer", "index", "attention_weight", "hidden_weight"):
             freeze(self, name, getattr(self, name)[..., order])
@@ -229,7 +233,7 @@ class Gate(Value):
             **arrays,
             threshold=record["threshold"],
             base=restore_base(record, subject),
-            questions=tuple(record["questions"]),
+            questions=record["questions"],
         )
 
 
@@ -263,6 +267,7 @@ class SteeringRule(Value):
     def __post_init__(self) -> None:
         check_number("rule", "strength", self.strength)
         check_choice("rule", "start", self.start, get_args(Start))
+        set_questions(self, "rule")
         for part in (self.neurons, self.gate):
             if part is not None and part.base is not None:
                 part.base.require_same(self.base)
@@ -310,6 +315,52 @@ class SteeringRule(Value):
         """The same rule for every prompt."""
         return replace(self, gate=None)
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+        commit_message: str | None = None,
+    ) -> str:
+        """Put the rule into a repository of the Hub, with a short card, and return the commit.
+
+        Args:
+            repo_id: USER/NAME; a new repository, or one that holds no exported model.
+            private: None makes a new repository private, and leaves an existing one as it is.
+            revision: a branch, new or not; default: main.
+            token: another one than HF_TOKEN or that of `hf auth login`.
+            commit_message: default: names the rule.
+
+        Raises:
+            HubError: the Hub refuses, or the repository is not private or public as ``private`` says.
+        """
+        from adaras_export import rule_repository
+
+        how: dict[str, Any] = {"private": private, "revision": revision, "token": token, "message": commit_message}
+        return rule_repository.push(self, repo_id, **how).oid
+
+    @classmethod
+    def from_pretrained(
+        cls, path_or_id: str | Path, *, revision: str | None = None, token: str | None = None
+    ) -> "SteeringRule":
+        """The rule in a folder, or in a repository of the Hub: one of its own, or any exported model's.
+
+        Args:
+            path_or_id: a folder or file, or USER/NAME.
+            revision: branch, tag or commit of the repository; a commit pins the rule.
+            token: another one than HF_TOKEN or that of `hf auth login`.
+
+        Raises:
+            HubError: the repository, or the file in it, cannot be had.
+            ArtifactError: the file is missing, damaged or of another kind.
+            RuleError: its content contradicts itself.
+        """
+        from adaras_export import rule_repository
+
+        return cls.load(rule_repository.pull(path_or_id, revision, token))
+
     def _arrays(self) -> dict[str, Array]:
         parts = {f"neurons.{name}": values for name, values in self.neurons._arrays().items()}
         if self.gate is not None:
@@ -341,5 +392,5 @@ class SteeringRule(Value):
             base=base,
             start=record["start"],
             gate=Gate(**parts["gate"], threshold=record["threshold"], base=base) if parts["gate"] else None,
-            questions=tuple(record["questions"]),
+            questions=record["questions"],
         )

@@ -5,7 +5,7 @@ Knows nothing of models in memory, tokens or files of traces. Sums are float64. 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from adaras_export.errors import RuleError, TraceError
 from adaras_export.models import BaseModel
 from adaras_export.storage import Array
 from adaras_export.traces import Trace, digest
-from adaras_export.values import Value, check_version, freeze
+from adaras_export.values import Value, check_choice, check_count, check_version, freeze, set_questions
 
 Contrast = Literal["within_question", "unpaired"]
 
@@ -27,9 +27,10 @@ class _Sums(Value):
     base: BaseModel
     questions: tuple[str, ...]
 
+    largest: ClassVar[int] = 1 << 30
     _sums: ClassVar[tuple[str, ...]]
     _counts: ClassVar[tuple[str, ...]] = ()
-    _labels: ClassVar[tuple[str, ...]] = ()
+    _labels: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     def __post_init__(self) -> None:
         shape = (self.base.layers, self.base.mlp_size)
@@ -40,7 +41,11 @@ class _Sums(Value):
             if not np.isfinite(values).all():
                 raise RuleError(f"{self.kind}: {name} holds NaN or infinity; expected finite numbers")
             freeze(self, name, values)
-        object.__setattr__(self, "questions", tuple(sorted(self.questions)))
+        for name in self._counts:
+            check_count(self.kind, name, getattr(self, name))
+        for name, choices in self._labels.items():
+            check_choice(self.kind, name, getattr(self, name), choices)
+        set_questions(self, self.kind)
 
     @classmethod
     def empty(cls: type[_S], base: BaseModel, **labels: str) -> _S:
@@ -83,7 +88,7 @@ class _Sums(Value):
         check_version(record, subject)
         base = BaseModel.from_record(record["base"], subject)
         counts = {name: record[name] for name in (*cls._counts, *cls._labels)}
-        return cls(base=base, questions=tuple(record["questions"]), **arrays, **counts)
+        return cls(base=base, questions=record["questions"], **arrays, **counts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,7 +132,7 @@ class NeuronStats(_Sums):
         "trace_square_sum",
     )
     _counts: ClassVar[tuple[str, ...]] = ("correct_count", "incorrect_count", "trace_count")
-    _labels: ClassVar[tuple[str, ...]] = ("contrast",)
+    _labels: ClassVar[Mapping[str, tuple[str, ...]]] = {"contrast": get_args(Contrast)}
 
     def update(self, question: str, correct_NLM: Array, incorrect_NLM: Array) -> "NeuronStats":
         """These sums and one more question, given by its traces' means; unpaired, one class may be empty.

@@ -13,15 +13,19 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from adaras_export import foreign
 from adaras_export.errors import ArtifactError
+from adaras_export.foreign import UnreadableError
 
 Array = npt.NDArray[Any]
 
 # One metadata key only: safetensors 0.8 writes several in an order that changes from run to run.
 _KEY = "adaras"
+
+LARGEST = 64 << 20
+"""Bytes of a file of neurons or a rule, two million of them."""
 
 
 def save_file(path: str | Path, kind: str, arrays: Mapping[str, Array], record: Mapping[str, Any]) -> None:
@@ -37,32 +41,46 @@ def to_bytes(kind: str, arrays: Mapping[str, Array], record: Mapping[str, Any]) 
     return save(ordered, metadata={_KEY: metadata})
 
 
-def load_file(path: str | Path, kind: str) -> tuple[dict[str, Array], dict[str, Any]]:
-    """The arrays and the record of a file that `save_file` wrote.
+def load_file(path: str | Path, kind: str, largest: int = LARGEST) -> tuple[dict[str, Array], dict[str, Any]]:
+    """The arrays and the record of a file that `save_file` wrote, which has no reason to exceed ``largest`` bytes.
 
     Raises:
-        ArtifactError: the file is missing, damaged, or of another kind.
+        ArtifactError: the file is missing, damaged, larger, or of another kind.
     """
     path = Path(path)
     try:
-        with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            arrays = {name: file.get_tensor(name) for name in file.keys()}
-        _require_numpy_types(arrays)
-    except (SafetensorError, OSError, TypeError) as error:
-        reason = "no such file" if not path.exists() else str(error)
-        raise ArtifactError(f"{path}: {reason}; expected a {kind} file of adaras_export") from error
-    record = _parse(path, metadata.get(_KEY), kind)
-    found = record.pop("kind", None)
-    if found != kind:
-        raise ArtifactError(f"{path}: is a {found} file; expected a {kind} file")
-    return arrays, record
+        foreign.size_of(path, largest)
+        entries, _ = foreign.header(path)
+        record = _record(entries.pop("__metadata__", None), kind)
+        _require_numpy_types(entries)
+        with foreign.tensors(path) as file:
+            return {name: file.get_tensor(name) for name in entries}, record
+    except UnreadableError as error:
+        raise ArtifactError(f"{path}: {error}; expected a {kind} file of adaras_export") from error
 
 
-def _require_numpy_types(arrays: Mapping[str, Array]) -> None:
-    """Refuse bfloat16 and 8-bit floats, as safetensors does unless another library has taught NumPy such types."""
-    if strange := sorted({str(array.dtype) for array in arrays.values() if array.dtype.kind not in "biuf"}):
-        raise TypeError(f"holds {', '.join(strange)}")
+# Not those that NumPy lacks unless another library has taught it: bfloat16, and floats of fewer bits.
+_DTYPES = {"F64", "F32", "F16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"}
+
+
+def _require_numpy_types(entries: Mapping[str, Any]) -> None:
+    if strange := sorted({entry["dtype"] for entry in entries.values()} - _DTYPES):
+        raise UnreadableError(f"holds {', '.join(strange)}")
+
+
+def _record(metadata: Any, kind: str) -> dict[str, Any]:  # noqa: ANN401 - a JSON value
+    """The record in a file's metadata, without the kind that it names."""
+    if not isinstance(metadata, dict) or not isinstance(metadata.get(_KEY), str):
+        raise UnreadableError("has no adaras metadata")
+    try:
+        record = foreign.parsed(metadata[_KEY].encode())
+    except UnreadableError as error:
+        raise UnreadableError(f"damaged metadata: {error}") from error
+    if not isinstance(record, dict):
+        raise UnreadableError("damaged metadata")
+    if (found := record.pop("kind", None)) != kind:
+        raise UnreadableError(f"is a {found} file")
+    return record
 
 
 def replace_file(path: str | Path, content: bytes) -> None:
@@ -93,8 +111,8 @@ def read_json(path: str | Path) -> dict[str, Any]:
         ArtifactError: the file is missing, is not JSON, or holds something else than an object.
     """
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        value = foreign.parsed(foreign.content(Path(path)))
+    except UnreadableError as error:
         raise ArtifactError(f"{path}: {error}; expected a JSON object") from error
     if not isinstance(value, dict):
         raise ArtifactError(f"{path}: holds a {type(value).__name__}; expected a JSON object")
@@ -107,21 +125,16 @@ def sha256(content: bytes) -> str:
 
 
 def sha256_file(path: str | Path) -> str:
-    """The SHA-256 of a file, hexadecimal, read in pieces of 1 MiB."""
+    """The SHA-256 of a file, hexadecimal, read in pieces of 1 MiB.
+
+    Raises:
+        ArtifactError: it cannot be read.
+    """
     digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
-def _parse(path: Path, metadata: str | None, kind: str) -> dict[str, Any]:
-    if metadata is None:
-        raise ArtifactError(f"{path}: has no adaras metadata; expected a {kind} file of adaras_export")
     try:
-        record = json.loads(metadata)
-    except ValueError as error:
-        raise ArtifactError(f"{path}: damaged metadata ({error}); expected a {kind} file") from error
-    if not isinstance(record, dict):
-        raise ArtifactError(f"{path}: damaged metadata; expected a {kind} file")
-    return record
+        with Path(path).open("rb") as file:
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be read ({foreign.reason(error)}); expected a file to hash") from error
+    return digest.hexdigest()

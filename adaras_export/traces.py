@@ -12,11 +12,14 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
+from functools import partial
 from itertools import accumulate, combinations, pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
+from adaras_export import foreign
 from adaras_export.errors import TraceError
+from adaras_export.foreign import UnreadableError
 from adaras_export.storage import replace_file
 
 Prompt = str | Sequence[Mapping[str, str]]
@@ -239,13 +242,14 @@ def _parsed(path: str | Path, parse: Callable[[dict[str, Any]], _T]) -> Iterator
     """Line number (from 1) and value of every line that is not blank; errors get their place."""
     found = False
     try:
+        foreign.size_of(Path(path))
         with Path(path).open("rb") as file:  # bytes: text mode would break lines at a lone carriage return
-            for line, content in enumerate(file, 1):
+            for line, content in enumerate(iter(partial(file.readline, foreign.LARGEST + 1), b""), 1):
                 if content.strip():
                     found = True
                     yield line, _located(f"{path}:{line}", content, parse)
-    except OSError as error:
-        raise TraceError(f"{path}: cannot be read ({error.strerror}); expected a JSONL file") from error
+    except (UnreadableError, OSError) as error:
+        raise TraceError(f"{path}: cannot be read ({foreign.reason(error)}); expected a JSONL file") from error
     if not found:
         raise TraceError(f"{path}: is empty; expected one JSON object per line")
 
@@ -265,16 +269,12 @@ def _located(place: str, content: bytes, parse: Callable[[dict[str, Any]], _T]) 
 
 
 def _object(content: bytes) -> dict[str, Any]:
+    if len(content) > foreign.LARGEST:
+        raise TraceError(f"is longer than {foreign.LARGEST} bytes; expected one JSON object per line")
     try:
-        # Decimal: a float would turn the answer 0.10 into 0.1.
-        value = json.loads(content.decode("utf-8-sig").rstrip(), parse_float=Decimal)
-    except json.JSONDecodeError as error:
-        raise TraceError(f"is not JSON ({error.msg}, column {error.colno}); expected one object per line") from error
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # not UTF-8, a number of thousands of digits, deep nesting
-        raise TraceError(f"cannot be read ({error}); expected one JSON object in UTF-8 per line") from error
+        value = foreign.parsed(content, exact=True)  # a float would turn the answer 0.10 into 0.1
+    except UnreadableError as error:
+        raise TraceError(f"{error}; expected one JSON object in UTF-8 per line") from error
     if not isinstance(value, dict):
         raise TraceError(f"is {reprlib.repr(value)}; expected a JSON object")
     return value

@@ -3,6 +3,8 @@
 Knows nothing of neurons, gates or rules.
 """
 
+import reprlib
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -10,17 +12,21 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 
 from adaras_export import storage
-from adaras_export.errors import ArtifactError, RuleError
+from adaras_export.errors import ArtifactError, RuleError, UnsupportedModelError
 from adaras_export.models import BaseModel
 from adaras_export.storage import Array
 
 _V = TypeVar("_V", bound="Value")
+
+_MOST = 1 << 53
 
 
 class Value:
     """A frozen value that is one file: equal when its bytes are equal."""
 
     kind: ClassVar[str]
+    largest: ClassVar[int] = storage.LARGEST
+    """Bytes that no file of the kind has reason to exceed."""
 
     def _arrays(self) -> dict[str, Array]:
         raise NotImplementedError
@@ -48,11 +54,13 @@ class Value:
             ArtifactError: the file is missing, damaged or of another kind.
             RuleError: its content contradicts itself.
         """
-        arrays, record = storage.load_file(path, cls.kind)
+        arrays, record = storage.load_file(path, cls.kind, cls.largest)
         try:
             return cls._restore(arrays, record, str(path))
         except (KeyError, TypeError) as error:
             raise ArtifactError(f"{path}: damaged {cls.kind} file ({error}); write it again") from error
+        except (RuleError, UnsupportedModelError) as error:
+            raise type(error)(f"{path}: {error}") from error
 
     def to_bytes(self) -> bytes:
         """The bytes of the file."""
@@ -72,8 +80,17 @@ def restore_base(record: Mapping[str, Any], subject: str) -> BaseModel | None:
 
 def check_version(record: Mapping[str, Any], subject: str) -> None:
     """Refuse a file of a later format."""
-    if record["version"] != 1:
-        raise ArtifactError(f"{subject}: format version {record['version']}; expected 1; use a newer adaras-export")
+    version = record["version"]
+    if type(version) is not int or version != 1:
+        raise ArtifactError(f"{subject}: format version {reprlib.repr(version)}; expected 1; use a newer adaras-export")
+
+
+def set_questions(value: object, subject: str) -> None:
+    """Sort the digests of a value's questions, each once."""
+    given: object = value.questions  # type: ignore[attr-defined]
+    if not isinstance(given, list | tuple | set | frozenset) or not all(isinstance(one, str) for one in given):
+        raise RuleError(f"{subject}: questions are {reprlib.repr(given)}; expected a list of digests")
+    object.__setattr__(value, "questions", tuple(sorted(set(given))))
 
 
 def freeze(value: object, name: str, array: Array) -> None:
@@ -126,15 +143,22 @@ def check_axes(subject: str, name: str, shape: tuple[int, ...], axes: tuple[str,
 
 
 def check_number(subject: str, name: str, number: object) -> None:
-    """Refuse what is no finite number."""
-    if isinstance(number, bool) or not isinstance(number, int | float) or not np.isfinite(number):
-        raise RuleError(f"{subject}: {name} is {number!r}; expected a finite number")
+    """Refuse what is no finite number of 64 bits."""
+    most = sys.float_info.max
+    if isinstance(number, bool) or not isinstance(number, int | float) or not -most <= number <= most:
+        raise RuleError(f"{subject}: {name} is {reprlib.repr(number)}; expected a finite number")
+
+
+def check_count(subject: str, name: str, number: object) -> None:
+    """Refuse what is no whole number from 0 on that a float holds exactly."""
+    if type(number) is not int or not 0 <= number <= _MOST:
+        raise RuleError(f"{subject}: {name} is {reprlib.repr(number)}; expected a count")
 
 
 def check_choice(subject: str, name: str, choice: object, choices: tuple[str, ...]) -> None:
     """Refuse what is not among the choices."""
     if choice not in choices:
-        raise RuleError(f"{subject}: {name} is {choice!r}; expected one of: {', '.join(choices)}")
+        raise RuleError(f"{subject}: {name} is {reprlib.repr(choice)}; expected one of: {', '.join(choices)}")
 
 
 def check_places(subject: str, layer: Array, index: Array, base: BaseModel | None) -> None:

@@ -10,13 +10,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.numpy import save
 
-from adaras_export import models, storage
+from adaras_export import foreign, models, storage
+from adaras_export.disclosure import Disclosed, What
 from adaras_export.errors import ArtifactError, ExportError, first_line
+from adaras_export.foreign import UnreadableError
 from adaras_export.parity import Check
-from adaras_export.receipts import DESCRIBING, entries, shown
+from adaras_export.receipts import DESCRIBING, entries, files_of, shown
 from adaras_export.rule import SteeringRule
 from adaras_export.storage import Array
 
@@ -147,7 +149,7 @@ def opened(folder: str | Path, **how: Any) -> tuple[Any, list[str]]:
 
 def changed_companions(folder: Path, base: Path) -> list[str]:
     """Files carried from the base that are not as they were there; the tokenizer's class may have been added."""
-    changed = {name for name, source in companions(base).items() if content_of(folder / name) != source.read_bytes()}
+    changed = {name for name, source in companions(base).items() if not same_content(folder / name, source)}
     settings = "tokenizer_config.json"
     if settings in changed and (folder / settings).exists():
         found, expected = (storage.read_json(path / settings) for path in (folder, base))
@@ -192,29 +194,47 @@ def tokenised_differently(one: Any, other: Any) -> int:  # noqa: ANN401 - tokeni
 
 def stores(path: Path | None, name: str, value: Array) -> bool:
     """Whether a safetensors file holds this tensor with these values."""
-    try:
-        with safe_open(path, framework="numpy") as file:
-            return name in file.keys() and np.array_equal(file.get_tensor(name), value)
-    except (SafetensorError, OSError, TypeError):  # truncated, missing, not in the index, or of another type
+    if path is None:  # not in the index
         return False
+    try:
+        with foreign.tensors(path) as file:
+            # The shape first: a foreign tensor may be larger than memory.
+            if name not in file.keys() or tuple(file.get_slice(name).get_shape()) != value.shape:
+                return False
+            return np.array_equal(file.get_tensor(name), value)
+    except (UnreadableError, TypeError):  # truncated, missing, or of a type that NumPy lacks
+        return False
+
+
+def disclosed(folder: Path, base_tensors: Mapping[str, str]) -> tuple[Disclosed, ...]:
+    """As `Exporter.disclosed` says, of an artifact whose tensors are in safetensors files."""
+    found = []
+    for file, path in files_of(folder).items():
+        if path.suffix == ".safetensors" and file not in DESCRIBING:
+            for name, entry in sorted(models.header(path).items()):
+                digest = models.tensor_hash(path, entry)
+                if digest != base_tensors.get(name):
+                    what: What = "changed" if name in base_tensors else "added"
+                    found.append(Disclosed(name, file, entry["dtype"], tuple(entry["shape"]), digest, what))
+    return tuple(found)
 
 
 def stored_names(path: Path) -> set[str]:
     """The tensors of a safetensors file; none where it is truncated or missing."""
     try:
-        with safe_open(path, framework="numpy") as file:
+        with foreign.tensors(path) as file:
             return set(file.keys())
-    except (SafetensorError, OSError):
+    except UnreadableError:
         return set()
 
 
 def strange_names(path: Path, expected: Iterable[str]) -> list[str]:
     """What a file of `write_tensors` has besides these tensors, or lacks of them; all, where it is truncated."""
     try:
-        with safe_open(path, framework="numpy") as file:
+        with foreign.tensors(path) as file:
             metadata = [] if file.metadata() == {"format": "pt"} else [f"{path.name}:__metadata__"]
             return sorted({*file.keys()} ^ {*expected}) + metadata
-    except (SafetensorError, OSError):
+    except UnreadableError:
         return sorted(expected)
 
 
@@ -227,7 +247,7 @@ def stored(located: Mapping[str, Path], name: str) -> Array:
     if name not in located:
         folder = next(iter(located.values())).parent
         raise ExportError(f"{folder}: no tensor {name}; expected the biases that its config names")
-    with safe_open(located[name], framework="pt") as file:
+    with foreign.tensors(located[name], "pt") as file:
         found: torch.Tensor = file.get_tensor(name)
     return found.double().numpy()
 
@@ -239,14 +259,14 @@ def differing_keys(found: Mapping[str, Any], expected: Mapping[str, Any]) -> lis
 
 def same_content(path: Path, other: Path) -> bool:
     """Whether two files hold the same bytes; two names of one file, as links are, need no reading."""
-    if not path.exists():
+    if not path.is_file():
         return False
     return path.samefile(other) or storage.sha256_file(path) == storage.sha256_file(other)
 
 
-def content_of(path: Path) -> bytes:
-    """The bytes of a file; none where there is no file."""
-    return path.read_bytes() if path.exists() else b""
+def holds(path: Path, content: bytes) -> bool:
+    """Whether a file holds just these bytes."""
+    return path.is_file() and path.stat().st_size == len(content) and path.read_bytes() == content
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

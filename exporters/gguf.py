@@ -18,11 +18,13 @@ import torch
 from gguf import GGUFValueType
 
 from adaras_export import models, storage
+from adaras_export.disclosure import Disclosed
 from adaras_export.errors import ArtifactError, ExportError
-from adaras_export.exporters import gguf_files, gguf_model
+from adaras_export.exporters import gguf_files, gguf_model, gguf_reader
+from adaras_export.exporters import gguf_words as words
 from adaras_export.exporters.base import Commission, Exporter, Feature, Written, require_effect, stock_reference
 from adaras_export.exporters.checkpoint import differing_keys, opened, plain_config, vectors
-from adaras_export.exporters.gguf_files import Entry
+from adaras_export.exporters.gguf_reader import Entry
 from adaras_export.parity import FLOAT32, Artifact, Check, Mode, Play, Reference, play_model
 from adaras_export.receipts import DESCRIBING, files_of
 from adaras_export.rule import SteeringRule
@@ -54,6 +56,7 @@ class GgufExporter:
     name: ClassVar[str] = "gguf"
     library: ClassVar[str] = "llama.cpp"
     options: ClassVar[frozenset[str]] = frozenset({"into"})
+    rounded: ClassVar[bool] = False
 
     @property
     def drops(self) -> frozenset[Feature]:
@@ -70,10 +73,10 @@ class GgufExporter:
         """As `Exporter` says."""
         into = commission.options.get("into")
         if into is None or isinstance(into, Mapping):
-            if into is not None and into.keys() != {"file", "content"}:
+            if into is not None and (into.keys() != {"file", "content"} or not all(map(_is_text, into.values()))):
                 raise ArtifactError(f"receipt: says of --into {sorted(into)}; expected content and file; export again")
             return replace(self, into=into, commission=commission)
-        if not Path(into).is_file():
+        if not isinstance(into, str | Path) or not Path(into).is_file():
             raise ExportError(f"gguf: --into {into}: no such file; expected a GGUF model")
         return replace(self, into=Path(into), commission=commission)
 
@@ -124,6 +127,12 @@ class GgufExporter:
         changes = {where(model, layer): torch.from_numpy(vector) for layer, vector in directions.items()}
         return _Player(model, changes, switchable=self.into is None)
 
+    def disclosed(self, folder: Path, base_tensors: Mapping[str, str]) -> Sequence[Disclosed]:  # noqa: ARG002
+        """As `Exporter` says."""
+        if self.into is None:
+            return gguf_files.disclosed(folder, VECTOR_FILE)
+        return gguf_files.disclosed(folder, gguf_model.FILE, ending=gguf_model.BIAS)
+
     def tags(self) -> Sequence[str]:
         """As `Exporter` says."""
         return ("gguf", "llama.cpp", *(["control-vector"] if self.into is None else []))
@@ -136,7 +145,15 @@ class GgufExporter:
 
     def usage(self) -> str:
         """As `Exporter` says."""
-        return _VECTOR_USAGE if self.into is None else gguf_model.USAGE
+        return words.VECTOR_USAGE if self.into is None else words.MODEL_USAGE
+
+    def off(self) -> str:
+        """As `Exporter` says."""
+        return words.VECTOR_OFF if self.into is None else words.MODEL_OFF
+
+    def limits(self) -> Sequence[str]:
+        """As `Exporter` says."""
+        return words.VECTOR_LIMITS if self.into is None else words.MODEL_LIMITS
 
     @property
     def _carrier_name(self) -> str:
@@ -151,21 +168,9 @@ class GgufExporter:
 
 EXPORTER = GgufExporter()
 
-_VECTOR_USAGE = """\
-`model.gguf` stands for the base model as GGUF, at any quantisation. The number behind the colon is the strength: dial
-it, 0 is the base model.
 
-```bash
-llama-server -m model.gguf --control-vector-scaled {repo}/control-vector.gguf:{strength}
-llama-completion -m model.gguf --control-vector-scaled {repo}/control-vector.gguf:{strength} -no-cnv -n 64 -p "2 * 3 ="
-```
-
-* It holds for all requests of a server. The path may have no colon and no comma. `llama-cli` takes the same option.
-* llama.cpp takes the strength from the command line only: `--control-vector`, without a scale, steers with strength 1.
-* llama-cpp-python has the function `llama_set_adapter_cvec`, and no setting of its class `Llama`.
-* Ollama knows no control vectors. There, and elsewhere, a GGUF model with steering in it needs no option: for bases
-  that llama.cpp calls `llama` or `granite`, `adaras-export export ... --to gguf --into model.gguf` writes one.
-"""
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
 
 
 def _require_expressible(rule: SteeringRule) -> None:
@@ -201,13 +206,12 @@ def _directions(rule: SteeringRule, base: Path, config: Mapping[str, Any]) -> di
 
 
 def _vector_checks(path: Path, rule: SteeringRule, base: Path) -> list[Check]:
-    reader = gguf_files.opened(path)
-    entries, expected_entries = gguf_files.metadata(reader), _metadata(rule)
+    file, expected_entries = gguf_reader.opened(path), _metadata(rule)
     expected = _directions(rule, base, storage.read_json(base / "config.json"))
-    other = differing_keys(entries, expected_entries)
-    other += sorted({tensor.name for tensor in reader.tensors} - expected.keys())
-    other += gguf_files.strange(reader, expected)
-    wrong = gguf_files.differing(gguf_files.vectors(reader), expected)
+    other = differing_keys(file.entries, expected_entries)
+    other += sorted({tensor.name for tensor in file.tensors} - expected.keys())
+    other += gguf_files.strange(file, expected)
+    wrong = gguf_files.differing(gguf_files.vectors(file), expected)
     return [
         Check("metadata entries or tensors that differ", len(other), 0, " ".join(other)),
         Check("directions that differ", len(wrong), 0, " ".join(wrong)),
@@ -216,9 +220,9 @@ def _vector_checks(path: Path, rule: SteeringRule, base: Path) -> list[Check]:
 
 def _stored_directions(path: Path) -> dict[int, Array]:
     """The vectors of a control vector by 0-based layer, times the scale that it is meant for."""
-    reader = gguf_files.opened(path)
-    scale = np.float32(gguf_files.metadata(reader)["adaras.strength"][1])
-    return {int(name.removeprefix("direction.")): scale * value for name, value in gguf_files.vectors(reader).items()}
+    file = gguf_reader.opened(path)
+    scale = np.float32(file.entries["adaras.strength"][1])
+    return {int(name.removeprefix("direction.")): scale * value for name, value in gguf_files.vectors(file).items()}
 
 
 class _Player:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from adaras_export.errors import ExportError
-from adaras_export.exporters import gguf_files
+from adaras_export.exporters import gguf_files, gguf_reader
 from adaras_export.exporters.checkpoint import vectors
 from adaras_export.models import BaseModel
 from adaras_export.parity import Check
@@ -17,20 +17,8 @@ from adaras_export.rule import SteeringRule
 from adaras_export.storage import Array
 
 FILE = "model-steered.gguf"
+BIAS = ".ffn_down.bias"
 _CARRIERS = ("llama", "granite")
-
-USAGE = """\
-An ordinary GGUF model; steering needs no option and has no switch.
-
-```bash
-llama-server -m {repo}/model-steered.gguf
-llama-completion -m {repo}/model-steered.gguf -no-cnv -n 64 -p "2 * 3 ="
-```
-
-llama.cpp applies these biases in its architectures `llama` and `granite`. A program that overlooks them runs the base
-model without an error: Transformers does, unless it is given a config with `mlp_bias=True`. Ollama (a Modelfile with
-`FROM ./model-steered.gguf`) and others were not tested.
-"""
 
 
 def require_carrier(path: Path, rule: SteeringRule, architecture: str) -> None:
@@ -39,21 +27,21 @@ def require_carrier(path: Path, rule: SteeringRule, architecture: str) -> None:
     Raises:
         ExportError: as said; ``architecture`` is what llama.cpp calls the rule's base.
     """
-    reader = gguf_files.opened(path)
-    entries = gguf_files.metadata(reader)
+    file = gguf_reader.opened(path)
+    entries = file.entries
     found = str(entries.get("general.architecture", (None, "none"))[1])
     if found != architecture or found not in _CARRIERS:
         raise ExportError(
             f"{path}: is of architecture {found}, and the base of {architecture}; expected the same, of: "
             f"{', '.join(_CARRIERS)}, where llama.cpp loads a bias of the down projection; leave out --into"
         )
-    if "split.count" in entries or reader.byte_order != "I":
+    if "split.count" in entries or file.order != "<":
         raise ExportError(f"{path}: is one file of several, or of another byte order; expected a whole model")
-    _require_sizes(path, {tensor.name: tensor.shape.tolist() for tensor in reader.tensors}, rule.base)
+    _require_sizes(path, {tensor.name: [*tensor.shape] for tensor in file.tensors}, rule.base)
 
 
 def _require_sizes(path: Path, shapes: dict[str, list[int]], base: BaseModel) -> None:
-    if biased := sorted(name for name in shapes if name.endswith(".ffn_down.bias")):
+    if biased := sorted(name for name in shapes if name.endswith(BIAS)):
         raise ExportError(f"{path}: has {biased[0]} already; expected a model without: leave out --into")
     size = [base.mlp_size, base.hidden_size]
     expected = {f"blk.{layer}.ffn_down.weight": size for layer in range(base.layers)}
@@ -68,24 +56,24 @@ def _require_sizes(path: Path, shapes: dict[str, list[int]], base: BaseModel) ->
 def biases(rule: SteeringRule, base: Path) -> dict[str, Array]:
     """The tensors that are added, by name: strength * vector of each steered layer."""
     scaled = {layer: rule.strength * vector.astype(np.float64) for layer, vector in vectors(rule, base).items()}
-    return {f"blk.{layer}.ffn_down.bias": vector.astype(np.float32) for layer, vector in scaled.items()}
+    return {f"blk.{layer}{BIAS}": vector.astype(np.float32) for layer, vector in scaled.items()}
 
 
 def checks(path: Path, rule: SteeringRule, base: Path, content: str) -> list[Check]:
     """Compare a model with what it was written from, by `content_digest`, and its biases with the rule's."""
-    expected, reader = biases(rule, base), gguf_files.opened(path)
-    other = gguf_files.strange(reader, expected)
+    expected, file = biases(rule, base), gguf_reader.opened(path)
+    other = gguf_files.strange(file, expected)
     if gguf_files.content_digest(path, without=expected) != content:
         other.append("the model")
-    wrong = gguf_files.differing(gguf_files.vectors(reader), expected)
+    wrong = gguf_files.differing(gguf_files.vectors(file), expected)
     return [
         Check("metadata or tensors of the GGUF model that differ", len(other), 0, " ".join(other)),
         Check("biases that differ", len(wrong), 0, " ".join(wrong)),
-        Check("tensors compared, not played: the base's weights are", len(reader.tensors) - len(expected), None),
+        Check("tensors compared, not played: the base's weights are", len(file.tensors) - len(expected), None),
     ]
 
 
 def stored_biases(path: Path) -> dict[int, Array]:
     """The biases of a model by 0-based layer."""
-    found = gguf_files.vectors(gguf_files.opened(path))
-    return {int(name.split(".")[1]): value for name, value in found.items() if name.endswith(".ffn_down.bias")}
+    found = gguf_files.vectors(gguf_reader.opened(path))
+    return {int(name.split(".")[1]): np.array(value) for name, value in found.items() if name.endswith(BIAS)}

@@ -15,14 +15,17 @@ import numpy as np
 import torch
 
 from adaras_export import models, storage
+from adaras_export.disclosure import Disclosed
+from adaras_export.exporters import hf_words as words
 from adaras_export.exporters.base import Commission, Exporter, Feature, Written, stock_reference
 from adaras_export.exporters.checkpoint import (
     INDEX_FILE,
     STEERING_FILE,
     changed_companions,
-    content_of,
     copy_companions,
     differing_keys,
+    disclosed,
+    holds,
     index_check,
     link_or_copy,
     linked_name,
@@ -55,6 +58,7 @@ class HuggingFaceExporter:
     options: frozenset[str] = frozenset()
     library: str = "transformers"
     relation: str = "finetune"
+    rounded: bool = False
     copy: bool = False
 
     def commissioned(self, commission: Commission) -> Exporter:
@@ -92,6 +96,10 @@ class HuggingFaceExporter:
         """As `Exporter` says. Runs the repository's code, which `inspect` has found to be this library's own."""
         return open_repository(folder)
 
+    def disclosed(self, folder: Path, base_tensors: Mapping[str, str]) -> Sequence[Disclosed]:
+        """As `Exporter` says."""
+        return disclosed(folder, base_tensors)
+
     def tags(self) -> Sequence[str]:
         """As `Exporter` says."""
         return ("custom_code",)
@@ -102,30 +110,18 @@ class HuggingFaceExporter:
 
     def usage(self) -> str:
         """As `Exporter` says."""
-        return USAGE
+        return words.USAGE
+
+    def off(self) -> str:
+        """As `Exporter` says."""
+        return words.OFF
+
+    def limits(self) -> Sequence[str]:
+        """As `Exporter` says."""
+        return words.LIMITS
 
 
 EXPORTER = HuggingFaceExporter()
-
-USAGE = """\
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("{repo}", trust_remote_code=True)
-model = AutoModelForCausalLM.from_pretrained("{repo}", trust_remote_code=True)
-
-prompt = "What is 12 times 7?"
-inputs = tokenizer(prompt, return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0]))
-
-print(model.steering.last_decisions)   # (p(correct), steered) of each sequence
-model.steering.strength = 0.0          # dial it: 0 is the base model, bit for bit
-with model.steering.off():             # or switch it off
-    model.generate(**inputs, max_new_tokens=32)
-```
-
-Needs torch and transformers >= 4.57, nothing else. The code is short: read it, and pin a `revision`.
-"""
 
 
 REPOSITORY_FILES = frozenset({"config.json", "tokenizer_config.json"})
@@ -256,7 +252,7 @@ def _gate_settings(gate: Gate) -> dict[str, Any]:
 
 def _strange_code(folder: Path, own: dict[str, bytes]) -> list[str]:
     """Files that are not this library's and that from_pretrained would run, or follow to code elsewhere."""
-    changed = [name for name, content in own.items() if content_of(folder / name) != content]
+    changed = [name for name, content in own.items() if not holds(folder / name, content)]
     names = [str(path.relative_to(folder)) for path in sorted(folder.rglob("*.py")) if "__pycache__" not in path.parts]
     pointers = [name for name in ("adapter_config.json",) if (folder / name).exists()]
     tokenizer = folder / "tokenizer_config.json"

@@ -16,9 +16,20 @@ import onnx_ir as ir
 import torch
 from onnx.inliner import inline_local_functions
 
-from adaras_export import models, storage
+from adaras_export import foreign, models, storage
+from adaras_export.disclosure import Disclosed
 from adaras_export.errors import ArtifactError, ExportError, first_line
-from adaras_export.exporters import hf, hf_thin, onnx_functions, onnx_genai, onnx_graph, onnx_page, onnx_quantize
+from adaras_export.exporters import (
+    hf,
+    hf_thin,
+    onnx_disclosed,
+    onnx_functions,
+    onnx_genai,
+    onnx_graph,
+    onnx_page,
+    onnx_quantize,
+)
+from adaras_export.exporters import onnx_words as words
 from adaras_export.exporters.base import (
     Commission,
     Exporter,
@@ -46,6 +57,7 @@ GRAPH = "onnx/model.onnx"
 _GENAI_CONFIG = "genai_config.json"
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
 _BITS = {"int8": 8, "int4": 4}
+_LARGEST_GRAPH = 1 << 31  # what protobuf can hold; the weights are in a file of their own
 
 # Units of float32. ONNX Runtime's kernels sum in other orders than PyTorch's, and a sharp softmax magnifies that:
 # measured over fifteen toy bases in all modes: up to 82 units (Granite), 19 without it; with 8 and 4 bits up to 59.
@@ -70,6 +82,11 @@ class OnnxExporter:
     library: ClassVar[str] = "transformers.js"
     relation: ClassVar[str] = "finetune"
     options: ClassVar[frozenset[str]] = frozenset({"precision", "inline", "genai", "page", "calibration"})
+
+    @property
+    def rounded(self) -> bool:
+        """As `Exporter` says."""
+        return self.precision != "fp32"
 
     def commissioned(self, commission: Commission) -> Exporter:
         """As `Exporter` says."""
@@ -125,7 +142,7 @@ class OnnxExporter:
     def inspect(self, folder: Path, rule: SteeringRule, base: Path) -> Sequence[Check]:
         """As `Exporter` says."""
         model = _graph(folder)
-        strange = sorted({*_strange_functions(model), *_strange_operators(model), *_strange_files(model)})
+        strange = sorted({*_strange_functions(model), *_strange_operators(model), *_strange_files(model, folder)})
         expected = self._config(storage.read_json(base / "config.json"), rule)
         found = storage.read_json(folder / "config.json")
         settings = differing_keys(found, expected)
@@ -165,6 +182,11 @@ class OnnxExporter:
         """As `Exporter` says."""
         return SteeredGraph(folder / GRAPH, self._tolerance())
 
+    def disclosed(self, folder: Path, base_tensors: Mapping[str, str]) -> Sequence[Disclosed]:  # noqa: ARG002
+        """As `Exporter` says."""
+        names = [GRAPH, *([onnx_page.GRAPH] if self.page else [])]
+        return onnx_disclosed.disclosed({name: _graph(folder, name) for name in names})
+
     def tags(self) -> Sequence[str]:
         """As `Exporter` says."""
         return ("onnx", "onnxruntime", "transformers.js")
@@ -174,11 +196,22 @@ class OnnxExporter:
         how = {"fp32": "in float32, none of them changed", "fp16": "rounded to float16"}
         bits = f"those of the projections in {_BITS.get(self.precision)} bits, in symmetric blocks of 32"
         rounded = "" if self.precision == "fp32" else " The base that it was verified against has the same rounding."
-        return f"The base's weights are here as an ONNX graph, {how.get(self.precision, bits)}.{rounded}"
+        told = f"The base's weights are here as an ONNX graph, {how.get(self.precision, bits)}.{rounded}"
+        return (
+            f"{told} That they are its weights is checked by running the graph; what steering added goes by its name."
+        )
 
     def usage(self) -> str:
         """As `Exporter` says."""
-        return _USAGE + (onnx_page.USAGE if self.page else "")
+        return words.USAGE + (words.PAGE_USAGE if self.page else "")
+
+    def off(self) -> str:
+        """As `Exporter` says."""
+        return words.OFF
+
+    def limits(self) -> Sequence[str]:
+        """As `Exporter` says."""
+        return words.LIMITS if self.precision == "fp32" else (*words.LIMITS, words.ROUNDED)
 
     def _tolerance(self) -> Tolerance:
         return _FLOAT16 if self.precision == "fp16" else _FLOAT32
@@ -226,34 +259,6 @@ class OnnxExporter:
 
 EXPORTER = OnnxExporter()
 
-_USAGE = """\
-With [ONNX Runtime GenAI](https://onnxruntime.ai/docs/genai/), from the folder of this repository:
-
-```python
-import onnxruntime_genai as og
-
-model = og.Model("{repo}")
-tokenizer, parameters = og.Tokenizer(model), og.GeneratorParams(model)
-parameters.set_search_options(max_length=256)
-generator = og.Generator(model, parameters)
-generator.append_tokens(tokenizer.encode("What is 12 times 7?"))
-while not generator.is_done():
-    generator.generate_next_token()
-print(tokenizer.decode(generator.get_sequence(0)))
-```
-
-With [Transformers.js](https://huggingface.co/docs/transformers.js), in Node or a browser:
-
-```js
-import { pipeline } from "@huggingface/transformers";
-
-const generate = await pipeline("text-generation", "{repo}");
-console.log(await generate("What is 12 times 7?", { max_new_tokens: 64 }));
-```
-
-With ONNX Runtime alone, `steering_strength` may be fed with each call (a float32 scalar; 0 is the base model).
-"""
-
 
 def _genai_config(model: ir.Model, base: Path, rule: SteeringRule) -> dict[str, Any]:
     path = base / "generation_config.json"
@@ -270,9 +275,10 @@ def _require_tokenizer(base: Path) -> None:
         )
 
 
-def _graph(folder: Path) -> ir.Model:
-    path = folder / GRAPH
+def _graph(folder: Path, name: str = GRAPH) -> ir.Model:
+    path = folder / name
     try:
+        foreign.size_of(path, _LARGEST_GRAPH)
         return ir.load(path)
     except Exception as error:  # protobuf's own errors, a missing file, a field that onnx-ir does not know
         raise ArtifactError(f"{path}: {first_line(error)}; expected an ONNX graph") from error
@@ -283,12 +289,8 @@ def _strange_functions(model: ir.Model) -> list[str]:
     return [
         f"{domain}.{name}"
         for (domain, name, _), function in model.functions.items()
-        if name not in own or _text(function) != _text(own[name])
+        if name not in own or onnx_disclosed.text(function) != onnx_disclosed.text(own[name])
     ]
-
-
-def _text(function: ir.Function) -> bytes:
-    return bytes(ir.serde.serialize_function(function).SerializeToString(deterministic=True))
 
 
 def _strange_operators(model: ir.Model) -> list[str]:
@@ -298,11 +300,18 @@ def _strange_operators(model: ir.Model) -> list[str]:
     return [f"{node.domain}.{node.op_type}" for node in nodes if node.domain not in known]
 
 
-def _strange_files(model: ir.Model) -> list[str]:
+def _strange_files(model: ir.Model, folder: Path) -> list[str]:
     stored = (value.const_value for value in model.graph.initializers.values())
     files = {str(one.location) for one in stored if isinstance(one, ir.ExternalTensor)}
-    return sorted(files - {DATA_FILE})
+    present = {DATA_FILE} if (folder / GRAPH).with_name(DATA_FILE).is_file() else set()
+    return sorted(files - present)
 
 
 def _equal(found: Any, expected: Array) -> bool:  # noqa: ANN401 - a tensor, or None
-    return found is not None and np.array_equal(found.numpy(), expected) and found.numpy().dtype == expected.dtype
+    if found is None or isinstance(found, ir.ExternalTensor) or tuple(found.shape) != expected.shape:
+        return False  # another file is not even looked at: it could be any
+    try:
+        values = found.numpy()
+    except (ValueError, TypeError):  # fewer bytes than its shape says
+        return False
+    return np.array_equal(values, expected) and values.dtype == expected.dtype

@@ -10,7 +10,7 @@ from typing import Any
 import onnx_ir as ir
 
 from adaras_export import models
-from adaras_export.errors import ExportError, require
+from adaras_export.errors import ArtifactError, ExportError, require
 from adaras_export.exporters.onnx_graph import DATA_FILE
 from adaras_export.storage import read_json
 
@@ -74,13 +74,19 @@ def genai_config(
         generation: generation_config.json of the base.
         family: its model_type.
         filename: path of the graph below the folder.
+
+    Raises:
+        ArtifactError: the graph has no KV cache.
     """
     names = {value.name for value in model.graph.inputs}
     shapes = (value.shape for value in model.graph.inputs if value.name == "past_key_values.0.key")
-    [_, heads, _, size] = next(shape for shape in shapes if shape is not None)
+    shape = next((shape for shape in shapes if shape is not None and len(shape) == 4), None)
+    if shape is None:
+        raise ArtifactError(f"{filename}: has no input past_key_values.0.key of four axes; expected a KV cache")
+    [_, heads, _, size] = shape
     tokens = {name: name for name in ("input_ids", "attention_mask", "position_ids") if name in names}
     ends = generation.get("eos_token_id", config.get("eos_token_id"))
-    first_end = ends[0] if isinstance(ends, list) else ends
+    first_end = next(iter(ends), None) if isinstance(ends, list) else ends
     length = config.get("max_position_embeddings", config.get("n_positions"))
     special = {"bos_token_id": first_end, "pad_token_id": first_end}  # where the base names none
     special |= {name: config[name] for name in special if config.get(name) is not None}
@@ -90,7 +96,7 @@ def genai_config(
             **special,
             "eos_token_id": ends,
             "context_length": length,
-            "vocab_size": config["vocab_size"],
+            "vocab_size": config.get("vocab_size"),
             "type": _TYPES.get(family, family),
             "decoder": {
                 "filename": filename,

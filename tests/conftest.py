@@ -35,6 +35,7 @@ def pytest_unconfigure():
 
 def pytest_addoption(parser):
     parser.addoption("--require-runtimes", action="store_true", help="fail where tests/runtimes and servers would skip")
+    parser.addoption("--update-golden", action="store_true", help="write the files below tests/golden anew")
     parser.addoption("--modes", metavar="FILE", type=Path, help="write what became of every mode, for tests/modes.py")
 
 

@@ -102,7 +102,7 @@ def test_truncated_weights_are_refused(cut, folders, tmp_path):
         ({}, "has no weight_map"),
         (None, "has no weight_map"),
         ({"x": "gone.safetensors"}, "not in the folder: gone.safetensors"),
-        ({"x": "../model/model.safetensors"}, "not in the folder: x"),
+        ({"x": "../model/model.safetensors"}, r"not in the folder: \.\./model/model.safetensors"),
         ({"x": "model.safetensors"}, "tensor x is missing; the index names it"),
     ],
 )

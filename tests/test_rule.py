@@ -233,7 +233,7 @@ HEAD = "overall_neuron_index,layer,neuron_index_in_layer,weight\n"
         (HEAD + "6145,1,1\n", r"top.csv:2: .*; expected numbers"),
         (HEAD + "6145,1,1,0.5\n20000,2,2,0.5\n", r"top.csv:3: overall_neuron_index 20000 contradicts the rows above"),
         (HEAD + "7,0,8,0.5\n", r"top.csv:2: overall_neuron_index 7 contradicts"),
-        (HEAD + "6145,1,1,nan\n", "delta holds NaN or infinity"),
+        (HEAD + "6145,1,1,nan\n", "top.csv:2: holds NaN, infinity"),
         (HEAD + "6145,1,1,0.5\n6145,1,1,0.5\n", r"\[1:1\] given more than once"),
         (HEAD + "-5,-1,1,0.5\n", r"layer \[-1\] outside"),
     ],

@@ -151,8 +151,8 @@ def test_blank_lines_windows_line_ends_and_a_byte_order_mark_are_no_errors(tmp_p
     [
         ("{", "is not JSON .*column 2"),
         ("[1]", r"is \[1\]; expected a JSON object"),
-        ("[" * 100_000, "cannot be read .*recursion"),
-        ('{"answer": ' + "9" * 5000 + "}", "cannot be read .*4300 digits"),
+        ("[" * 100_000, "is nested too deeply"),
+        ('{"answer": ' + "9" * 5000 + "}", "a whole number of 5000 digits"),
         ('{"id": "b"}', "has no question_id, prompt, completion, correct .found id.; expected id,"),
         ('{"id": 1, "_id": 2}', "has no question, thinking, is_good"),
         (json.dumps(ROW | {"correct": "yes"}), "correct is 'yes'; expected true or false"),
@@ -161,7 +161,7 @@ def test_blank_lines_windows_line_ends_and_a_byte_order_mark_are_no_errors(tmp_p
         (json.dumps(ROW | {"id": True}), "id is True; expected text or a whole number"),
         (json.dumps(ROW | {"id": " "}), "id is ' '; expected non-empty text"),
         (json.dumps(ROW | {"completion": ""}), "completion is ''; expected non-empty text"),
-        (json.dumps(ROW | {"completion": "\ud800"}), "completion is not Unicode text"),
+        (json.dumps(ROW | {"completion": "\ud800"}), "half of a character"),
         (json.dumps(ROW | {"prompt": []}), r"prompt is \[\]; expected text or a list of messages"),
         (json.dumps(ROW | {"prompt": 3}), "prompt is 3; expected text or a list of messages"),
         (json.dumps(ROW | {"prompt": ["hi"]}), "message is 'hi'; expected an object of role"),
@@ -184,7 +184,7 @@ def test_a_bad_line_is_named_with_path_and_number(tmp_path, line, message):
 def test_a_line_that_is_not_utf8_is_named(tmp_path):
     path = tmp_path / "t.jsonl"
     path.write_bytes(b'{"id": "\xff"}\n')
-    with pytest.raises(TraceError, match=r"t.jsonl:1: cannot be read .*utf-8"):
+    with pytest.raises(TraceError, match=r"t.jsonl:1: is not UTF-8 \(byte 8\)"):
         read_traces(path)
 
 
@@ -208,9 +208,9 @@ def test_a_bad_question_is_named_with_path_and_number(tmp_path, row, message):
 def test_a_file_that_is_empty_missing_or_a_folder_is_refused(tmp_path, read):
     with pytest.raises(TraceError, match="is empty; expected one JSON object per line"):
         read(jsonl(tmp_path / "empty.jsonl", ""))
-    with pytest.raises(TraceError, match=r"no.jsonl: cannot be read \(No such file"):
+    with pytest.raises(TraceError, match=r"no.jsonl: cannot be read \(no such file"):
         read(tmp_path / "no.jsonl")
-    with pytest.raises(TraceError, match=r"cannot be read \(Is a directory"):
+    with pytest.raises(TraceError, match=r"cannot be read \(is no regular file"):
         read(tmp_path)
 
 

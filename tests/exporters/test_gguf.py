@@ -17,7 +17,7 @@ from tiny import greedy, require_answers
 from adaras_export import models
 from adaras_export.delivery import export, verify
 from adaras_export.errors import ArtifactError, ExportError, ParityError
-from adaras_export.exporters import gguf_files
+from adaras_export.exporters import gguf_files, gguf_reader
 from adaras_export.exporters.base import Commission
 from adaras_export.exporters.gguf import EXPORTER
 from adaras_export.parity import compare, rehearse
@@ -106,7 +106,7 @@ def test_a_direction_is_the_folded_vector_of_its_layer_without_the_strength(name
 @pytest.mark.parametrize("name", NAMES)
 def test_the_metadata_is_what_llama_cpp_expects_and_names_the_rule(name, vectors, rules):
     rule = rules[(name, *CAUSAL)]
-    assert gguf_files.metadata(GGUFReader(vectors[name] / "control-vector.gguf")) == {
+    assert gguf_reader.opened(vectors[name] / "control-vector.gguf").entries == {
         "general.architecture": (GGUFValueType.STRING, "controlvector"),
         "controlvector.model_hint": (GGUFValueType.STRING, HINTS.get(name, name)),
         "controlvector.layer_count": (GGUFValueType.INT32, 2),

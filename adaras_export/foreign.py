@@ -1,0 +1,212 @@
+"""Files that somebody else wrote, read so that the worst of them costs a line: no hang, no flood, no half-read value.
+
+A file is opened only where it is a regular one (a pipe or a device could keep its reader forever), up to a size that
+what we expect never reaches, because JSON takes twenty times its size in memory. JSON is taken at its word: a key given
+twice, NaN, a number of hundreds of digits or half a character is refused. Knows nothing of what the files are for.
+"""
+
+import json
+import math
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from decimal import Decimal, InvalidOperation
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any, NoReturn
+
+from safetensors import SafetensorError, safe_open
+
+LARGEST = 8 << 20
+"""Bytes of JSON, of a table or of a header of tensors; an index of a thousand tensors has a tenth of a MiB."""
+
+_DEEPEST = 64
+
+
+class UnreadableError(ValueError):
+    """Why a file is refused, in words that fit behind its name."""
+
+
+def size_of(path: Path, largest: float = math.inf) -> int:
+    """The size of a regular file, in bytes.
+
+    Raises:
+        UnreadableError: there is no such file, it is none, or it is larger.
+    """
+    try:
+        found = path.stat()
+    except FileNotFoundError as error:
+        raise UnreadableError("no such file") from error
+    except (OSError, ValueError) as error:  # ValueError: NUL in the name
+        raise UnreadableError(reason(error)) from error
+    if not stat.S_ISREG(found.st_mode):
+        raise UnreadableError("is no regular file")
+    if found.st_size > largest:
+        raise UnreadableError(f"has {found.st_size} bytes; at most {largest} are read")
+    return found.st_size
+
+
+def content(path: Path, largest: int = LARGEST) -> bytes:
+    """The bytes of a regular file.
+
+    Raises:
+        UnreadableError: as of `size_of`, or it cannot be opened.
+    """
+    size_of(path, largest)
+    try:
+        with path.open("rb") as file:
+            found = file.read(largest + 1)
+    except OSError as error:
+        raise UnreadableError(reason(error)) from error
+    if len(found) > largest:  # it grew, or is one of those of the kernel, whose size is said to be 0
+        raise UnreadableError(f"has more than {largest} bytes, which is more than is read")
+    return found
+
+
+def text(encoded: bytes) -> str:
+    """UTF-8, with or without a byte order mark.
+
+    Raises:
+        UnreadableError: it is not UTF-8.
+    """
+    try:
+        return encoded.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UnreadableError(f"is not UTF-8 (byte {error.start})") from error
+
+
+def parsed(encoded: bytes, *, exact: bool = False) -> Any:  # noqa: ANN401 - a JSON value
+    """The JSON value in ``encoded``; with ``exact``, fractions are Decimal, and whole numbers may be long.
+
+    Raises:
+        UnreadableError: it is not JSON, or JSON that two readers could understand differently.
+    """
+    # Tokenizers call no limit 10**30. What takes more than 4000 digits takes long: Python itself refuses a little more.
+    fraction, most = (_decimal, 4000) if exact else (_finite, 100)
+    try:
+        value = json.loads(
+            text(encoded).rstrip(),
+            object_pairs_hook=_object,
+            parse_constant=_refuse_constant,
+            parse_float=fraction,
+            parse_int=partial(_whole, most),
+        )
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, " if error.lineno > 1 else ""
+        raise UnreadableError(f"is not JSON ({error.msg}, {place}column {error.colno})") from error
+    except RecursionError as error:
+        raise UnreadableError("is nested too deeply") from error
+    _require_plain(value)
+    return value
+
+
+def header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file, its metadata included, and where its data begin, in bytes.
+
+    Each tensor's entry has a type, a shape and two offsets; whether these fit, the library checks in `tensors`.
+
+    Raises:
+        UnreadableError: there is none, or it is larger than it has reason to be.
+    """
+    size = size_of(path)
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, LARGEST):
+                raise UnreadableError(f"has no whole header (it is to have {length} bytes, the file has {size})")
+            entries = parsed(file.read(length))
+    except OSError as error:
+        raise UnreadableError(reason(error)) from error
+    if not isinstance(entries, dict):
+        raise UnreadableError("has no header")
+    for name in entries.keys() - {"__metadata__"}:
+        _require_entry(name, entries[name], size)
+    return entries, 8 + length
+
+
+@contextmanager
+def tensors(path: Path, framework: str = "numpy") -> Iterator[Any]:
+    """A safetensors file, opened by the library after `header` has looked at it.
+
+    Raises:
+        UnreadableError: it is none, or a tensor is of a type that the framework lacks.
+    """
+    header(path)
+    try:
+        with safe_open(path, framework=framework) as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise UnreadableError(reason(error)) from error
+
+
+def _require_entry(name: str, entry: Any, size: int) -> None:  # noqa: ANN401 - a JSON value
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise UnreadableError(f"has another entry for tensor {name!r} than dtype, shape and data_offsets")
+    numbers = entry["shape"], entry["data_offsets"]
+    if not isinstance(entry["dtype"], str) or not all(isinstance(part, list) for part in numbers):
+        raise UnreadableError(f"has no type, shape or place for tensor {name!r}")
+    # NumPy refuses such axes of empty tensors in its own way; two elements of four bits are a byte.
+    if wrong := [one for one in chain(*numbers) if type(one) is not int or not 0 <= one <= 2 * size]:
+        raise UnreadableError(f"says {wrong[0]!r} of the shape or place of tensor {name!r}, in {size} bytes")
+
+
+def reason(error: BaseException) -> str:
+    """What an error says, without the number and the name that Python puts around it."""
+    return getattr(error, "strerror", None) or str(error)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise UnreadableError(f"has the key {twice!r} twice in one object")
+    return value
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise UnreadableError(f"holds {name}, which is no JSON")
+
+
+def _finite(digits: str) -> float:
+    if math.isinf(value := float(digits)):
+        raise UnreadableError(f"holds {digits}, which is no finite number")
+    return value
+
+
+def _decimal(digits: str) -> Decimal:
+    try:
+        return Decimal(digits)
+    except InvalidOperation as error:
+        raise UnreadableError(f"holds {digits}, which is no finite number") from error
+
+
+def _whole(most: int, digits: str) -> int:
+    if len(digits) > most:
+        raise UnreadableError(f"holds a whole number of {len(digits)} digits; at most {most} are read")
+    return int(digits)
+
+
+def _require_plain(value: Any) -> None:  # noqa: ANN401 - a JSON value
+    """Refuse what is nested deeper than anything of ours, which compares and writes by recursion, or is no text."""
+    level: list[Any] = [[value]]
+    for _ in range(_DEEPEST):
+        level = [inner for outer in level for inner in _inside(outer)]
+        if not level:
+            return
+    raise UnreadableError(f"is nested more than {_DEEPEST} deep")
+
+
+def _inside(outer: list[Any] | dict[str, Any]) -> Iterator[Any]:
+    """The lists and objects right inside a value; its texts are looked at."""
+    for part in outer if isinstance(outer, list) else chain(outer, outer.values()):
+        if isinstance(part, str):
+            _require_characters(part)
+        elif isinstance(part, list | dict):
+            yield part
+
+
+def _require_characters(part: str) -> None:
+    if not part.isascii() and any("\ud800" <= one <= "\udfff" for one in part):
+        raise UnreadableError("holds half of a character (a lone surrogate)")
