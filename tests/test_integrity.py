@@ -212,7 +212,7 @@ def test_an_edited_card_is_named(folder):
     card = folder / "README.md"
     card.write_text(card.read_text().replace("none of them changed", "safe") + "\nTrust me.\n")
     found = {check.name: check.detail for check in delivery.verify(artifacts.refit(folder)).failed()}
-    assert found == {"card other than its receipt's": "evaluation.json"}
+    assert found == {"card other than its receipt's": "README.md"}
 
 
 def test_an_evaluation_that_the_card_cannot_be_made_of_is_named(folder):

@@ -80,6 +80,19 @@ def test_a_file_that_cannot_be_written_is_one_line_and_nothing_is_left(name, toy
         assert [*tmp_path.iterdir()] == [tmp_path / "out"]
 
 
+def test_an_export_to_where_another_process_writes_is_refused_until_that_one_is_dead(toys, tmp_path):
+    with script("rival.py", tmp_path, "dead", 0) as rival:
+        assert rival.stdout.readline() == "staged\n"
+        status, text = export("hf", toys, tmp_path / "out-0")
+        assert (status, text.count("\n")) == (2, 1)
+        assert "out-0: another export is writing it now" in text
+        rival.kill()
+        rival.wait()
+    assert export("hf", toys, tmp_path / "out-0")[0] == 0
+    assert [*tmp_path.iterdir()] == [tmp_path / "out-0"]
+    assert command(["verify", str(tmp_path / "out-0")])[0] == 0
+
+
 # Two runs give the same bytes
 
 ODD = {"PYTHONHASHSEED": "77", "TZ": "Asia/Kolkata", "LC_ALL": "C", "PYTHONUTF8": "0"}
