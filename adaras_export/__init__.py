@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from adaras_export.checks import ParityReport
     from adaras_export.delivery import ExportReport, export, verify
+    from adaras_export.integrity import verify_files
     from adaras_export.models import BaseModel
     from adaras_export.rule import Gate, NeuronSet, SteeringRule
     from adaras_export.statistics import NeuronStats
@@ -28,6 +29,7 @@ _HOMES = {
     "export": "delivery",
     "steered": "steering",
     "verify": "delivery",
+    "verify_files": "integrity",
 }
 
 __all__ = [
@@ -41,6 +43,7 @@ __all__ = [
     "export",
     "steered",
     "verify",
+    "verify_files",
 ]
 
 

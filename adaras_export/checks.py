@@ -56,10 +56,14 @@ class ParityReport:
         Raises:
             KeyError, TypeError: the record is not of that form.
         """
-        checks = tuple(Check(one["check"], one["figure"], one["limit"], one["detail"]) for one in record)
-        for check in checks:
-            numbers = [check.figure] if check.limit is None else [check.figure, check.limit]
-            texts = [check.name, check.detail]
-            if not all(type(one) in (int, float) for one in numbers) or not all(isinstance(one, str) for one in texts):
-                raise TypeError("a check has a figure or a text of another type")
-        return cls(checks)
+        return cls(tuple(_check(one) for one in record))
+
+
+def _check(record: Any) -> Check:  # noqa: ANN401 - comes from a file
+    found = Check(record["check"], record["figure"], record["limit"], record["detail"])
+    numbers = [found.figure] if found.limit is None else [found.figure, found.limit]
+    if not all(type(number) in (int, float) for number in numbers):
+        raise TypeError(f"check {found.name!r} has no numbers")
+    if not isinstance(found.name, str) or not isinstance(found.detail, str):
+        raise TypeError(f"check {found.name!r} has no texts")
+    return found

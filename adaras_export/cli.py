@@ -271,6 +271,8 @@ def evaluate(
     stop: Stop = None,
     batch_size: Rows = 64,
     allow_seen: Seen = False,
+    dataset: Annotated[str | None, typer.Option(help="Hub dataset that the questions are from, for the card.")] = None,
+    task: Annotated[str | None, typer.Option(help="Task of that benchmark, for its leaderboard.")] = None,
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
@@ -284,6 +286,7 @@ def evaluate(
     read = SteeringRule.load(rule)
     arms = arms_of(read, compare.split(",")) if compare else ()
     exam = _exam(questions, check, Sampling(max_new_tokens, stop=_text(stop)), batch_size)
+    exam = replace(exam, dataset=dataset, task=task)
     read.base.require_same(BaseModel.of(model, revision))  # a model in memory has no fingerprint to compare
     loaded, tokenizer = _load(model, revision)
     how: dict[str, Any] = {"random_seeds": range(random_controls), "allow_seen": allow_seen}
@@ -318,6 +321,7 @@ def export(
     into: Annotated[
         Path | None, typer.Option(help="gguf: a GGUF model, to be written anew with steering in it.")
     ] = None,
+    sign: Annotated[Path | None, typer.Option(help="PEM file of a private key to sign it with.")] = None,
     as_json: Json = False,
 ) -> None:
     """Bake a rule into an artifact that runs without this library, verify it, and give it card and receipt."""
@@ -325,6 +329,7 @@ def export(
     from adaras_export.rule import SteeringRule
 
     _quiet_libraries()
+    signature = None if sign is None else _signature(sign)
     accepted = [feature for feature in accept_loss.split(",") if feature]
     chosen = {
         "precision": precision,
@@ -340,33 +345,119 @@ def export(
     how: dict[str, Any] = {"accept_loss": accepted, "evaluation": evaluation, "strength": strength, "copy": copy}
     how |= {name: value for name, value in chosen.items() if value not in (None, False)}
     report = run(SteeringRule.load(rule), base=base, to=to, out=out, **how)
+    if signature is not None:
+        signature(out)
+    signed, receipt = "" if signature is None else " and a signature", _receipt_hash(out)
     record = {"path": str(report.path), "target": to, "files": report.files, "parity": report.parity.as_record()}
-    _print(record, f"{_checks(report.parity)}\n{out}: {len(report.files)} files and a receipt", as_json)
+    text = f"{_checks(report.parity)}\n{out}: {len(report.files)} files and a receipt{signed}\nreceipt {receipt}"
+    _print(record | {"receipt": receipt}, text, as_json)
 
 
 @app.command()
 def verify(
     folder: Annotated[Path, typer.Argument(help="An exported folder.")],
     base: Annotated[str | None, typer.Option(help="The base model, if it moved since the export.")] = None,
+    offline_hashes: Annotated[
+        bool, typer.Option("--offline-hashes", help="Files against the receipt only: needs no base, runs nothing.")
+    ] = False,
+    receipt: Annotated[str | None, typer.Option(help="The SHA-256 of the receipt, from its author.")] = None,
+    key: Annotated[Path | None, typer.Option(help="PEM file of the public key that it must be signed with.")] = None,
     as_json: Json = False,
 ) -> None:
     """Check an exported folder: its files, what it stores, and what it computes."""
-    from adaras_export.delivery import verify as run
+    if offline_hashes and base is not None:
+        raise typer.BadParameter("--offline-hashes with --base: it compares nothing with a base; leave out one of them")
+    if offline_hashes:  # without torch, which takes longer to import than most folders to read
+        from adaras_export.integrity import verify_files
 
-    _quiet_libraries()
-    report = run(folder, base)
-    _print({"ok": report.ok, "checks": report.as_record()}, _checks(report), as_json)
+        report = verify_files(folder, receipt=receipt, key=key)
+    else:
+        from adaras_export.delivery import verify as run
+
+        _quiet_libraries()
+        report = run(folder, base, receipt=receipt, key=key)
+    left_out = _unproven(known=receipt is not None or key is not None) if offline_hashes else []
+    record = {"ok": report.ok, "checks": report.as_record(), "receipt": _receipt_hash(folder), "unproven": left_out}
+    text = "\n".join([_checks(report), f"receipt {record['receipt']}", *left_out])
+    _print(record, text, as_json)
     if not report.ok:
         raise ParityError(f"{folder}: {len(report.failed())} of {len(report.checks)} checks failed")
 
 
 @app.command()
+def card(
+    folder: Annotated[Path, typer.Argument(help="An exported folder.")],
+    repository: Annotated[str | None, typer.Option(help="What the card calls it: USER/REPO on the Hub.")] = None,
+    evaluation: Annotated[Path | None, typer.Option(help="File of eval; default: the one that is in it.")] = None,
+    dataset: Annotated[
+        list[str] | None, typer.Option(help="Hub dataset that the rule was made with; may be repeated.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write the model card of an exported folder anew, and its receipt; nothing else of it changes."""
+    from adaras_export import delivery, receipts
+
+    before = receipts.read(folder).files
+    receipt = delivery.recard(folder, repository, evaluation, dataset or None)
+    changed = sorted(name for name, found in receipt.files.items() if before.get(name) != found)
+    gone = sorted(before.keys() - receipt.files.keys())
+    record = {"path": str(folder), "repository": receipt.repository, "changed": changed, "removed": gone}
+    told = [f"written: {', '.join(changed)}" if changed else "as it was", *(f"removed: {name}" for name in gone)]
+    _print(record, f"{folder}: {'; '.join(told)}", as_json)
+
+
+@app.command()
+def sign(
+    folder: Annotated[Path, typer.Argument(help="An exported folder.")],
+    key: Annotated[Path, typer.Argument(help="PEM file of a private key: P-256, P-384 or P-521.")],
+    as_json: Json = False,
+) -> None:
+    """Sign an exported folder, as it is to be published: card and receipt included."""
+    path = _signature(key)(folder)
+    _print({"signature": str(path), "receipt": _receipt_hash(folder)}, f"{path}: written", as_json)
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="An exported folder.")],
+    repository: Annotated[str, typer.Argument(help="USER/NAME.")],
+    private: Annotated[
+        bool | None, typer.Option("--private/--public", help="Who may see it. [default: private, if it is new]")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="A branch, new or not. [default: main]")] = None,
+    message: Annotated[str | None, typer.Option(help="The commit's message.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Put an exported folder on the Hub, with one commit. Goes on where it was interrupted."""
+    from adaras_export import hub
+
+    if not (yes or dry_run or sys.stdin.isatty()):
+        raise typer.BadParameter("nobody is there to be asked; expected --yes, or --dry-run to see what would be done")
+    _quiet_libraries()
+    planned = hub.plan(folder, repository, private=private, revision=revision, message=message)
+    for warning in planned.warnings:
+        _warn(warning)
+    if dry_run:
+        _print(planned.as_record(), planned.text(), as_json)
+        return
+    sys.stderr.write(f"{planned.text()}\n")
+    if not (yes or planned.empty):
+        typer.confirm("push this?", abort=True, err=True)
+    done = hub.carry_out(planned)
+    did = f"{len(done.uploaded)} files sent, {len(done.removed)} removed, {len(done.unchanged)} were there"
+    _print(done.as_record(), f"{done.url}: {did}", as_json)
+
+
+@app.command()
 def doctor(as_json: Json = False) -> None:
-    """Say what works here: versions, extras, ONNX Runtime's providers, a GPU."""
+    """Say what works here: libraries, a GPU, the Hub, and every target, tried on a toy. Takes half a minute."""
     from adaras_export.doctor import examine
     from adaras_export.errors import BrokenInstallationError
 
-    findings = examine()
+    with _progress() as bar:
+        findings = examine(bar("trying targets"))
     broken = [finding for finding in findings if finding.ok is False]
     record = {"ok": not broken, "findings": [vars(finding) for finding in findings]}
     _print(record, "\n".join(finding.line() for finding in findings), as_json)
@@ -448,6 +539,10 @@ def _quiet_libraries() -> None:
     """Our own bars and messages are enough."""
     from transformers.utils import logging as transformers_logging
 
+    if not sys.stderr.isatty():
+        from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
+
+        disable_progress_bars()
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 
@@ -458,6 +553,34 @@ def _exam(questions: Path, check: str, sampling: "Sampling", rows: int) -> "Exam
     from adaras_export.traces import read_questions
 
     return Exam(read_questions(questions), checker(check), sampling, rows)
+
+
+def _signature(key: Path) -> Callable[[Path], Path]:
+    """What signs a folder with a key; refuses the key, or asks for its password, before there is work to lose."""
+    import os
+
+    from adaras_export import signing
+
+    password = os.environ.get(signing.PASSWORD)
+    if not signing.is_encrypted(key):
+        password = None
+    elif password is None and sys.stdin.isatty():
+        password = typer.prompt(f"Password of {key}", hide_input=True, err=True)
+    signing.require_key(key, password)
+    return lambda folder: signing.sign(folder, key, password)
+
+
+def _receipt_hash(folder: Path) -> str:
+    from adaras_export import receipts, storage
+
+    return storage.sha256_file(folder / receipts.RECEIPT_FILE)
+
+
+def _unproven(*, known: bool) -> list[str]:
+    """What `verify --offline-hashes` says nothing about."""
+    forged = "that the receipt is its author's: give --key or --receipt, or compare the receipt's SHA-256 yourself"
+    computed = "what it stores and computes against its base: leave out --offline-hashes"
+    return [f"not checked: {text}" for text in ([computed] if known else [forged, computed])]
 
 
 def _text(option: str | None) -> str | None:

@@ -4,19 +4,31 @@ Written beside its destination, verified, given card and receipt, and only then 
 its name. Knows no format; the exporters do.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from adaras_export import exporters, models, receipts, storage
-from adaras_export.card import CardContext, card
+from adaras_export import disclosure, exporters, integrity, models, receipts, storage
+from adaras_export.card import CardContext, card, results
+from adaras_export.card_effect import Measured
+from adaras_export.card_header import inherited
 from adaras_export.checks import Check, ParityReport
-from adaras_export.errors import ArtifactError, ExportError, ParityError
+from adaras_export.errors import ArtifactError, ExportError, ParityError, first_line
 from adaras_export.exporters.base import Commission, Exporter, Feature
+from adaras_export.exporters.checkpoint import differing_keys, holds
 from adaras_export.models import BaseModel
 from adaras_export.parity import compare, rehearse
-from adaras_export.receipts import CARD_FILE, EVALUATION_FILE, RULE_FILE, SIGNATURE_FILE, Receipt
+from adaras_export.receipts import (
+    CARD_FILE,
+    EVALUATION_FILE,
+    RECEIPT_FILE,
+    RESULTS_FILE,
+    RULE_FILE,
+    SIGNATURE_FILE,
+    Receipt,
+)
 from adaras_export.rule import SteeringRule
 from adaras_export.staging import staged
 
@@ -84,6 +96,7 @@ def export(  # noqa: PLR0913 - one job with the options that the command line ha
         parity = ParityReport((*written.notes, *_verified(exporter, stage, rule, folder).checks))
         if not parity.ok:
             raise ParityError(f"{out}: not written: " + "; ".join(check.line().strip() for check in parity.failed()))
+        base_tensors = models.tensor_hashes(folder)
         receipt = Receipt(
             target=to,
             options=dict(exporter.recorded()),
@@ -93,22 +106,29 @@ def export(  # noqa: PLR0913 - one job with the options that the command line ha
             given_rule=given,
             base=found,
             source=origin,
-            base_tensors=models.tensor_hashes(folder),
+            base_tensors=base_tensors,
             base_card=_base_card(folder),
             parity=parity,
             files={},
+            tensors=tuple(exporter.disclosed(stage, base_tensors)),
         )
         files = _describe(stage, receipt, exporter, rule).files
     return ExportReport(out, to, dict(files), dropped, parity)
 
 
-def recard(path: str | Path, repository: str | None = None, evaluation: str | Path | None = None) -> Receipt:
+def recard(
+    path: str | Path,
+    repository: str | None = None,
+    evaluation: str | Path | None = None,
+    datasets: Sequence[str] | None = None,
+) -> Receipt:
     """Write card and receipt of an exported folder anew; nothing else of it changes.
 
     Args:
         path: the folder.
         repository: what the card is to call it, a Hub id for one; default: as before.
         evaluation: JSON file of `adaras-export eval`; default: the one that the artifact has.
+        datasets: Hub ids of the datasets that the rule was made with; default: as before.
 
     Raises:
         ArtifactError: the folder is no export, or its files are not those of its receipt.
@@ -121,13 +141,31 @@ def recard(path: str | Path, repository: str | None = None, evaluation: str | Pa
     if broken := [check for check in receipts.file_checks(folder, receipt) if not check.ok]:
         raise ArtifactError(f"{folder}: {'; '.join(f'{check.name}: {check.detail}' for check in broken)}; export again")
     rule = SteeringRule.load(folder / RULE_FILE)
+    named = tuple(receipt.datasets if datasets is None else datasets)
+    if strange := [name for name in named if not models.is_hub_id(name)]:
+        raise ExportError(f"datasets: {', '.join(map(repr, strange))} could be on no Hub; expected USER/NAME")
     if evaluation is not None:
         storage.replace_file(folder / EVALUATION_FILE, _evaluation(Path(evaluation), rule))
-    renamed = replace(receipt, repository=repository or receipt.repository)
+    renamed = replace(receipt, repository=repository or receipt.repository, datasets=named)
     return _describe(folder, renamed, _exporter_of(receipt), rule)
 
 
-def verify(path: str | Path, base: str | Path | None = None) -> ParityReport:
+def readdressed(folder: Path, receipt: Receipt, repository: str) -> dict[str, bytes]:
+    """Card and receipt of an exported folder as they are under another name, by file; writes nothing."""
+    renamed = replace(receipt, repository=repository)
+    context = _context(folder, renamed, _exporter_of(receipt))
+    text = card(SteeringRule.load(folder / RULE_FILE), receipt.parity, context).encode()
+    complete = replace(renamed, files={**receipt.files, CARD_FILE: storage.sha256(text)})
+    return {CARD_FILE: text, RECEIPT_FILE: complete.to_bytes()}
+
+
+def verify(
+    path: str | Path,
+    base: str | Path | None = None,
+    *,
+    receipt: str | None = None,
+    key: str | Path | None = None,
+) -> ParityReport:
     """Check an exported folder: its files, what it stores, and what it computes.
 
     Code of the artifact runs only after it was found to be, byte for byte, this library's own.
@@ -135,22 +173,29 @@ def verify(path: str | Path, base: str | Path | None = None) -> ParityReport:
     Args:
         path: the folder.
         base: the base model, where it is no longer at the place that the receipt names.
+        receipt: the SHA-256 that ``receipt.json`` must have, as its author told it elsewhere.
+        key: PEM file of the public key that the folder must be signed with.
 
     Raises:
         ArtifactError: the folder is no export, or the base cannot be found.
     """
     folder = Path(path)
-    receipt = receipts.read(folder)
-    exporter = _exporter_of(receipt)
-    checks = receipts.file_checks(folder, receipt)
+    recorded = receipts.read(folder)
+    exporter = _exporter_of(recorded)
+    checks = [*integrity.origin_checks(folder, receipt, key), *integrity.content_checks(folder, recorded)]
+    if any(check.name in integrity.FATAL and not check.ok for check in checks):
+        return ParityReport((*checks, Check("not looked into, because of that", 1, 0)))
     rule = SteeringRule.load(folder / RULE_FILE)
-    checks.append(Check("rule other than the receipt's", float(rule.fingerprint != receipt.rule), 0))
-    found, revision = receipt.source if base is None else base, receipt.base.revision
+    found, revision = recorded.source if base is None else base, recorded.base.revision
     base_folder = models.fetch(found, revision)
     rule.base.require_same(BaseModel.of(found, revision))
-    checks.append(_base_check(receipt, base_folder))
+    checks += [
+        _base_check(recorded, base_folder),
+        _disclosure_check(exporter, folder, recorded),
+        *_card_checks(folder, recorded, exporter, rule, base_folder),
+    ]
     elsewhere = None if base is None else base_folder
-    exporter = exporter.commissioned(Commission(receipt.source, revision, elsewhere, options=receipt.options))
+    exporter = exporter.commissioned(Commission(recorded.source, revision, elsewhere, options=recorded.options))
     return ParityReport((*checks, *_verified(exporter, folder, rule, base_folder).checks))
 
 
@@ -166,14 +211,79 @@ def _exporter_of(receipt: Receipt) -> Exporter:
 
 def _describe(folder: Path, receipt: Receipt, exporter: Exporter, rule: SteeringRule) -> Receipt:
     """Write the card, then the receipt, which has the hashes of all the rest."""
-    own = (exporter.usage(), exporter.weights(), exporter.library, exporter.relation, exporter.tags())
-    measured = folder / EVALUATION_FILE
-    evaluation = storage.read_json(measured) if measured.exists() else None
-    context = CardContext(receipt.repository, *own, receipt.drops, receipt.base_card.get("license"), evaluation)
+    context = _context(folder, receipt, exporter)
     storage.replace_file(folder / CARD_FILE, card(rule, receipt.parity, context).encode())
+    _put(folder / RESULTS_FILE, results(rule, context))
     complete = replace(receipt, files=receipts.hashes(folder))
     complete.write(folder)
     return complete
+
+
+def _card_checks(folder: Path, receipt: Receipt, exporter: Exporter, rule: SteeringRule, base: Path) -> list[Check]:
+    """Whether the card is the one that its receipt gives, and says of rule and base what they say themselves."""
+    said = _base_card(base)
+    other = [] if not (base / "README.md").exists() else differing_keys(receipt.base_card, json.loads(json.dumps(said)))
+    dropped = sorted({*receipt.drops} ^ {*_dropped(rule, exporter)})
+    written = _other_than_written(folder, receipt, exporter, rule)
+    return [
+        Check("card other than its receipt's", len(written), 0, " ".join(written)),
+        Check("statements about the base that differ from its card", len(other), 0, " ".join(other)),
+        Check("features left out, or not, other than the receipt's", len(dropped), 0, " ".join(dropped)),
+    ]
+
+
+def _other_than_written(folder: Path, receipt: Receipt, exporter: Exporter, rule: SteeringRule) -> list[str]:
+    """Which of card and evaluation results are not what receipt, rule and evaluation give."""
+    try:
+        context = _context(folder, receipt, exporter)
+    except ArtifactError:  # an evaluation of another form
+        return [EVALUATION_FILE]
+    expected = {CARD_FILE: card(rule, receipt.parity, context), RESULTS_FILE: results(rule, context)}
+    return [name for name, text in expected.items() if not _has(folder / name, text)]
+
+
+def _has(path: Path, text: str | None) -> bool:
+    return not path.exists() if text is None else holds(path, text.encode())
+
+
+def _context(folder: Path, receipt: Receipt, exporter: Exporter) -> CardContext:
+    path = folder / EVALUATION_FILE
+    return CardContext(
+        repository=receipt.repository,
+        usage=exporter.usage(),
+        off=exporter.off(),
+        limits=exporter.limits(),
+        weights=exporter.weights(),
+        library=exporter.library,
+        relation=exporter.relation,
+        tags=exporter.tags(),
+        rounded=exporter.rounded,
+        drops=receipt.drops,
+        base=receipt.base,
+        base_card=receipt.base_card,
+        datasets=receipt.datasets,
+        tensors=receipt.tensors,
+        measured=Measured.from_record(storage.read_json(path), str(path)) if path.exists() else None,
+    )
+
+
+def _put(path: Path, text: str | None) -> None:
+    """Write a file that some artifacts have, or see to it that there is none."""
+    if text is None:
+        path.unlink(missing_ok=True)
+        return
+    path.parent.mkdir(exist_ok=True)
+    storage.replace_file(path, text.encode())
+
+
+def _disclosure_check(exporter: Exporter, folder: Path, receipt: Receipt) -> Check:
+    name = "tensors other than disclosed"
+    try:
+        found = exporter.disclosed(folder, receipt.base_tensors)
+    except ArtifactError as error:
+        return Check(name, 1, 0, str(error))
+    other = disclosure.differing(found, receipt.tensors)
+    return Check(name, len(other), 0, " ".join(other))
 
 
 def _base_check(receipt: Receipt, base: Path) -> Check:
@@ -185,7 +295,10 @@ def _base_check(receipt: Receipt, base: Path) -> Check:
 
 def _verified(exporter: Exporter, folder: Path, rule: SteeringRule, base: Path) -> ParityReport:
     """Look the artifact over; where its code and settings are the library's, run it against the reference."""
-    stored = list(exporter.inspect(folder, rule, base))
+    try:
+        stored = list(exporter.inspect(folder, rule, base))
+    except ArtifactError as error:
+        return ParityReport((Check("what it stores cannot be read", 1, 0, str(error)),))
     if not all(check.ok for check in stored[:2]):  # never run code that is not ours, or that its settings name
         return ParityReport((*stored, Check("not run, because its code or its settings differ", 1, 0)))
     try:
@@ -193,6 +306,10 @@ def _verified(exporter: Exporter, folder: Path, rule: SteeringRule, base: Path) 
         return ParityReport((*stored, *compare(script, exporter.load(folder))))
     except ArtifactError as error:
         return ParityReport((*stored, Check("it does not open or run", 1, 0, str(error))))
+    except Exception as error:  # of damaged files libraries say all kinds of things
+        if all(check.ok for check in stored):
+            raise
+        return ParityReport((*stored, Check("it does not open or run", 1, 0, first_line(error))))
 
 
 def _refuse_loss(rule: SteeringRule, exporter: Exporter, accepted: Sequence[str]) -> tuple[str, ...]:
@@ -200,14 +317,19 @@ def _refuse_loss(rule: SteeringRule, exporter: Exporter, accepted: Sequence[str]
         raise ExportError(
             f"--accept-loss: no feature {', '.join(unknown)}; expected of: {', '.join(get_args(Feature))}"
         )
-    needed = {"start", "dial", *(["gate"] if rule.gate is not None else [])}
-    dropped = tuple(sorted(exporter.drops & needed))
+    dropped = _dropped(rule, exporter)
     if refused := [feature for feature in dropped if feature not in accepted]:
         raise ExportError(
             f"{exporter.name}: cannot express {', '.join(refused)}; drop it with --accept-loss {','.join(refused)}, "
             "or choose target hf"
         )
     return dropped
+
+
+def _dropped(rule: SteeringRule, exporter: Exporter) -> tuple[str, ...]:
+    """What a rule has and a format, as commissioned, cannot express."""
+    needed = {"start", "dial", *(["gate"] if rule.gate is not None else [])}
+    return tuple(sorted(exporter.drops & needed))
 
 
 def _refuse_options(exporter: Exporter, options: Mapping[str, Any]) -> None:
@@ -221,6 +343,7 @@ def _evaluation(path: Path, rule: SteeringRule) -> bytes:
     evaluation = storage.read_json(path)
     if evaluation.get("rule") != rule.fingerprint:
         raise ExportError(f"{path}: evaluates rule {evaluation.get('rule')}; expected {rule.fingerprint}")
+    Measured.from_record(evaluation, str(path))
     return path.read_bytes()
 
 
@@ -229,7 +352,12 @@ def _base_card(base: Path) -> dict[str, Any]:
     readme = base / "README.md"
     if not readme.exists():
         return {}
-    from huggingface_hub import ModelCard
+    from huggingface_hub import metadata_load
+    from yaml import YAMLError
 
-    found = ModelCard.load(readme).data.get("license")
-    return {} if found is None else {"license": str(found)}
+    try:
+        return inherited(metadata_load(readme) or {}, str(readme))
+    except (ValueError, YAMLError) as error:
+        raise ArtifactError(
+            f"{readme}: its header cannot be read ({first_line(error)}); expected YAML; mend it"
+        ) from error

@@ -1,76 +1,87 @@
-"""What works here: versions, extras, ONNX Runtime's providers, a GPU. Installs and changes nothing."""
+"""What works here: libraries, a GPU, the Hub, and every target, tried. Installs and changes nothing."""
 
+import os
+import platform
+import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+from urllib.parse import urlsplit
 
-_CORE = ("adaras-export", "torch", "transformers", "safetensors", "huggingface_hub")
-# What each extra brings, by the names of the registry.
-_EXTRAS = {
-    "identify": ("scikit-learn", "scipy"),
-    "eval": ("math-verify",),
-    "gguf": ("gguf", "accelerate"),
-    "peft": ("peft",),
-    "onnx": ("onnx", "onnx-ir", "onnxscript"),
-    "genai": ("onnxruntime-genai",),
-}
-_RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
+from adaras_export import trials
+from adaras_export.environment import Finding, has_onnxruntime, packages
+from adaras_export.errors import first_line
+
+_HUB = "hub access"
+_SECONDS = 5  # for the Hub to answer
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One line: what was looked at, whether it is as it should be (None: optional and absent), what was found."""
-
-    name: str
-    ok: bool | None
-    text: str
-
-    def line(self) -> str:
-        """One line for a person."""
-        verdict = {True: "ok  ", False: "FAIL", None: "    "}[self.ok]
-        return f"{verdict} {self.name}: {self.text}"
+def examine(progress: Callable[[int, int], None] | None = None) -> list[Finding]:
+    """Look at this environment; ``progress`` is called with how many targets were tried, and of how many."""
+    here = [_python(), *packages(), _looked("execution providers", _providers), _looked("GPU", _gpu)]
+    return [*here, hub_access(), _npm(), *trials.try_all(progress=progress)]
 
 
-def examine(installed: Callable[[str], str | None] | None = None) -> list[Finding]:
-    """Look at this environment; ``installed`` gives the version of a distribution, or None."""
-    installed = installed or _installed
-    core = [Finding(name, found is not None, found or "missing") for name in _CORE for found in [installed(name)]]
-    return [*core, *_extras(installed), onnxruntime(installed), _providers(installed), _gpu()]
+def hub_access() -> Finding:
+    """Whether the Hub answers, and whom it takes the user's token for; the token is shown to nobody else."""
+    from huggingface_hub import constants, get_token
+
+    endpoint = _without_password(constants.ENDPOINT)
+    if constants.HF_HUB_OFFLINE:
+        return Finding(_HUB, None, f"offline mode; models come from folders and from {constants.HF_HUB_CACHE}")
+    token = get_token()
+    status, user = _asked(constants.ENDPOINT, token)
+    figures = {"endpoint": endpoint, "status": status, "user": user}
+    if status == 200 and user is not None:
+        return Finding(_HUB, ok=True, text=f"{endpoint}, logged in as {user}", figures=figures)
+    if status == 401 and token is None:
+        text = "answers; not logged in, which only push and private models need: hf auth login"
+        return Finding(_HUB, ok=True, text=f"{endpoint} {text}", figures=figures)
+    if status == 401:
+        mend = "set another HF_TOKEN" if os.environ.get("HF_TOKEN") else "run: hf auth login --force"
+        return Finding(_HUB, ok=False, text=f"{endpoint} refuses the token that it is given; {mend}", figures=figures)
+    how = (
+        f"answers with status {status}, not as a Hub does" if isinstance(status, int) else f"cannot be asked ({status})"
+    )
+    return Finding(_HUB, None, f"{endpoint} {how}; only models of the Hub need it", figures)
 
 
-def _installed(name: str) -> str | None:
+def _asked(endpoint: str, token: str | None) -> tuple[int | str, str | None]:
+    """The status of the Hub's answer to who is asking, or what came instead of one, and the user's name."""
+    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.utils import build_hf_headers, get_session  # type: ignore[attr-defined]
+
+    # Of httpx, the base of this error is that of all; those of requests, with which older versions work, are OSErrors.
+    no_answer: Any = (HfHubHTTPError.__mro__[1], OSError, ValueError)
     try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
+        headers = build_hf_headers(token=token or False)
+        answer = get_session().get(f"{endpoint}/api/whoami-v2", headers=headers, timeout=_SECONDS)
+        told = answer.json() if answer.status_code == 200 else None
+    except no_answer as error:
+        return type(error).__name__, None  # its message may quote the token
+    name = told.get("name") if isinstance(told, dict) else None
+    return answer.status_code, name if isinstance(name, str) else None
 
 
-def _extras(installed: Callable[[str], str | None]) -> list[Finding]:
-    findings = []
-    for extra, names in _EXTRAS.items():
-        missing = [name for name in names if installed(name) is None]
-        found = ", ".join(f"{name} {installed(name)}" for name in names if name not in missing)
-        remedy = f"no {', '.join(missing)}; for it, pip install 'adaras-export[{extra}]'"
-        findings.append(Finding(f"extra {extra}", None if missing else True, remedy if missing else found))
-    return findings
+def _without_password(address: str) -> str:
+    parts = urlsplit(address)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
-def onnxruntime(installed: Callable[[str], str | None] | None = None) -> Finding:
-    """Whether there is one build of ONNX Runtime.
-
-    Both builds unpack into one folder, so that of two the later wins, and removing one breaks the other.
-    """
-    installed = installed or _installed
-    found = [f"{name} {installed(name)}" for name in _RUNTIMES if installed(name)]
-    if len(found) == 2:
-        remedy = "pip uninstall both, then install one of them"
-        return Finding("one ONNX Runtime", ok=False, text=f"{' and '.join(found)} overwrite each other; {remedy}")
-    text = found[0] if found else "none; pip install 'adaras-export[onnx]', or [onnx-gpu] on a machine with CUDA"
-    return Finding("one ONNX Runtime", True if found else None, text)
+def _python() -> Finding:
+    system = f"{platform.system()} {platform.machine()}"
+    return Finding("Python", ok=True, text=f"{platform.python_version()}, {system}, {os.cpu_count()} processors")
 
 
-def _providers(installed: Callable[[str], str | None]) -> Finding:
-    if not any(map(installed, _RUNTIMES)):
+def _looked(name: str, look: Callable[[], Finding]) -> Finding:
+    """What ``look`` finds, or why a library that it imports does not open."""
+    try:
+        return look()
+    except (ImportError, OSError) as error:
+        return Finding(name, ok=False, text=f"{type(error).__name__}: {first_line(error)}")
+
+
+def _providers() -> Finding:
+    if not has_onnxruntime():
         return Finding("execution providers", None, "none without ONNX Runtime")
     import onnxruntime
 
@@ -83,3 +94,9 @@ def _gpu() -> Finding:
     if not torch.cuda.is_available():
         return Finding("GPU", None, "none that PyTorch sees; all works on a CPU")
     return Finding("GPU", ok=True, text=torch.cuda.get_device_name())
+
+
+def _npm() -> Finding:
+    where = shutil.which("npm")
+    text = where or "none; for onnx --page, install Node.js"
+    return Finding("npm", where is not None or None, text)

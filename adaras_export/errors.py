@@ -4,11 +4,12 @@ AdarasError
 ├── TraceError             a trace, question or split is unusable; names path:line
 ├── UnsupportedModelError  an architecture that models.py does not know
 ├── ArtifactError          one of our files is missing, corrupt or of another kind
+│   └── HubError           a repository cannot be read or written
 ├── RuleError              a neuron set, gate or rule that contradicts itself or the model
 ├── ExportError            a target cannot express the rule, or cannot be written
 ├── ParityError            an artifact does not behave like the rule
 ├── MissingExtraError      an optional library is not installed
-└── BrokenInstallationError  libraries that exclude each other are installed together
+└── BrokenInstallationError  a library or target does not work, or libraries exclude each other
 
 A message is one line: subject, found, expected, remedy; control characters are escaped. The command line turns
 ParityError into exit 1 and every other AdarasError into exit 2; anything else is a bug of ours and keeps its traceback.
@@ -46,6 +47,10 @@ class ArtifactError(AdarasError):
     """A file of ours is missing, damaged or of another kind."""
 
 
+class HubError(ArtifactError):
+    """A repository of the Hub cannot be read or written."""
+
+
 class RuleError(AdarasError):
     """A neuron set, gate or rule is inconsistent, or made for another model."""
 
@@ -63,7 +68,7 @@ class MissingExtraError(AdarasError):
 
 
 class BrokenInstallationError(AdarasError):
-    """Libraries that exclude each other are installed together."""
+    """A library that is installed does not work, alone or beside another one."""
 
 
 def first_line(error: BaseException) -> str:
@@ -72,11 +77,17 @@ def first_line(error: BaseException) -> str:
 
 
 def require(module: str, extra: str, purpose: str) -> ModuleType:
-    """The imported module, or the error that names the extra to install."""
+    """The imported module.
+
+    Raises:
+        MissingExtraError: its library is not installed.
+        BrokenInstallationError: it is, but cannot be imported.
+    """
+    library, install = module.partition(".")[0], f"run: pip install 'adaras-export[{extra}]'"
     try:
         return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(
-            f"{purpose} needs {module.partition('.')[0]}, which is not installed; "
-            f"run: pip install 'adaras-export[{extra}]'"
-        ) from error
+    except ImportError as error:
+        if isinstance(error, ModuleNotFoundError) and str(error.name).partition(".")[0] == library:
+            raise MissingExtraError(f"{purpose} needs {library}, which is not installed; {install}") from error
+        found = f"which is installed, but does not import ({first_line(error)})"
+        raise BrokenInstallationError(f"{purpose} needs {library}, {found}; {install} --force-reinstall") from error

@@ -33,7 +33,10 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Exam:
-    """Questions, and how to answer and check them."""
+    """Questions, and how to answer and check them.
+
+    ``dataset`` is the Hub id of what they are from, and ``task`` the task of that benchmark, where somebody says so.
+    """
 
     questions: Sequence[Question]
     check: Checker
@@ -41,10 +44,16 @@ class Exam:
     max_rows: int = 64
     token_budget: int = 16384
     progress: Progress | None = None
+    dataset: str | None = None
+    task: str | None = None
 
     def __post_init__(self) -> None:
         if not self.questions:
             raise TraceError("questions: there are none; expected at least one")
+        if self.dataset is not None and not models.is_hub_id(self.dataset):
+            raise TraceError(f"dataset {self.dataset!r}: is no Hub id; expected USER/NAME")
+        if self.task is not None and self.dataset is None:
+            raise TraceError(f"task {self.task}: of no dataset; expected its Hub id, too")
         if self.sampling.temperature != 0:
             raise TraceError(f"exam: temperature {self.sampling.temperature}; expected 0, so that arms are paired")
 
@@ -62,7 +71,10 @@ Way = SteeringRule | Everywhere | None
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All arms, and what they show; the comparison is there where ways to run the rule were compared."""
+    """All arms, and what they show; the comparison is there where ways to run the rule were compared.
+
+    ``seen`` of the questions were used to make the rule; ``dataset`` and ``task`` are the exam's.
+    """
 
     rule: str
     arms: tuple[Arm, ...]
@@ -70,6 +82,9 @@ class Evaluation:
     verdict: str
     ids: tuple[str, ...]
     verdicts: dict[str, Array]
+    seen: int = 0
+    dataset: str | None = None
+    task: str | None = None
     comparison: Comparison | None = None
 
     def arm(self, name: str) -> Arm:
@@ -96,6 +111,9 @@ class Evaluation:
             "rule": self.rule,
             "questions": len(self.ids),
             "steered_share": self.steered_share,
+            "seen": self.seen,
+            "dataset": self.dataset,
+            "task": self.task,
             "verdict": self.verdict,
             "arms": [vars(arm) for arm in self.arms],
             "verdicts": {
@@ -186,7 +204,9 @@ def reported(rule: SteeringRule, exam: Exam, verdicts: dict[str, Array], fires: 
     """The evaluation that these verdicts are."""
     arms = tuple(compare(name, values, verdicts["off"]) for name, values in verdicts.items())
     ids = tuple(question.id for question in exam.questions)
-    return Evaluation(rule.fingerprint, arms, float(fires.mean()), conclusion(arms), ids, verdicts)
+    seen = len(seen_before(exam.questions, rule.questions))
+    found = Evaluation(rule.fingerprint, arms, float(fires.mean()), conclusion(arms), ids, verdicts)
+    return replace(found, seen=seen, dataset=exam.dataset, task=exam.task)
 
 
 def answer(
@@ -284,10 +304,14 @@ def require_fresh(questions: Sequence[Question], used: Sequence[str]) -> None:
     Raises:
         TraceError: names the first of them.
     """
-    known = set(used)
-    seen = [question.id for question in questions if digest(question.prompt) in known]
-    if seen:
+    if seen := seen_before(questions, used):
         raise TraceError(
             f"questions: {len(seen)} of {len(questions)} were used before, to find neurons, gate or strength "
             f"(first: {seen[0]}); expected fresh ones; give others, or say --allow-seen and do not call it a test"
         )
+
+
+def seen_before(questions: Sequence[Question], used: Sequence[str]) -> list[str]:
+    """Ids of the questions whose digests are among the used ones."""
+    known = set(used)
+    return [question.id for question in questions if digest(question.prompt) in known]

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adaras_export import foreign
-from adaras_export.errors import ArtifactError, RuleError, UnsupportedModelError, first_line
+from adaras_export.errors import ArtifactError, RuleError, UnsupportedModelError
 from adaras_export.foreign import UnreadableError
+from adaras_export.repositories import translated
 from adaras_export.storage import read_json
 
 if TYPE_CHECKING:
@@ -211,20 +212,28 @@ def fetch(path_or_id: str | Path, revision: str | None = None) -> Path:
     """The folder of a model: the given one, or the Hub's snapshot in the local cache.
 
     Raises:
-        ArtifactError: there is neither.
+        HubError: there is neither.
     """
     folder = Path(path_or_id)
     if folder.is_dir():
         return folder
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*"]
-    try:
+    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*", "NOTICE*"]
+    with translated(f"{path_or_id}: neither a folder nor a model that the Hub gave"):
         return Path(snapshot_download(str(path_or_id), revision=revision, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = first_line(error)
-        raise ArtifactError(f"{path_or_id}: neither a folder nor a model that the Hub gave ({reason})") from error
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether the Hub could have a repository of this name."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(text)
+    except HFValidationError:
+        return False
+    return True
 
 
 def shards(folder: Path) -> dict[str, Path]:
@@ -293,10 +302,11 @@ def tensor_hashes(folder: Path) -> dict[str, str]:
     """SHA-256 of the bytes of every tensor of a checkpoint, by tensor name; reads them all."""
     located = shards(folder)
     entries = _entries(located)
-    return {name: _tensor_hash(located[name], entries[name]) for name in sorted(located)}
+    return {name: tensor_hash(located[name], entries[name]) for name in sorted(located)}
 
 
-def _tensor_hash(path: Path, entry: Mapping[str, Any]) -> str:
+def tensor_hash(path: Path, entry: Mapping[str, Any]) -> str:
+    """SHA-256 of the bytes of one tensor; ``entry`` is its entry of `header`."""
     digest, (first, last) = hashlib.sha256(), entry["data_offsets"]
     with path.open("rb") as file:
         file.seek(data_start(path) + first)

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from adaras_export import doctor, foreign, storage
+from adaras_export import environment, foreign, storage
 from adaras_export.errors import (
     AdarasError,
     ArtifactError,
@@ -254,7 +254,7 @@ def _value(array: Array) -> Any:  # noqa: ANN401 - onnxruntime has no types
 
 def _require_one_onnxruntime() -> None:
     require("onnxruntime", "onnx", _PURPOSE)
-    found = doctor.onnxruntime()
+    found = environment.onnxruntime()
     if found.ok is False:
         raise BrokenInstallationError(found.text)
 

@@ -4,7 +4,9 @@ Runs nothing and needs no base model. The format is described in docs/receipt.md
 """
 
 import json
+import os
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -13,20 +15,25 @@ from typing import Any
 
 from adaras_export import storage
 from adaras_export.checks import Check, ParityReport
+from adaras_export.disclosure import Disclosed
 from adaras_export.errors import AdarasError, ArtifactError
-from adaras_export.models import BaseModel
+from adaras_export.models import BaseModel, is_hub_id
 
 RECEIPT_FILE = "receipt.json"
 RULE_FILE = "rule.safetensors"
 CARD_FILE = "README.md"
 EVALUATION_FILE = "evaluation.json"
+RESULTS_FILE = ".eval_results/adaras.yaml"
 SIGNATURE_FILE = "model.sig"
 
-DESCRIBING = {CARD_FILE, EVALUATION_FILE, RECEIPT_FILE, RULE_FILE, SIGNATURE_FILE}
+DESCRIBING = {CARD_FILE, EVALUATION_FILE, RESULTS_FILE, RECEIPT_FILE, RULE_FILE, SIGNATURE_FILE}
 """The files that every artifact may have, whatever its format."""
 
 _NOT_HASHED = {RECEIPT_FILE, SIGNATURE_FILE}  # a signature covers the receipt, the receipt all the rest
-_NOT_OURS = {".cache", ".git", ".gitattributes", "__pycache__"}  # put there by the Hub, git and Python
+_NOT_OURS = re.compile(r"\.git/|\.gitattributes\Z|\.cache/huggingface/")  # put there by git and the Hub
+
+OFF = ("off, prefill logits", "off, decode logits")
+"""The checks in which the comparison switches the artifact off, with strength 0, and compares it with the base."""
 
 _VERSION = 2
 _LIBRARIES = ("adaras-export", "torch", "transformers", "safetensors")
@@ -49,6 +56,8 @@ class Receipt:
         base_card: what the card says of the base: license, languages and the like, as the base's own card has them.
         parity: every check, with figure and limit.
         files: SHA-256 of every other file, by its path within the folder.
+        tensors: every tensor that is not the base's, with its SHA-256.
+        datasets: Hub ids of the datasets that the rule was made with, where its publisher names them.
         versions: of Python, this library, and the libraries that it ran with.
     """
 
@@ -64,16 +73,36 @@ class Receipt:
     base_card: Mapping[str, Any]
     parity: ParityReport
     files: Mapping[str, str]
+    tensors: Sequence[Disclosed]
+    datasets: Sequence[str] = ()
     versions: Mapping[str, str] = field(default_factory=lambda: current_versions())
 
     def __post_init__(self) -> None:
         _require_types(vars(self), _TYPES)
         for name in ("files", "base_tensors", "versions"):
             _require_types(getattr(self, name), dict.fromkeys(getattr(self, name), str))
+        for name in ("drops", "datasets"):
+            listed = {f"{name}[{place}]": one for place, one in enumerate(getattr(self, name))}
+            _require_types(listed, dict.fromkeys(listed, str))
+        if strange := [name for name in self.datasets if not is_hub_id(name)]:
+            raise ArtifactError(f"datasets {strange}; expected Hub ids")
+
+    @property
+    def strength_zero(self) -> dict[str, float] | None:
+        """How far logits with strength 0 were from the base's, and how far they may be: 0 and 0 is bit for bit.
+
+        None where the artifact cannot be switched off.
+        """
+        off = [check for check in self.parity.checks if check.name in OFF]
+        if not off:
+            return None
+        return {"difference": max(check.figure for check in off), "limit": max(check.limit or 0.0 for check in off)}
 
     def to_bytes(self) -> bytes:
         """The file's bytes: sorted JSON."""
         values = {**vars(self), "base": self.base.as_record(), "parity": self.parity.as_record()}
+        values["tensors"] = [tensor.as_record() for tensor in self.tensors]
+        values["strength_zero"] = self.strength_zero
         return (json.dumps({"version": _VERSION, **values}, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
 
     def write(self, folder: Path) -> None:
@@ -84,7 +113,7 @@ class Receipt:
 _TYPES: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("target", "repository", "rule", "given_rule", "source"), str),
     **dict.fromkeys(("options", "base_tensors", "base_card", "files", "versions"), Mapping),
-    "drops": (list, tuple),
+    **dict.fromkeys(("drops", "tensors", "datasets"), (list, tuple)),
 }
 
 
@@ -95,36 +124,90 @@ def read(folder: Path) -> Receipt:
         ArtifactError: there is none, or it is damaged, or of another version.
     """
     path = folder / RECEIPT_FILE
+    if path.exists() and not path.is_file():
+        raise ArtifactError(f"{path}: is no file; expected a JSON object")
     record = storage.read_json(path)
     if (found := record.pop("version", None)) != _VERSION:
         raise ArtifactError(f"{path}: receipt of version {found}; expected {_VERSION}; export again")
     try:
-        base = BaseModel.from_record(record.pop("base"), str(path))
-        return Receipt(**{**record, "base": base, "parity": ParityReport.from_record(record.pop("parity"))})
+        base, said = BaseModel.from_record(record.pop("base"), str(path)), record.pop("strength_zero")
+        parity = ParityReport.from_record(record.pop("parity"))
+        tensors = tuple(Disclosed.from_record(one) for one in record.pop("tensors"))
+        receipt = Receipt(**record, base=base, parity=parity, tensors=tensors)
     except (KeyError, TypeError, AdarasError) as error:
         raise ArtifactError(f"{path}: damaged receipt ({error}); export again") from error
+    if said != receipt.strength_zero:
+        raise ArtifactError(f"{path}: strength_zero {said}; its checks say {receipt.strength_zero}; export again")
+    return receipt
+
+
+def entries(folder: Path) -> dict[str, Path]:
+    """All that an artifact's folder holds but plain folders, by path within it: files, links to folders, pipes, ...
+
+    Without what the Hub and git put beside it.
+    """
+    found: list[Path] = []
+    for parent, folders, files in os.walk(folder, onerror=lambda error: found.append(Path(error.filename))):
+        links = [name for name in folders if Path(parent, name).is_symlink()]  # whose content nobody looks at
+        found.extend(Path(parent, name) for name in (*files, *links))
+    named = {path.relative_to(folder).as_posix(): path for path in sorted(found)}
+    return {name: path for name, path in named.items() if not _NOT_OURS.match(name)}
 
 
 def files_of(folder: Path) -> dict[str, Path]:
-    """The files of an artifact by path within its folder, without what the Hub, git and Python put beside them."""
-    files = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    return {name.as_posix(): path for name, path in files.items() if not _NOT_OURS & {*name.parts}}
+    """The files among the `entries` of a folder."""
+    return {name: path for name, path in entries(folder).items() if _is_file(path)}
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file of an artifact but receipt and signature."""
-    return {name: storage.sha256_file(path) for name, path in files_of(folder).items() if name not in _NOT_HASHED}
+    """SHA-256 of every file of an artifact but receipt and signature.
+
+    Raises:
+        ArtifactError: it holds something else than files, or one that cannot be read.
+    """
+    found = _contents(folder)
+    if strange := [shown(name) for name, content in found.items() if content is None]:
+        raise ArtifactError(f"{folder}: {', '.join(strange)}: expected files that can be read; remove it")
+    return {name: content for name, content in found.items() if content is not None}
 
 
 def file_checks(folder: Path, receipt: Receipt) -> list[Check]:
     """Hold the files of a folder against its receipt; needs no base and runs nothing."""
-    expected, found = receipt.files, hashes(folder)
-    changed = sorted(name for name in expected if name in found and found[name] != expected[name])
-    missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-    return [
-        Check(f"files {word}", len(names), 0, " ".join(names))
-        for word, names in (("changed", changed), ("missing", missing), ("unknown", unknown))
-    ]
+    expected, found = receipt.files, _contents(folder)
+    kinds = {
+        "files changed": [name for name in expected if found.get(name) not in (None, expected[name])],
+        "files missing": expected.keys() - found.keys(),
+        "files unknown": found.keys() - expected.keys(),
+        UNREADABLE: [name for name, content in found.items() if content is None],
+    }
+    return [Check(kind, len(names), 0, " ".join(map(shown, sorted(names)))) for kind, names in kinds.items()]
+
+
+UNREADABLE = "entries that are no readable files"
+
+
+def shown(name: str) -> str:
+    """A file's name as it is printed: in escapes where it could break a line or look like another one."""
+    return name if name.isascii() and name.isprintable() and " " not in name else ascii(name)
+
+
+def _contents(folder: Path) -> dict[str, str | None]:
+    """SHA-256 of every entry but receipt and signature; None for what is no file that can be read."""
+    return {name: _content(path) for name, path in entries(folder).items() if name not in _NOT_HASHED}
+
+
+def _content(path: Path) -> str | None:
+    try:
+        return storage.sha256_file(path) if _is_file(path) else None  # a pipe would be waited for
+    except ArtifactError:
+        return None
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a folder on the way of a link that may not be entered
+        return False
 
 
 def current_versions() -> dict[str, str]:

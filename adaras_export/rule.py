@@ -315,6 +315,52 @@ class SteeringRule(Value):
         """The same rule for every prompt."""
         return replace(self, gate=None)
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+        commit_message: str | None = None,
+    ) -> str:
+        """Put the rule into a repository of the Hub, with a short card, and return the commit.
+
+        Args:
+            repo_id: USER/NAME; a new repository, or one that holds no exported model.
+            private: None makes a new repository private, and leaves an existing one as it is.
+            revision: a branch, new or not; default: main.
+            token: another one than HF_TOKEN or that of `hf auth login`.
+            commit_message: default: names the rule.
+
+        Raises:
+            HubError: the Hub refuses, or the repository is not private or public as ``private`` says.
+        """
+        from adaras_export import rule_repository
+
+        how: dict[str, Any] = {"private": private, "revision": revision, "token": token, "message": commit_message}
+        return rule_repository.push(self, repo_id, **how).oid
+
+    @classmethod
+    def from_pretrained(
+        cls, path_or_id: str | Path, *, revision: str | None = None, token: str | None = None
+    ) -> "SteeringRule":
+        """The rule in a folder, or in a repository of the Hub: one of its own, or any exported model's.
+
+        Args:
+            path_or_id: a folder or file, or USER/NAME.
+            revision: branch, tag or commit of the repository; a commit pins the rule.
+            token: another one than HF_TOKEN or that of `hf auth login`.
+
+        Raises:
+            HubError: the repository, or the file in it, cannot be had.
+            ArtifactError: the file is missing, damaged or of another kind.
+            RuleError: its content contradicts itself.
+        """
+        from adaras_export import rule_repository
+
+        return cls.load(rule_repository.pull(path_or_id, revision, token))
+
     def _arrays(self) -> dict[str, Array]:
         parts = {f"neurons.{name}": values for name, values in self.neurons._arrays().items()}
         if self.gate is not None:

@@ -55,7 +55,6 @@ def _refuse(out: Path, base: Path) -> None:
         raise ExportError(f"{str(out)!r}: a line end or the like in its name; expected one that a card can print")
     if out.parent.resolve().is_relative_to(base.resolve()):
         raise ExportError(f"{out}: is in the folder of the base model, which stays as it is; choose another place")
-    _refuse_existing(out)
 
 
 def _refuse_existing(out: Path) -> None:
@@ -74,7 +73,7 @@ def _workshop(out: Path) -> Iterator[Path]:
     if lock is None:
         raise ExportError(f"{out}: another export is writing it now; wait for its end, or choose another folder")
     try:
-        _refuse_existing(out)  # asked again: only who holds the lock can bring it into being
+        _refuse_existing(out)  # not earlier: only who holds the lock can bring it into being, and tidies up
         _clear(workshop)
         yield workshop
     finally:
@@ -182,6 +181,8 @@ def _reason(error: BaseException, stage: Path) -> str | None:
         return f"{_FULL[errno.ENOSPC]}: {_room(stage)}"
     if not isinstance(error, OSError):
         return None
+    if error.errno is None:  # NumPy again, and whoever called it has removed its file meanwhile
+        return f"{error}; is the disk full? {_room(stage)}"
     return _words(error)
 
 

@@ -7,6 +7,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
+from adaras_export.disclosure import Disclosed
 from adaras_export.errors import ExportError
 from adaras_export.parity import Artifact, Check, Reference, ReferencePlayer
 from adaras_export.rule import SteeringRule
@@ -74,6 +75,11 @@ class Exporter(Protocol):
         """Names of the options that are this target's own."""
         ...
 
+    @property
+    def rounded(self) -> bool:
+        """Whether it computes with rounded weights, so that a measurement with the base's own is not about it."""
+        ...
+
     def commissioned(self, commission: Commission) -> "Exporter":
         """This exporter with what it needs of ``commission``.
 
@@ -114,6 +120,18 @@ class Exporter(Protocol):
         """
         ...
 
+    def disclosed(self, folder: Path, base_tensors: Mapping[str, str]) -> Sequence[Disclosed]:
+        """Every tensor in the artifact's files that is not the base's; reads the files as data, runs nothing.
+
+        Args:
+            folder: the artifact.
+            base_tensors: SHA-256 of each tensor of the base, by its name there.
+
+        Raises:
+            ArtifactError: a file cannot be read.
+        """
+        ...
+
     def tags(self) -> Sequence[str]:
         """Tags of the model card that are this target's own."""
         ...
@@ -123,7 +141,18 @@ class Exporter(Protocol):
         ...
 
     def usage(self) -> str:
-        """How to load it, in Markdown; ``{repo}`` stands for the repository's name, ``{strength}`` for the rule's."""
+        """Every way to load it, in Markdown, with code that runs as it stands.
+
+        Within code, ``{repo}`` stands for the repository's name and ``{strength}`` for the rule's.
+        """
+        ...
+
+    def off(self) -> str:
+        """How to switch the steering off, likewise; goes on from the code of `usage`."""
+        ...
+
+    def limits(self) -> Sequence[str]:
+        """What the format cannot do, and what goes wrong in silence; a sentence or two each."""
         ...
 
 

@@ -4,7 +4,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,11 @@ from safetensors import SafetensorError
 from safetensors.numpy import save
 
 from adaras_export import foreign, models, storage
+from adaras_export.disclosure import Disclosed, What
 from adaras_export.errors import ArtifactError, ExportError, first_line
 from adaras_export.foreign import UnreadableError
-from adaras_export.receipts import DESCRIBING
+from adaras_export.parity import Check
+from adaras_export.receipts import DESCRIBING, entries, files_of, shown
 from adaras_export.rule import SteeringRule
 from adaras_export.storage import Array
 
@@ -104,8 +106,19 @@ def linked_name(path: Path) -> str:
 
 def write_index(out: Path, weight_map: dict[str, str]) -> None:
     """Write the index that tells from_pretrained which file holds which tensor."""
-    size = sum((out / name).stat().st_size for name in {*weight_map.values()})
-    write_json(out / INDEX_FILE, {"metadata": {"total_size": size}, "weight_map": weight_map})
+    write_json(out / INDEX_FILE, _index(out, weight_map))
+
+
+def index_check(folder: Path, weight_map: dict[str, str]) -> Check:
+    """Compare what `write_index` wrote."""
+    differing = storage.read_json(folder / INDEX_FILE) != _index(folder, weight_map)
+    return Check("index of the weights that differs", float(differing), 0, INDEX_FILE if differing else "")
+
+
+def _index(folder: Path, weight_map: dict[str, str]) -> dict[str, Any]:
+    sizes = {path.name: path.stat().st_size for path in folder.glob("*.safetensors")}
+    size = sum(sizes.get(name, 0) for name in {*weight_map.values()})
+    return {"metadata": {"total_size": size}, "weight_map": weight_map}
 
 
 def write_tensors(out: Path, tensors: dict[str, Array]) -> None:
@@ -143,6 +156,13 @@ def changed_companions(folder: Path, base: Path) -> list[str]:
         if found == {"tokenizer_class": found.get("tokenizer_class"), **expected}:
             changed.remove(settings)
     return sorted(changed)
+
+
+def unknown_files(folder: Path, base: Path | None, own: Iterable[str]) -> Check:
+    """What an artifact holds besides ``own``, the base's small files and the receipt's: a chat template, say."""
+    known = {*own, *DESCRIBING, *(() if base is None else companions(base))}
+    strange = sorted(entries(folder).keys() - known)
+    return Check("files that neither the library nor the base has", len(strange), 0, " ".join(map(shown, strange)))
 
 
 # Texts on which tokenizers that were set up differently disagree: digits, spaces, case, accents, other scripts.
@@ -186,6 +206,19 @@ def stores(path: Path | None, name: str, value: Array) -> bool:
         return False
 
 
+def disclosed(folder: Path, base_tensors: Mapping[str, str]) -> tuple[Disclosed, ...]:
+    """As `Exporter.disclosed` says, of an artifact whose tensors are in safetensors files."""
+    found = []
+    for file, path in files_of(folder).items():
+        if path.suffix == ".safetensors" and file not in DESCRIBING:
+            for name, entry in sorted(models.header(path).items()):
+                digest = models.tensor_hash(path, entry)
+                if digest != base_tensors.get(name):
+                    what: What = "changed" if name in base_tensors else "added"
+                    found.append(Disclosed(name, file, entry["dtype"], tuple(entry["shape"]), digest, what))
+    return tuple(found)
+
+
 def stored_names(path: Path) -> set[str]:
     """The tensors of a safetensors file; none where it is truncated or missing."""
     try:
@@ -193,6 +226,16 @@ def stored_names(path: Path) -> set[str]:
             return set(file.keys())
     except UnreadableError:
         return set()
+
+
+def strange_names(path: Path, expected: Iterable[str]) -> list[str]:
+    """What a file of `write_tensors` has besides these tensors, or lacks of them; all, where it is truncated."""
+    try:
+        with foreign.tensors(path) as file:
+            metadata = [] if file.metadata() == {"format": "pt"} else [f"{path.name}:__metadata__"]
+            return sorted({*file.keys()} ^ {*expected}) + metadata
+    except UnreadableError:
+        return sorted(expected)
 
 
 def stored(located: Mapping[str, Path], name: str) -> Array:

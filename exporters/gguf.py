@@ -18,8 +18,10 @@ import torch
 from gguf import GGUFValueType
 
 from adaras_export import models, storage
+from adaras_export.disclosure import Disclosed
 from adaras_export.errors import ArtifactError, ExportError
 from adaras_export.exporters import gguf_files, gguf_model, gguf_reader
+from adaras_export.exporters import gguf_words as words
 from adaras_export.exporters.base import Commission, Exporter, Feature, Written, require_effect, stock_reference
 from adaras_export.exporters.checkpoint import differing_keys, opened, plain_config, vectors
 from adaras_export.exporters.gguf_reader import Entry
@@ -54,6 +56,7 @@ class GgufExporter:
     name: ClassVar[str] = "gguf"
     library: ClassVar[str] = "llama.cpp"
     options: ClassVar[frozenset[str]] = frozenset({"into"})
+    rounded: ClassVar[bool] = False
 
     @property
     def drops(self) -> frozenset[Feature]:
@@ -124,6 +127,12 @@ class GgufExporter:
         changes = {where(model, layer): torch.from_numpy(vector) for layer, vector in directions.items()}
         return _Player(model, changes, switchable=self.into is None)
 
+    def disclosed(self, folder: Path, base_tensors: Mapping[str, str]) -> Sequence[Disclosed]:  # noqa: ARG002
+        """As `Exporter` says."""
+        if self.into is None:
+            return gguf_files.disclosed(folder, VECTOR_FILE)
+        return gguf_files.disclosed(folder, gguf_model.FILE, ending=gguf_model.BIAS)
+
     def tags(self) -> Sequence[str]:
         """As `Exporter` says."""
         return ("gguf", "llama.cpp", *(["control-vector"] if self.into is None else []))
@@ -136,7 +145,15 @@ class GgufExporter:
 
     def usage(self) -> str:
         """As `Exporter` says."""
-        return _VECTOR_USAGE if self.into is None else gguf_model.USAGE
+        return words.VECTOR_USAGE if self.into is None else words.MODEL_USAGE
+
+    def off(self) -> str:
+        """As `Exporter` says."""
+        return words.VECTOR_OFF if self.into is None else words.MODEL_OFF
+
+    def limits(self) -> Sequence[str]:
+        """As `Exporter` says."""
+        return words.VECTOR_LIMITS if self.into is None else words.MODEL_LIMITS
 
     @property
     def _carrier_name(self) -> str:
@@ -150,22 +167,6 @@ class GgufExporter:
 
 
 EXPORTER = GgufExporter()
-
-_VECTOR_USAGE = """\
-`model.gguf` stands for the base model as GGUF, at any quantisation. The number behind the colon is the strength: dial
-it, 0 is the base model.
-
-```bash
-llama-server -m model.gguf --control-vector-scaled {repo}/control-vector.gguf:{strength}
-llama-completion -m model.gguf --control-vector-scaled {repo}/control-vector.gguf:{strength} -no-cnv -n 64 -p "2 * 3 ="
-```
-
-* It holds for all requests of a server. The path may have no colon and no comma. `llama-cli` takes the same option.
-* llama.cpp takes the strength from the command line only: `--control-vector`, without a scale, steers with strength 1.
-* llama-cpp-python has the function `llama_set_adapter_cvec`, and no setting of its class `Llama`.
-* Ollama knows no control vectors. There, and elsewhere, a GGUF model with steering in it needs no option: for bases
-  that llama.cpp calls `llama` or `granite`, `adaras-export export ... --to gguf --into model.gguf` writes one.
-"""
 
 
 def _is_text(value: object) -> bool:

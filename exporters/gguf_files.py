@@ -12,6 +12,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter
 
+from adaras_export import storage
+from adaras_export.disclosure import Disclosed
 from adaras_export.exporters.gguf_reader import Entry, Gguf, Tensor, opened
 from adaras_export.storage import Array
 
@@ -25,14 +27,34 @@ def vectors(file: Gguf) -> dict[str, Array]:
 
 
 def strange(file: Gguf, expected: Mapping[str, Array]) -> list[str]:
-    """Names of tensors that are missing, or not float32 vectors of the expected size."""
+    """Names of tensors that are missing, or not float32 vectors of the expected size; bytes that belong to none."""
     shapes = {tensor.name: tensor.shape for tensor in file.tensors if _is_vector(tensor)}
-    return [name for name, values in expected.items() if shapes.get(name) != values.shape]
+    wrong = [name for name, values in expected.items() if shapes.get(name) != values.shape]
+    end = max((tensor.place + tensor.size for tensor in file.tensors), default=file.data_start)
+    surplus = file.path.stat().st_size - _padded(end, file.alignment)
+    return wrong if surplus <= 0 else [*wrong, f"{surplus} bytes behind the last tensor"]
 
 
 def differing(found: Mapping[str, Array], expected: Mapping[str, Array]) -> list[str]:
     """Which of the expected tensors are not there, or have other values."""
     return [name for name, value in expected.items() if name not in found or not np.array_equal(found[name], value)]
+
+
+def disclosed(folder: Path, file: str, ending: str = "") -> tuple[Disclosed, ...]:
+    """The tensors of a file of an artifact whose names have this ending, as added ones."""
+    found = opened(folder / file)
+    return tuple(
+        Disclosed(
+            name=tensor.name,
+            file=file,
+            dtype=tensor.kind.name,
+            shape=tensor.shape,
+            sha256=storage.sha256(found.content(tensor)),
+            what="added",
+        )
+        for tensor in found.tensors
+        if tensor.name.endswith(ending)
+    )
 
 
 def write(path: Path, entries: Mapping[str, Entry], tensors: Mapping[str, Array]) -> None:

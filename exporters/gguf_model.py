@@ -17,20 +17,8 @@ from adaras_export.rule import SteeringRule
 from adaras_export.storage import Array
 
 FILE = "model-steered.gguf"
+BIAS = ".ffn_down.bias"
 _CARRIERS = ("llama", "granite")
-
-USAGE = """\
-An ordinary GGUF model; steering needs no option and has no switch.
-
-```bash
-llama-server -m {repo}/model-steered.gguf
-llama-completion -m {repo}/model-steered.gguf -no-cnv -n 64 -p "2 * 3 ="
-```
-
-llama.cpp applies these biases in its architectures `llama` and `granite`. A program that overlooks them runs the base
-model without an error: Transformers does, unless it is given a config with `mlp_bias=True`. Ollama (a Modelfile with
-`FROM ./model-steered.gguf`) and others were not tested.
-"""
 
 
 def require_carrier(path: Path, rule: SteeringRule, architecture: str) -> None:
@@ -53,7 +41,7 @@ def require_carrier(path: Path, rule: SteeringRule, architecture: str) -> None:
 
 
 def _require_sizes(path: Path, shapes: dict[str, list[int]], base: BaseModel) -> None:
-    if biased := sorted(name for name in shapes if name.endswith(".ffn_down.bias")):
+    if biased := sorted(name for name in shapes if name.endswith(BIAS)):
         raise ExportError(f"{path}: has {biased[0]} already; expected a model without: leave out --into")
     size = [base.mlp_size, base.hidden_size]
     expected = {f"blk.{layer}.ffn_down.weight": size for layer in range(base.layers)}
@@ -68,7 +56,7 @@ def _require_sizes(path: Path, shapes: dict[str, list[int]], base: BaseModel) ->
 def biases(rule: SteeringRule, base: Path) -> dict[str, Array]:
     """The tensors that are added, by name: strength * vector of each steered layer."""
     scaled = {layer: rule.strength * vector.astype(np.float64) for layer, vector in vectors(rule, base).items()}
-    return {f"blk.{layer}.ffn_down.bias": vector.astype(np.float32) for layer, vector in scaled.items()}
+    return {f"blk.{layer}{BIAS}": vector.astype(np.float32) for layer, vector in scaled.items()}
 
 
 def checks(path: Path, rule: SteeringRule, base: Path, content: str) -> list[Check]:
@@ -88,6 +76,4 @@ def checks(path: Path, rule: SteeringRule, base: Path, content: str) -> list[Che
 def stored_biases(path: Path) -> dict[int, Array]:
     """The biases of a model by 0-based layer."""
     found = gguf_files.vectors(gguf_reader.opened(path))
-    return {
-        int(name.split(".")[1]): np.array(value) for name, value in found.items() if name.endswith(".ffn_down.bias")
-    }
+    return {int(name.split(".")[1]): np.array(value) for name, value in found.items() if name.endswith(BIAS)}

@@ -72,6 +72,12 @@ class Gguf:
             return np.zeros(tensor.shape, np.float32)
         return np.memmap(self.path, f"{self.order}f4", "r", tensor.place, tensor.shape)
 
+    def content(self, tensor: Tensor) -> bytes:
+        """The bytes of a tensor."""
+        with self.path.open("rb") as file:
+            file.seek(tensor.place)
+            return file.read(tensor.size)
+
 
 def opened(path: Path) -> Gguf:
     """Look a GGUF file through.

@@ -15,13 +15,18 @@ import numpy as np
 import torch
 
 from adaras_export import models, storage
+from adaras_export.disclosure import Disclosed
+from adaras_export.exporters import hf_words as words
 from adaras_export.exporters.base import Commission, Exporter, Feature, Written, stock_reference
 from adaras_export.exporters.checkpoint import (
+    INDEX_FILE,
     STEERING_FILE,
     changed_companions,
     copy_companions,
     differing_keys,
+    disclosed,
     holds,
+    index_check,
     link_or_copy,
     linked_name,
     name_tokenizer_class,
@@ -29,7 +34,9 @@ from adaras_export.exporters.checkpoint import (
     plain_config,
     same_content,
     stores,
+    strange_names,
     tokenised_differently,
+    unknown_files,
     vectors,
     write_index,
     write_json,
@@ -51,6 +58,7 @@ class HuggingFaceExporter:
     options: frozenset[str] = frozenset()
     library: str = "transformers"
     relation: str = "finetune"
+    rounded: bool = False
     copy: bool = False
 
     def commissioned(self, commission: Commission) -> Exporter:
@@ -64,14 +72,11 @@ class HuggingFaceExporter:
     def write(self, rule: SteeringRule, base: Path, out: Path) -> Written:
         """As `Exporter` says."""
         config = plain_config(base)
-        located = models.shards(base)
-        names = {path: linked_name(path) for path in set(located.values())}
-        for path, name in sorted(names.items()):
-            link_or_copy(path, out / name, copy=self.copy)
+        for path in sorted({*models.shards(base).values()}):
+            link_or_copy(path, out / linked_name(path), copy=self.copy)
         tensors = steering_tensors(rule, base)
         write_tensors(out, tensors)
-        weight_map = {name: names[path] for name, path in located.items()} | dict.fromkeys(tensors, STEERING_FILE)
-        write_index(out, weight_map)
+        write_index(out, _weight_map(base, tensors))
         write_repository(out, base, steered_config(config, rule), payload(rule.base.family))
         return Written(rule)
 
@@ -79,7 +84,9 @@ class HuggingFaceExporter:
         """As `Exporter` says."""
         expected = steered_config(storage.read_json(base / "config.json"), rule)
         checks = repository_checks(folder, base, expected, payload(rule.base.family))
-        return [*checks, *_tensor_checks(folder, rule, base)]
+        weights = {linked_name(path) for path in models.shards(base).values()}
+        unknown = unknown_files(folder, base, {*payload(rule.base.family), *REPOSITORY_FILES, *SHARED_FILES, *weights})
+        return [*checks, *_tensor_checks(folder, rule, base), unknown]
 
     def reference(self, folder: Path, rule: SteeringRule, base: Path) -> Reference:  # noqa: ARG002
         """As `Exporter` says."""
@@ -88,6 +95,10 @@ class HuggingFaceExporter:
     def load(self, folder: Path) -> Artifact:
         """As `Exporter` says. Runs the repository's code, which `inspect` has found to be this library's own."""
         return open_repository(folder)
+
+    def disclosed(self, folder: Path, base_tensors: Mapping[str, str]) -> Sequence[Disclosed]:
+        """As `Exporter` says."""
+        return disclosed(folder, base_tensors)
 
     def tags(self) -> Sequence[str]:
         """As `Exporter` says."""
@@ -99,30 +110,24 @@ class HuggingFaceExporter:
 
     def usage(self) -> str:
         """As `Exporter` says."""
-        return USAGE
+        return words.USAGE
+
+    def off(self) -> str:
+        """As `Exporter` says."""
+        return words.OFF
+
+    def limits(self) -> Sequence[str]:
+        """As `Exporter` says."""
+        return words.LIMITS
 
 
 EXPORTER = HuggingFaceExporter()
 
-USAGE = """\
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{repo}", trust_remote_code=True)
-model = AutoModelForCausalLM.from_pretrained("{repo}", trust_remote_code=True)
+REPOSITORY_FILES = frozenset({"config.json", "tokenizer_config.json"})
+"""What `write_repository` writes besides code and what the base has."""
 
-prompt = "What is 12 times 7?"
-inputs = tokenizer(prompt, return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0]))
-
-print(model.steering.last_decisions)   # (p(correct), steered) of each sequence
-model.steering.strength = 0.0          # dial it: 0 is the base model, bit for bit
-with model.steering.off():             # or switch it off
-    model.generate(**inputs, max_new_tokens=32)
-```
-
-Needs torch and transformers >= 4.57, nothing else. The code is short: read it, and pin a `revision`.
-"""
+SHARED_FILES = frozenset({INDEX_FILE, STEERING_FILE})
 
 
 def write_repository(out: Path, base: Path, config: dict[str, Any], code: dict[str, bytes]) -> None:
@@ -267,16 +272,24 @@ def _tokenizer_checks(folder: Path, base: Path, *, trust_remote_code: bool) -> l
     return [Check("sample texts that are tokenised differently", tokenised_differently(theirs, ours), 0)]
 
 
+def _weight_map(base: Path, tensors: Mapping[str, Array]) -> dict[str, str]:
+    """The file of each tensor of the artifact."""
+    kept = {name: linked_name(path) for name, path in models.shards(base).items()}
+    return kept | dict.fromkeys(tensors, STEERING_FILE)
+
+
 def _tensor_checks(folder: Path, rule: SteeringRule, base: Path) -> list[Check]:
     expected = steering_tensors(rule, base)
     located = models.shards(folder)
     wrong = [name for name, value in expected.items() if not stores(located.get(name), name, value)]
     base_located = models.shards(base)
     strange = sorted(located.keys() ^ (expected.keys() | base_located.keys()))
+    strange += strange_names(folder / STEERING_FILE, expected)
     names = {linked_name(path): path for path in base_located.values()}
     weights = sorted(name for name, path in names.items() if not same_content(folder / name, path))
     return [
         Check("steering tensors that differ", len(wrong), 0, " ".join(wrong)),
         Check("tensors missing or unknown", len(strange), 0, " ".join(strange)),
         Check("base weight files that differ", len(weights), 0, " ".join(weights)),
+        index_check(folder, _weight_map(base, expected)),
     ]

@@ -11,10 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from adaras_export import models, storage
+from adaras_export.disclosure import Disclosed
 from adaras_export.errors import ExportError
 from adaras_export.exporters import hf
+from adaras_export.exporters import hf_words as words
 from adaras_export.exporters.base import Commission, Exporter, Feature, Written, stock_reference
-from adaras_export.exporters.checkpoint import STEERING_FILE, plain_config, stored_names, stores, write_tensors
+from adaras_export.exporters.checkpoint import (
+    STEERING_FILE,
+    disclosed,
+    plain_config,
+    stores,
+    strange_names,
+    unknown_files,
+    write_tensors,
+)
 from adaras_export.parity import Artifact, Check, Reference
 from adaras_export.rule import SteeringRule
 from adaras_export.storage import Array
@@ -35,7 +45,8 @@ class ThinExporter:
     drops: frozenset[Feature] = frozenset()
     options: frozenset[str] = frozenset()
     library: str = "transformers"
-    relation: str = "finetune"
+    relation: str = "adapter"
+    rounded: bool = False
     commission: Commission | None = None
 
     def commissioned(self, commission: Commission) -> Exporter:
@@ -63,11 +74,12 @@ class ThinExporter:
         checks = hf.repository_checks(folder, base, self._config(rule, base), payload(rule.base.family))
         expected, path = _tensors(rule, base), folder / STEERING_FILE
         wrong = [name for name, value in expected.items() if not stores(path, name, value)]
-        strange = sorted(stored_names(path) ^ expected.keys())
+        strange = strange_names(path, expected)
         return [
             *checks,
             Check("steering tensors that differ", len(wrong), 0, " ".join(wrong)),
             Check("tensors missing or unknown", len(strange), 0, " ".join(strange)),
+            unknown_files(folder, base, {*payload(rule.base.family), *hf.REPOSITORY_FILES, STEERING_FILE}),
         ]
 
     def reference(self, folder: Path, rule: SteeringRule, base: Path) -> Reference:  # noqa: ARG002
@@ -79,6 +91,10 @@ class ThinExporter:
         elsewhere = None if self.commission is None else self.commission.base_elsewhere
         return hf.open_repository(folder) if elsewhere is None else hf.open_repository(folder, base=str(elsewhere))
 
+    def disclosed(self, folder: Path, base_tensors: Mapping[str, str]) -> Sequence[Disclosed]:
+        """As `Exporter` says."""
+        return disclosed(folder, base_tensors)
+
     def tags(self) -> Sequence[str]:
         """As `Exporter` says."""
         return ("custom_code",)
@@ -89,7 +105,15 @@ class ThinExporter:
 
     def usage(self) -> str:
         """As `Exporter` says."""
-        return _USAGE
+        return words.THIN_USAGE
+
+    def off(self) -> str:
+        """As `Exporter` says."""
+        return words.OFF
+
+    def limits(self) -> Sequence[str]:
+        """As `Exporter` says."""
+        return words.THIN_LIMITS
 
     def _config(self, rule: SteeringRule, base: Path) -> dict[str, Any]:
         """The config of target hf, with the classes that fetch the base; "base" keeps what they put back."""
@@ -105,15 +129,6 @@ class ThinExporter:
 
 
 EXPORTER = ThinExporter()
-
-_USAGE = (
-    hf.USAGE
-    + """
-This repository has no weights of the base model: `from_pretrained` fetches them, at the revision or from the folder
-that `config.json` names, and refuses others. Where the base is elsewhere, say so:
-`from_pretrained("{repo}", trust_remote_code=True, base="path-or-hub-id")`. `save_pretrained` writes all in one.
-"""
-)
 
 
 def payload(family: str) -> dict[str, bytes]:

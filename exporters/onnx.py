@@ -17,8 +17,19 @@ import torch
 from onnx.inliner import inline_local_functions
 
 from adaras_export import foreign, models, storage
+from adaras_export.disclosure import Disclosed
 from adaras_export.errors import ArtifactError, ExportError, first_line
-from adaras_export.exporters import hf, hf_thin, onnx_functions, onnx_genai, onnx_graph, onnx_page, onnx_quantize
+from adaras_export.exporters import (
+    hf,
+    hf_thin,
+    onnx_disclosed,
+    onnx_functions,
+    onnx_genai,
+    onnx_graph,
+    onnx_page,
+    onnx_quantize,
+)
+from adaras_export.exporters import onnx_words as words
 from adaras_export.exporters.base import (
     Commission,
     Exporter,
@@ -32,6 +43,7 @@ from adaras_export.exporters.checkpoint import (
     copy_companions,
     differing_keys,
     plain_config,
+    unknown_files,
     vectors,
     write_json,
 )
@@ -70,6 +82,11 @@ class OnnxExporter:
     library: ClassVar[str] = "transformers.js"
     relation: ClassVar[str] = "finetune"
     options: ClassVar[frozenset[str]] = frozenset({"precision", "inline", "genai", "page", "calibration"})
+
+    @property
+    def rounded(self) -> bool:
+        """As `Exporter` says."""
+        return self.precision != "fp32"
 
     def commissioned(self, commission: Commission) -> Exporter:
         """As `Exporter` says."""
@@ -136,12 +153,14 @@ class OnnxExporter:
         wrong = [name for name, value in wanted.items() if not _equal(stored.get(name), value)]
         changed = changed_companions(folder, base)
         page = onnx_page.differing(folder / GRAPH, folder) if self.page else []
+        own = {GRAPH, f"onnx/{DATA_FILE}", "config.json", _GENAI_CONFIG, *(onnx_page.FILES if self.page else ())}
         return [
             Check("operators or files that are not the library's", len(strange), 0, " ".join(strange)),
             Check("config entries that differ", len(settings), 0, " ".join(settings)),
             Check("files of the base that differ", len(changed), 0, " ".join(changed)),
             Check("steering tensors that differ", len(wrong), 0, " ".join(wrong)),
             *([Check("files of the page that differ", len(page), 0, " ".join(page))] if self.page else []),
+            unknown_files(folder, base, own),
         ]
 
     def reference(self, folder: Path, rule: SteeringRule, base: Path) -> Reference:
@@ -163,6 +182,11 @@ class OnnxExporter:
         """As `Exporter` says."""
         return SteeredGraph(folder / GRAPH, self._tolerance())
 
+    def disclosed(self, folder: Path, base_tensors: Mapping[str, str]) -> Sequence[Disclosed]:  # noqa: ARG002
+        """As `Exporter` says."""
+        names = [GRAPH, *([onnx_page.GRAPH] if self.page else [])]
+        return onnx_disclosed.disclosed({name: _graph(folder, name) for name in names})
+
     def tags(self) -> Sequence[str]:
         """As `Exporter` says."""
         return ("onnx", "onnxruntime", "transformers.js")
@@ -172,11 +196,22 @@ class OnnxExporter:
         how = {"fp32": "in float32, none of them changed", "fp16": "rounded to float16"}
         bits = f"those of the projections in {_BITS.get(self.precision)} bits, in symmetric blocks of 32"
         rounded = "" if self.precision == "fp32" else " The base that it was verified against has the same rounding."
-        return f"The base's weights are here as an ONNX graph, {how.get(self.precision, bits)}.{rounded}"
+        told = f"The base's weights are here as an ONNX graph, {how.get(self.precision, bits)}.{rounded}"
+        return (
+            f"{told} That they are its weights is checked by running the graph; what steering added goes by its name."
+        )
 
     def usage(self) -> str:
         """As `Exporter` says."""
-        return _USAGE + (onnx_page.USAGE if self.page else "")
+        return words.USAGE + (words.PAGE_USAGE if self.page else "")
+
+    def off(self) -> str:
+        """As `Exporter` says."""
+        return words.OFF
+
+    def limits(self) -> Sequence[str]:
+        """As `Exporter` says."""
+        return words.LIMITS if self.precision == "fp32" else (*words.LIMITS, words.ROUNDED)
 
     def _tolerance(self) -> Tolerance:
         return _FLOAT16 if self.precision == "fp16" else _FLOAT32
@@ -224,34 +259,6 @@ class OnnxExporter:
 
 EXPORTER = OnnxExporter()
 
-_USAGE = """\
-With [ONNX Runtime GenAI](https://onnxruntime.ai/docs/genai/), from the folder of this repository:
-
-```python
-import onnxruntime_genai as og
-
-model = og.Model("{repo}")
-tokenizer, parameters = og.Tokenizer(model), og.GeneratorParams(model)
-parameters.set_search_options(max_length=256)
-generator = og.Generator(model, parameters)
-generator.append_tokens(tokenizer.encode("What is 12 times 7?"))
-while not generator.is_done():
-    generator.generate_next_token()
-print(tokenizer.decode(generator.get_sequence(0)))
-```
-
-With [Transformers.js](https://huggingface.co/docs/transformers.js), in Node or a browser:
-
-```js
-import { pipeline } from "@huggingface/transformers";
-
-const generate = await pipeline("text-generation", "{repo}");
-console.log(await generate("What is 12 times 7?", { max_new_tokens: 64 }));
-```
-
-With ONNX Runtime alone, `steering_strength` may be fed with each call (a float32 scalar; 0 is the base model).
-"""
-
 
 def _genai_config(model: ir.Model, base: Path, rule: SteeringRule) -> dict[str, Any]:
     path = base / "generation_config.json"
@@ -268,8 +275,8 @@ def _require_tokenizer(base: Path) -> None:
         )
 
 
-def _graph(folder: Path) -> ir.Model:
-    path = folder / GRAPH
+def _graph(folder: Path, name: str = GRAPH) -> ir.Model:
+    path = folder / name
     try:
         foreign.size_of(path, _LARGEST_GRAPH)
         return ir.load(path)
@@ -282,12 +289,8 @@ def _strange_functions(model: ir.Model) -> list[str]:
     return [
         f"{domain}.{name}"
         for (domain, name, _), function in model.functions.items()
-        if name not in own or _text(function) != _text(own[name])
+        if name not in own or onnx_disclosed.text(function) != onnx_disclosed.text(own[name])
     ]
-
-
-def _text(function: ir.Function) -> bytes:
-    return bytes(ir.serde.serialize_function(function).SerializeToString(deterministic=True))
 
 
 def _strange_operators(model: ir.Model) -> list[str]:

@@ -22,11 +22,6 @@ from adaras_export.exporters.onnx_graph import STRENGTH, THRESHOLD
 GRAPH = "onnx/model_dial.onnx"
 _OWN = ("index.html", "app.js", "worker.js", "style.css", "vendor/NOTICE.txt")
 
-USAGE = """
-In a browser: `python -m http.server --directory {repo}`, and open the address that it prints. The page answers a prompt
-with and without steering; nothing leaves it.
-"""
-
 
 @dataclass(frozen=True)
 class _Package:
@@ -55,6 +50,9 @@ _PACKAGES = (
         },
     ),
 )
+
+FILES = frozenset({GRAPH, *_OWN, *(name for package in _PACKAGES for name in package.files.values())})
+"""All that a page consists of."""
 
 
 def write_files(out: Path) -> None:

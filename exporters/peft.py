@@ -15,15 +15,20 @@ import torch
 from safetensors.numpy import save
 
 from adaras_export import models, storage
+from adaras_export.disclosure import Disclosed
 from adaras_export.errors import ExportError
+from adaras_export.exporters import peft_words as words
 from adaras_export.exporters.adapters import ADAPTER_FILE, CONFIG_FILE, adapted, play_adapted
 from adaras_export.exporters.base import Commission, Exporter, Feature, Written, require_effect, stock_reference
 from adaras_export.exporters.checkpoint import (
     differing_keys,
+    disclosed,
     opened,
     plain_config,
     stored_names,
     stores,
+    strange_names,
+    unknown_files,
     vectors,
     write_json,
 )
@@ -43,6 +48,7 @@ class PeftExporter:
     options: frozenset[str] = frozenset({"adaptive", "merge"})
     library: str = "peft"
     relation: str = "adapter"
+    rounded: bool = False
     commission: Commission | None = None
 
     def commissioned(self, commission: Commission) -> Exporter:
@@ -67,12 +73,13 @@ class PeftExporter:
         settings = differing_keys(found, expected)
         tensors, path = self.tensors(rule, base), folder / ADAPTER_FILE
         wrong = [name for name, value in tensors.items() if not stores(path, name, value)]
-        strange = sorted(stored_names(path) ^ tensors.keys())
+        strange = strange_names(path, tensors)
         return [
             _code_check(folder),
             Check("adapter_config.json entries that differ", len(settings), 0, " ".join(settings)),
             Check("adapter tensors that differ", len(wrong), 0, " ".join(wrong)),
             Check("tensors missing or unknown", len(strange), 0, " ".join(strange)),
+            unknown_files(folder, None, {ADAPTER_FILE, CONFIG_FILE}),
         ]
 
     def reference(self, folder: Path, rule: SteeringRule, base: Path) -> Reference:  # noqa: ARG002
@@ -82,6 +89,10 @@ class PeftExporter:
     def load(self, folder: Path) -> Artifact:
         """As `Exporter` says."""
         return Adapted(open_adapted(folder, self.commission), folder)
+
+    def disclosed(self, folder: Path, base_tensors: Mapping[str, str]) -> Sequence[Disclosed]:
+        """As `Exporter` says."""
+        return disclosed(folder, base_tensors)
 
     def tags(self) -> Sequence[str]:
         """As `Exporter` says."""
@@ -93,7 +104,15 @@ class PeftExporter:
 
     def usage(self) -> str:
         """As `Exporter` says."""
-        return _USAGE
+        return words.USAGE
+
+    def off(self) -> str:
+        """As `Exporter` says."""
+        return words.OFF
+
+    def limits(self) -> Sequence[str]:
+        """As `Exporter` says."""
+        return words.LIMITS
 
     def tensors(self, rule: SteeringRule, base: Path) -> dict[str, Array]:
         """What the adapter's file holds: per steered layer A = 0 (1, M), B = 0 (D, 1), and the bias (D,)."""
@@ -121,47 +140,6 @@ class PeftExporter:
 
 
 EXPORTER = PeftExporter()
-
-OPENING = """\
-from peft import PeftConfig, PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-place = PeftConfig.from_pretrained("{repo}")   # names the base model and its commit
-name, commit = place.base_model_name_or_path, place.revision or "main"
-tokenizer = AutoTokenizer.from_pretrained(name, revision=commit)
-base = AutoModelForCausalLM.from_pretrained(name, revision=commit)
-model = PeftModel.from_pretrained(base, "{repo}").eval()
-
-inputs = tokenizer("What is 12 times 7?", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0]))
-"""
-
-_USAGE = (
-    f"```python\n{OPENING}```\n"
-    + """
-Off, row by row, and dialled:
-
-```python
-with model.disable_adapter():                  # the base model, bit for bit
-    model.generate(**inputs, max_new_tokens=32)
-
-prompts = tokenizer(["What is 12 times 7?"] * 2, return_tensors="pt")
-names = ["default", "__base__"]                # the first row is steered, the second is not
-model.generate(**prompts, adapter_names=names, max_new_tokens=32)
-
-for module in model.modules():                 # half of the strength; 1 is what was exported
-    if hasattr(module, "set_scale"):
-        module.set_scale("default", 0.5)
-```
-
-Two such adapters add up: `model.load_adapter(folder, "other")`, `model.base_model.set_adapter(["default", "other"])`.
-Without PeftModel, `base.load_adapter("{repo}")` of Transformers does the same, but rounds the biases to the type of the
-base, where PeftModel keeps float32.
-
-Needs peft >= 0.18, no code of anybody else. PEFT says at loading that an adapter with `lora_bias` cannot be merged into
-layers without a bias; that is so, and no fault of the adapter.
-"""
-)
 
 
 def _commissioned(commission: Commission) -> Exporter:

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 
 from adaras_export import models
+from adaras_export.exporters import peft_words as words
 from adaras_export.exporters.base import Feature, stock_reference
 from adaras_export.exporters.checkpoint import vectors
-from adaras_export.exporters.peft import OPENING, Adapted, PeftExporter, base_entries, open_adapted
+from adaras_export.exporters.peft import Adapted, PeftExporter, base_entries, open_adapted
 from adaras_export.parity import Artifact, Mode, Play, Reference, play_model
 from adaras_export.peft_method import METHOD
 from adaras_export.rule import SteeringRule
@@ -53,7 +54,15 @@ class AdaptiveExporter(PeftExporter):
 
     def usage(self) -> str:
         """As `Exporter` says."""
-        return _USAGE
+        return words.ADAPTIVE_USAGE
+
+    def off(self) -> str:
+        """As `Exporter` says."""
+        return words.ADAPTIVE_OFF
+
+    def limits(self) -> Sequence[str]:
+        """As `Exporter` says."""
+        return words.ADAPTIVE_LIMITS
 
     def tensors(self, rule: SteeringRule, base: Path) -> dict[str, Array]:
         """What the adapter's file holds: the folded vectors, without the strength, and the gate."""
@@ -101,34 +110,3 @@ class _Adaptive(Adapted):
             return play_model(self.model, rows, follow_BS)
         finally:
             dials.threshold = threshold
-
-
-_USAGE = (
-    """\
-**This adapter, unlike a stock one, needs the library**: `pip install 'adaras-export[peft]'`. The import below
-registers its method with PEFT; without it, PEFT and Transformers refuse the adapter with `KeyError: 'ADARAS'`.
-
-```python
-import adaras_export.peft_method
-"""
-    + OPENING
-    + """\
-print(model.steering.last_decisions)           # (p(correct), steered) of each sequence
-```
-
-Dialled, off, and row by row:
-
-```python
-model.steering.strength *= 0.5                 # 0 is the base model
-with model.disable_adapter():                  # the base model, bit for bit
-    model.generate(**inputs, max_new_tokens=32)
-
-prompts = tokenizer(["What is 12 times 7?"] * 2, return_tensors="pt")
-names = ["default", "__base__"]                # the gate decides on the first row, the second is not steered
-model.generate(**prompts, adapter_names=names, max_new_tokens=32)
-```
-
-Without PeftModel, `base.load_adapter("{repo}")` of Transformers does the same. Several such adapters may be loaded and
-switched with `set_adapter`; they do not add up, and they cannot be merged. Works with peft 0.18 to 0.21.
-"""
-)

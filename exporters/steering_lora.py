@@ -13,13 +13,14 @@ from safetensors.numpy import save
 
 from adaras_export import models, storage
 from adaras_export.exporters.adapters import ADAPTER_FILE, CONFIG_FILE, adapted, play_adapted
-from adaras_export.exporters.checkpoint import opened, stores, vectors, write_json
+from adaras_export.exporters.checkpoint import opened, stores, strange_names, vectors, write_json
 from adaras_export.exporters.constant_neuron import picking
 from adaras_export.parity import Check, Mode, Play, Tolerance
 from adaras_export.rule import SteeringRule
 from adaras_export.storage import Array
 
 FOLDER = "steering-lora"
+FILES = (f"{FOLDER}/{CONFIG_FILE}", f"{FOLDER}/{ADAPTER_FILE}")
 
 
 def adapter_config(rule: SteeringRule) -> dict[str, Any]:
@@ -73,7 +74,11 @@ def checks(rule: SteeringRule, base: Path, folder: Path) -> list[Check]:
     """Compare the tensors that `write` wrote."""
     path, expected = folder / FOLDER / ADAPTER_FILE, adapter_tensors(rule, base)
     wrong = [name for name, value in expected.items() if not stores(path, name, value)]
-    return [Check("adapter tensors that differ", len(wrong), 0, " ".join(wrong))]
+    strange = strange_names(path, expected)
+    return [
+        Check("adapter tensors that differ", len(wrong), 0, " ".join(wrong)),
+        Check("adapter tensors missing or unknown", len(strange), 0, " ".join(strange)),
+    ]
 
 
 class SwitchableCheckpoint:

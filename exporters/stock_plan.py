@@ -15,12 +15,14 @@ from adaras_export.errors import ExportError
 from adaras_export.exporters import stream
 from adaras_export.exporters.checkpoint import (
     STEERING_FILE,
+    index_check,
     link_or_copy,
     linked_name,
     plain_config,
     same_content,
     stored,
     stores,
+    strange_names,
     vectors,
     write_index,
     write_tensors,
@@ -105,11 +107,13 @@ class Plan:
         located = models.shards(folder)
         wrong = [name for name, value in self.biases.items() if not stores(located.get(name), name, value)]
         strange = sorted(located.keys() ^ self.weight_map().keys())
+        strange += strange_names(folder / STEERING_FILE, self.biases)
         differing = sorted(name for path, name in self.names.items() if not self._carried(path, folder / name))
         return [
             Check("biases that differ", len(wrong), 0, " ".join(wrong)),
             Check("tensors missing or unknown", len(strange), 0, " ".join(strange)),
             Check("weight files that are not as they should be", len(differing), 0, " ".join(differing)),
+            index_check(folder, self.weight_map()),
         ]
 
     def _carried(self, path: Path, target: Path) -> bool:

@@ -14,6 +14,7 @@ os.environ["HF_HOME"] = str(_CACHE)
 os.environ["HF_MODULES_CACHE"] = str(_CACHE / "modules")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import artifacts  # noqa: E402
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import tiny  # noqa: E402
@@ -34,6 +35,7 @@ def pytest_unconfigure():
 
 def pytest_addoption(parser):
     parser.addoption("--require-runtimes", action="store_true", help="fail where tests/runtimes and servers would skip")
+    parser.addoption("--update-golden", action="store_true", help="write the files below tests/golden anew")
     parser.addoption("--modes", metavar="FILE", type=Path, help="write what became of every mode, for tests/modes.py")
 
 
@@ -117,6 +119,12 @@ def told_everywhere(rules, stock):
 
 
 @pytest.fixture(scope="session")
+def exported(rules, folders, stock, tmp_path_factory):
+    """The folder of an export, by name of `artifacts.EXPORTS`. Read only."""
+    return tiny.Lazy(lambda name: artifacts.write(name, rules, folders, stock, tmp_path_factory.mktemp(name)))
+
+
+@pytest.fixture(scope="session")
 def tokenizer():
     """The tokenizer that lies beside every tiny model."""
     return tiny.build_tokenizer()
@@ -134,8 +142,8 @@ def nothing_is_left_behind(stock):
         assert _fingerprint(model) == model.untouched, f"{name} was changed"
     for module_name, module in list(sys.modules.items()):
         if module_name.endswith("steering_adaras"):
-            assert getattr(module._LOCAL, "step", None) is None, module_name
-            assert not getattr(module._LOCAL, "scopes", None), module_name
+            left = vars(module.THREAD) | {"last": (None, None)}  # a result, which stays
+            assert left == vars(type(module.THREAD)()), module_name
 
 
 def _fingerprint(model):

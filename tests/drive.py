@@ -53,6 +53,7 @@ RUNTIMES = {
     "vllm-server": _vllm("run_vllm_server.py"),
     "llamacpp": _python(".venv-llamacpp", "run_llamacpp.py"),
     "llama-server": _llama_server("run_llama_server.py"),
+    "modelscan": Environment([ROOT / ".venv-scan" / "bin" / "modelscan"], ROOT / ".venv-scan" / ".installed", "test"),
 }
 
 

@@ -1,193 +1,145 @@
-"""The model card: pure text, everything in it from the values."""
+"""The model card: pure text, everything in it from the values; complete ones are in tests/golden/cards."""
 
+import ast
+import subprocess
 from dataclasses import replace
+from pathlib import Path
 
+import cards
 import pytest
-import tiny
-from huggingface_hub import ModelCard
+import snippets
+from cards import RULE, text
+from hypothesis import example, given
+from hypothesis import strategies as st
 
-from adaras_export.card import CardContext, card
-from adaras_export.exporters.hf import EXPORTER
+from adaras_export import card_text
+from adaras_export.card import card
 from adaras_export.models import BaseModel
-from adaras_export.parity import Check, ParityReport
 
-BASE = BaseModel("somebody/tiny", "qwen3", tiny.LAYERS, tiny.MLP_SIZE, tiny.HIDDEN_SIZE, revision="c0ffee")
-RULE = tiny.make_rule(BASE, gate=tiny.make_gate(threshold=0.25), strength=0.3)
-CONTEXT = CardContext(
-    "tiny-steered",
-    EXPORTER.usage(),
-    EXPORTER.weights(),
-    "transformers",
-    EXPORTER.relation,
-    EXPORTER.tags(),
-    (),
-    "apache-2.0",
-    None,
-)
-PARITY = ParityReport((Check("by the rule, prefill logits", 1.5e-6, 3e-5), Check("effect", 2.5, None)))
-EVALUATION = {
-    "questions": 500,
-    "verdict": "no arm differs.",
-    "arms": [
-        {"name": "gated", "accuracy": 0.578, "low": 0.53, "high": 0.62, "fixed": 29, "broken": 5, "p_value": 4e-5}
-    ],
-}
+GOLDEN = Path(__file__).parent / "golden" / "cards"
 
 
-def text(rule=RULE, **changes):
-    return card(rule, PARITY, replace(CONTEXT, **changes))
+@pytest.mark.parametrize("name", cards.CASES)
+def test_a_card_is_the_golden_one(name, pytestconfig):
+    """`pytest tests/test_card.py --update-golden` writes them anew; read the difference before it is committed."""
+    found, path = text(**cards.CASES[name]), GOLDEN / f"{name}.md"
+    if pytestconfig.option.update_golden:
+        GOLDEN.mkdir(parents=True, exist_ok=True)
+        path.write_text(found)
+    assert found == path.read_text()
 
 
-def test_the_hub_reads_the_header():
-    data = ModelCard(text()).data
-    assert (data.license, data.base_model, data.pipeline_tag) == ("apache-2.0", "somebody/tiny", "text-generation")
-    assert data.library_name == "transformers"
-    assert set(data.tags) == {"activation-steering", "adaras", "custom_code"}
+def test_every_golden_card_is_of_a_case():
+    assert {path.stem for path in GOLDEN.iterdir()} == cards.CASES.keys()
 
 
-def test_a_base_without_a_licence_gets_none():
-    assert ModelCard(text(license=None)).data.license is None
-
-
-def test_the_same_values_give_the_same_text():
-    assert text() == text()
-
-
-def test_rule_revision_neurons_and_layers_are_told():
-    found = text()
-    assert RULE.fingerprint in found
-    assert "at revision `c0ffee`" in found
-    assert "added to 6 of its 192 MLP neurons" in found
-    counts = {layer: len(RULE.neurons_of(layer)[0]) for layer in RULE.layers()}
-    assert all(f"| {layer} | {count} |" in found for layer, count in counts.items())
-    assert "Strength: 0.3. From the last prompt token on." in found
-
-
-@pytest.mark.parametrize("ranking", ["given", "paper", "attribution"])
-def test_every_ranking_has_words(ranking):
-    neurons = replace(RULE.neurons, ranking=ranking)
-    assert "ranked by: " in text(replace(RULE, neurons=neurons))
-
-
-def test_the_gate_is_told_with_its_threshold_or_its_absence():
-    assert "5 features of layers 0 to 1" in text()
-    assert "p(correct) < 0.2500 are steered" in text()
-    assert "none; every sequence is steered." in text(RULE.ungated())
-    assert "The gate was calibrated" not in text(RULE.ungated())
-
-
-def test_the_other_start_is_told():
-    assert "From the first generated token on." in text(replace(RULE, start="first_generated_token"))
-
-
-def test_what_the_format_left_out_is_told_and_nothing_where_it_left_out_nothing():
-    assert "**Left out by this format:** gate, start." in text(drops=("gate", "start"))
-    assert "Left out" not in text()
-
-
-def test_a_static_artifact_says_that_it_steers_every_token_of_every_sequence():
-    found = text(drops=("gate", "start"))
-    assert "From the very first token on." in found
-    assert "Every token of every sequence is steered, prompts too" in found
-    assert "Gate: left out; every sequence is steered" in found
-    assert "The gate was calibrated" not in found
-    assert "the rule without gate and start, in float32" in found
-
-
-def test_without_an_evaluation_the_card_says_that_there_is_none():
-    assert "Not evaluated. Steering often does not help" in text()
-
-
-def test_an_evaluation_is_told_with_intervals_and_both_directions():
-    found = text(evaluation=EVALUATION)
-    assert "500 fresh questions" in found
-    assert "no arm differs." in found
-    assert "| gated | 57.8% | 53.0% to 62.0% | 29 | 5 | 4e-05 |" in found
-
-
-def nats(value):
-    return {"value": value, "low": value / 2, "high": value * 2}
-
-
-def gap(name, value=0.0, p_value=1.0):
-    """A record of a gap whose interval is two points wide on either side."""
-    difference = {"value": value, "low": value - 0.02, "high": value + 0.02}
-    kls = {
-        "kl_reference": nats(value**2),
-        "kl_reference_first": nats(0.5),
-        "kl_off": nats(1.5),
-        "kl_off_first": nats(2),
-    }
-    return {"name": name, "difference": difference, "fixed": 3, "broken": 8, "p_value": p_value, **kls}
-
-
-COMPARED = EVALUATION | {
-    "verdict": "gated: no arm differs. everywhere against gated: -1.0 points.",
-    "arms": [
-        EVALUATION["arms"][0] | {"name": "off", "accuracy": 0.53, "fixed": 0, "broken": 0, "p_value": 1.0},
-        *EVALUATION["arms"],
-        EVALUATION["arms"][0] | {"name": "everywhere", "accuracy": 0.568, "fixed": 26, "broken": 7, "p_value": 0.0013},
-    ],
-    "comparison": {
-        "reference": "gated",
-        "tokens": 64,
-        "mean_tokens": 20.25,
-        "gaps": [gap("gated"), gap("everywhere", -0.01, 0.23)],
-    },
-}
-STATIC = {"drops": ("gate", "start")}
-
-
-def effect(**changes):
-    return text(**changes).split("## Effect")[1].split("## Limits")[0]
-
-
-def test_a_comparison_is_told_with_its_intervals_for_every_artifact():
-    for drops in ({}, STATIC):
-        found = effect(evaluation=COMPARED, **drops)
-        assert "Held against `gated`" in found
-        assert "up to 64 tokens, 20.2" in found
-        assert "| gated | | | | | 0 (0 to 0) | 0.5 (0.25 to 1) | 1.5 (0.75 to 3) | 2 (1 to 4) |" in found
-        assert "| everywhere | -1.0 (-3.0 to +1.0) | 3 | 8 | 0.23 | 0.0001 (5e-05 to 0.0002) | 0.5 " in found
-        assert "is no proof of equality" in found
-    assert "Held against" not in effect(evaluation=EVALUATION)
-
-
-def test_the_tables_of_a_card_have_as_many_cells_in_every_line():
-    for block in effect(evaluation=COMPARED, **STATIC).split("\n\n"):
+@pytest.mark.parametrize("name", cards.CASES)
+def test_the_tables_of_a_card_have_as_many_cells_in_every_line(name):
+    for block in text(**cards.CASES[name]).split("\n\n"):
         rows = [line for line in block.splitlines() if line.startswith("|")]
         assert len({line.count("|") for line in rows}) <= 1
 
 
-def test_the_card_of_a_static_artifact_is_about_the_arm_that_it_computes():
-    found = effect(evaluation=COMPARED, **STATIC)
-    assert found.startswith(
-        "\n\n**This artifact computes the arm `everywhere`:** 56.8% right (53.0% to 62.0%), against 53.0% without "
-        "steering: 26 fixed, 7 broken, exact McNemar p = 0.0013.\n\n500 fresh questions, greedy decoding; gated: no arm"
+@pytest.mark.parametrize("name", cards.TARGETS)
+def test_the_sections_are_there_for_every_target(name):
+    headings = [line[3:] for line in text(name).splitlines() if line.startswith("## ")]
+    first = ["What was changed", "Every tensor that is not the base's", "Load it", "Switch it off"]
+    assert headings == [*first, "Effect", "Limits", "Verify it"]
+
+
+@pytest.mark.parametrize("name", cards.TARGETS)
+def test_nothing_of_a_template_is_left(name):
+    found = text(name)
+    assert "{repo}" not in found
+    assert "{strength}" not in found
+
+
+@pytest.mark.parametrize("ranking", ["given", "paper", "attribution"])
+def test_every_ranking_has_words(ranking):
+    assert "ranked by: " in text(rule=replace(RULE, neurons=replace(RULE.neurons, ranking=ranking)))
+
+
+def test_layers_are_told_one_by_one_and_tensors_by_their_ranges():
+    names = {1: "a.{}.b", 3: "a.{}.b", 4: "a.{}.b", 5: "a.{}.b", 7: "c", 12: "a.{}.b"}
+    found = text(tensors=tuple(cards.vector(layer, name) for layer, name in names.items()))
+    assert "| `a.{1,3..5,12}.b` |" in found
+    assert "| `c` |" in found
+    assert "Added or changed: 6," in found
+
+
+def test_tensors_of_one_kind_stand_apart_where_anything_but_the_layer_differs():
+    from numpy import ones, zeros
+
+    entries = (
+        cards.vector(1),
+        cards.vector(2, what="changed"),
+        cards.vector(3, values=zeros((4, 8), "float32")),
+        cards.vector(4, values=ones((4, 8), "float32")),
     )
-    assert "This artifact" not in effect(evaluation=COMPARED)
+    rows = [line for line in text(tensors=entries).splitlines() if "steering_vector" in line]
+    assert [row.rpartition("F32")[2] for row in rows] == [
+        " | 32 | added |", " | 32 | changed |", " | 4 x 8 | added, zeros only |", " | 4 x 8 | added |"
+    ]  # fmt: skip
 
 
-def test_the_card_of_a_static_artifact_says_that_it_was_not_evaluated_and_how_it_can_be():
-    found, command = effect(evaluation=EVALUATION, **STATIC), "`adaras-export eval --compare gated,always,everywhere`"
-    assert found.startswith("\n\n**This artifact's own behaviour was not evaluated.**")
-    assert command in found
-    assert command in effect(**STATIC)
-    assert "`adaras-export eval --compare always,everywhere`" in card(
-        RULE.ungated(), PARITY, replace(CONTEXT, **STATIC)
-    )
-    assert "--compare" not in effect()
-
-
-def test_every_check_is_told_with_its_figure():
-    assert "| by the rule, prefill logits | 1.5e-06 | 3e-05 |" in text()
-    assert "| effect | 2.5 |  |" in text()
-
-
-def test_the_usage_names_the_repository():
-    assert 'from_pretrained("tiny-steered", trust_remote_code=True)' in text()
-    assert "{repo}" not in text()
+def test_a_name_with_a_strange_number_is_told_as_it_stands():
+    strange = ("a.007.b", "a.²", "a.99999999999", "3")
+    found = text(tensors=tuple(cards.vector(0, name) for name in strange))
+    assert all(f"| `{name}` |" in found for name in strange)
 
 
 def test_a_rule_without_neurons_has_a_card():
-    assert "added to 0 of its 192 MLP neurons" in text(replace(RULE, neurons=RULE.neurons.top(0)))
+    assert "0 of its 384 MLP neurons" in text(rule=replace(RULE, neurons=RULE.neurons.top(0)))
+
+
+def test_a_base_is_told_with_the_commit_that_the_rule_or_the_export_knows():
+    local = replace(RULE, base=BaseModel("clone", "llama", 8, 48, 32))
+    assert "`somebody/tiny` at revision `c0ffee`" in text()
+    assert "`somebody/tiny` at revision `c0ffee`" in text(rule=local)
+    assert "`clone`, steered" in text(rule=local, base=local.base)
+
+
+NAMES = st.text(min_size=1, max_size=30) | st.text("`'\"|\\#$<>[]{}:-\n\r\t @🙂é", min_size=1)
+hostile = example("a'b\"c`d|e\\f\n---\n```\n# g <b> $x$ {repo} é 🙂\u2028: [x](y)")
+
+
+@hostile
+@given(NAMES)
+def test_code_names_a_repository_of_any_name_and_still_runs(name):
+    """What Python, JavaScript's JSON and a shell make of the snippet is the name, whatever it contains."""
+    markdown = '```python\nfound = "{repo}"\n```\n\n```js\n"{repo}"\n```\n\n```bash\nprintf %s {repo}/x\n```\n'
+    [python, script, shell] = card_text.blocks(card_text.filled(markdown, name, 1.0))
+    assert ast.literal_eval(python[1].removeprefix("found = ").strip()) == name
+    assert ast.literal_eval(script[1].strip()) == name
+    assert [language for language, _ in (python, script, shell)] == ["python", "js", "bash"]
+
+
+@pytest.mark.parametrize(
+    "name", ["plain", "a'b c", "two\nlines", '$(touch x) `y` \\ "q"', "tab\t' \x07 é 🙂", "~/x", "-n"]
+)
+def test_a_shell_takes_a_repository_of_any_name_for_one_word(name):
+    word = card_text.shell_word(name)
+    done = subprocess.run(["bash", "-c", f"printf %s {word}/x"], capture_output=True, check=True)
+    assert done.stdout.decode() == f"{name}/x"
+    assert "\n" not in word
+
+
+@hostile
+@given(NAMES)
+def test_a_name_is_one_line_of_markdown_that_opens_nothing(name):
+    for shown in (card_text.plain(name), card_text.code(name), card_text.cell(name)):
+        assert len(f"x{shown}x".splitlines()) == 1
+    assert card_text.code(name).count("`" * (len(card_text.code(name)) + 1)) == 0
+
+
+@pytest.mark.parametrize("name", cards.TARGETS)
+def test_the_shell_commands_and_python_snippets_of_every_target_parse(name, tmp_path):
+    card = text(name)
+    assert all(snippets.parses(code, tmp_path) for code in snippets.of(card, "bash"))
+    for language in ("python", "python vllm"):
+        ast.parse("".join(snippets.of(card, language)))
+
+
+def test_a_card_does_not_depend_on_the_order_of_its_calls():
+    first = card(RULE, cards.PARITY, cards.context())
+    assert first == card(RULE, cards.PARITY, cards.context())

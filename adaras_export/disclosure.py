@@ -1,0 +1,81 @@
+"""The tensors of an artifact that are not its base's: what the receipt lists, the card shows and `verify` finds again.
+
+Knows them by name, file and hash; reads no files and knows no format.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from math import prod
+from typing import Any, Literal, get_args
+
+from adaras_export.errors import ArtifactError
+
+What = Literal["added", "changed"]
+
+
+@dataclass(frozen=True)
+class Disclosed:
+    """A tensor, or a function of a graph, that the base lacks or has with other bytes.
+
+    Attributes:
+        name: as the file has it.
+        file: path within the artifact.
+        dtype: as safetensors writes types: F32, I64, ...; "function" for a function of a graph.
+        shape: empty for a number and for a function.
+        sha256: of its bytes.
+        what: "added" where the base has no tensor of this name, "changed" where it has another.
+    """
+
+    name: str
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    sha256: str
+    what: What
+
+    def __post_init__(self) -> None:
+        texts = (self.name, self.file, self.dtype, self.sha256)
+        good = all(isinstance(text, str) for text in texts) and self.what in get_args(What)
+        if not good or not all(type(size) is int and size >= 0 for size in self.shape):
+            raise ArtifactError(f"tensor {self.name!r}: damaged entry; expected name, file, dtype, shape, sha256, what")
+
+    def as_record(self) -> dict[str, Any]:
+        """JSON values."""
+        return {**asdict(self), "shape": list(self.shape)}
+
+    @classmethod
+    def from_record(cls, record: Any) -> "Disclosed":  # noqa: ANN401 - comes from a file
+        """The value that `as_record` described.
+
+        Raises:
+            ArtifactError: the record is not of that form.
+        """
+        try:
+            return cls(**{**record, "shape": tuple(record["shape"])})
+        except (KeyError, TypeError) as error:
+            raise ArtifactError(f"tensors: damaged entry ({error}); expected name, file, dtype, ...") from error
+
+    @property
+    def only_zeros(self) -> bool:
+        """Whether every byte of it is 0, by its hash."""
+        size = _SIZES.get(self.dtype, 0) * prod(self.shape)
+        return 0 < size <= _LARGEST and self.sha256 == _hash_of_zeros(size)
+
+
+_LARGEST = 1 << 26  # a bias or a vector; larger ones are not looked at, as a hostile receipt may claim any shape
+_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4}
+
+
+def differing(found: Sequence[Disclosed], expected: Sequence[Disclosed]) -> list[str]:
+    """Names of what only one of two lists has, or has with another file, type, shape or hash."""
+    return sorted({one.name for one in {*found} ^ {*expected}})
+
+
+@cache
+def _hash_of_zeros(count: int) -> str:
+    digest, piece = hashlib.sha256(), bytes(1 << 20)
+    for start in range(0, count, 1 << 20):
+        digest.update(piece[: count - start])
+    return digest.hexdigest()

@@ -1,0 +1,286 @@
+"""Repositories of the Hub: what is in one, one commit to it, one file out of it; and what went wrong, in one line.
+
+The only place that knows huggingface_hub's errors. Knows nothing of rules and artifacts. Token, cache, endpoint and
+offline mode are the library's own (HF_TOKEN, HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE).
+"""
+
+import hashlib
+import re
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from adaras_export import storage
+from adaras_export.errors import HubError, first_line
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+MAIN = "main"
+Content = Path | bytes
+"""A file to be sent: where it is, or what is in it."""
+
+
+def size_of(content: Content) -> int:
+    """How many bytes it has."""
+    return len(content) if isinstance(content, bytes) else content.stat().st_size
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file in a repository: bytes, and SHA-256 of what is in large storage, git's own SHA-1 of all else."""
+
+    size: int
+    digest: str
+
+    def holds(self, content: Content) -> bool:
+        """Whether it is the same as a local file."""
+        if size_of(content) != self.size:
+            return False
+        if len(self.digest) == 40:
+            return self.digest == _git_name(content if isinstance(content, bytes) else content.read_bytes())
+        return self.digest == (storage.sha256(content) if isinstance(content, bytes) else storage.sha256_file(content))
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A branch of a repository as it was when it was looked at.
+
+    Attributes:
+        name: USER/NAME.
+        url: its page.
+        branch: the branch; where it does not exist yet it will begin at ``head``.
+        private: None where there is no repository yet.
+        head: commit whose files these are; None where there is no repository yet.
+        new_branch: whether there is a repository without this branch.
+        files: what ``head`` has, by path.
+    """
+
+    name: str
+    url: str
+    branch: str
+    private: bool | None = None
+    head: str | None = None
+    new_branch: bool = False
+    files: Mapping[str, RemoteFile] | None = None
+
+
+@dataclass(frozen=True)
+class Commit:
+    """A commit of a repository and its page."""
+
+    oid: str
+    url: str
+
+
+def look(name: str, branch: str = MAIN, token: str | None = None) -> Remote:
+    """What a repository has on a branch; there may be none yet.
+
+    Raises:
+        HubError: no token, or one that the Hub does not accept; no Hub; no such name.
+    """
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    from huggingface_hub.hf_api import RepoFile
+
+    require_token(name, token)
+    api = _api(token)
+    url = f"{api.endpoint}/{name}"
+    with translated(name):
+        try:
+            info = api.model_info(name)
+        except GatedRepoError:
+            raise
+        except RepositoryNotFoundError:
+            return Remote(name, url, branch)
+        heads = {one.name: one.target_commit for one in api.list_repo_refs(name).branches}
+        head = heads.get(branch, info.sha)
+        listed = api.list_repo_tree(name, revision=head, recursive=True)
+        files = {
+            one.path: RemoteFile(one.size, one.lfs.sha256 if one.lfs else one.blob_id)
+            for one in listed
+            if isinstance(one, RepoFile)
+        }
+    return Remote(name, url, branch, info.private, head, branch not in heads, files)
+
+
+def commit(
+    remote: Remote,
+    files: Mapping[str, Content],
+    message: str,
+    *,
+    removed: Collection[str] = (),
+    private: bool,
+    token: str | None = None,
+) -> Commit:
+    """Put files into a repository, and take others out, with one commit; creates repository and branch where missing.
+
+    Where there is nothing to put or take, the branch stays where it is.
+
+    Large files are sent first, so that a push which is cut off and repeated sends only what is not there yet.
+
+    Raises:
+        HubError: the Hub refuses, or somebody else committed since ``remote`` was looked at; nothing was committed.
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+    api = _api(token)
+    with translated(remote.name):
+        head = remote.head
+        if head is None:
+            api.create_repo(remote.name, private=private)
+            head = api.model_info(remote.name).sha
+        if remote.branch != MAIN and (remote.head is None or remote.new_branch):
+            api.create_branch(remote.name, branch=remote.branch, revision=head)
+        if not files and not removed:
+            return Commit(str(head), f"{remote.url}/commit/{head}")
+        additions = [CommitOperationAdd(path, files[path]) for path in sorted(files)]
+        deletions = [CommitOperationDelete(path) for path in sorted(removed)]
+        made = api.create_commit(
+            remote.name,
+            [*additions, *deletions],
+            commit_message=message,
+            revision=remote.branch,
+            parent_commit=head,
+        )
+    return Commit(made.oid, made.commit_url)
+
+
+def visibility(remote: Remote, wanted: bool | None) -> bool:  # noqa: FBT001 - True, False, or as it is
+    """Whether a repository is private, or is to be made so; ``wanted`` None: as it is, and a new one private.
+
+    Raises:
+        HubError: it is not as it is wanted.
+    """
+    if remote.private is None:
+        return True if wanted is None else wanted
+    if wanted is not None and wanted != remote.private:
+        now, flag = ("private", "--private") if remote.private else ("public", "--public")
+        other = "private" if wanted else "public"
+        raise HubError(
+            f"{remote.name}: is {now}; expected {other}; push with {flag}, or make it {other} at {remote.url}/settings"
+        )
+    return remote.private
+
+
+def download(name: str, file: str, revision: str | None = None, token: str | None = None) -> Path:
+    """One file of a repository, through the local cache.
+
+    Raises:
+        HubError: it cannot be had.
+    """
+    from huggingface_hub import hf_hub_download
+
+    with translated(name):
+        return Path(hf_hub_download(name, file, revision=revision, token=token))
+
+
+def require_token(name: str, token: str | None = None) -> None:
+    """Refuse to go on as nobody.
+
+    Raises:
+        HubError: no token was given, and none is in HF_TOKEN or stored by a login.
+    """
+    from huggingface_hub import get_token
+
+    if not (token or get_token()):
+        raise HubError(f"{name}: {_NO_TOKEN}")
+
+
+@contextmanager
+def translated(subject: str) -> Iterator[None]:
+    """Turn every error of huggingface_hub into one line about ``subject``.
+
+    Raises:
+        HubError: what went wrong.
+    """
+    from huggingface_hub.errors import EntryNotFoundError
+
+    # What it raises besides errors of HTTP: names that are none, files that are not there, an upload's failed thread.
+    try:
+        yield
+    except (_http_error(), EntryNotFoundError, OSError, ValueError, RuntimeError) as error:
+        raise HubError(f"{subject}: {_reason(error)}") from error
+
+
+_NO_TOKEN = "no token was found; expected one: run `hf auth login`, or set HF_TOKEN"
+_REFUSALS = {
+    401: "the token is not accepted ({}); expected a valid one: run `hf auth login`, or set HF_TOKEN",
+    403: "the token may not do this ({}); expected one with write access, and room in the account",
+    404: "no such repository, or a private one that the token may not read ({}); check the name and the token",
+    409: "somebody else changed it in the meantime ({}); nothing was committed; push again",
+    412: "somebody else committed in the meantime ({}); nothing was committed; look at it and push again",
+    429: "too many requests ({}); wait some minutes and repeat",
+}
+
+
+def _http_error() -> type[Exception]:
+    """The base of all errors of huggingface_hub's HTTP client, whichever it is: requests, httpx or httpx2."""
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # what its own errors derive from
+
+    found: type[Exception] = HTTPError
+    return found
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong and what to do."""
+    from huggingface_hub import constants, errors
+
+    if isinstance(error, RuntimeError | FileNotFoundError) and error.__cause__ is not None:
+        error = error.__cause__  # what failed in a thread that uploads, or why a download looked into the cache only
+    if isinstance(error, errors.HfHubHTTPError):
+        return _refusal(error)
+    if isinstance(error, errors.HFValidationError):
+        return f"is no name of a repository ({first_line(error)}); expected USER/NAME"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}; expected a cache (HF_HOME) that can be written, with room"
+    if constants.HF_HUB_OFFLINE and isinstance(error, OSError):
+        return "HF_HUB_OFFLINE is set, and the local cache does not have it; unset HF_HUB_OFFLINE"
+    return _failure(error)
+
+
+def _failure(error: BaseException) -> str:
+    """What an error without an answer of the Hub means."""
+    from huggingface_hub import constants
+
+    if answer := re.search(r"\((\d{3}) .*/xet-\w+-token/", str(error)):  # Xet's client speaks HTTP by itself
+        return _meaning(int(answer[1]), first_line(error), "no Xet storage there ({}); set HF_HUB_DISABLE_XET=1")
+    if isinstance(error, _http_error() | OSError):
+        return f"{constants.ENDPOINT} cannot be reached ({first_line(error)}); check the network, and HF_ENDPOINT"
+    return " ".join(str(error).split())
+
+
+def _refusal(error: "HfHubHTTPError") -> str:
+    """What an answer of the Hub other than success means."""
+    from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
+
+    status = error.response.status_code
+    said = f"the Hub says {status}" + (
+        f": {first_line(Exception(error.server_message))}" if error.server_message else ""
+    )
+    if isinstance(error, RevisionNotFoundError):
+        return f"has no such revision ({said}); expected a branch, tag or commit of it"
+    if isinstance(error, EntryNotFoundError):
+        return f"has no such file ({said})"
+    if status == 401 and "authorization" not in error.response.request.headers:
+        return _NO_TOKEN
+    return _meaning(status, said, _REFUSALS[404])
+
+
+def _meaning(status: int, said: str, missing: str) -> str:
+    """What a status other than success means; ``missing`` is the meaning of 404."""
+    if status >= 500:
+        return f"the Hub has a problem ({said}); repeat later: what was sent is not sent again"
+    return {**_REFUSALS, 404: missing}.get(status, "the Hub refuses ({})").format(said)
+
+
+def _api(token: str | None) -> "HfApi":
+    from huggingface_hub import HfApi
+
+    return HfApi(token=token, library_name="adaras-export")
+
+
+def _git_name(data: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()

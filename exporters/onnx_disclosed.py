@@ -1,0 +1,57 @@
+"""What steering added to the graphs of target `onnx`: initialisers and functions, by name, with their hashes.
+
+The base's weights are in them in another layout, so they cannot be held against the base's tensors one by one; what
+steering adds is known by its name, and functions by being there at all.
+"""
+
+from collections.abc import Mapping
+
+import onnx_ir as ir
+
+from adaras_export import storage
+from adaras_export.disclosure import Disclosed
+from adaras_export.errors import ArtifactError
+
+_MARK = "steering_"
+_TYPES = {"float32": "F32", "int64": "I64"}
+
+
+def disclosed(graphs: Mapping[str, ir.Model]) -> tuple[Disclosed, ...]:
+    """The list for some graphs, by their path within the artifact.
+
+    Raises:
+        ArtifactError: an initialiser has no values that could be read.
+    """
+    return tuple(
+        one for file, model in graphs.items() for one in (*_initialisers(file, model), *_functions(file, model))
+    )
+
+
+def _initialisers(file: str, model: ir.Model) -> list[Disclosed]:
+    names = sorted(name for name in model.graph.initializers if any(part.startswith(_MARK) for part in name.split(".")))
+    return [_initialiser(file, name, model.graph.initializers[name]) for name in names]
+
+
+def _initialiser(file: str, name: str, value: ir.Value) -> Disclosed:
+    try:
+        assert value.const_value is not None
+        array = value.const_value.numpy()
+    except (OSError, ValueError, AssertionError) as error:
+        raise ArtifactError(
+            f"{file}: {name} has no values that can be read ({error}); expected them in the graph"
+        ) from error
+    dtype = _TYPES.get(str(array.dtype), str(array.dtype))
+    return Disclosed(name, file, dtype, tuple(array.shape), storage.sha256(array.tobytes()), "added")
+
+
+def _functions(file: str, model: ir.Model) -> list[Disclosed]:
+    functions = {f"{domain}.{name}": function for (domain, name, _), function in model.functions.items()}
+    return [
+        Disclosed(name, file, "function", (), storage.sha256(text(function)), "added")
+        for name, function in sorted(functions.items())
+    ]
+
+
+def text(function: ir.Function) -> bytes:
+    """A function as bytes, the same for the same function."""
+    return bytes(ir.serde.serialize_function(function).SerializeToString(deterministic=True))
