@@ -17,6 +17,7 @@ from onnx import TensorProto, helper
 from safetensors.numpy import save
 
 from adaras_export import delivery, models, onnx_runner, peft_settings, receipts, storage, traces
+from adaras_export.disclosure import Disclosed
 from adaras_export.errors import AdarasError
 from adaras_export.exporters import checkpoint, gguf_files, gguf_reader, onnx_genai, steering_lora, stream
 from adaras_export.exporters import onnx as onnx_target
@@ -141,6 +142,7 @@ def _receipt_seeds() -> list[bytes]:
     common = {"drops": (), "rule": rule.fingerprint, "given_rule": rule.fingerprint, "base": BASE, "source": "/base"}
     parity = ParityReport((Check("files changed", 0, 0), Check("share", 0.5, None, "of 3")))
     more = {"base_tensors": {"a": digest}, "base_card": {"license": "mit"}, "parity": parity, "files": {"a.b": digest}}
+    more["tensors"] = (Disclosed("a", "m.safetensors", "F32", (2, 3), digest, "added"),)
     into = {"into": {"file": "m.gguf", "content": digest}}
     chosen = {"hf": {}, "peft": {"adaptive": True}, "gguf": into, "stock": {"switchable": True}, "onnx": {"page": True}}
     made = [
