@@ -12,16 +12,7 @@ from adaras_export.models import decoder_key, family_of, header, shards
 from adaras_export.storage import read_json
 
 # What its config classes, module constructors and PyTorch raise for a text, a zero or a list in place of a size.
-_REFUSALS = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    ImportError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    TypeError,
-)
+_BAD_SIZES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 def require(folder: Path) -> None:
@@ -53,13 +44,13 @@ def _shapes(path: Path, config: dict[str, Any], family: str) -> dict[str, list[i
     from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM, __version__
 
-    plain = {
-        key: value for key, value in config.items() if key not in ("auto_map", "model_type", "quantization_config")
-    }
+    left_out = ("auto_map", "model_type", "quantization_config")
+    plain = {key: value for key, value in config.items() if key not in left_out}
+    auto: Any = AutoModelForCausalLM
     try:
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
-            model: Any = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family].from_dict(plain))
-    except (*_REFUSALS, ValueError, StrictDataclassError) as error:
+            model = auto.from_config(CONFIG_MAPPING[family].from_dict(plain))
+    except (*_BAD_SIZES, OSError, StrictDataclassError) as error:
         raise ArtifactError(
             f"{path}: {first_line(error)}; expected a config that transformers {__version__} can build a {family} from"
         ) from error

@@ -2,7 +2,7 @@
 
 A file is opened only where it is a regular one (a pipe or a device could keep its reader forever), up to a size that
 what we expect never reaches, because JSON takes up to thirty times its size in memory. JSON is taken at its word: a key
-given twice, NaN, a number of hundreds of digits or half a character is refused. Knows nothing of what the files are for.
+given twice, NaN, a number of hundreds of digits or half a character is refused. Knows not what the files are for.
 """
 
 import json
