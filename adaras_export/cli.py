@@ -447,7 +447,7 @@ def push(
         typer.confirm("push this?", abort=True, err=True)
     done = hub.carry_out(planned)
     did = f"{len(done.uploaded)} files sent, {len(done.removed)} removed, {len(done.unchanged)} were there"
-    _print(done.as_record(), f"{done.url}: {did}", as_json)
+    _print(done.as_record(), f"{done.url}: {did}\nreceipt {done.receipt}", as_json)
 
 
 @app.command()

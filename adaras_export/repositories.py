@@ -29,6 +29,11 @@ def size_of(content: Content) -> int:
     return len(content) if isinstance(content, bytes) else content.stat().st_size
 
 
+def sha256_of(content: Content) -> str:
+    """Its SHA-256, hexadecimal."""
+    return storage.sha256(content) if isinstance(content, bytes) else storage.sha256_file(content)
+
+
 @dataclass(frozen=True)
 class RemoteFile:
     """A file in a repository: bytes, and SHA-256 of what is in large storage, git's own SHA-1 of all else."""
@@ -42,7 +47,7 @@ class RemoteFile:
             return False
         if len(self.digest) == 40:
             return self.digest == _git_name(content if isinstance(content, bytes) else content.read_bytes())
-        return self.digest == (storage.sha256(content) if isinstance(content, bytes) else storage.sha256_file(content))
+        return self.digest == sha256_of(content)
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,8 @@ def look(name: str, branch: str = MAIN, token: str | None = None) -> Remote:
     from huggingface_hub.hf_api import RepoFile
 
     require_token(name, token)
+    if re.fullmatch("[0-9a-f]{40}", branch):
+        raise HubError(f"{name}: {branch} is a commit, which nothing can be added to; expected a branch")
     api = _api(token)
     url = f"{api.endpoint}/{name}"
     with translated(name):

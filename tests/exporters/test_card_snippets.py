@@ -1,5 +1,7 @@
 """The code of real cards, run as it stands there, in a clean process beside the folder; answers are the oracle's."""
 
+import json
+import shutil
 from dataclasses import replace
 
 import oracle
@@ -36,14 +38,24 @@ def rule(rules):
 
 
 @pytest.fixture(scope="module")
-def place(rule, folders, tmp_path_factory):
+def base(folders, tmp_path_factory):
+    """The base with a tokenizer that gives what models take; Transformers 4 gives the tiny one BERT's inputs else."""
+    folder = shutil.copytree(folders[KEY[0]], tmp_path_factory.mktemp("base") / "base")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["model_input_names"] = ["input_ids", "attention_mask"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def place(rule, base, tmp_path_factory):
     """The folder above an export, by name; the card calls the export by its full path."""
 
     def make(name):
         target, loss, options, beside = TARGETS[name]
         above = tmp_path_factory.mktemp("snippets")
         folder = above / (beside or "a 'steered' model")
-        export(rule, base=folders[KEY[0]], to=target, out=folder, accept_loss=loss, **options)
+        export(rule, base=base, to=target, out=folder, accept_loss=loss, **options)
         recard(folder, repository=str(folder))
         return above, folder
 

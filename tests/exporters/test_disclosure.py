@@ -138,6 +138,22 @@ def test_a_graph_discloses_what_was_put_into_it_and_its_functions(graph):
 
 @pytest.mark.slow
 @pytest.mark.onnx
+def test_the_second_graph_of_a_page_is_disclosed_too_but_for_the_dials_that_it_is_fed(graph, tmp_path):
+    from adaras_export.exporters import onnx_page
+
+    folder = shutil.copytree(graph[0], tmp_path / "copy")
+    onnx_page.write_graph(folder / "onnx" / "model.onnx", folder)
+    exporter = exporters.load("onnx").commissioned(Commission("base", options={"page": True}))
+    files = {file: set() for file in ("onnx/model.onnx", onnx_page.GRAPH)}
+    for one in exporter.disclosed(folder, {}):
+        files[one.file].add((one.name, one.sha256))
+    gone = files["onnx/model.onnx"] - files[onnx_page.GRAPH]
+    assert {name for name, _ in gone} == {"steering_strength", "steering_threshold"}
+    assert files[onnx_page.GRAPH] < files["onnx/model.onnx"]
+
+
+@pytest.mark.slow
+@pytest.mark.onnx
 @pytest.mark.parametrize("what", ["initialiser", "number", "function"])
 def test_what_is_put_into_a_graph_afterwards_is_named(what, graph, tmp_path):
     import onnx
