@@ -1,8 +1,8 @@
 """Files that somebody else wrote, read so that the worst of them costs a line: no hang, no flood, no half-read value.
 
 A file is opened only where it is a regular one (a pipe or a device could keep its reader forever), up to a size that
-what we expect never reaches, because JSON takes up to thirty times its size in memory. JSON is taken at its word: a key
-given twice, NaN, a number of hundreds of digits or half a character is refused. Knows not what the files are for.
+what we expect never reaches, because JSON takes up to thirty times its size in memory. JSON is taken at its word: a
+key given twice, NaN, a number of hundreds of digits or half a character is refused. Knows nothing of their purpose.
 """
 
 import json
