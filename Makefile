@@ -8,6 +8,7 @@ OLDER := .venv-4.57
 PEERS := .venv-peers
 RUNTIMES := .venv-runtimes
 ORT_GPU := .venv-ort-gpu
+SCAN := .venv-scan
 VLLM := .venv-vllm
 LLAMACPP := .venv-llamacpp
 LLAMA_SERVER := $(LLAMACPP)/server/bin/llama-server
@@ -24,7 +25,7 @@ demo-smollm2: $(SMOLLM2)  ## the same on SmolLM2-135M-Instruct, from a PyPI whee
 	rm -rf demo-smollm2-out
 	$(BIN)/adaras-export demo --model smollm2 --out demo-smollm2-out
 
-test: $(SMOLLM2)  ## every test, the notebook included
+test: $(SMOLLM2) $(SCAN)/.installed  ## every test, the notebook included
 	mkdir -p build
 	$(BIN)/python -m pytest --ignore tests/runtimes --ignore tests/servers --cov --cov-report=term:skip-covered --modes=build/modes-5.json
 	$(BIN)/python -m pytest --nbmake --nbmake-timeout=600 notebooks
@@ -69,7 +70,7 @@ bench: $(SMOLLM2)  ## ratios, side by side; see benchmarks/RESULTS.md
 	$(BIN)/python benchmarks/static.py
 
 clean:
-	rm -rf $(VENV) $(OLDER) $(PEERS) $(RUNTIMES) $(ORT_GPU) $(VLLM) $(LLAMACPP) $(NODE)/node_modules .cache build dist \
+	rm -rf $(VENV) $(OLDER) $(PEERS) $(RUNTIMES) $(ORT_GPU) $(SCAN) $(VLLM) $(LLAMACPP) $(NODE)/node_modules .cache build dist \
 		demo-out demo-smollm2-out
 
 # torch comes from constraints.txt, which pins a CPU build; see there for other hardware.
@@ -105,6 +106,13 @@ $(RUNTIMES)/.installed: constraints.txt
 $(ORT_GPU)/.installed: constraints.txt
 	test -x $(ORT_GPU)/bin/python || $(PYTHON) -m venv $(ORT_GPU)
 	$(ORT_GPU)/bin/python $(PIP) --constraint constraints.txt onnxruntime-gpu tokenizers
+	touch $@
+
+# modelscan, which looks for pickles in artifacts, wants an older rich than everything else here.
+$(SCAN)/.installed: constraints.txt
+	test -x $(SCAN)/bin/python || $(PYTHON) -m venv $(SCAN)
+	sed 's/^rich==.*/rich==14.3.4/' constraints.txt > $(SCAN)/pins.txt
+	$(SCAN)/bin/python $(PIP) --constraint $(SCAN)/pins.txt modelscan
 	touch $@
 
 # What it asks for of torchvision and its like fits another torch, and fails to import beside this one.

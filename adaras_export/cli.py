@@ -446,7 +446,8 @@ def push(
     if not (yes or planned.empty):
         typer.confirm("push this?", abort=True, err=True)
     done = hub.carry_out(planned)
-    _print(done.as_record(), f"{done.url}: {len(done.uploaded)} files went there, {len(done.removed)} removed", as_json)
+    did = f"{len(done.uploaded)} files sent, {len(done.removed)} removed, {len(done.unchanged)} were there"
+    _print(done.as_record(), f"{done.url}: {did}\nreceipt {done.receipt}", as_json)
 
 
 @app.command()

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from adaras_export import models
 from adaras_export.activations import behind
 from adaras_export.generation import Prefilled
-from adaras_export.runtime.steering_adaras import generating
+from adaras_export.runtime.steering_adaras import Scope, here
 
 
 def next_token_divergence(one_V: Tensor, other_V: Tensor) -> Tensor:
@@ -29,6 +29,6 @@ def forced_logits(model: PreTrainedModel, prompts: Prefilled, texts: Sequence[Se
     prompt ends where it would in `generate`.
     """
     own = prompts.repeated(range(len(prompts.ids)))
-    with generating(models.decoder(model), own.ids.shape[1]):
+    with here(scope=Scope(models.decoder(model), own.ids.shape[1])):
         logits_BSV: Tensor = model(**behind(own, texts)).logits
     return logits_BSV

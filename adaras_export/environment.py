@@ -14,6 +14,7 @@ _EXTRAS = {
     "peft": ("peft",),
     "onnx": ("onnx", "onnx-ir", "onnxscript"),
     "genai": ("onnxruntime-genai",),
+    "sign": ("model-signing", "pyopenssl"),
 }
 _RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
 Installed = Callable[[str], str | None]

@@ -1,8 +1,8 @@
 """Files that somebody else wrote, read so that the worst of them costs a line: no hang, no flood, no half-read value.
 
 A file is opened only where it is a regular one (a pipe or a device could keep its reader forever), up to a size that
-what we expect never reaches, because JSON takes twenty times its size in memory. JSON is taken at its word: a key given
-twice, NaN, a number of hundreds of digits or half a character is refused. Knows nothing of what the files are for.
+what we expect never reaches, because JSON takes up to thirty times its size in memory. JSON is taken at its word: a
+key given twice, NaN, a number of hundreds of digits or half a character is refused. Knows nothing of their purpose.
 """
 
 import json
@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from safetensors import SafetensorError, safe_open
 
-LARGEST = 8 << 20
+LARGEST = 4 << 20
 """Bytes of JSON, of a table or of a header of tensors; an index of a thousand tensors has a tenth of a MiB."""
 
 _DEEPEST = 64

@@ -11,7 +11,7 @@ from typing import Any
 
 from adaras_export import delivery, receipts, repositories
 from adaras_export.errors import ArtifactError, ExportError
-from adaras_export.receipts import SIGNATURE_FILE, Receipt
+from adaras_export.receipts import RECEIPT_FILE, SIGNATURE_FILE, Receipt
 from adaras_export.repositories import MAIN, Content, Remote
 
 _OF_THE_HUB = {".gitattributes"}  # says which files are large; the Hub writes it
@@ -79,11 +79,23 @@ class Plan:
 
 @dataclass(frozen=True)
 class Pushed:
-    """What a push did: the commit, and its page; which files went there, were there, were removed."""
+    """What a push did.
+
+    Attributes:
+        repository: USER/NAME.
+        commit: the commit, which holds the artifact and nothing else.
+        url: its page.
+        receipt: SHA-256 of the receipt there, for `adaras-export verify --receipt`.
+        private: whether the repository is private.
+        uploaded: bytes of the files that went there, by path.
+        unchanged: files that were there already.
+        removed: files that were there and are not the artifact's.
+    """
 
     repository: str
     commit: str
     url: str
+    receipt: str
     private: bool
     uploaded: Mapping[str, int]
     unchanged: tuple[str, ...]
@@ -147,8 +159,6 @@ def carry_out(planned: Plan, token: str | None = None) -> Pushed:
         HubError: the Hub refuses, or somebody else committed since the plan was made; nothing was committed.
     """
     remote, sent = planned.remote, tuple(sorted({*planned.added, *planned.replaced}))
-    if remote.head is not None and planned.empty and not remote.new_branch:
-        return Pushed(remote.name, remote.head, remote.url, planned.private, {}, planned.unchanged, ())
     made = repositories.commit(
         remote,
         {name: planned.files[name] for name in sent},
@@ -157,8 +167,16 @@ def carry_out(planned: Plan, token: str | None = None) -> Pushed:
         private=planned.private,
         token=token,
     )
-    sizes = planned.sizes(sent)
-    return Pushed(remote.name, made.oid, made.url, planned.private, sizes, planned.unchanged, planned.removed)
+    return Pushed(
+        repository=remote.name,
+        commit=made.oid,
+        url=made.url,
+        receipt=repositories.sha256_of(planned.files[RECEIPT_FILE]),
+        private=planned.private,
+        uploaded=planned.sizes(sent),
+        unchanged=planned.unchanged,
+        removed=planned.removed,
+    )
 
 
 def push(

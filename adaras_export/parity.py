@@ -142,8 +142,6 @@ def _loss(static: Play, whole: Play) -> Check:
 def compare(script: Script, artifact: Artifact) -> list[Check]:
     """Play the script on an artifact and compare."""
     checks, tolerance = list(artifact.findings()), artifact.tolerance
-    if not all(check.ok for check in checks):  # tensors without a value hold whatever was in memory
-        return [*checks, Check("not played, because of what opening it said", 1, 0)]
     for name, (mode, expected) in script.plays.items():
         if mode == "off" and not artifact.switchable:
             continue

@@ -199,7 +199,8 @@ class _AdapterPasses(Passes):
             raise ValueError(f"adapter_names: has {len(_LOCAL.rows)} names for {rows} rows")
         chosen = torch.tensor([name == self.adapter for name in _LOCAL.rows], device=self.layer.weight.device)
         chosen_B1 = chosen.repeat_interleave(copies)[:, None]  # beams lie side by side
-        step.steered_BT = chosen_B1 if step.steered_BT is None else step.steered_BT & chosen_B1
+        if step.steered_BT is not None:
+            step.steered_BT = step.steered_BT & chosen_B1
 
 
 class AdarasModel(BaseTuner):

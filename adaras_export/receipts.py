@@ -199,7 +199,7 @@ def _contents(folder: Path) -> dict[str, str | None]:
 def _content(path: Path) -> str | None:
     try:
         return storage.sha256_file(path) if _is_file(path) else None  # a pipe would be waited for
-    except OSError:
+    except ArtifactError:
         return None
 
 

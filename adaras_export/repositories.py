@@ -29,6 +29,11 @@ def size_of(content: Content) -> int:
     return len(content) if isinstance(content, bytes) else content.stat().st_size
 
 
+def sha256_of(content: Content) -> str:
+    """Its SHA-256, hexadecimal."""
+    return storage.sha256(content) if isinstance(content, bytes) else storage.sha256_file(content)
+
+
 @dataclass(frozen=True)
 class RemoteFile:
     """A file in a repository: bytes, and SHA-256 of what is in large storage, git's own SHA-1 of all else."""
@@ -42,7 +47,7 @@ class RemoteFile:
             return False
         if len(self.digest) == 40:
             return self.digest == _git_name(content if isinstance(content, bytes) else content.read_bytes())
-        return self.digest == (storage.sha256(content) if isinstance(content, bytes) else storage.sha256_file(content))
+        return self.digest == sha256_of(content)
 
 
 @dataclass(frozen=True)
@@ -82,10 +87,12 @@ def look(name: str, branch: str = MAIN, token: str | None = None) -> Remote:
     Raises:
         HubError: no token, or one that the Hub does not accept; no Hub; no such name.
     """
-    from huggingface_hub import RepoFile
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    from huggingface_hub.hf_api import RepoFile
 
     require_token(name, token)
+    if re.fullmatch("[0-9a-f]{40}", branch):
+        raise HubError(f"{name}: {branch} is a commit, which nothing can be added to; expected a branch")
     api = _api(token)
     url = f"{api.endpoint}/{name}"
     with translated(name):
@@ -117,6 +124,8 @@ def commit(
 ) -> Commit:
     """Put files into a repository, and take others out, with one commit; creates repository and branch where missing.
 
+    Where there is nothing to put or take, the branch stays where it is.
+
     Large files are sent first, so that a push which is cut off and repeated sends only what is not there yet.
 
     Raises:
@@ -132,6 +141,8 @@ def commit(
             head = api.model_info(remote.name).sha
         if remote.branch != MAIN and (remote.head is None or remote.new_branch):
             api.create_branch(remote.name, branch=remote.branch, revision=head)
+        if not files and not removed:
+            return Commit(str(head), f"{remote.url}/commit/{head}")
         additions = [CommitOperationAdd(path, files[path]) for path in sorted(files)]
         deletions = [CommitOperationDelete(path) for path in sorted(removed)]
         made = api.create_commit(

@@ -20,27 +20,22 @@ from adaras_export.errors import RuleError
 from adaras_export.models import BaseModel
 from adaras_export.rule import Gate, SteeringRule
 from adaras_export.runtime.steering_adaras import (
+    DECODER_ARGUMENTS,
+    THREAD,
+    Scope,
     Steering,
     SteeringGate,
     Step,
     begin_step,
-    current_scope,
+    columns_in,
     finish_step,
-    generating,
+    here,
     preview,
     prompt_width,
-    running,
-    running_step,
+    scope_of,
+    tokens_of,
 )
 from adaras_export.storage import Array
-
-_DECODER_ARGUMENTS = (
-    "input_ids",
-    "attention_mask",
-    "position_ids",
-    "past_key_values",
-    "inputs_embeds",
-)
 
 
 @contextmanager
@@ -146,16 +141,15 @@ class Passes:
         """Before the decoder."""
         if not self.wanted():
             return
-        given = dict(zip(_DECODER_ARGUMENTS, args, strict=False))
-        arguments = {**dict.fromkeys(_DECODER_ARGUMENTS), **given, **kwargs}
-        tokens = arguments["input_ids"] if arguments["inputs_embeds"] is None else arguments["inputs_embeds"]
+        given = dict(zip(DECODER_ARGUMENTS, args, strict=False))
+        arguments = {**dict.fromkeys(DECODER_ARGUMENTS), **given, **kwargs}
         with ExitStack() as opening:
             opening.enter_context(self.around())
             step = begin_step(self.decoder, self.gate, self.dials, arguments, self._start(arguments))
-            self.limit(step, len(tokens))
+            self.limit(step, len(tokens_of(arguments)))
             if not self.causal:
                 preview(step, self.decoder.forward, arguments)
-            opening.enter_context(running(step))
+            opening.enter_context(here(step=step))
             _OPEN.passes.append((self, arguments["past_key_values"], opening.pop_all()))
 
     def end(self, _module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], outputs: Any) -> None:  # noqa: ANN401
@@ -164,16 +158,13 @@ class Passes:
             return
         _, cache, opened = _OPEN.passes.pop()
         with opened:
-            if outputs is not None:  # the forward pass succeeded
-                finish_step(running_step(), cache, outputs)
+            if outputs is not None and THREAD.step is not None:  # the forward pass succeeded
+                finish_step(THREAD.step, cache, outputs)
 
     def _start(self, arguments: dict[str, Any]) -> int | None:
         """Where the prompt ends in this call, during generate(); None leaves it to the shape of the call."""
-        scope = current_scope(self.decoder)
-        if scope is None:
-            return None
-        cache = arguments["past_key_values"]
-        return scope.prompt_width - (0 if cache is None else int(cache.get_seq_length()))
+        scope = scope_of(self.decoder)
+        return None if scope is None else scope.prompt_width - int(columns_in(arguments["past_key_values"]))
 
 
 class _Hooks(Passes):
@@ -190,9 +181,10 @@ class _Hooks(Passes):
         self.layers = sorted({*self.features, *self.indices})
 
     def at_down(self, layer: int, _module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        (h_BTM, *rest), step = args, running_step()
+        (h_BTM, *rest), step = args, THREAD.step
+        assert step is not None
         if layer in self.features:
-            step.read(h_BTM.index_select(-1, self.features[layer]))
+            step.read(h_BTM, self.features[layer])
         if layer in self.indices and (scale := step.scale(h_BTM)) is not None:
             change = (scale * self.deltas[layer]).to(h_BTM.dtype).expand(*h_BTM.shape[:2], -1)
             h_BTM = h_BTM.index_add(-1, self.indices[layer], change)
@@ -207,7 +199,8 @@ def announcing(original: Any, after: Callable[..., None] | None = None, **inner:
     """
 
     def generate(self: nn.Module, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        with generating(models.decoder(self), prompt_width(inputs, kwargs)) as scope:
+        scope = Scope(models.decoder(self), prompt_width(inputs, kwargs))
+        with here(scope=scope):
             outputs = original.generate(self, inputs, *args, **kwargs)
         if after is not None:
             after(self, scope, outputs)

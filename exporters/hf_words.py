@@ -20,7 +20,7 @@ As a pipeline:
 from transformers import pipeline
 
 generate = pipeline("text-generation", model="{repo}", trust_remote_code=True)
-print(generate("What is 12 times 7?", max_new_tokens=32)[0]["generated_text"])
+print(generate("What is 12 times 7?", max_new_tokens=32, do_sample=False)[0]["generated_text"])
 ```
 
 `trust_remote_code=True` runs the Python files of this repository. They are short: read them, and name the commit that

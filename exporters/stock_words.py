@@ -31,7 +31,7 @@ As a pipeline:
 from transformers import pipeline
 
 generate = pipeline("text-generation", model="{repo}")
-print(generate("What is 12 times 7?", max_new_tokens=32)[0]["generated_text"])
+print(generate("What is 12 times 7?", max_new_tokens=32, do_sample=False)[0]["generated_text"])
 ```
 
 An ordinary checkpoint, which servers open as well. vLLM (where `config.json` says `hy_v3`, with
@@ -87,11 +87,12 @@ The same with vLLM's engine, request by request:
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 
-engine = LLM("model", enable_lora=True, max_lora_rank=8, max_loras=2)
-steered = LoRARequest("steered", 1, "model/steering-lora")
-for request in (None, steered):  # the base model, then steered
-    [answer] = engine.generate(["What is 12 times 7?"], SamplingParams(max_tokens=32), lora_request=request)
-    print(answer.outputs[0].text)
+if __name__ == "__main__":  # vLLM starts processes, which read this file again
+    engine = LLM("model", enable_lora=True, max_lora_rank=8, max_loras=2)
+    greedy, steered = SamplingParams(temperature=0, max_tokens=32), LoRARequest("steered", 1, "model/steering-lora")
+    for request in (None, steered):  # the base model, then steered
+        [answer] = engine.generate(["What is 12 times 7?"], greedy, lora_request=request)
+        print(answer.outputs[0].text)
 ```
 """
 

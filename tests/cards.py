@@ -1,6 +1,7 @@
 """Cards from fixed values: no versions, no folders, nothing that differs from machine to machine."""
 
 import numpy as np
+import pytest
 
 from adaras_export import exporters
 from adaras_export.card import CardContext, card
@@ -34,8 +35,19 @@ TARGETS = {
 }
 
 
+_NEEDS = {"onnx": "onnx_ir", "gguf": "gguf", "peft": "peft", "stock": "peft"}
+
+
+def parameters(cases):
+    """Cases for pytest, of which those that need the extra onnx are marked."""
+    wants = {case for case in cases if "onnx" in f"{case} {CASES.get(case, {}).get('name', '')}"}
+    return [pytest.param(case, marks=[pytest.mark.onnx] if case in wants else []) for case in cases]
+
+
 def exporter_of(name):
     target, options = TARGETS[name]
+    if target in _NEEDS:
+        pytest.importorskip(_NEEDS[target])
     return exporters.load(target).commissioned(Commission("somebody/tiny", "c0ffee", options=options))
 
 

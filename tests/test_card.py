@@ -17,9 +17,11 @@ from adaras_export.card import card
 from adaras_export.models import BaseModel
 
 GOLDEN = Path(__file__).parent / "golden" / "cards"
+each_case = pytest.mark.parametrize("name", cards.parameters(cards.CASES))
+each_target = pytest.mark.parametrize("name", cards.parameters(cards.TARGETS))
 
 
-@pytest.mark.parametrize("name", cards.CASES)
+@each_case
 def test_a_card_is_the_golden_one(name, pytestconfig):
     """`pytest tests/test_card.py --update-golden` writes them anew; read the difference before it is committed."""
     found, path = text(**cards.CASES[name]), GOLDEN / f"{name}.md"
@@ -33,21 +35,21 @@ def test_every_golden_card_is_of_a_case():
     assert {path.stem for path in GOLDEN.iterdir()} == cards.CASES.keys()
 
 
-@pytest.mark.parametrize("name", cards.CASES)
+@each_case
 def test_the_tables_of_a_card_have_as_many_cells_in_every_line(name):
     for block in text(**cards.CASES[name]).split("\n\n"):
         rows = [line for line in block.splitlines() if line.startswith("|")]
         assert len({line.count("|") for line in rows}) <= 1
 
 
-@pytest.mark.parametrize("name", cards.TARGETS)
+@each_target
 def test_the_sections_are_there_for_every_target(name):
     headings = [line[3:] for line in text(name).splitlines() if line.startswith("## ")]
     first = ["What was changed", "Every tensor that is not the base's", "Load it", "Switch it off"]
     assert headings == [*first, "Effect", "Limits", "Verify it"]
 
 
-@pytest.mark.parametrize("name", cards.TARGETS)
+@each_target
 def test_nothing_of_a_template_is_left(name):
     found = text(name)
     assert "{repo}" not in found
@@ -132,7 +134,7 @@ def test_a_name_is_one_line_of_markdown_that_opens_nothing(name):
     assert card_text.code(name).count("`" * (len(card_text.code(name)) + 1)) == 0
 
 
-@pytest.mark.parametrize("name", cards.TARGETS)
+@each_target
 def test_the_shell_commands_and_python_snippets_of_every_target_parse(name, tmp_path):
     card = text(name)
     assert all(snippets.parses(code, tmp_path) for code in snippets.of(card, "bash"))

@@ -188,6 +188,27 @@ def test_an_export_verifies_and_a_tampered_one_ends_with_exit_status_1(job, run,
     assert err.count("\n") == 1
 
 
+def test_a_card_is_written_anew_and_what_changed_is_said(job, run, tmp_path):
+    folder = shutil.copytree(job / "steered", tmp_path / "steered")
+    assert run("card", folder, "--repository", "me/steered") == (0, f"{folder}: written: README.md\n", "")
+    assert run("card", folder) == (0, f"{folder}: as it was\n", "")
+    status, out, err = run("card", folder, "--dataset", "me/traces", "--json")
+    assert (status, err, json.loads(out)["changed"]) == (0, "", ["README.md"])
+    assert "- me/traces\n" in (folder / "README.md").read_text()
+    assert run("verify", folder)[0] == 0
+
+
+def test_an_evaluation_of_a_named_benchmark_reaches_the_card_and_its_file_of_results(job, run, tmp_path):
+    named, folder = tmp_path / "evaluation.json", shutil.copytree(job / "steered", tmp_path / "steered")
+    args = arguments("eval", job, named)
+    assert run(*args, "--dataset", "me/sums", "--task", "two")[0] == 0
+    status, out, _ = run("card", folder, "--evaluation", named)
+    assert (status, out) == (0, f"{folder}: written: .eval_results/adaras.yaml, README.md, evaluation.json\n")
+    assert "task_id: two" in (folder / ".eval_results" / "adaras.yaml").read_text()
+    status, out, _ = run("card", folder, "--evaluation", job / "evaluation.json")
+    assert "removed: .eval_results/adaras.yaml" in out
+
+
 def test_export_copies_where_that_is_asked_for_and_writes_thin_repositories(job, run, tmp_path):
     for options, links in ((["--to", "hf"], 2), (["--to", "hf", "--copy"], 1), (["--to", "hf-thin"], 0)):
         out = tmp_path / options[-1]
@@ -359,6 +380,11 @@ WRONG = {
     "export {rule} --base {model} --to onnx -o {bad}/out --precision int4 --calibration {bad}/malformed.jsonl": (
         r"TraceError: .*malformed.jsonl:2: is not JSON"
     ),
+    "card {bad}": r"ArtifactError: .*receipt.json",
+    "card {job}/steered --evaluation {bad}/other.json": r"ExportError: .*evaluates rule another",
+    "card {job}/steered --dataset [x](y)": r"ExportError: datasets: .* could be on no Hub; expected USER/NAME",
+    EVAL + "--dataset a/b/c": r"TraceError: dataset 'a/b/c': is no Hub id; expected USER/NAME",
+    EVAL + "--task two": r"TraceError: task two: of no dataset; expected its Hub id, too",
     "demo --model gpt9 -o {bad}/out": r"ExportError: demo: no model gpt9; expected one of: planted, smollm2",
     # the command line itself
     "nothing": r"UsageError: No such command 'nothing'; see adaras-export --help",

@@ -7,6 +7,7 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import cards
 import numpy as np
 import pytest
 import tiny
@@ -318,6 +319,17 @@ RECEIPTS = {
     "bad hashes": {"files": {"config.json": 7}},
     "bad checks": {"parity": [7]},
     "bad target": {"target": ["hf"]},
+    "no tensors": {"tensors": None},
+    "bad tensors": {"tensors": [7]},
+    "half a tensor": {"tensors": [{"name": "a", "shape": [1]}]},
+    "a tensor of another kind": {
+        "tensors": [{"name": "a", "file": "f", "dtype": "F32", "shape": [1], "sha256": "0", "what": "removed"}]
+    },
+    "a tensor of no size": {
+        "tensors": [{"name": "a", "file": "f", "dtype": "F32", "shape": [-1], "sha256": "0", "what": "added"}]
+    },
+    "bad datasets": {"datasets": ["[x](y)"]},
+    "bad names of datasets": {"datasets": [7]},
     "more": {"more": 1},
 }
 
@@ -613,17 +625,27 @@ def test_the_evaluation_of_another_rule_is_refused(rules, folders, tmp_path):
         export(rules[KEY], base=folders["llama"], to="hf", out=tmp_path / "out", evaluation=tmp_path / "eval.json")
 
 
+def write_evaluation(path, rule, **changes):
+    path.write_text(json.dumps(cards.GAIN | {"rule": rule.fingerprint} | changes))
+    return path
+
+
+def test_a_damaged_evaluation_is_refused_before_the_work(rules, folders, tmp_path):
+    write_evaluation(tmp_path / "eval.json", rules[KEY], arms=[])
+    with pytest.raises(ArtifactError, match=r"eval.json: has arms ; expected off and one of gated, always, everywhere"):
+        export(rules[KEY], base=folders["llama"], to="hf", out=tmp_path / "out", evaluation=tmp_path / "eval.json")
+    assert not (tmp_path / "out").exists()
+
+
 def test_evaluation_and_licence_reach_the_card(rules, folders, tmp_path):
     base = shutil.copytree(folders["llama"], tmp_path / "base")
     (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Tiny\n")
-    arm = {"name": "gated", "accuracy": 0.5, "low": 0.25, "high": 0.75, "fixed": 3, "broken": 1, "p_value": 0.625}
-    evaluation = {"rule": rules[KEY].fingerprint, "questions": 20, "verdict": "no arm differs.", "arms": [arm]}
-    (tmp_path / "eval.json").write_text(json.dumps(evaluation))
+    write_evaluation(tmp_path / "eval.json", rules[KEY])
     out = export(rules[KEY], base=base, to="hf", out=tmp_path / "out", evaluation=tmp_path / "eval.json").path
     assert (out / "evaluation.json").read_bytes() == (tmp_path / "eval.json").read_bytes()
     text = (out / "README.md").read_text()
     assert text.startswith("---\nlicense: apache-2.0\n")
-    assert "| gated | 50.0% | 25.0% to 75.0% | 3 | 1 | 0.62 |" in text
+    assert "| `gated` | 57.8% | 54.8% to 60.8% | 29 | 5 | 4e-05 |" in text
 
 
 def test_a_base_whose_card_names_no_licence_gives_none(rules, folders, tmp_path):
@@ -680,3 +702,87 @@ def test_a_signed_folder_gets_no_new_card(folder):
     (folder / "model.sig").write_text("{}")
     with pytest.raises(ExportError, match=r"is signed, and a new card would break that; remove model.sig, sign again"):
         recard(folder)
+
+
+def hashes_of(path):
+    return {name: storage.sha256(tensor.tobytes()) for name, tensor in load_file(path).items()}
+
+
+def test_the_receipt_lists_every_tensor_that_is_not_the_base_s_with_its_hash(delivered):
+    told = receipts.read(delivered.path).tensors
+    assert {one.name: one.sha256 for one in told} == hashes_of(delivered.path / "model-steering.safetensors")
+    assert {(one.what, one.file) for one in told} == {("added", "model-steering.safetensors")}
+    names = [f"`{one.name}`" for one in told if "layers.2" not in one.name and "layers.3" not in one.name]
+    assert all(name in (delivered.path / "README.md").read_text() for name in names)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (lambda tensors: tensors.update(extra=np.ones(3, np.float32)), "extra"),
+        (lambda tensors: tensors.pop("model.steering_gate.output_bias"), "model.steering_gate.output_bias"),
+        (negate, "model.layers.2.mlp.steering_vector"),
+    ],
+    ids=["added", "removed", "changed"],
+)
+def test_a_tensor_other_than_disclosed_is_named_also_with_a_matching_receipt(change, name, folder):
+    edit_steering(folder, change)
+    assert failures(with_a_new_receipt(folder))["tensors other than disclosed"] == name
+
+
+@pytest.mark.slow
+def test_a_tensor_in_a_file_that_nothing_names_is_disclosed_or_found(folder):
+    save_file({"hidden": np.ones(3, np.float32)}, folder / "more.safetensors")
+    assert failures(with_a_new_receipt(folder))["tensors other than disclosed"] == "hidden"
+
+
+def test_a_list_of_tensors_that_leaves_one_out_is_found(folder):
+    told = json.loads((folder / "receipt.json").read_text())["tensors"]
+    edit_json(folder / "receipt.json", tensors=told[1:])
+    assert failures(folder) == {"tensors other than disclosed": told[0]["name"]}
+
+
+@pytest.mark.slow
+def test_a_file_of_tensors_that_cannot_be_read_is_said(folder):
+    (folder / "more.safetensors").write_bytes(b"x")
+    assert "more.safetensors" in failures(with_a_new_receipt(folder))["tensors other than disclosed"]
+
+
+def test_a_new_evaluation_and_datasets_reach_the_card_and_go_again(delivered, folder, rules, tmp_path):
+    path = write_evaluation(tmp_path / "eval.json", rules[KEY])
+    receipt = recard(folder, evaluation=path, datasets=["someone/traces"])
+    assert {"evaluation.json", ".eval_results/adaras.yaml"} <= receipt.files.keys()
+    assert "\n- someone/traces\n" in (folder / "README.md").read_text()
+    assert verify(folder).ok
+    plain = recard(folder, evaluation=write_evaluation(path, rules[KEY], task=None), datasets=[])
+    assert ".eval_results/adaras.yaml" not in plain.files
+    assert receipts.read(folder).datasets == []
+
+
+def test_a_card_is_made_anew_without_the_base_as_it_was(delivered, folder):
+    before = receipts.hashes(folder)
+    recard(folder, repository=delivered.path.name)
+    assert receipts.hashes(folder) == before
+
+
+@pytest.mark.parametrize("name", ["a b", "[x](y)", "a/b/c"])
+def test_a_dataset_that_no_hub_could_have_is_refused_and_changes_nothing(name, folder):
+    before = receipts.hashes(folder)
+    with pytest.raises(ExportError, match=r"could be on no Hub; expected USER/NAME"):
+        recard(folder, datasets=[name])
+    assert receipts.hashes(folder) == before
+
+
+HEADERS = {"no YAML": "---\na: [\n---\n", "no mapping": "---\n- a\n---\n", "no text": "---\nlicense: {a: 1}\n---\n"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("header", HEADERS.values(), ids=HEADERS)
+def test_a_base_whose_card_cannot_be_read_is_refused_in_one_line(header, rules, folders, tmp_path):
+    base = shutil.copytree(folders["llama"], tmp_path / "base")
+    (base / "README.md").write_text(header)
+    with pytest.raises(ArtifactError, match=r"README.md: .*; expected (YAML|text)") as caught:
+        export(rules[KEY], base=base, to="hf", out=tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()

@@ -147,7 +147,9 @@ def test_questions_that_were_used_before_are_refused(part, rule, run):
     used = used if part == "rule" else replace(one, **{part: used})
     with pytest.raises(TraceError, match=r"questions: 2 of 15 were used before.*first: q3.*--allow-seen"):
         run(used)
-    assert run(used, allow_seen=True, random_seeds=()).ids[3] == "q3"
+    found = run(used, allow_seen=True, random_seeds=())
+    assert (found.ids[3], found.seen) == ("q3", 2)
+    assert found.as_record()["seen"] == 2
 
 
 def test_an_exam_without_questions_or_with_sampling_is_refused():

@@ -218,7 +218,7 @@ def test_an_edited_card_is_named(folder):
 def test_an_evaluation_that_the_card_cannot_be_made_of_is_named(folder):
     (folder / "evaluation.json").write_text("{}")
     found = {check.name: check.detail for check in delivery.verify(artifacts.refit(folder)).failed()}
-    assert found == {"card other than its receipt's": "README.md"}
+    assert found == {"card other than its receipt's": "evaluation.json"}
 
 
 def test_a_licence_that_is_not_the_bases_is_named(rules, folders, tmp_path):

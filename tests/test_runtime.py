@@ -18,7 +18,7 @@ from transformers.models.qwen3.modeling_qwen3 import eager_attention_forward
 
 from adaras_export.exporters.hf import EXPORTER
 from adaras_export.runtime import steering_adaras as runtime
-from adaras_export.runtime.steering_adaras import Steering, SteeringGate, SteeringState, Step
+from adaras_export.runtime.steering_adaras import Scope, Steering, SteeringGate, SteeringState, Step, here
 from adaras_export.steering import gate_module
 
 
@@ -84,38 +84,53 @@ def test_a_verdict_before_the_prompt_is_refused():
         SteeringState().probability_of(1)
 
 
-@pytest.mark.parametrize(
-    ("mask", "ends"),
-    [([[1, 1, 1]], [[3]]), ([[0, 1, 1]], [[3]]), ([[1, 1, 0]], [[2]]), ([[1, 0, 0], [0, 1, 1]], [[1], [3]])],
-)
-def test_a_prompt_ends_behind_its_last_valid_token(mask, ends):
-    assert runtime.prompt_ends(torch.tensor(mask).bool()).tolist() == ends
+LAST, FIRST = "last_prompt_token", "first_generated_token"
+
+
+def dials_of(start):
+    return Steering({"strength": 1, "threshold": 0.5, "start": start})
+
+
+def placed(start, valid, dials):
+    step = Step(SteeringState(), None, dials)
+    step.place(start, torch.tensor(valid).bool())
+    return [None if mask is None else mask.int().tolist() for mask in (step.prompt_BT, step.steered_BT)]
 
 
 @pytest.mark.parametrize(
-    ("start", "offset", "prompt", "steered"),
+    ("mask", "last"),
     [
-        (4, 1, [1, 1, 1, 1], [0, 0, 0, 1]),  # the prompt ends here; its last token is steered
-        (4, 0, [1, 1, 1, 1], [0, 0, 0, 0]),
-        (2, 1, [1, 1, 0, 0], [0, 1, 1, 1]),  # the prompt ended inside this call
-        (2, 0, [1, 1, 0, 0], [0, 0, 1, 1]),
-        (0, 1, None, [1, 1, 1, 1]),  # it ended before
-        (9, 1, [1, 1, 1, 1], [0, 0, 0, 0]),  # it goes on later
-        (5, 1, [1, 1, 1, 1], [0, 0, 0, 0]),  # the next call begins with its last token
+        ([[1, 1, 1]], [[0, 0, 1]]),
+        ([[0, 1, 1]], [[0, 0, 1]]),
+        ([[1, 1, 0]], [[0, 1, 0]]),
+        ([[1, 0, 0], [0, 1, 1]], [[1, 0, 0], [0, 0, 1]]),
     ],
 )
-def test_a_step_places_prompt_and_steered_tokens(start, offset, prompt, steered):
-    step = Step(SteeringState(), None, 1.0, 0.0)
-    step.place(start, offset, torch.ones(1, 4, dtype=torch.bool))
-    assert (step.prompt_BT is None) == (prompt is None)
-    assert prompt is None or step.prompt_BT.int().tolist() == [prompt]
-    assert step.steered_BT.int().tolist() == [steered]
-    assert step.anything_steered == any(steered)
+def test_a_prompt_ends_with_its_last_valid_token(mask, last):
+    assert placed(None, mask, dials_of(LAST)) == [mask, last]
+    assert placed(None, mask, dials_of(FIRST)) == [mask, (torch.tensor(mask) * 0).tolist()]
+
+
+@pytest.mark.parametrize(
+    ("start", "first", "prompt", "steered"),
+    [
+        (4, LAST, [1, 1, 1, 1], [0, 0, 0, 1]),  # the prompt ends here; its last token is steered
+        (4, FIRST, [1, 1, 1, 1], None),
+        (2, LAST, [1, 1, 0, 0], [0, 1, 1, 1]),  # the prompt ended inside this call
+        (2, FIRST, [1, 1, 0, 0], [0, 0, 1, 1]),
+        (0, LAST, None, [1, 1, 1, 1]),  # it ended before
+        (9, LAST, [1, 1, 1, 1], None),  # it goes on later
+        (5, LAST, [1, 1, 1, 1], None),  # the next call begins with its last token
+    ],
+)
+def test_a_step_places_prompt_and_steered_tokens(start, first, prompt, steered):
+    expected = [mask if mask is None else [mask] for mask in (prompt, steered)]
+    assert placed(start, [[1, 1, 1, 1]], dials_of(first)) == expected
 
 
 def test_padding_is_neither_prompt_nor_steered():
-    step = Step(SteeringState(), None, 1.0, 0.0)
-    step.place(torch.tensor([[3], [2]]), 1, torch.tensor([[0, 1, 1, 0], [1, 1, 0, 0]]).bool())
+    step = Step(SteeringState(), None, dials_of(LAST))
+    step.place(torch.tensor([[3], [2]]), torch.tensor([[0, 1, 1, 0], [1, 1, 0, 0]]).bool())
     assert step.prompt_BT.int().tolist() == [[0, 1, 1, 0], [1, 1, 0, 0]]
     assert step.steered_BT.int().tolist() == [[0, 0, 1, 0], [0, 1, 0, 0]]
 
@@ -138,28 +153,30 @@ def test_the_width_of_a_prompt_comes_from_the_mask_then_the_embeddings_then_the_
 
 def test_scopes_nest_and_belong_to_one_model_and_thread():
     one, other, seen = torch.nn.Module(), torch.nn.Module(), []
-    with runtime.generating(one, 3) as outer:
-        assert runtime.current_scope(one) is outer
-        with runtime.generating(other, 5):  # an assistant generates inside
-            assert runtime.current_scope(one) is None
-            thread = threading.Thread(target=lambda: seen.append(runtime.current_scope(other)))
+    outer = Scope(one, 3)
+    with here(scope=outer):
+        assert runtime.scope_of(one) is outer
+        with here(scope=Scope(other, 5)):  # an assistant generates inside
+            assert runtime.scope_of(one) is None
+            thread = threading.Thread(target=lambda: seen.append(runtime.scope_of(other)))
             thread.start()
             thread.join()
-        assert runtime.current_scope(one) is outer
-    assert runtime.current_scope(one) is None
+        assert runtime.scope_of(one) is outer
+    assert runtime.scope_of(one) is None
     assert seen == [None]
 
 
 def test_the_step_that_ran_before_comes_back_also_after_an_error():
-    steps = [Step(SteeringState(), None, 1.0, 0.0) for _ in range(2)]
-    with runtime.running(steps[0]):
-        with pytest.raises(RuntimeError), runtime.running(steps[1]):
+    steps = [Step(SteeringState(), None, dials_of(LAST)) for _ in range(2)]
+    with here(step=steps[0]):
+        with pytest.raises(RuntimeError), here(step=steps[1]):
             raise RuntimeError
-        assert runtime.running_step() is steps[0]
+        assert runtime.THREAD.step is steps[0]
+    assert runtime.THREAD.step is None
 
 
 def test_the_dials_can_be_read_set_and_switched_off_for_a_while():
-    dials = Steering({"strength": 1, "threshold": 0.5, "start": "last_prompt_token"})
+    dials = dials_of(LAST)
     dials.strength, dials.threshold = 3, 1
     assert (dials.strength, dials.threshold, dials.start) == (3.0, 1.0, "last_prompt_token")
     with pytest.raises(RuntimeError), dials.off():  # noqa: PT012 - off, then the error
@@ -179,10 +196,10 @@ def test_a_cache_that_was_filled_without_the_gate_is_refused_only_where_there_is
         "inputs_embeds": None,
         "attention_mask": None,
     }
-    dials = Steering({"strength": 1, "threshold": 0.5, "start": "last_prompt_token"})
+    dials = dials_of(LAST)
     with pytest.raises(ValueError, match="filled without the gate; fill it through this model, with steering on"):
         runtime.begin_step(torch.nn.Module(), module, dials, arguments)
-    assert runtime.begin_step(torch.nn.Module(), None, dials, arguments).anything_steered
+    assert runtime.begin_step(torch.nn.Module(), None, dials, arguments).steered_BT.all()
 
 
 CAUSAL, LATER = ("causal", "last_prompt_token"), ("later", "first_generated_token")

@@ -21,7 +21,6 @@ class AdaRASGemma2Model(SteeredModel, Gemma2Model):
 
     config_class = AdaRASGemma2Config
     steered_mlp_class = SteeredGemma2MLP
-    _auto_class = "AutoModel"
 
 
 class AdaRASGemma2ForCausalLM(SteeredGeneration, Gemma2ForCausalLM):
@@ -29,4 +28,3 @@ class AdaRASGemma2ForCausalLM(SteeredGeneration, Gemma2ForCausalLM):
 
     config_class = AdaRASGemma2Config
     steered_model_class = AdaRASGemma2Model
-    _auto_class = "AutoModelForCausalLM"

@@ -22,7 +22,6 @@ class AdaRASGemma3Model(SteeredModel, Gemma3TextModel):
     config_class = AdaRASGemma3Config
     steered_mlp_class = SteeredGemma3MLP
     base_model_prefix = "model"  # Transformers 4.57 has that of the multimodal model, and finds no weight
-    _auto_class = "AutoModel"
 
 
 class AdaRASGemma3ForCausalLM(SteeredGeneration, Gemma3ForCausalLM):
@@ -30,4 +29,4 @@ class AdaRASGemma3ForCausalLM(SteeredGeneration, Gemma3ForCausalLM):
 
     config_class = AdaRASGemma3Config
     steered_model_class = AdaRASGemma3Model
-    _auto_class = "AutoModelForCausalLM"
+    base_model_prefix = "model"

@@ -6,7 +6,7 @@ from typing import Any
 from transformers.models.gpt2.configuration_gpt2 import GPT2Config
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2LMHeadModel, GPT2Model
 
-from .steering_adaras import SteeredGeneration, SteeredMLP, SteeredModel, handing_on
+from .steering_adaras import SteeredGeneration, SteeredMLP, SteeredModel, here
 
 
 class AdaRASGPT2Config(GPT2Config):
@@ -29,7 +29,6 @@ class AdaRASGPT2Model(SteeredModel, GPT2Model):
     config_class = AdaRASGPT2Config
     steered_mlp_class = SteeredGPT2MLP
     steered_layers = "h"
-    _auto_class = "AutoModel"
 
 
 class AdaRASGPT2ForCausalLM(SteeredGeneration, GPT2LMHeadModel):
@@ -37,11 +36,9 @@ class AdaRASGPT2ForCausalLM(SteeredGeneration, GPT2LMHeadModel):
 
     config_class = AdaRASGPT2Config
     steered_model_class = AdaRASGPT2Model
-    steered_decoder_name = "transformer"
-    _auto_class = "AutoModelForCausalLM"
 
     @wraps(GPT2LMHeadModel.forward)  # Transformers looks at the signature
     def forward(self, *args: Any, steering_start: Any = None, steering_valid: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
         """As in Transformers, whose version 4 hands no further arguments on to the decoder."""
-        with handing_on(steering_start, steering_valid):
+        with here(handed_on=(steering_start, steering_valid)):
             return super().forward(*args, **kwargs)

@@ -26,7 +26,6 @@ class AdaRASGPTNeoXModel(SteeredModel, GPTNeoXModel):
 
     config_class = AdaRASGPTNeoXConfig
     steered_mlp_class = SteeredGPTNeoXMLP
-    _auto_class = "AutoModel"
 
 
 class AdaRASGPTNeoXForCausalLM(SteeredGeneration, GPTNeoXForCausalLM):
@@ -34,5 +33,3 @@ class AdaRASGPTNeoXForCausalLM(SteeredGeneration, GPTNeoXForCausalLM):
 
     config_class = AdaRASGPTNeoXConfig
     steered_model_class = AdaRASGPTNeoXModel
-    steered_decoder_name = "gpt_neox"
-    _auto_class = "AutoModelForCausalLM"

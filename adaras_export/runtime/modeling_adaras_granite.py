@@ -21,7 +21,6 @@ class AdaRASGraniteModel(SteeredModel, GraniteModel):
 
     config_class = AdaRASGraniteConfig
     steered_mlp_class = SteeredGraniteMLP
-    _auto_class = "AutoModel"
 
 
 class AdaRASGraniteForCausalLM(SteeredGeneration, GraniteForCausalLM):
@@ -29,4 +28,3 @@ class AdaRASGraniteForCausalLM(SteeredGeneration, GraniteForCausalLM):
 
     config_class = AdaRASGraniteConfig
     steered_model_class = AdaRASGraniteModel
-    _auto_class = "AutoModelForCausalLM"

@@ -21,7 +21,6 @@ class AdaRASLlamaModel(SteeredModel, LlamaModel):
 
     config_class = AdaRASLlamaConfig
     steered_mlp_class = SteeredLlamaMLP
-    _auto_class = "AutoModel"
 
 
 class AdaRASLlamaForCausalLM(SteeredGeneration, LlamaForCausalLM):
@@ -29,4 +28,3 @@ class AdaRASLlamaForCausalLM(SteeredGeneration, LlamaForCausalLM):
 
     config_class = AdaRASLlamaConfig
     steered_model_class = AdaRASLlamaModel
-    _auto_class = "AutoModelForCausalLM"

@@ -21,7 +21,6 @@ class AdaRASMistralModel(SteeredModel, MistralModel):
 
     config_class = AdaRASMistralConfig
     steered_mlp_class = SteeredMistralMLP
-    _auto_class = "AutoModel"
 
 
 class AdaRASMistralForCausalLM(SteeredGeneration, MistralForCausalLM):
@@ -29,4 +28,3 @@ class AdaRASMistralForCausalLM(SteeredGeneration, MistralForCausalLM):
 
     config_class = AdaRASMistralConfig
     steered_model_class = AdaRASMistralModel
-    _auto_class = "AutoModelForCausalLM"

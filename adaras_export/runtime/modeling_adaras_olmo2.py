@@ -21,7 +21,6 @@ class AdaRASOlmo2Model(SteeredModel, Olmo2Model):
 
     config_class = AdaRASOlmo2Config
     steered_mlp_class = SteeredOlmo2MLP
-    _auto_class = "AutoModel"
 
 
 class AdaRASOlmo2ForCausalLM(SteeredGeneration, Olmo2ForCausalLM):
@@ -29,4 +28,3 @@ class AdaRASOlmo2ForCausalLM(SteeredGeneration, Olmo2ForCausalLM):
 
     config_class = AdaRASOlmo2Config
     steered_model_class = AdaRASOlmo2Model
-    _auto_class = "AutoModelForCausalLM"

@@ -27,7 +27,6 @@ class AdaRASPhi3Model(SteeredModel, Phi3Model):
 
     config_class = AdaRASPhi3Config
     steered_mlp_class = SteeredPhi3MLP
-    _auto_class = "AutoModel"
 
 
 class AdaRASPhi3ForCausalLM(SteeredGeneration, Phi3ForCausalLM):
@@ -35,4 +34,3 @@ class AdaRASPhi3ForCausalLM(SteeredGeneration, Phi3ForCausalLM):
 
     config_class = AdaRASPhi3Config
     steered_model_class = AdaRASPhi3Model
-    _auto_class = "AutoModelForCausalLM"

@@ -21,7 +21,6 @@ class AdaRASQwen2Model(SteeredModel, Qwen2Model):
 
     config_class = AdaRASQwen2Config
     steered_mlp_class = SteeredQwen2MLP
-    _auto_class = "AutoModel"
 
 
 class AdaRASQwen2ForCausalLM(SteeredGeneration, Qwen2ForCausalLM):
@@ -29,4 +28,3 @@ class AdaRASQwen2ForCausalLM(SteeredGeneration, Qwen2ForCausalLM):
 
     config_class = AdaRASQwen2Config
     steered_model_class = AdaRASQwen2Model
-    _auto_class = "AutoModelForCausalLM"

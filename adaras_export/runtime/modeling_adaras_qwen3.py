@@ -21,7 +21,6 @@ class AdaRASQwen3Model(SteeredModel, Qwen3Model):
 
     config_class = AdaRASQwen3Config
     steered_mlp_class = SteeredQwen3MLP
-    _auto_class = "AutoModel"
 
 
 class AdaRASQwen3ForCausalLM(SteeredGeneration, Qwen3ForCausalLM):
@@ -29,4 +28,3 @@ class AdaRASQwen3ForCausalLM(SteeredGeneration, Qwen3ForCausalLM):
 
     config_class = AdaRASQwen3Config
     steered_model_class = AdaRASQwen3Model
-    _auto_class = "AutoModelForCausalLM"

@@ -21,7 +21,6 @@ class AdaRASSmolLM3Model(SteeredModel, SmolLM3Model):
 
     config_class = AdaRASSmolLM3Config
     steered_mlp_class = SteeredSmolLM3MLP
-    _auto_class = "AutoModel"
 
 
 class AdaRASSmolLM3ForCausalLM(SteeredGeneration, SmolLM3ForCausalLM):
@@ -29,4 +28,3 @@ class AdaRASSmolLM3ForCausalLM(SteeredGeneration, SmolLM3ForCausalLM):
 
     config_class = AdaRASSmolLM3Config
     steered_model_class = AdaRASSmolLM3Model
-    _auto_class = "AutoModelForCausalLM"

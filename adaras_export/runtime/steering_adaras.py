@@ -13,26 +13,48 @@ B sequences, T tokens of this call, D model width, F gate features, H gate width
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel, modeling_utils
+from transformers import GenerationMixin, PreTrainedModel, modeling_utils
 from transformers.cache_utils import Cache
 
+try:
+    from transformers import conversion_mapping
+except ImportError:  # Transformers 4
+    conversion_mapping = None  # type: ignore[assignment]
 
-class _Local(threading.local):
-    """What belongs to the forward pass of a thread; there from the start, or a compiled one is compiled twice."""
+DECODER_ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds")
+
+
+class _Thread(threading.local):
+    """What holds in one thread. All of it is there from the start, or a compiled forward pass is compiled twice."""
 
     def __init__(self) -> None:
-        self.step: Step | None = None
-        self.handed_on: tuple[int | Tensor | None, Tensor | None] | None = None
-        self.off: tuple[int, ...] = ()
+        self.step: Step | None = None  # the forward pass that runs
+        self.scope: Scope | None = None  # the generate() call that runs
+        self.handed_on: tuple[Any, Any] = (None, None)  # steering_start and steering_valid, past a Transformers class
+        self.off: tuple[int, ...] = ()  # ids of the dials that are switched off
+        self.last: tuple[Any, Tensor | None] = (None, None)  # dials and p(correct) of the last generate() call
 
 
-_LOCAL = _Local()
+THREAD = _Thread()
+
+
+@contextmanager
+def here(**values: Any) -> Iterator[None]:
+    """Let these attributes of ``THREAD`` hold for as long as the context lasts."""
+    before = {name: getattr(THREAD, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(THREAD, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(THREAD, name, value)
 
 
 class SteeringGate(nn.Module):
@@ -60,6 +82,10 @@ class SteeringGate(nn.Module):
         return torch.sigmoid(hidden_BH @ self.output_weight + self.output_bias)
 
 
+def _parameter(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.zeros(shape, dtype=torch.float32), requires_grad=False)
+
+
 class SteeringState:
     """What the gate has seen of a batch of sequences; an attribute of their KV cache.
 
@@ -67,17 +93,15 @@ class SteeringState:
     """
 
     def __init__(self) -> None:
-        self.weighted_BF: Tensor | None = None
-        self.weight_B1: Tensor | None = None
+        self.weighted_BF: Tensor | float = 0.0
+        self.weight_B1: Tensor | float = 0.0
         self.probability: Tensor | None = None
 
     def see(self, gate: SteeringGate, features_BTF: Tensor, prompt_BT: Tensor) -> None:
         """Take further prompt tokens into account."""
         weighted_BF, weight_B1 = gate.pool(features_BTF, prompt_BT)
-        if self.weighted_BF is not None and self.weight_B1 is not None:
-            weighted_BF, weight_B1 = self.weighted_BF + weighted_BF, self.weight_B1 + weight_B1
-        self.weighted_BF, self.weight_B1 = weighted_BF, weight_B1
-        self.probability = gate(weighted_BF / weight_B1)
+        self.weighted_BF, self.weight_B1 = self.weighted_BF + weighted_BF, self.weight_B1 + weight_B1
+        self.probability = gate(self.weighted_BF / self.weight_B1)
 
     def probability_of(self, batch_size: int) -> Tensor:
         """p(correct) for a batch that may hold each sequence several times in a row (beams)."""
@@ -89,48 +113,95 @@ class SteeringState:
         return self.probability.repeat_interleave(copies) if copies > 1 else self.probability
 
 
-class Step:
-    """One forward pass: collects the gate's features, then says how much each token is steered."""
+def _dial(name: str, meaning: str) -> Any:
+    """A number of the config: read, set, and saved with the model."""
+    return property(
+        lambda dials: float(dials._settings[name]),
+        lambda dials, value: dials._settings.update({name: float(value)}),
+        doc=meaning,
+    )
 
-    def __init__(self, state: SteeringState, gate: SteeringGate | None, strength: float, threshold: float) -> None:
+
+class Steering:
+    """The dials of a steered model: ``model.steering``. Shared by all calls on that model.
+
+    ``strength``, ``threshold`` and ``enabled`` may be set; 0 and False give the base model's output, bit for bit.
+    """
+
+    strength = _dial("strength", "Factor on every steering vector; negative reverses the direction.")
+    threshold = _dial("threshold", "Sequences with p(correct) below it are steered; without a gate all are.")
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self._settings = settings
+        self.enabled = True
+
+    @property
+    def start(self) -> str:
+        """The first steered token: "last_prompt_token" or "first_generated_token"."""
+        return str(self._settings["start"])
+
+    def off(self) -> AbstractContextManager[None]:
+        """The base model, in this thread, for as long as the context lasts; ``enabled`` is for all threads."""
+        return here(off=(*THREAD.off, id(self)))
+
+    @property
+    def active(self) -> bool:
+        """Whether this thread's calls are steered."""
+        return self.enabled and id(self) not in THREAD.off
+
+    @property
+    def last_decisions(self) -> list[tuple[float, bool]]:
+        """(p(correct), steered) of each row of what this thread's last generate() gave; empty without a gate."""
+        dials, judged = THREAD.last
+        return [] if judged is None or dials is not self else [(p, p < self.threshold) for p in judged.tolist()]
+
+
+class Step:
+    """One forward pass: collects the gate's features, then says how much each token is steered.
+
+    ``prompt_BT`` marks the prompt tokens that the gate is still to judge, ``steered_BT`` (or broadcastable to it) those
+    to steer; None is none.
+    """
+
+    def __init__(self, state: SteeringState, gate: SteeringGate | None, dials: Steering) -> None:
         self.state = state
         self.gate = gate
-        self.strength = strength
-        self.threshold = threshold
+        self.dials = dials
         self.prompt_BT: Tensor | None = None
         self.steered_BT: Tensor | None = None
-        self.anything_steered = True
         self._features: list[Tensor] = []
         self._scale: Tensor | None = None
 
-    def place(self, start: "int | Tensor", offset: int, valid_BT: Tensor) -> None:
-        """Say which tokens are prompt and which are steered.
+    def place(self, start: "int | Tensor | None", valid_BT: Tensor) -> None:
+        """Mark the tokens of a call in which generation begins at column ``start``, an int or (B, 1).
 
-        ``start`` is the column of this call, an int or (B, 1), at which generation begins: below 1 where the prompt
-        ended earlier, above T where it goes on later. ``offset`` is 1 where the last prompt token is steered too.
+        It is below 1 where the prompt ended earlier, above T where it goes on later; None: where the padding begins.
         """
+        if start is None:  # padding may be on either side
+            start = valid_BT.shape[1] - valid_BT.flip(1).int().argmax(1, keepdim=True)
+        first = start - int(self.dials.start == "last_prompt_token")
         column_T = torch.arange(valid_BT.shape[1], device=valid_BT.device)
         if isinstance(start, Tensor) or start > 0:
             self.prompt_BT = valid_BT & (column_T < start)
-        self.steered_BT = valid_BT & (column_T >= start - offset)
-        self.anything_steered = isinstance(start, Tensor) or start - offset < valid_BT.shape[1]
+        if isinstance(first, Tensor) or first < valid_BT.shape[1]:
+            self.steered_BT = valid_BT & (column_T >= first)
 
-    def place_packed(self, last_R: Tensor, ends_R: Tensor, position_1T: Tensor, offset: int) -> None:
-        """Say which tokens are steered where several requests share one row, as in continuous batching.
+    def place_packed(self, last_R: Tensor, ends_R: Tensor, position_1T: Tensor) -> None:
+        """Mark the tokens of a call in which several requests share one row, as in continuous batching.
 
         ``last_R`` are the columns whose logits choose a token, ``ends_R`` where each request ends, with a 0 before.
         A request of several columns is a prompt or a piece of one; so is the first token of all.
         """
         column_T = torch.arange(position_1T.shape[1], device=position_1T.device)
         self.steered_BT = (column_T[:, None] == last_R).any(1)[None]
-        if not offset:
+        if self.dials.start == "first_generated_token":
             single_R = torch.where(ends_R[1:] - ends_R[:-1] == 1, ends_R[1:] - 1, -1)
             self.steered_BT = self.steered_BT & (column_T[:, None] == single_R).any(1) & (position_1T > 0)
 
-    def read(self, features_BTf: Tensor) -> None:
+    def read(self, hidden_BTM: Tensor, index_f: Tensor) -> None:
         """Take one layer's gate features, in the order of the layers."""
         if self.prompt_BT is not None:
-            self._features.append(features_BTf)
+            self._features.append(hidden_BTM.detach().index_select(-1, index_f))
 
     def settle(self) -> None:
         """Let the gate judge what was read."""
@@ -141,39 +212,22 @@ class Step:
 
     def scale(self, like: Tensor) -> Tensor | None:
         """strength * g per token, (B, T, 1) or broadcastable to it, float32; None where nothing is steered."""
-        if not self.anything_steered:
+        if self.steered_BT is None:
             return None
         if self._scale is None:
             self.settle()
-            self._scale = self._settled_scale(like)
+            steered_BT = self.steered_BT
+            if self.gate is not None:
+                judged_B = self.state.probability_of(like.shape[0]) < self.dials.threshold
+                steered_BT = steered_BT & judged_B.unsqueeze(1).to(steered_BT.device)
+            self._scale = self.dials.strength * steered_BT.float().unsqueeze(-1)
         return self._scale.to(like.device)
-
-    def _settled_scale(self, like: Tensor) -> Tensor:
-        steered = torch.ones(1, 1, device=like.device) if self.steered_BT is None else self.steered_BT.float()
-        if self.gate is not None:
-            probability_B = self.state.probability_of(like.shape[0])
-            steered = steered * (probability_B < self.threshold).float().unsqueeze(1).to(steered.device)
-        return (self.strength * steered).unsqueeze(-1)
-
-
-def prompt_ends(valid_BT: Tensor) -> Tensor:
-    """The column after each row's last valid token, (B, 1), for padding on either side."""
-    return valid_BT.shape[1] - valid_BT.flip(1).int().argmax(1, keepdim=True)
-
-
-def valid_tokens(attention_mask: Any, tokens: Tensor) -> Tensor:
-    """Which tokens (B, T, ...) of this call are no padding, (B, T) bool, from a 2D attention mask or None."""
-    if attention_mask is None:
-        return torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
-        raise ValueError("steering needs a 2D attention mask (1 token, 0 padding) where a call has several tokens")
-    return attention_mask[:, -tokens.shape[1] :].bool()
 
 
 def begin_step(
     model: nn.Module,
     gate: SteeringGate | None,
-    dials: "Steering",
+    dials: Steering,
     arguments: dict[str, Any],
     start: "int | Tensor | None" = None,
     valid_BT: Tensor | None = None,
@@ -183,18 +237,43 @@ def begin_step(
     Raises:
         ValueError: the mask is not 2D, or the KV cache was filled without the gate.
     """
-    cache = arguments["past_key_values"]
-    tokens = arguments["input_ids"] if arguments["inputs_embeds"] is None else arguments["inputs_embeds"]
-    state, fresh = _state_of(model, cache, gated=gate is not None)
-    step = Step(state, gate, dials.strength, dials.threshold)
-    offset = int(dials.start == "last_prompt_token")
+    cache, tokens, scope = arguments["past_key_values"], tokens_of(arguments), scope_of(model)
+    state, columns = getattr(cache, "steering_state", None), columns_in(cache)
+    fresh = state is None if columns is None else columns == 0
+    if state is None and gate is not None and columns:
+        raise ValueError("past_key_values was filled without the gate; fill it through this model, with steering on")
+    step = Step(SteeringState() if fresh or state is None else state, gate, dials)
+    if scope is not None and scope.state is None:  # later ones may be of other prompts: guidance_scale has an empty one
+        scope.state = step.state
     if (last_R := arguments.get("logits_indices")) is not None:  # continuous batching
-        step.place_packed(last_R, arguments["cu_seq_lens_q"], arguments["position_ids"], offset)
+        step.place_packed(last_R, arguments["cu_seq_lens_q"], arguments["position_ids"])
     elif tokens.shape[1] > 1 or fresh or start is not None:
-        if valid_BT is None:
-            valid_BT = valid_tokens(arguments["attention_mask"], tokens)
-        step.place(prompt_ends(valid_BT) if start is None else start, offset, valid_BT)
+        valid_BT = valid_tokens(arguments["attention_mask"], tokens) if valid_BT is None else valid_BT
+        step.place(start, valid_BT)
+    else:
+        step.steered_BT = torch.ones(1, 1, dtype=torch.bool, device=tokens.device)
     return step
+
+
+def tokens_of(arguments: dict[str, Any]) -> Tensor:
+    """The embeddings, (B, T, D), or else the ids, (B, T), of a call."""
+    embeddings: Tensor | None = arguments.get("inputs_embeds")
+    return arguments["input_ids"] if embeddings is None else embeddings
+
+
+def columns_in(cache: Cache | None) -> Any:
+    """Columns in a KV cache; None inside a compiled graph, where a static cache knows it as a tensor only."""
+    columns = 0 if cache is None else cache.get_seq_length()
+    return None if isinstance(columns, Tensor) and torch.compiler.is_compiling() else int(columns)
+
+
+def valid_tokens(attention_mask: Any, tokens: Tensor) -> Tensor:
+    """Which tokens (B, T, ...) of a call are no padding, (B, T) bool, from a 2D attention mask or None."""
+    if attention_mask is None:
+        return torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
+        raise ValueError("steering needs a 2D attention mask (1 token, 0 padding) where a call has several tokens")
+    return attention_mask[:, -tokens.shape[1] :].bool()
 
 
 def preview(step: Step, forward: Callable[..., Any], arguments: dict[str, Any]) -> None:
@@ -205,83 +284,24 @@ def preview(step: Step, forward: Callable[..., Any], arguments: dict[str, Any]) 
     """
     if step.prompt_BT is None or step.steered_BT is None:
         return
-    step.anything_steered = bool((step.steered_BT & ~step.prompt_BT).any())
-    if not step.anything_steered:
+    if not (step.steered_BT & ~step.prompt_BT).any():
+        step.steered_BT = None
         return
-    cache = arguments["past_key_values"]
-    if cache is not None and _length(cache):
+    if columns_in(arguments["past_key_values"]):
         raise ValueError("this gate needs the prompt in calls of its own: it reads layers that are steered")
-    look = Step(step.state, step.gate, 0.0, 0.0)
-    look.prompt_BT, look.anything_steered = step.prompt_BT, False
-    with running(look):
+    look = Step(step.state, step.gate, step.dials)
+    look.prompt_BT, step.prompt_BT = step.prompt_BT, None
+    with here(step=look):
         forward(**{**arguments, "past_key_values": None, "use_cache": False})
     look.settle()
-    step.prompt_BT = None
 
 
 def finish_step(step: Step, cache: Cache | None, outputs: Any) -> None:
-    """Let the gate judge what no steered layer asked for, and hand the state to the KV cache."""
+    """Let the gate judge what no steered layer asked for, and hand the state to the KV cache, given or new."""
     step.settle()
-    if cache is None:
-        candidates = outputs if isinstance(outputs, tuple) else (getattr(outputs, "past_key_values", None),)
-        cache = next((one for one in candidates if isinstance(one, Cache)), None)
-    if cache is not None:
-        cache.steering_state = step.state  # type: ignore[attr-defined]
-
-
-class Steering:
-    """The dials of a steered model: ``model.steering``. Shared by all calls on that model.
-
-    ``strength``, ``threshold`` and ``enabled`` may be set; 0 and False give the base model's output, bit for bit.
-    """
-
-    def __init__(self, settings: dict[str, Any]) -> None:
-        self._settings = settings
-        self.enabled = True
-
-    @property
-    def strength(self) -> float:
-        """Factor on every steering vector; negative reverses the direction."""
-        return float(self._settings["strength"])
-
-    @strength.setter
-    def strength(self, value: float) -> None:
-        self._settings["strength"] = float(value)
-
-    @property
-    def threshold(self) -> float:
-        """Sequences with p(correct) below it are steered; without a gate all are."""
-        return float(self._settings["threshold"])
-
-    @threshold.setter
-    def threshold(self, value: float) -> None:
-        self._settings["threshold"] = float(value)
-
-    @property
-    def start(self) -> str:
-        """The first steered token: "last_prompt_token" or "first_generated_token"."""
-        return str(self._settings["start"])
-
-    @contextmanager
-    def off(self) -> Iterator[None]:
-        """The base model, in this thread, for as long as the context lasts; ``enabled`` is for all threads."""
-        before = _LOCAL.off
-        _LOCAL.off = (*before, id(self))
-        try:
-            yield
-        finally:
-            _LOCAL.off = before
-
-    @property
-    def active(self) -> bool:
-        """Whether this thread's calls are steered."""
-        return self.enabled and id(self) not in _LOCAL.off
-
-    @property
-    def last_decisions(self) -> list[tuple[float, bool]]:
-        """(p(correct), steered) of each row of what this thread's last generate() gave; empty without a gate."""
-        owner, judged = getattr(_LOCAL, "last", (None, None))
-        return [] if judged is None or owner is not self else [(p, p < self.threshold) for p in judged.tolist()]
+    for one in (cache, *(outputs if isinstance(outputs, tuple) else outputs.values())):
+        if isinstance(one, Cache):
+            one.steering_state = step.state  # type: ignore[attr-defined]
 
 
 class SteeredMLP:
@@ -293,11 +313,11 @@ class SteeredMLP:
     def steered_down(self, hidden_BTM: Tensor, down: nn.Module) -> Tensor:
         """The down projection, plus the steering vector at the steered tokens."""
         output_BTD: Tensor = down(hidden_BTM)
-        step = _LOCAL.step
+        step = THREAD.step
         if step is None:  # switched off
             return output_BTD
         if self.steering_index is not None:
-            step.read(hidden_BTM.detach().index_select(-1, self.steering_index))
+            step.read(hidden_BTM, self.steering_index)
         if self.steering_vector is None or (scale := step.scale(output_BTD)) is None:
             return output_BTD
         return output_BTD + (scale * self.steering_vector).to(output_BTD.dtype)
@@ -312,31 +332,27 @@ class SteeredGatedMLP(SteeredMLP):
         return self.steered_down(own.act_fn(own.gate_proj(x)) * own.up_proj(x), own.down_proj)
 
 
-def _inherit_key_conversions(cls: type[PreTrainedModel]) -> None:
-    """Have checkpoint keys renamed as for the class that ``cls`` steers.
-
-    Transformers 5 looks the renaming up by class name, and skips classes that are not its own.
-    """
-    try:
-        from transformers import conversion_mapping as known
-    except ImportError:  # Transformers 4
-        return
-    native: Any = next(parent for parent in cls.__mro__ if parent.__module__.startswith("transformers."))
-    if native.config_class is None:  # ``cls`` is a mix-in
-        return
-    for name in (native.__name__, native.config_class.model_type):
-        rules = known.get_checkpoint_conversion_mapping(name)
-        if rules is not None:
-            known.register_checkpoint_conversion_mapping(cls.__name__, rules, overwrite=True)
-            return
-
-
 class _Steered(PreTrainedModel):
     """What decoder and causal language model share: their place in the Transformers library."""
 
+    install_steering: Callable[[Any], None]
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.install_steering(config)
+        # On the instance, after construction: Transformers 4.57 checks the class's list against modules that exist.
+        kept = set(self._keep_in_fp32_modules_strict or ())
+        self._keep_in_fp32_modules_strict = kept | {"steering_gate", "steering_vector"}
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Rename checkpoint keys as for the steered class: Transformers 5 does it by name, and for its own classes."""
         super().__init_subclass__(**kwargs)
-        _inherit_key_conversions(cls)
+        native: Any = next(parent for parent in cls.__mro__ if parent.__module__.startswith("transformers."))
+        names = (native.__name__, getattr(native.config_class, "model_type", None)) if conversion_mapping else ()
+        for name in names:
+            if (rules := conversion_mapping.get_checkpoint_conversion_mapping(name)) is not None:
+                conversion_mapping.register_checkpoint_conversion_mapping(cls.__name__, rules, overwrite=True)
+                break
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -347,27 +363,13 @@ class _Steered(PreTrainedModel):
             parameter.requires_grad &= "steering_" not in name
         return loaded
 
-    def keep_steering_in_float32(self) -> None:
-        """Gate and vectors stay float32 when the model is loaded in half precision.
-
-        On the instance, after construction: Transformers 4.57 checks the class's list against modules that exist.
-        """
-        kept = set(self._keep_in_fp32_modules_strict or ())
-        self._keep_in_fp32_modules_strict = kept | {"steering_gate", "steering_vector"}
-
     def _set_gradient_checkpointing(  # type: ignore[override]
         self, *, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **kwargs: Any
     ) -> None:
         """Steer a layer that is computed again for its gradient as it was steered the first time."""
 
         def steered(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
-            step = _LOCAL.step
-
-            def again(*inputs: Any, **named: Any) -> Any:
-                with running(step):
-                    return function(*inputs, **named)
-
-            return gradient_checkpointing_func(again, *args, **options)
+            return gradient_checkpointing_func(here(step=THREAD.step)(function), *args, **options)
 
         super()._set_gradient_checkpointing(gradient_checkpointing_func=steered, **kwargs)
 
@@ -382,12 +384,7 @@ class SteeredModel(_Steered):
 
     steered_mlp_class: type[nn.Module]
     steered_layers = "layers"
-    steering: Steering
-    steering_gate: SteeringGate | None
-
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)
-        self.install_steering(config)
+    _auto_class = "AutoModel"
 
     def install_steering(self, config: Any) -> None:
         """Turn the MLPs of the rule's layers into steered ones. Weight names stay those of the base model.
@@ -410,7 +407,6 @@ class SteeredModel(_Steered):
             index = torch.zeros(features[layer], dtype=torch.int64) if layer in features else None
             mlp.register_parameter("steering_vector", vector)
             mlp.register_buffer("steering_index", index)
-        self.keep_steering_in_float32()
 
     def forward(
         self,
@@ -425,54 +421,40 @@ class SteeredModel(_Steered):
         **kwargs: Any,
     ) -> Any:
         """As in Transformers."""
-        arguments = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "past_key_values": past_key_values,
-            "inputs_embeds": inputs_embeds,
-            **kwargs,
-        }
+        given = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
+        arguments = dict(zip(DECODER_ARGUMENTS, given, strict=True)) | kwargs
         if not self.steering.active:
             return super().forward(**arguments)
-        if steering_start is None and _LOCAL.handed_on is not None:
-            steering_start, steering_valid = _LOCAL.handed_on
+        if steering_start is None:
+            steering_start, steering_valid = THREAD.handed_on
         step = begin_step(self, self.steering_gate, self.steering, arguments, steering_start, steering_valid)
         if not self.steering_is_causal:
             preview(step, super().forward, arguments)
-        with running(step):
+        with here(step=step):
             outputs = super().forward(**arguments)
         finish_step(step, past_key_values, outputs)
         return outputs
 
 
-class SteeredGeneration(_Steered):
+class SteeredGeneration(_Steered, GenerationMixin):
     """Mix-in for the causal language model: generate() tells its forward passes how long the prompt is."""
 
     steered_model_class: type[SteeredModel]
-    steered_decoder_name = "model"
-    steering: Steering
+    _auto_class = "AutoModelForCausalLM"
 
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)  # the Transformers class comes next in line
+    def install_steering(self, config: Any) -> None:
+        """Turn the decoder into a steered one."""
         decoder = self.steered_decoder
         decoder.__class__ = self.steered_model_class
         known: dict[str, Any] = getattr(modeling_utils, "_CAN_RECORD_REGISTRY", {})  # filled by constructors
         known.setdefault(str(decoder.__class__), decoder._can_record_outputs)
         decoder.install_steering(config)
         self.steering = decoder.steering
-        self.keep_steering_in_float32()
-
-    @classmethod
-    def can_generate(cls) -> bool:
-        """Yes. Transformers asks parent classes too, and would warn of this one at every loading."""
-        return True
 
     @property
-    def steered_decoder(self) -> SteeredModel:
+    def steered_decoder(self) -> Any:
         """The model without its LM head."""
-        decoder: SteeredModel = getattr(self, self.steered_decoder_name)
-        return decoder
+        return self.base_model
 
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """As in Transformers. Afterwards ``steering.last_decisions`` tells what the gate found.
@@ -482,39 +464,27 @@ class SteeredGeneration(_Steered):
         """
         config = kwargs.get("generation_config", self.generation_config)
         start = kwargs.pop("steering_start", getattr(config, "steering_start", None))
-        with generating(self.steered_decoder, prompt_width(inputs, kwargs) if start is None else start) as scope:
+        scope = Scope(self.steered_decoder, prompt_width(inputs, kwargs) if start is None else start)
+        with here(scope=scope):
             outputs = super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
         scope.remember(self.steering, outputs)
         return outputs
 
     def prepare_inputs_for_generation(
-        self,
-        input_ids: Tensor,
-        *args: Any,
-        attention_mask: Any = None,
-        inputs_embeds: Any = None,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
+        self, input_ids: Any, *args: Any, inputs_embeds: Any = None, **kwargs: Any
+    ) -> Any:
         """As in Transformers, plus where the prompt ends in this call."""
-        prepared: dict[str, Any] = super().prepare_inputs_for_generation(  # type: ignore[misc]
-            input_ids, *args, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
-        )
-        scope = current_scope(self.steered_decoder)
-        tokens = prepared.get("inputs_embeds")
-        tokens = prepared["input_ids"] if tokens is None else tokens
-        two_dimensional = isinstance(attention_mask, Tensor) and attention_mask.ndim == 2
-        cache = prepared.get("past_key_values")
-        if two_dimensional:
-            width = attention_mask.shape[1]
-        else:  # Transformers 5 drops a mask without padding
-            width = tokens.shape[1] + (0 if cache is None else int(cache.get_seq_length()))
-        start = 0 if scope is None else scope.prompt_width - (width - tokens.shape[1])
-        if scope is not None and (start > 0 or tokens.shape[1] > 1):
-            prepared["steering_start"] = start
-            if attention_mask is None or two_dimensional:  # a static cache turns the mask of this call into a 4D one
-                prepared["steering_valid"] = valid_tokens(attention_mask, tokens)
-        if cache is not None and width == tokens.shape[1]:
-            cache.steering_state = None  # the caller's cache was reset
+        kwargs["inputs_embeds"] = inputs_embeds  # named above because Transformers looks at the signature
+        prepared = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc]
+        cache, tokens, scope = prepared.get("past_key_values"), tokens_of(prepared), scope_of(self.steered_decoder)
+        mask = kwargs.get("attention_mask")  # the 2D one: with a static cache, that of this call is a 4D one
+        # Version 5 drops a mask without padding; version 4 does not count the padding in a static cache.
+        columns = columns_in(cache) if mask is None else mask.shape[1] - tokens.shape[1]
+        if scope is not None and (scope.prompt_width > columns or tokens.shape[1] > 1):
+            prepared["steering_start"] = scope.prompt_width - columns
+            prepared["steering_valid"] = valid_tokens(mask, tokens)
+        if cache is not None and not columns:
+            cache.steering_state = None  # the caller's cache was reset, which a compiled graph cannot see
         return prepared
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
@@ -525,7 +495,7 @@ class SteeredGeneration(_Steered):
         """
         if self.steered_decoder.steering_gate is not None:
             raise NotImplementedError("continuous batching is not supported by a model with a gate; use generate()")
-        manager = super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
+        manager = super().init_continuous_batching(*args, **kwargs)
         if (settings := getattr(manager, "continuous_batching_config", None)) is not None:  # 4.57 has none
             settings.allow_block_sharing = False
         return manager
@@ -544,81 +514,16 @@ class Scope:
         judged = None if self.state is None else self.state.probability
         if judged is not None:
             judged = judged[:: max(1, len(judged) // len(getattr(outputs, "sequences", outputs)))]  # one of its beams
-        _LOCAL.last = (dials, judged)
+        THREAD.last = (dials, judged)
 
 
-@contextmanager
-def generating(model: nn.Module, width: int) -> Iterator[Scope]:
-    """Remember, for this thread, that ``model`` generates from a prompt of ``width`` columns."""
-    stack = _LOCAL.__dict__.setdefault("scopes", [])
-    stack.append(Scope(model, width))
-    try:
-        yield stack[-1]
-    finally:
-        stack.pop()
-
-
-def current_scope(model: nn.Module) -> Scope | None:
-    """The innermost generate() call of this thread, if it is one on ``model`` (it may be an assistant's)."""
-    stack = getattr(_LOCAL, "scopes", None)
-    return stack[-1] if stack and stack[-1].model is model else None
+def scope_of(model: nn.Module) -> Scope | None:
+    """This thread's innermost generate() call, if it is one on ``model`` (it may be an assistant's)."""
+    scope = THREAD.scope
+    return scope if scope is not None and scope.model is model else None
 
 
 def prompt_width(inputs: Tensor | None, kwargs: dict[str, Any]) -> int:
     """Columns of the prompt that generate() was given; 1 where it begins from the BOS token alone."""
-    for given in (kwargs.get("attention_mask"), kwargs.get("inputs_embeds"), inputs, kwargs.get("input_ids")):
-        if given is not None:
-            return int(given.shape[1])
-    return 1
-
-
-@contextmanager
-def handing_on(start: "int | Tensor | None", valid_BT: Tensor | None) -> Iterator[None]:
-    """Tell the decoder what its caller has no argument for."""
-    before = _LOCAL.handed_on
-    _LOCAL.handed_on = (start, valid_BT)
-    try:
-        yield
-    finally:
-        _LOCAL.handed_on = before
-
-
-@contextmanager
-def running(step: "Step | None") -> Iterator[None]:
-    """Make ``step`` the forward pass of this thread."""
-    before = _LOCAL.step
-    _LOCAL.step = step
-    try:
-        yield
-    finally:
-        _LOCAL.step = before
-
-
-def running_step() -> Step:
-    """The forward pass of this thread."""
-    assert _LOCAL.step is not None
-    return _LOCAL.step
-
-
-def _parameter(*shape: int) -> nn.Parameter:
-    return nn.Parameter(torch.zeros(shape, dtype=torch.float32), requires_grad=False)
-
-
-def _state_of(model: nn.Module, cache: Cache | None, *, gated: bool) -> tuple[SteeringState, bool]:
-    """The state of a call's sequences, and whether it begins with this call."""
-    state: SteeringState | None = getattr(cache, "steering_state", None)
-    length = 0 if cache is None else _length(cache)
-    fresh = state is None if length is None else length == 0
-    if state is None and gated and length:
-        raise ValueError("past_key_values was filled without the gate; fill it through this model, with steering on")
-    state = SteeringState() if state is None or fresh else state
-    scope = current_scope(model)
-    if scope is not None and scope.state is None:  # later ones may be of other prompts: guidance_scale has an empty one
-        scope.state = state
-    return state, fresh
-
-
-def _length(cache: Cache) -> int | None:
-    """Columns in a KV cache; None inside a compiled graph, where a static cache knows it as a tensor only."""
-    length = cache.get_seq_length()
-    return None if isinstance(length, Tensor) and torch.compiler.is_compiling() else int(length)
+    given = (kwargs.get("attention_mask"), kwargs.get("inputs_embeds"), inputs, kwargs.get("input_ids"))
+    return next((int(one.shape[1]) for one in given if one is not None), 1)

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import nn
 from transformers import GenerationConfig, PretrainedConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.auto_factory import add_generation_mixin_to_remote_model
@@ -23,6 +23,7 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 _STEERING_FILE = "model-steering.safetensors"
 _HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
 _OTHER_WEIGHTS = ("state_dict", "variant", "gguf_file", "key_mapping")  # what would be loaded is not what was checked
+_REMEDY = "say where it is: from_pretrained(..., base=...)"
 _SAMPLE_BYTES = 4096
 
 
@@ -87,15 +88,14 @@ class _Thin:
         kwargs.pop("adapter_kwargs", None)  # it has the revision of this repository
         config._commit_hash = None  # so has this
         reported = kwargs.pop("output_loading_info", False)
+        kwargs |= {"trust_remote_code": False, "use_safetensors": True}  # this repository is trusted, not the base
         model, report = _without_steering(real).from_pretrained(
             source,
             *args,
             config=config,
             revision=pinned or "main",
             output_loading_info=True,
-            **(
-                kwargs | {"trust_remote_code": False, "use_safetensors": True}
-            ),  # this repository is trusted, not the base
+            **kwargs,
         )
         if report["missing_keys"]:
             raise ValueError(
@@ -135,21 +135,16 @@ def _checkpoint(source: str, revision: str | None, hub: dict[str, Any]) -> dict[
             cached_file(source, name, _raise_exceptions_for_missing_entries=False, **where)
             for name in ("model.safetensors", "model.safetensors.index.json")
         )
-        if single is None and index is not None:
-            paths, metadata = get_checkpoint_shard_files(source, index, **where)
-            by_name = {path.replace("\\", "/").rpartition("/")[2]: path for path in paths}
-            return {name: by_name[file] for name, file in metadata["weight_map"].items()}
+        if single is not None:
+            return {"": single}
+        if index is None:
+            raise OSError("no model.safetensors and no index there")  # noqa: TRY301 - one message for all
+        paths, metadata = get_checkpoint_shard_files(source, index, **where)
+        by_name = {path.replace("\\", "/").rpartition("/")[2]: path for path in paths}
+        return {name: by_name[file] for name, file in metadata["weight_map"].items()}
     except (OSError, ValueError, KeyError) as error:  # ValueError: a path that is gone is no valid Hub id either
-        raise OSError(_missing(source, str(error).strip().partition("\n")[0])) from error
-    if single is None:
-        raise OSError(_missing(source, "no model.safetensors and no index there"))
-    return {"": single}
-
-
-def _missing(source: str, reason: str) -> str:
-    return (
-        f"{source}: the base model's weights are not there ({reason}); say where it is: from_pretrained(..., base=...)"
-    )
+        reason = str(error).strip().partition("\n")[0]
+        raise OSError(f"{source}: the base model's weights are not there ({reason}); {_REMEDY}") from error
 
 
 def _require_fingerprint(source: str, located: dict[str, str], expected: str) -> None:
@@ -172,7 +167,7 @@ def _require_fingerprint(source: str, located: dict[str, str], expected: str) ->
     if digest.hexdigest() != expected:
         raise ValueError(
             f"{source}: is not the base model that this repository was made for: its tensors have the fingerprint "
-            f"{digest.hexdigest()[:12]}; expected {expected[:12]}; say where it is: from_pretrained(..., base=...)"
+            f"{digest.hexdigest()[:12]}; expected {expected[:12]}; {_REMEDY}"
         )
 
 
@@ -200,8 +195,8 @@ def _fill(decoder: nn.Module, path: str | None) -> None:
         raise ValueError(f"{', '.join(offloaded)}: offloaded; save_pretrained() the model first and offload that")
     for name, tensor in places.items():
         # Replaced, not copied into: Transformers made what it missed in the dtype of the other weights.
-        _replace(decoder.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], given[name].to(tensor.device))
-
-
-def _replace(module: nn.Module, name: str, value: Tensor) -> None:
-    setattr(module, name, nn.Parameter(value, requires_grad=False) if value.is_floating_point() else value)
+        owner, _, key = name.rpartition(".")
+        value: Any = given[name].to(tensor.device)
+        if value.is_floating_point():
+            value = nn.Parameter(value, requires_grad=False)
+        setattr(decoder.get_submodule(owner), key, value)

@@ -470,7 +470,7 @@ def test_an_export_is_complete_and_verifies_also_from_elsewhere(delivered, folde
     assert delivered.parity.ok
     assert {"README.md", "config.json", "rule.safetensors", "thin_adaras.py", hf.STEERING_FILE} < set(delivered.files)
     assert json.loads((folder / "receipt.json").read_text())["target"] == "hf-thin"
-    assert 'base="path-or-hub-id"' in (folder / "README.md").read_text()
+    assert "argument, `base=`." in (folder / "README.md").read_text()
     assert verify(folder).ok
     report = verify(folder, base=base)
     assert report.ok, report.failed()

@@ -1,10 +1,11 @@
 """A push that is killed, or meets another: no half commit, and what was sent is not sent again."""
 
 import os
-import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -27,32 +28,39 @@ def hub(tmp_path):
     assert found.surprises == []
 
 
-def start(hub, folder):
+@contextmanager
+def pushing_process(hub, folder):
     code = "from adaras_export.cli import main; main()"
     environment = {"PATH": os.environ["PATH"], "HF_HOME": str(folder.parent / "home"), "HF_ENDPOINT": hub.endpoint}
     environment |= {"HF_TOKEN": "hf_writer", "HF_HUB_DISABLE_XET": "1"}
     environment["PYTHONPATH"] = str(Path(pushing.__file__).parents[1])
     command = [sys.executable, "-c", code, "push", str(folder), NAME, "--yes"]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def wait_for(condition, process):
+    while not condition():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
 
 
 def test_a_push_killed_in_the_middle_of_a_file_leaves_no_commit_and_is_repeated(hub, artifact):
     stuck = Fault("PUT", "/3$", after=20_000)
     hub.faults.append(stuck)
-    first = start(hub, artifact)
-    assert stuck.reached.wait(60)
-    while "model-steering.safetensors" not in stored(hub, artifact) or len(hub.parts) < 2:
-        assert first.poll() is None
-    first.send_signal(signal.SIGKILL)
-    first.communicate()
+    others = {"model-steering.safetensors", "rule.safetensors"}
+    with pushing_process(hub, artifact) as first:
+        wait_for(lambda: stuck.reached.is_set() and len(hub.parts) == 2 and others <= stored(hub, artifact), first)
     stuck.release.set()
-    repository = hub.repositories[NAME]
+    sent, repository = hub.uploads(), hub.repositories[NAME]
     assert [one["summary"] for one in repository.commits.values()] == ["initial commit"]
-    assert "model-base.safetensors" not in stored(hub, artifact)
-    sent = hub.uploads()
-    second = start(hub, artifact)
-    assert second.wait(60) == 0, second.communicate()
-    second.communicate()
+    assert stored(hub, artifact) == others
+
+    with pushing_process(hub, artifact) as second:
+        assert second.wait(60) == 0, second.stderr.read()
     assert len(repository.commits) == 2
     assert {name: hub.content(NAME, name) for name in receipts.files_of(artifact)} == contents(artifact)
     assert {oid for oid, count in hub.uploads().items() if count > sent[oid]} == {digest(artifact, "model-base")}

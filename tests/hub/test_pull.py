@@ -19,6 +19,8 @@ from adaras_export.delivery import export
 from adaras_export.exporters import checkpoint
 from adaras_export.rule import SteeringRule
 
+for library in ("gguf", "onnxruntime", "peft"):
+    pytest.importorskip(library)
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.onnx,

@@ -14,6 +14,7 @@ from huggingface_hub import constants, snapshot_download
 from adaras_export import cli, delivery, receipts
 from adaras_export import hub as pushing
 from adaras_export.errors import ArtifactError, ExportError, HubError
+from adaras_export.storage import sha256
 
 # huggingface_hub hands files to its HTTP client by a name that this calls old.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -112,6 +113,14 @@ def test_a_branch_of_a_new_repository_leaves_main_empty(online, artifact):
 
 
 @slow
+def test_a_commit_is_no_branch(online, artifact):
+    with pytest.raises(
+        HubError, match=rf"{NAME}: {'5' * 40} is a commit, which nothing can be added to; expected a branch"
+    ):
+        pushing.push(artifact, NAME, revision="5" * 40)
+
+
+@slow
 def test_visibility_is_what_was_asked_for_and_else_what_it_is(online, artifact):
     assert not pushing.push(artifact, NAME, private=False).private
     assert not pushing.plan(artifact, NAME).private
@@ -139,6 +148,7 @@ def test_the_command_says_what_it_did_as_json(online, artifact, monkeypatch, cap
     done = json.loads(said.out)
     assert online.repositories[NAME].commits[done["commit"]]["summary"] == "why"
     assert (done["repository"], done["private"], done["removed"]) == (NAME, False, [])
+    assert done["receipt"] == sha256(remote(online)["receipt.json"])
     assert done["uploaded"] == {name: len(content) for name, content in expected(artifact).items()}
     assert "a new PUBLIC repository" in said.err
 
@@ -169,6 +179,7 @@ def damaged(folder, damage):
     elif damage == "changed":
         (folder / "config.json").write_text("{}")
     else:
+        (folder / damage).parent.mkdir(exist_ok=True)
         (folder / damage).write_text("HF_TOKEN=secret")
     return folder
 
@@ -179,7 +190,7 @@ def damaged(folder, damage):
         ("no receipt", r"receipt.json: .*expected a JSON object"),
         ("changed", r"files changed: config.json; expected the files of its receipt only; export again"),
         (".env", r"files unknown: .env; expected the files of its receipt only"),
-        ("notes.txt", r"files unknown: notes.txt"),
+        ("__pycache__/a.pyc", r"files unknown: __pycache__/a.pyc"),
     ],
 )
 def test_what_is_not_as_its_receipt_says_is_not_pushed(damage, message, online, artifact):
@@ -189,12 +200,12 @@ def test_what_is_not_as_its_receipt_says_is_not_pushed(damage, message, online, 
 
 
 @slow
-def test_what_git_python_and_the_hub_leave_in_a_folder_is_not_sent(online, artifact):
-    for name in (".git/config", "__pycache__/a.pyc", ".cache/huggingface/x", ".gitattributes"):
+def test_what_git_and_the_hub_leave_in_a_folder_is_not_sent(online, artifact):
+    for name in (".git/config", ".cache/huggingface/x", ".gitattributes"):
         (artifact / name).parent.mkdir(parents=True, exist_ok=True)
         (artifact / name).write_text("x")
     assert pushing.push(artifact, NAME).uploaded.keys() == local(artifact).keys()
-    assert not any("/" in name or name.endswith(".pyc") for name in remote(online))
+    assert not any("/" in name or name.startswith(".") for name in remote(online))
 
 
 @slow

@@ -65,10 +65,10 @@ def wanted(case, folder):
 
 
 def printed(folder, program):
-    """The command line of the card for a program, as a list, from the folder above the export."""
-    lines = (folder / "README.md").read_text().splitlines()
+    """The command line of the card for a program, as a list; the download that it follows is the export's folder."""
+    lines = (folder / "README.md").read_text().replace("\\\n", "").splitlines()
     [line] = [line for line in lines if line.startswith(program)]
-    return [word.replace(f"{folder.name}/", f"{folder}/") for word in shlex.split(line)]
+    return [word.replace("steered/", f"{folder}/") for word in shlex.split(line)]
 
 
 def job(case, options):

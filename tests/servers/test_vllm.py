@@ -1,8 +1,12 @@
 """Static artifacts in vLLM, in an environment of its own: the offline engine, and its server with the OpenAI client."""
 
+import os
+import subprocess
+
 import drive
 import oracle
 import pytest
+import snippets
 import tiny
 import torch
 import transformers
@@ -144,6 +148,21 @@ def test_the_server_switches_steering_by_the_name_of_the_model(artifacts, driven
     found = driven("vllm-server", folder, arguments=arguments, models=["base", "steered"])
     require_rows(found["steered"], answers(wide_models["llama"], wide_rules["llama"]))
     require_rows(found["base"], answers(wide_models["llama"], wide_rules["llama"].with_strength(0)))
+
+
+def test_the_code_of_the_card_answers_without_and_with_steering(artifacts, pytestconfig, tmp_path):
+    """As it stands, beside the folder: in the type that vLLM chooses, so that only the difference is looked at."""
+    drive.require_built("vllm", required=pytestconfig.option.require_runtimes)
+    folder = artifacts["llama", "stock", "switchable"]
+    (tmp_path / "model").symlink_to(folder)
+    [code] = snippets.of(folder, "python vllm")
+    (tmp_path / "card.py").write_text(code.replace("print(", "print('answer', "))
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command, environment = drive.RUNTIMES["vllm"].command[0], environment | drive.RUNTIMES["vllm"].settings
+    done = subprocess.run([command, "card.py"], cwd=tmp_path, env=environment, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    plain, steered = done.stdout.split(b"answer ")[1:3]
+    assert plain.strip() != steered.strip()
 
 
 REFUSED = {
