@@ -30,7 +30,7 @@ from adaras_export.receipts import (
     Receipt,
 )
 from adaras_export.rule import SteeringRule
-from adaras_export.staging import staged
+from adaras_export.staging import revised, staged
 
 
 @dataclass(frozen=True)
@@ -135,19 +135,24 @@ def recard(
         ExportError: the evaluation is of another rule, or the folder is signed.
     """
     folder = Path(path)
-    receipt = receipts.read(folder)
-    if (folder / SIGNATURE_FILE).exists():
-        raise ExportError(f"{folder}: is signed, and a new card would break that; remove {SIGNATURE_FILE}, sign again")
-    if broken := [check for check in receipts.file_checks(folder, receipt) if not check.ok]:
-        raise ArtifactError(f"{folder}: {'; '.join(f'{check.name}: {check.detail}' for check in broken)}; export again")
-    rule = SteeringRule.load(folder / RULE_FILE)
-    named = tuple(receipt.datasets if datasets is None else datasets)
-    if strange := [name for name in named if not models.is_hub_id(name)]:
-        raise ExportError(f"datasets: {', '.join(map(repr, strange))} could be on no Hub; expected USER/NAME")
-    if evaluation is not None:
-        storage.replace_file(folder / EVALUATION_FILE, _evaluation(Path(evaluation), rule))
-    renamed = replace(receipt, repository=repository or receipt.repository, datasets=named)
-    return _describe(folder, renamed, _exporter_of(receipt), rule)
+    receipts.read(folder)  # refuses what is no export, before a copy is made of it
+    with revised(folder) as stage:
+        receipt = receipts.read(folder)
+        if (folder / SIGNATURE_FILE).exists():
+            raise ExportError(
+                f"{folder}: is signed, and a new card would break that; remove {SIGNATURE_FILE}, sign again"
+            )
+        if broken := [check for check in receipts.file_checks(folder, receipt) if not check.ok]:
+            found = "; ".join(f"{check.name}: {check.detail}" for check in broken)
+            raise ArtifactError(f"{folder}: {found}; export again")
+        rule = SteeringRule.load(folder / RULE_FILE)
+        named = tuple(receipt.datasets if datasets is None else datasets)
+        if strange := [name for name in named if not models.is_hub_id(name)]:
+            raise ExportError(f"datasets: {', '.join(map(repr, strange))} could be on no Hub; expected USER/NAME")
+        if evaluation is not None:
+            storage.replace_file(stage / EVALUATION_FILE, _evaluation(Path(evaluation), rule))
+        renamed = replace(receipt, repository=repository or receipt.repository, datasets=named)
+        return _describe(stage, renamed, _exporter_of(receipt), rule)
 
 
 def readdressed(folder: Path, receipt: Receipt, repository: str) -> dict[str, bytes]:

@@ -1,4 +1,4 @@
-"""A folder that gets its final name when it is complete, or never. Knows nothing of what is in it.
+"""A folder that gets its name when it is complete, or never, and one some of whose files are replaced. Knows no format.
 
 It grows in a workshop, a hidden folder beside the destination, whose lock is held by the process that works there. The
 lock of a process that died is free, so the next one to come takes the workshop over and clears it.
@@ -15,8 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from adaras_export.errors import AdarasError, ExportError
+from adaras_export.storage import link_or_copy
 
-_SUFFIX, _LOCK, _STAGE = ".adaras-export", "lock", "stage-"
+_SUFFIX, _LOCK, _STAGE, _DONE = ".adaras-export", "lock", "stage-", "done"
 _FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
 _LITTLE = 1 << 16  # bytes: a disk with less is full for whatever could not be written to it
 
@@ -37,17 +38,36 @@ def staged(out: Path, base: Path) -> Iterator[Path]:
     """
     _refuse(out, base)
     with _workshop(out) as workshop:
-        stage = workshop
-        try:
-            stage = Path(tempfile.mkdtemp(dir=workshop, prefix=_STAGE))
+        _refuse_existing(out)  # not earlier: only who holds the lock can bring it into being, and tidies up
+        _clear(workshop / _DONE)
+        with _stage(out, workshop) as stage:
             yield stage
             _settle(stage)
             stage.rename(out)
-        except Exception as error:
-            if reason := _reason(error, stage):
-                raise ExportError(f"{out}: cannot be written ({reason}); nothing was left behind") from error
-            raise
     _sync_folder(out.parent)
+
+
+@contextmanager
+def revised(folder: Path) -> Iterator[Path]:
+    """A copy of ``folder`` whose files take the place of its own when the context ends well; for a few of many files.
+
+    The copy shares its bytes with the folder: files are to be replaced in it, never written into. A run that dies while
+    they take their places is finished by the next one.
+
+    Raises:
+        ExportError: another process writes the folder, or it cannot be written.
+    """
+    folder = folder.resolve()
+    with _workshop(folder) as workshop:
+        _finish(workshop / _DONE, folder)
+        with _stage(folder, workshop) as stage:
+            shutil.copytree(folder, stage, copy_function=_link, dirs_exist_ok=True)
+            yield stage
+            _settle(stage)
+            stage.rename(workshop / _DONE)
+        _sync_folder(workshop)
+        _finish(workshop / _DONE, folder)
+    _sync_folder(folder)
 
 
 def _refuse(out: Path, base: Path) -> None:
@@ -73,12 +93,11 @@ def _workshop(out: Path) -> Iterator[Path]:
     if lock is None:
         raise ExportError(f"{out}: another export is writing it now; wait for its end, or choose another folder")
     try:
-        _refuse_existing(out)  # not earlier: only who holds the lock can bring it into being, and tidies up
-        _clear(workshop)
+        _clear(*workshop.glob(f"{_STAGE}*"))  # of a dead process
         yield workshop
     finally:
         try:
-            _clear(workshop)
+            _clear(*workshop.glob(f"{_STAGE}*"))
             _leave(workshop)
         except OSError as error:
             raise ExportError(f"{workshop}: cannot be removed ({_words(error)}); remove it") from error
@@ -119,10 +138,10 @@ def _is_there(lock: int, path: Path) -> bool:
         return False
 
 
-def _clear(workshop: Path) -> None:
-    """Remove the stages: that of a dead process, or the one that did not become an artifact."""
-    for stage in workshop.glob(f"{_STAGE}*"):
-        shutil.rmtree(stage)
+def _clear(*folders: Path) -> None:
+    for folder in folders:
+        if folder.exists():
+            shutil.rmtree(folder)
 
 
 def _leave(workshop: Path) -> None:
@@ -141,6 +160,36 @@ def _remove_empty(workshop: Path) -> None:
             errno.ENOENT,
         ):  # another one has moved in, or left, meanwhile
             raise
+
+
+@contextmanager
+def _stage(out: Path, workshop: Path) -> Iterator[Path]:
+    """A folder in the workshop; what goes wrong while it is written is told of ``out``."""
+    try:
+        yield Path(tempfile.mkdtemp(dir=workshop, prefix=_STAGE))
+    except Exception as error:
+        if reason := _reason(error, workshop):
+            raise ExportError(f"{out}: cannot be written ({reason}); nothing was left behind") from error
+        raise
+
+
+def _finish(done: Path, folder: Path) -> None:
+    """Move the files of a revision to their places."""
+    if not done.exists():
+        return
+    try:
+        for path in sorted(done.rglob("*")):
+            place = folder / path.relative_to(done)
+            if path.is_file() and not (place.exists() and place.samefile(path)):
+                place.parent.mkdir(exist_ok=True)
+                path.replace(place)
+        shutil.rmtree(done)
+    except OSError as error:
+        raise ExportError(f"{folder}: not all files could be replaced ({_words(error)}); do the same again") from error
+
+
+def _link(source: str, target: str) -> None:
+    link_or_copy(Path(source), Path(target))
 
 
 def _settle(stage: Path) -> None:
@@ -170,19 +219,19 @@ def _sync_folder(path: Path) -> None:
         return
 
 
-def _reason(error: BaseException, stage: Path) -> str | None:
+def _reason(error: BaseException, workshop: Path) -> str | None:
     """Why something could not be written, if that is what an error says, in whatever library's words."""
     chain = list(_chain(error))
     for code, words in _FULL.items():
         if any(_says(one, code) for one in chain):
-            return f"{words}: {_room(stage)}"
+            return f"{words}: {_room(workshop)}"
     # NumPy says how many of how many elements it wrote, PyTorch that its writer failed, and neither says why.
-    if not isinstance(error, AdarasError) and shutil.disk_usage(_fullest(stage)).free < _LITTLE:
-        return f"{_FULL[errno.ENOSPC]}: {_room(stage)}"
+    if not isinstance(error, AdarasError) and shutil.disk_usage(_fullest(workshop)).free < _LITTLE:
+        return f"{_FULL[errno.ENOSPC]}: {_room(workshop)}"
     if not isinstance(error, OSError):
         return None
     if error.errno is None:  # NumPy again, and whoever called it has removed its file meanwhile
-        return f"{error}; is the disk full? {_room(stage)}"
+        return f"{error}; is the disk full? {_room(workshop)}"
     return _words(error)
 
 
@@ -201,10 +250,10 @@ def _says(error: BaseException, code: int) -> bool:
     return (isinstance(error, OSError) and error.errno == code) or os.strerror(code) in str(error)
 
 
-def _room(stage: Path) -> str:
-    full = _fullest(stage)
+def _room(workshop: Path) -> str:
+    full = _fullest(workshop)
     usage = shutil.disk_usage(full)
-    sizes = (path.lstat() for path in stage.rglob("*"))
+    sizes = (path.lstat() for path in workshop.rglob("*"))
     written = sum(status.st_size for status in sizes if status.st_nlink == 1)
     return (
         f"{_size(usage.free)} of {_size(usage.total)} are free in {_mount(full)}, "
@@ -212,9 +261,9 @@ def _room(stage: Path) -> str:
     )
 
 
-def _fullest(stage: Path) -> Path:
+def _fullest(workshop: Path) -> Path:
     """Of the disks that an export writes to, that of the artifact and that of temporary files, the one with less."""
-    return min((stage, Path(tempfile.gettempdir())), key=lambda place: shutil.disk_usage(place).free)
+    return min((workshop, Path(tempfile.gettempdir())), key=lambda place: shutil.disk_usage(place).free)
 
 
 def _mount(path: Path) -> Path:

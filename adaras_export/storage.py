@@ -4,8 +4,11 @@ Knows nothing of what it stores. The same value always gives the same bytes, and
 replaces the destination completely or leaves it as it was.
 """
 
+import errno
 import hashlib
 import json
+import os
+import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -102,6 +105,21 @@ def replace_file(path: str | Path, content: bytes) -> None:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def link_or_copy(source: Path, target: Path, *, copy: bool = False) -> None:
+    """Give ``source`` a second name without rewriting it; a copy where that is asked for or the file systems differ."""
+    source = source.resolve()  # a Hub snapshot holds links into its blobs
+    if copy:
+        shutil.copyfile(source, target)
+        return
+    try:
+        os.link(source, target)
+    except OSError as error:
+        # Another file system, none that links, too many links, or a file of another user.
+        if error.errno not in (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EMLINK):
+            raise
+        shutil.copyfile(source, target)
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

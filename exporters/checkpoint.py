@@ -1,8 +1,6 @@
 """What the targets do alike with the checkpoint of a base: fold a rule from it, carry its files along, compare them."""
 
-import errno
 import json
-import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -76,21 +74,6 @@ def copy_companions(base: Path, out: Path) -> None:
     for name, source in companions(base).items():
         target = out / name
         target.parent.mkdir(exist_ok=True)
-        shutil.copyfile(source, target)
-
-
-def link_or_copy(source: Path, target: Path, *, copy: bool = False) -> None:
-    """Give ``source`` a second name without rewriting it; a copy where that is asked for or the file systems differ."""
-    source = source.resolve()  # a Hub snapshot holds links into its blobs
-    if copy:
-        shutil.copyfile(source, target)
-        return
-    try:
-        os.link(source, target)
-    except OSError as error:
-        # Another file system, none that links, too many links, or a file of another user.
-        if error.errno not in (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EMLINK):
-            raise
         shutil.copyfile(source, target)
 
 

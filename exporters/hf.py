@@ -27,7 +27,6 @@ from adaras_export.exporters.checkpoint import (
     disclosed,
     holds,
     index_check,
-    link_or_copy,
     linked_name,
     name_tokenizer_class,
     opened,
@@ -44,7 +43,7 @@ from adaras_export.exporters.checkpoint import (
 )
 from adaras_export.parity import FLOAT32, Artifact, Check, Mode, Play, Reference, play_model
 from adaras_export.rule import Gate, SteeringRule
-from adaras_export.storage import Array
+from adaras_export.storage import Array, link_or_copy
 
 _SHARED_PAYLOAD = "steering_adaras.py"
 

@@ -16,7 +16,6 @@ from adaras_export.exporters import stream
 from adaras_export.exporters.checkpoint import (
     STEERING_FILE,
     index_check,
-    link_or_copy,
     linked_name,
     plain_config,
     same_content,
@@ -31,7 +30,7 @@ from adaras_export.exporters.constant_neuron import NEURONS, constants, weights,
 from adaras_export.exporters.stock_families import Form, expressed, form_of, has_biases
 from adaras_export.parity import Check
 from adaras_export.rule import SteeringRule
-from adaras_export.storage import Array
+from adaras_export.storage import Array, link_or_copy
 
 
 @dataclass(frozen=True, eq=False)

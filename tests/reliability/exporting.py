@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -63,6 +64,9 @@ def fork(arguments, log, first=None):
         if first is not None:
             first()
         status, text = command(arguments)
+    except BaseException:
+        text = traceback.format_exc()
+        raise
     finally:
         log.write_text(text)
         os._exit(status)

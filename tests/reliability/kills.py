@@ -1,4 +1,4 @@
-"""Kills exports, verifications and pushes with SIGKILL at random moments, and looks at what is left.
+"""Kills exports, verifications, new cards and pushes with SIGKILL at random moments, and looks at what is left.
 
     python tests/reliability/kills.py --kills 100 --seed 0
 
@@ -36,6 +36,7 @@ from hub.server import Hub  # noqa: E402
 from adaras_export import storage  # noqa: E402
 
 PHASES = ("before", "writing", "verifying", "card", "settling", "named", "over")
+CARD_PHASES = ("0 replaced", "1 replaced", "2 replaced", "over")
 PUSH_PHASES = ("no repository", "no commit", "committed", "over")
 _REPOSITORY = "user/steered"
 
@@ -109,6 +110,7 @@ class Bench:
         self.files = {name: jobs.contents(out) for name, out in self.peace.items()}
         self.steps = {name: self.count(name) for name in names}
         self.kill_push(names[0])  # in peace, at first
+        self.card_steps = self.count_card(names[0])
 
     def count(self, name):
         """The number of steps of a job; it must give the same again."""
@@ -169,6 +171,27 @@ class Bench:
         self.look(name, "verify", out)
         self.run(name, ["verify", str(out)])
 
+    def count_card(self, name):
+        """The number of steps of writing a card anew."""
+        out = shutil.copytree(self.peace[name], self.home / "card" / "steered")
+        first = functools.partial(count_steps, out.parent, self.home / "steps")
+        self.run("card", ["card", str(out), "--repository", _REPOSITORY], first)
+        shutil.rmtree(out)
+        return (self.home / "steps").stat().st_size
+
+    def kill_card(self, name, step):
+        """The artifact is the old one, the new one, or becomes it with the second run; nothing is left in it."""
+        out = shutil.copytree(self.peace[name], self.home / "card" / "steered")
+        arguments = ["card", str(out), "--repository", _REPOSITORY]
+        is_killed = kill(fork(arguments, self.log, functools.partial(die_at_step, out.parent, step)), lambda _: False)
+        changed = {path for path, one in jobs.contents(out).items() if self.files[name].get(path) != one}
+        self.require(changed <= {"README.md", "receipt.json"}, f"card {name}: changed {changed}")
+        self.counts["card", f"{len(changed)} replaced" if is_killed else "over"] += 1
+        self.run(f"card {name}", arguments)
+        self.run(f"card {name}", ["verify", str(out)])
+        self.require([*out.parent.iterdir()] == [out], f"card {name}: left {[*out.parent.iterdir()]}")
+        shutil.rmtree(out)
+
     def kill_push(self, name):
         """Each time on a Hub of its own, which wants large files in parts of 50 kB."""
         out, before = self.peace[name], jobs.snapshot(self.peace[name])
@@ -201,16 +224,21 @@ class Bench:
             self.require(may_lack, f"push {name}: {found}: {state}")
 
     def kill_at_every_step(self):
+        names = [*self.steps]
         for name, steps in self.steps.items():
             for step in range(steps):
                 self.kill_export(name, step)
+        for step in range(self.card_steps):
+            self.kill_card(names[0], step)
 
     def kill_at_random(self, kills, processes):
         names = [*self.steps]
         for n in range(kills):
             if n % 5 == 3:
                 self.kill_push(names[n // 5 % len(names)])
-            elif n % 5 == 4:
+            elif n % 10 == 9:
+                self.kill_card(names[n // 10 % len(names)], self.draw.randrange(self.card_steps))
+            elif n % 10 == 4:
                 self.kill_verify(names[n // 5 % len(names)])
             else:
                 name = names[(n - n // 5 * 2) % len(names)]
@@ -219,11 +247,13 @@ class Bench:
 
     def tables(self):
         exports = [name for name in (*self.steps, "verify") if any(one == name for one, _ in self.counts)]
-        return "\n\n".join(self.table(phases, names) for phases, names in ((PHASES, exports), (PUSH_PHASES, ["push"])))
+        about = ((PHASES, exports), (CARD_PHASES, ["card"]), (PUSH_PHASES, ["push"]))
+        return "\n\n".join(self.table(phases, names) for phases, names in about)
 
     def table(self, phases, names):
         rows = [(name, [self.counts[name, found] for found in phases]) for name in names]
-        rows.append(("all", [sum(column) for column in zip(*(row for _, row in rows), strict=True)]))
+        if len(rows) > 1:
+            rows.append(("all", [sum(column) for column in zip(*(row for _, row in rows), strict=True)]))
         lines = [f"| {name} | {' | '.join(map(str, row))} | {sum(row)} |" for name, row in rows]
         return "\n".join([f"| killed while | {' | '.join(phases)} | all |", "|---" * (len(phases) + 2) + "|", *lines])
 

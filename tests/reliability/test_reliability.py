@@ -101,18 +101,16 @@ ODD = {"PYTHONHASHSEED": "77", "TZ": "Asia/Kolkata", "LC_ALL": "C", "PYTHONUTF8"
 @pytest.mark.parametrize(
     "names", [jobs.QUICK, pytest.param(("onnx int8",), marks=pytest.mark.onnx)], ids=["quick", "onnx"]
 )
-def test_two_processes_write_the_same_bytes_and_permissions(names, toys, tmp_path):
-    """Other hashes, another umask, time zone, locale, and folder of temporary files."""
+def test_another_process_writes_the_same_bytes_and_permissions(names, toys, tmp_path):
+    """Other hashes, another umask, time zone, locale, and folder of temporary files, in which nothing is left."""
     (tmp_path / "odd").mkdir()
     masked = ("sh", "-c", 'umask 077; exec "$0" "$@"')
-    with (
-        script("exporting.py", toys, tmp_path / "one", *names, PYTHONHASHSEED="1", TZ="UTC") as one,
-        script(
-            "exporting.py", toys, tmp_path / "two", *names, prefix=masked, TMPDIR=str(tmp_path / "odd"), **ODD
-        ) as two,
-    ):
-        assert [line["status"] for line in told(one) + told(two)] == [0] * 2 * len(names)
-    assert jobs.contents(tmp_path / "one") == jobs.contents(tmp_path / "two")
+    odd = {**ODD, "TMPDIR": str(tmp_path / "odd")}
+    with script("exporting.py", toys, tmp_path / "theirs", *names, prefix=masked, **odd) as process:
+        assert [line["status"] for line in told(process)] == [0] * len(names)
+    for name in names:
+        assert export(name, toys, tmp_path / "ours" / jobs.folder_name(name))[0] == 0
+    assert jobs.contents(tmp_path / "theirs") == jobs.contents(tmp_path / "ours")
     assert [*(tmp_path / "odd").glob("tmp*")] == []
 
 
@@ -199,7 +197,7 @@ def test_a_disk_that_becomes_full_or_is_read_only_is_one_line_and_nothing_is_lef
 
 def test_killed_runs_leave_nothing_wrong_and_the_next_ones_succeed():
     """A sample; docs/reliability.md has the figures of a long run."""
-    with script("kills.py", "--kills", 10, "--real", 1, "--jobs", "hf,stock --switchable") as process:
+    with script("kills.py", "--kills", 8, "--real", 1, "--jobs", "hf,stock --switchable") as process:
         out, errors = process.communicate(timeout=300)
     assert process.returncode == 0, out + errors
     assert "0 faults" in out

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from adaras_export.errors import ArtifactError, ExportError
-from adaras_export.staging import staged
+from adaras_export.staging import revised, staged
 
 RIVAL = Path(__file__).with_name("rival.py")
 
@@ -181,3 +182,70 @@ def test_files_are_on_the_disk_before_they_get_their_name(tmp_path, monkeypatch)
     with staged(tmp_path / "out", tmp_path / "base") as stage:
         (stage / "file").write_text("new")
     assert [call.name for call in calls] == ["file", stage.name, "rename", tmp_path.name]
+
+
+# Some files of a finished folder
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """A folder of three files."""
+    for name in ("card", "deep/receipt", "weights"):
+        (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / name).write_text("old")
+    return tmp_path / "out"
+
+
+def texts(folder):
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+def replace_two(stage):
+    for name in ("card", "deep/receipt"):
+        (stage / name).unlink()
+        (stage / name).write_text("new")
+
+
+def test_some_files_are_replaced_and_the_others_stay_where_they_are(finished, tmp_path):
+    before = (finished / "weights").stat()
+    with revised(finished) as stage:
+        replace_two(stage)
+        assert set(texts(finished).values()) == {"old"}
+    assert texts(finished) == {"card": "new", "deep/receipt": "new", "weights": "old"}
+    after = (finished / "weights").stat()
+    assert (before.st_ino, before.st_nlink, before.st_mtime_ns) == (after.st_ino, after.st_nlink, after.st_mtime_ns)
+    assert names_of(tmp_path) == ["out"]
+
+
+def test_what_fails_before_the_end_replaces_nothing(finished, tmp_path):
+    revision = revised(finished)
+    replace_two(revision.__enter__())
+    assert not revision.__exit__(KeyError, KeyError("any"), None)
+    assert set(texts(finished).values()) == {"old"}
+    assert names_of(tmp_path) == ["out"]
+
+
+@pytest.fixture
+def half(finished, monkeypatch):
+    """The folder, of which one file of two was replaced when the process died."""
+    calls = [Path.replace]
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", lambda one, to: calls.pop()(one, to))
+        with pytest.raises(IndexError), revised(finished) as stage:
+            replace_two(stage)
+    return finished
+
+
+def test_what_a_dead_process_has_half_replaced_is_finished_by_the_next_one(half, tmp_path):
+    assert sorted(texts(half).values()) == ["new", "old", "old"]
+    with revised(half) as stage:
+        assert texts(stage) == {"card": "new", "deep/receipt": "new", "weights": "old"}
+    assert texts(half) == {"card": "new", "deep/receipt": "new", "weights": "old"}
+    assert names_of(tmp_path) == ["out"]
+
+
+def test_what_a_dead_process_has_half_replaced_does_not_come_back_in_a_new_folder(half, tmp_path):
+    shutil.rmtree(half)
+    write(half, tmp_path / "base")
+    assert texts(half) == {"file": "new"}
+    assert names_of(tmp_path) == ["out"]
