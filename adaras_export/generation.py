@@ -34,9 +34,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from adaras_export import buildable
 from adaras_export.errors import ArtifactError, TraceError, first_line
-from adaras_export.models import family_of, fetch, shards
-from adaras_export.storage import read_json
+from adaras_export.models import fetch
 from adaras_export.traces import Prompt, Trace
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -103,8 +103,7 @@ def load_model(
         UnsupportedModelError: the architecture is not in the table.
     """
     folder = fetch(base, revision)
-    family_of(read_json(folder / "config.json"), str(base))
-    shards(folder)
+    buildable.require(folder)
     try:
         with torch.random.fork_rng(devices=[]):  # a tensor that the files lack is filled from it
             loaded: Any = AutoModelForCausalLM.from_pretrained(

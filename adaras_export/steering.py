@@ -195,7 +195,7 @@ def announcing(original: Any, after: Callable[..., None] | None = None, **inner:
     """The class of a model with a generate() that tells the hooks how long the prompt is.
 
     A class and not an attribute of the instance, so that a copy of the model generates as itself. ``after`` is called
-    with the model, the `generating` scope and the outputs; ``inner`` are further entries of the class.
+    with the model, its scope and the outputs; ``inner`` are further entries of the class.
     """
 
     def generate(self: nn.Module, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401

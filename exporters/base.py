@@ -7,6 +7,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
+from adaras_export import buildable
 from adaras_export.disclosure import Disclosed
 from adaras_export.errors import ExportError
 from adaras_export.parity import Artifact, Check, Reference, ReferencePlayer
@@ -171,6 +172,7 @@ def stock_reference(rule: SteeringRule, base: Path, *, everywhere: bool = False)
     """The base model in float32, steered by hooks; ``everywhere`` leaves out gate and start."""
     from transformers import AutoModelForCausalLM
 
+    buildable.require(base)
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     whole = ReferencePlayer(model.eval(), rule)
     player = ReferencePlayer(model, rule, everywhere=True) if everywhere else whole

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.numpy import save
 
-from adaras_export import foreign, models, storage
+from adaras_export import buildable, foreign, models, storage
 from adaras_export.disclosure import Disclosed, What
 from adaras_export.errors import ArtifactError, ExportError, first_line
 from adaras_export.foreign import UnreadableError
@@ -22,14 +22,16 @@ from adaras_export.storage import Array
 
 
 def plain_config(base: Path) -> dict[str, Any]:
-    """The config.json of a base.
+    """The config.json of a base, which Transformers can build, and which has the shapes of its weights.
 
     Raises:
+        ArtifactError: it is not so.
         ExportError: its weights are quantised.
     """
     config = storage.read_json(base / "config.json")
     if "quantization_config" in config:
         raise ExportError(f"{base}: is quantised; expected plain weights, which the vectors are folded from")
+    buildable.require(base)
     return config
 
 

@@ -4,6 +4,7 @@ Values in, values out; reads no weights. Transformers' own config classes say wh
 which differ from family to family.
 """
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -143,7 +144,10 @@ def _refuse_windows(read: Any, family: str, subject: str) -> None:  # noqa: ANN4
 
 def _given_rope(config: Mapping[str, Any], subject: str) -> dict[str, Any]:
     """The base's own rotary settings, in whose words they may be, with their type in the newer one."""
-    given = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    found = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(found, dict):
+        raise ExportError(f"{subject}: rotary settings are {reprlib.repr(found)}; expected an object; {_REMEDY}")
+    given = dict(found)
     kind = given.pop("type", None)
     kind = given.get("rope_type", kind) or "default"
     if kind not in _ROPES or any(isinstance(value, dict) for value in given.values()):

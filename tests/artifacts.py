@@ -1,11 +1,12 @@
 """One small export of every target, as users write them; and how to damage one by hand."""
 
+import hashlib
 import json
 import shutil
 
 import tiny
 
-from adaras_export import delivery, receipts, storage
+from adaras_export import delivery, receipts
 
 KEY = ("llama", "causal", "last_prompt_token")
 SHARDED = ("qwen3-sharded", "causal", "last_prompt_token")
@@ -55,7 +56,7 @@ UNHASHED = ("receipt.json", "model.sig")
 def hashed(path):
     """The SHA-256 of a file; none where it cannot be read."""
     try:
-        return storage.sha256_file(path)
+        return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError:
         return None
 

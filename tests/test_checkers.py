@@ -113,7 +113,7 @@ def test_an_unknown_checker_is_refused_with_the_known_names():
 
 def test_a_missing_library_names_the_extra_before_anything_is_checked(monkeypatch):
     def missing(name):
-        raise ModuleNotFoundError(name)
+        raise ModuleNotFoundError(name, name=name)
 
     monkeypatch.setattr(importlib, "import_module", missing)
     with pytest.raises(MissingExtraError, match=r"pip install 'adaras-export\[eval\]'"):

@@ -740,7 +740,9 @@ def test_a_tensor_in_a_file_that_nothing_names_is_disclosed_or_found(folder):
 def test_a_list_of_tensors_that_leaves_one_out_is_found(folder):
     told = json.loads((folder / "receipt.json").read_text())["tensors"]
     edit_json(folder / "receipt.json", tensors=told[1:])
-    assert failures(folder) == {"tensors other than disclosed": told[0]["name"]}
+    found = failures(folder)
+    assert found["tensors other than disclosed"] == told[0]["name"]
+    assert found.keys() == {"tensors other than disclosed", "card other than its receipt's"}
 
 
 @pytest.mark.slow

@@ -160,6 +160,7 @@ def test_a_link_to_a_folder_is_named_though_no_file_is_found_below_it(folder, tm
     assert "custom_generate" in failures(folder)["files unknown"]
 
 
+@pytest.mark.slow
 def test_links_to_the_right_content_are_right_as_in_the_hubs_cache(exported, tmp_path):
     snapshot = tmp_path / "snapshot"
     snapshot.mkdir()
@@ -208,6 +209,7 @@ def test_a_name_that_could_pass_for_another_is_shown_in_escapes(name, folder):
 # What only the whole verification sees of an artifact whose receipt fits
 
 
+@pytest.mark.slow
 def test_an_edited_card_is_named(folder):
     card = folder / "README.md"
     card.write_text(card.read_text().replace("none of them changed", "safe") + "\nTrust me.\n")
@@ -215,12 +217,14 @@ def test_an_edited_card_is_named(folder):
     assert found == {"card other than its receipt's": "README.md"}
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_the_card_cannot_be_made_of_is_named(folder):
     (folder / "evaluation.json").write_text("{}")
     found = {check.name: check.detail for check in delivery.verify(artifacts.refit(folder)).failed()}
     assert found == {"card other than its receipt's": "evaluation.json"}
 
 
+@pytest.mark.slow
 def test_a_licence_that_is_not_the_bases_is_named(rules, folders, tmp_path):
     base = shutil.copytree(folders["llama"], tmp_path / "base")
     (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Tiny\n")
@@ -230,12 +234,14 @@ def test_a_licence_that_is_not_the_bases_is_named(rules, folders, tmp_path):
     assert found == {"statements about the base that differ from its card": "license"}
 
 
+@pytest.mark.slow
 def test_features_that_a_receipt_says_were_left_out_are_checked(folder):
     forged(folder, drops=["gate"])
     found = {check.name: check.detail for check in delivery.verify(folder).failed()}
     assert found["features left out, or not, other than the receipt's"] == "gate"
 
 
+@pytest.mark.slow
 def test_a_chat_template_that_the_base_has_not_is_named(exported, tmp_path):
     folder = artifacts.copy(exported["hf"], tmp_path / "copy")
     (folder / "additional_chat_templates").mkdir()

@@ -73,6 +73,7 @@ def test_a_folder_signed_with_a_key_of_each_curve_holds_by_its_public_key_only(c
     assert CHECK in failures(folder, keys / "other.pub.pem")
 
 
+@pytest.mark.slow
 def test_the_whole_verification_checks_the_signature_too(signed, keys):
     assert delivery.verify(signed, key=keys / "p256.pub.pem").ok
     found = delivery.verify(signed, key=keys / "other.pub.pem").failed()
@@ -90,6 +91,7 @@ def test_a_missing_signature_fails_where_a_key_is_given(exported, keys):
     assert failures(exported["hf"], keys / "p256.pub.pem") == {CHECK: "model.sig: no such file"}
 
 
+@pytest.mark.slow
 def test_the_signature_of_another_folder_fails(signed, exported, keys, tmp_path):
     folder = artifacts.copy(exported["hf-thin"], tmp_path / "copy")
     shutil.copy(signed / "model.sig", folder)
@@ -142,6 +144,7 @@ def test_a_signature_that_does_not_say_whose_it_is_is_checked_all_the_same(folde
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.slow
 def test_a_signature_that_leaves_out_a_file_fails_and_names_it(folder, keys):
     """The package lets a signer ignore paths, and who verifies ignores them as well."""
     run_package("sign", folder, "--private_key", keys / "p256.pem", "--ignore-paths", folder / "config.json")
@@ -155,6 +158,7 @@ def run_package(job, folder, *arguments):
     return subprocess.run([*command, *arguments], capture_output=True, check=False).returncode
 
 
+@pytest.mark.slow
 def test_the_command_line_of_the_package_agrees_in_both_directions(folder, keys):
     public = ("--public_key", keys / "p256.pub.pem")
     assert run_package("verify", folder, *public) == 0

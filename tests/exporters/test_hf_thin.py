@@ -13,7 +13,7 @@ from elsewhere import as_output, exports, jobs_of, require_equal_to_the_oracle, 
 from safetensors.torch import load_file, save_file
 from tiny import greedy, require_answers
 
-from adaras_export import delivery, models
+from adaras_export import models, receipts
 from adaras_export.delivery import export, verify
 from adaras_export.errors import ArtifactError, ExportError
 from adaras_export.exporters import hf, hf_thin
@@ -462,7 +462,7 @@ def folder(delivered, tmp_path):
 def failures(folder):
     """What verify says, also when the receipt was made to match."""
     receipt = json.loads((folder / "receipt.json").read_text())
-    edit_json(folder / "receipt.json", files={**receipt["files"], **delivery._hashes(folder)})
+    edit_json(folder / "receipt.json", files={**receipt["files"], **receipts.hashes(folder)})
     return {check.name: check.detail for check in verify(folder).failed()}
 
 

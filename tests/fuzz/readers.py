@@ -17,6 +17,7 @@ from onnx import TensorProto, helper
 from safetensors.numpy import save
 
 from adaras_export import delivery, models, onnx_runner, peft_settings, receipts, storage, traces
+from adaras_export.disclosure import Disclosed
 from adaras_export.errors import AdarasError
 from adaras_export.exporters import checkpoint, gguf_files, gguf_reader, onnx_genai, steering_lora, stream
 from adaras_export.exporters import onnx as onnx_target
@@ -141,12 +142,11 @@ def _receipt_seeds() -> list[bytes]:
     common = {"drops": (), "rule": rule.fingerprint, "given_rule": rule.fingerprint, "base": BASE, "source": "/base"}
     parity = ParityReport((Check("files changed", 0, 0), Check("share", 0.5, None, "of 3")))
     more = {"base_tensors": {"a": digest}, "base_card": {"license": "mit"}, "parity": parity, "files": {"a.b": digest}}
+    more["tensors"] = (Disclosed("a", "m.safetensors", "F32", (2, 3), digest, "added"),)
     into = {"into": {"file": "m.gguf", "content": digest}}
     chosen = {"hf": {}, "peft": {"adaptive": True}, "gguf": into, "stock": {"switchable": True}, "onnx": {"page": True}}
-    made = [
-        receipts.Receipt(target=name, options=how, repository="x", **common, **more) for name, how in chosen.items()
-    ]
-    return [one.to_bytes() for one in made]
+    more |= {"repository": "x", "tensors": (Disclosed("a", "a.b", "F32", (4,), digest, "added"),)}
+    return [receipts.Receipt(target=name, options=how, **common, **more).to_bytes() for name, how in chosen.items()]
 
 
 def _read_receipt(folder: Path) -> None:
@@ -155,7 +155,7 @@ def _read_receipt(folder: Path) -> None:
     exporter = delivery._exporter_of(receipt)
     assert exporter.usage() + exporter.weights()
     receipt.write(folder)
-    assert receipts.read(folder) == receipt
+    assert receipts.read(folder).to_bytes() == receipt.to_bytes()
 
 
 def tensors() -> dict[str, Any]:
@@ -250,7 +250,16 @@ def _template_seeds() -> list[bytes]:
 
 
 def _evaluation_seeds() -> list[bytes]:
-    arm = {"name": "off", "accuracy": 0.5, "low": 0.1, "high": 0.9, "fixed": 0, "broken": 0, "p_value": 1.0}
+    arm = {
+        "name": "off",
+        "questions": 20,
+        "accuracy": 0.5,
+        "low": 0.1,
+        "high": 0.9,
+        "fixed": 0,
+        "broken": 0,
+        "p_value": 1.0,
+    }
     arms = [{**arm, "name": name} for name in ("gated", "everywhere", "off")]
     figure = {"value": 0.1, "low": 0.0, "high": 0.2}
     kl = dict.fromkeys(("kl_reference", "kl_reference_first", "kl_off", "kl_off_first"), figure)
@@ -258,7 +267,7 @@ def _evaluation_seeds() -> list[bytes]:
     held = {"reference": "gated", "tokens": 8, "mean_tokens": 7.5, "gaps": [gap, {**gap, "name": "everywhere"}]}
     rule = values()["rule"].fingerprint
     return [
-        json.dumps({"rule": rule, "questions": 20, "verdict": "no gain shown.", "arms": arms, **more}).encode()
+        json.dumps({"rule": rule, "questions": 20, "steered_share": 0.5, "seen": 0, "arms": arms, **more}).encode()
         for more in ({}, {"comparison": held})
     ]
 
