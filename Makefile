@@ -8,6 +8,7 @@ OLDER := .venv-4.57
 PEERS := .venv-peers
 RUNTIMES := .venv-runtimes
 ORT_GPU := .venv-ort-gpu
+FUZZ := .venv-fuzz
 SCAN := .venv-scan
 VLLM := .venv-vllm
 LLAMACPP := .venv-llamacpp
@@ -15,7 +16,7 @@ LLAMA_SERVER := $(LLAMACPP)/server/bin/llama-server
 NODE := tests/runtimes/node
 PIP := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo demo-smollm2 test test-matrix test-runtimes test-vllm test-llamacpp quick check bench clean
+.PHONY: demo demo-smollm2 test test-matrix test-runtimes test-vllm test-llamacpp quick check bench fuzz clean
 
 demo: $(INSTALLED)  ## the whole job on the embedded synthetic model, about a minute
 	rm -rf demo-out
@@ -69,8 +70,13 @@ bench: $(SMOLLM2)  ## ratios, side by side; see benchmarks/RESULTS.md
 	$(BIN)/python benchmarks/onnx.py
 	$(BIN)/python benchmarks/static.py
 
+fuzz: $(INSTALLED) $(FUZZ)/.installed  ## every reader of foreign files, guided by coverage: 32 minutes
+	mkdir -p build/fuzz
+	PYTHONPATH=. $(FUZZ)/bin/python tests/fuzz/atheris_readers.py build/fuzz/corpus -max_total_time=1900 -timeout=10 \
+		-rss_limit_mb=2048 -max_len=8192 -print_final_stats=1 -artifact_prefix=build/fuzz/
+
 clean:
-	rm -rf $(VENV) $(OLDER) $(PEERS) $(RUNTIMES) $(ORT_GPU) $(SCAN) $(VLLM) $(LLAMACPP) $(NODE)/node_modules .cache build dist \
+	rm -rf $(VENV) $(OLDER) $(PEERS) $(RUNTIMES) $(ORT_GPU) $(FUZZ) $(SCAN) $(VLLM) $(LLAMACPP) $(NODE)/node_modules .cache build dist \
 		demo-out demo-smollm2-out
 
 # torch comes from constraints.txt, which pins a CPU build; see there for other hardware.
@@ -113,6 +119,14 @@ $(SCAN)/.installed: constraints.txt
 	test -x $(SCAN)/bin/python || $(PYTHON) -m venv $(SCAN)
 	sed 's/^rich==.*/rich==14.3.4/' constraints.txt > $(SCAN)/pins.txt
 	$(SCAN)/bin/python $(PIP) --constraint $(SCAN)/pins.txt modelscan
+	touch $@
+
+# atheris beside all that .venv has.
+$(FUZZ)/.installed: $(INSTALLED)
+	test -x $(FUZZ)/bin/python || $(BIN)/python -m venv $(FUZZ)
+	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" \
+		> $$($(FUZZ)/bin/python -c "import site; print(site.getsitepackages()[0])")/shared.pth
+	$(FUZZ)/bin/python $(PIP) --no-deps --constraint constraints.txt atheris
 	touch $@
 
 # What it asks for of torchvision and its like fits another torch, and fails to import beside this one.
