@@ -73,7 +73,7 @@ bench: $(SMOLLM2)  ## ratios, side by side; see benchmarks/RESULTS.md
 fuzz: $(INSTALLED) $(FUZZ)/.installed  ## every reader of foreign files, guided by coverage: 32 minutes
 	mkdir -p build/fuzz
 	PYTHONPATH=. $(FUZZ)/bin/python tests/fuzz/atheris_readers.py build/fuzz/corpus -max_total_time=1900 -timeout=10 \
-		-rss_limit_mb=2048 -max_len=8192 -print_final_stats=1 -artifact_prefix=build/fuzz/
+		-rss_limit_mb=2048 -max_len=8192 -print_final_stats=1
 
 clean:
 	rm -rf $(VENV) $(OLDER) $(PEERS) $(RUNTIMES) $(ORT_GPU) $(FUZZ) $(SCAN) $(VLLM) $(LLAMACPP) $(NODE)/node_modules .cache build dist \
