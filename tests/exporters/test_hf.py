@@ -20,7 +20,6 @@ from tiny import PROMPTS, greedy, require_answers
 
 from adaras_export import models
 from adaras_export.errors import ArtifactError, ExportError
-from adaras_export.exporters import checkpoint
 from adaras_export.exporters.hf import EXPORTER, payload, steered_config, steering_tensors
 
 CAUSAL, LATER = ("causal", "last_prompt_token"), ("later", "first_generated_token")
@@ -127,7 +126,7 @@ def test_where_linking_is_impossible_weights_are_copied(reason, rules, folders, 
     def refuse(*_):
         raise OSError(reason, os.strerror(reason))
 
-    monkeypatch.setattr(checkpoint.os, "link", refuse)
+    monkeypatch.setattr(os, "link", refuse)
     EXPORTER.write(rules[("llama", *CAUSAL)], folders["llama"], tmp_path)
     source, target = folders["llama"] / "model.safetensors", tmp_path / "model-base.safetensors"
     assert target.read_bytes() == source.read_bytes()
