@@ -4,31 +4,18 @@ Written beside its destination, verified, given card and receipt, and only then 
 its name. Knows no format; the exporters do.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from adaras_export import disclosure, exporters, integrity, models, receipts, storage
-from adaras_export.card import CardContext, card, results
-from adaras_export.card_effect import Measured
-from adaras_export.card_header import inherited
+from adaras_export import description, exporters, integrity, models, receipts, storage
 from adaras_export.checks import Check, ParityReport
 from adaras_export.errors import ArtifactError, ExportError, ParityError, first_line
 from adaras_export.exporters.base import Commission, Exporter, Feature
-from adaras_export.exporters.checkpoint import differing_keys, holds
 from adaras_export.models import BaseModel
 from adaras_export.parity import compare, rehearse
-from adaras_export.receipts import (
-    CARD_FILE,
-    EVALUATION_FILE,
-    RECEIPT_FILE,
-    RESULTS_FILE,
-    RULE_FILE,
-    SIGNATURE_FILE,
-    Receipt,
-)
+from adaras_export.receipts import EVALUATION_FILE, RULE_FILE, SIGNATURE_FILE, Receipt
 from adaras_export.rule import SteeringRule
 from adaras_export.staging import revised, staged
 
@@ -86,7 +73,7 @@ def export(  # noqa: PLR0913 - one job with the options that the command line ha
     rule.base.require_same(found)
     origin = found.id if found.revision else str(folder.resolve())
     exporter = exporter.commissioned(Commission(origin, found.revision, copy=copy, options=options))
-    measured = None if evaluation is None else _evaluation(Path(evaluation), rule)
+    measured = None if evaluation is None else description.evaluation_of(Path(evaluation), rule)
     with staged(out, folder) as stage:
         written = exporter.write(rule, folder, stage)
         rule = written.rule
@@ -107,12 +94,12 @@ def export(  # noqa: PLR0913 - one job with the options that the command line ha
             base=found,
             source=origin,
             base_tensors=base_tensors,
-            base_card=_base_card(folder),
+            base_card=description.base_card(folder),
             parity=parity,
             files={},
             tensors=tuple(exporter.disclosed(stage, base_tensors)),
         )
-        files = _describe(stage, receipt, exporter, rule).files
+        files = description.describe(stage, receipt, exporter, rule).files
     return ExportReport(out, to, dict(files), dropped, parity)
 
 
@@ -137,31 +124,19 @@ def recard(
     folder = Path(path)
     receipts.read(folder)  # refuses what is no export, before a copy is made of it
     with revised(folder) as stage:
-        receipt = receipts.read(folder)
+        receipt = receipts.read_whole(folder)
         if (folder / SIGNATURE_FILE).exists():
             raise ExportError(
                 f"{folder}: is signed, and a new card would break that; remove {SIGNATURE_FILE}, sign again"
             )
-        if broken := [check for check in receipts.file_checks(folder, receipt) if not check.ok]:
-            found = "; ".join(f"{check.name}: {check.detail}" for check in broken)
-            raise ArtifactError(f"{folder}: {found}; export again")
         rule = SteeringRule.load(folder / RULE_FILE)
         named = tuple(receipt.datasets if datasets is None else datasets)
         if strange := [name for name in named if not models.is_hub_id(name)]:
             raise ExportError(f"datasets: {', '.join(map(repr, strange))} could be on no Hub; expected USER/NAME")
         if evaluation is not None:
-            storage.replace_file(stage / EVALUATION_FILE, _evaluation(Path(evaluation), rule))
+            storage.replace_file(stage / EVALUATION_FILE, description.evaluation_of(Path(evaluation), rule))
         renamed = replace(receipt, repository=repository or receipt.repository, datasets=named)
-        return _describe(stage, renamed, _exporter_of(receipt), rule)
-
-
-def readdressed(folder: Path, receipt: Receipt, repository: str) -> dict[str, bytes]:
-    """Card and receipt of an exported folder as they are under another name, by file; writes nothing."""
-    renamed = replace(receipt, repository=repository)
-    context = _context(folder, renamed, _exporter_of(receipt))
-    text = card(SteeringRule.load(folder / RULE_FILE), receipt.parity, context).encode()
-    complete = replace(renamed, files={**receipt.files, CARD_FILE: storage.sha256(text)})
-    return {CARD_FILE: text, RECEIPT_FILE: complete.to_bytes()}
+        return description.describe(stage, renamed, exporter_of(receipt), rule)
 
 
 def verify(
@@ -186,7 +161,7 @@ def verify(
     """
     folder = Path(path)
     recorded = receipts.read(folder)
-    exporter = _exporter_of(recorded)
+    exporter = exporter_of(recorded)
     checks = [*integrity.origin_checks(folder, receipt, key), *integrity.content_checks(folder, recorded)]
     if any(check.name in integrity.FATAL and not check.ok for check in checks):
         return ParityReport((*checks, Check("not looked into, because of that", 1, 0)))
@@ -194,108 +169,24 @@ def verify(
     found, revision = recorded.source if base is None else base, recorded.base.revision
     base_folder = models.fetch(found, revision)
     rule.base.require_same(BaseModel.of(found, revision))
-    checks += [
-        _base_check(recorded, base_folder),
-        _disclosure_check(exporter, folder, recorded),
-        *_card_checks(folder, recorded, exporter, rule, base_folder),
-    ]
+    checks += description.checks(folder, recorded, exporter, rule, base_folder)
     elsewhere = None if base is None else base_folder
     exporter = exporter.commissioned(Commission(recorded.source, revision, elsewhere, options=recorded.options))
     return ParityReport((*checks, *_verified(exporter, folder, rule, base_folder).checks))
 
 
-def _exporter_of(receipt: Receipt) -> Exporter:
-    """The exporter that wrote a folder, as it was commissioned."""
+def exporter_of(receipt: Receipt) -> Exporter:
+    """The exporter that wrote a folder, as it was commissioned.
+
+    Raises:
+        ExportError: there is no such target, or it has no such option.
+    """
     try:
         exporter = exporters.load(receipt.target)
         _refuse_options(exporter, receipt.options)
         return exporter.commissioned(Commission(receipt.source, receipt.base.revision, options=receipt.options))
     except ExportError as error:
         raise ExportError(f"{receipts.RECEIPT_FILE}: {error}; export again") from error
-
-
-def _describe(folder: Path, receipt: Receipt, exporter: Exporter, rule: SteeringRule) -> Receipt:
-    """Write the card, then the receipt, which has the hashes of all the rest."""
-    context = _context(folder, receipt, exporter)
-    storage.replace_file(folder / CARD_FILE, card(rule, receipt.parity, context).encode())
-    _put(folder / RESULTS_FILE, results(rule, context))
-    complete = replace(receipt, files=receipts.hashes(folder))
-    complete.write(folder)
-    return complete
-
-
-def _card_checks(folder: Path, receipt: Receipt, exporter: Exporter, rule: SteeringRule, base: Path) -> list[Check]:
-    """Whether the card is the one that its receipt gives, and says of rule and base what they say themselves."""
-    said = _base_card(base)
-    other = [] if not (base / "README.md").exists() else differing_keys(receipt.base_card, json.loads(json.dumps(said)))
-    dropped = sorted({*receipt.drops} ^ {*_dropped(rule, exporter)})
-    written = _other_than_written(folder, receipt, exporter, rule)
-    return [
-        Check("card other than its receipt's", len(written), 0, " ".join(written)),
-        Check("statements about the base that differ from its card", len(other), 0, " ".join(other)),
-        Check("features left out, or not, other than the receipt's", len(dropped), 0, " ".join(dropped)),
-    ]
-
-
-def _other_than_written(folder: Path, receipt: Receipt, exporter: Exporter, rule: SteeringRule) -> list[str]:
-    """Which of card and evaluation results are not what receipt, rule and evaluation give."""
-    try:
-        context = _context(folder, receipt, exporter)
-    except ArtifactError:  # an evaluation of another form
-        return [EVALUATION_FILE]
-    expected = {CARD_FILE: card(rule, receipt.parity, context), RESULTS_FILE: results(rule, context)}
-    return [name for name, text in expected.items() if not _has(folder / name, text)]
-
-
-def _has(path: Path, text: str | None) -> bool:
-    return not path.exists() if text is None else holds(path, text.encode())
-
-
-def _context(folder: Path, receipt: Receipt, exporter: Exporter) -> CardContext:
-    path = folder / EVALUATION_FILE
-    return CardContext(
-        repository=receipt.repository,
-        usage=exporter.usage(),
-        off=exporter.off(),
-        limits=exporter.limits(),
-        weights=exporter.weights(),
-        library=exporter.library,
-        relation=exporter.relation,
-        tags=exporter.tags(),
-        rounded=exporter.rounded,
-        drops=receipt.drops,
-        base=receipt.base,
-        base_card=receipt.base_card,
-        datasets=receipt.datasets,
-        tensors=receipt.tensors,
-        measured=Measured.from_record(storage.read_json(path), str(path)) if path.exists() else None,
-    )
-
-
-def _put(path: Path, text: str | None) -> None:
-    """Write a file that some artifacts have, or see to it that there is none."""
-    if text is None:
-        path.unlink(missing_ok=True)
-        return
-    path.parent.mkdir(exist_ok=True)
-    storage.replace_file(path, text.encode())
-
-
-def _disclosure_check(exporter: Exporter, folder: Path, receipt: Receipt) -> Check:
-    name = "tensors other than disclosed"
-    try:
-        found = exporter.disclosed(folder, receipt.base_tensors)
-    except ArtifactError as error:
-        return Check(name, 1, 0, str(error))
-    other = disclosure.differing(found, receipt.tensors)
-    return Check(name, len(other), 0, " ".join(other))
-
-
-def _base_check(receipt: Receipt, base: Path) -> Check:
-    found = models.tensor_hashes(base)
-    names = {*found, *receipt.base_tensors}
-    changed = sorted(name for name in names if found.get(name) != receipt.base_tensors.get(name))
-    return Check("tensors of the base that changed since", len(changed), 0, " ".join(changed))
 
 
 def _verified(exporter: Exporter, folder: Path, rule: SteeringRule, base: Path) -> ParityReport:
@@ -322,7 +213,7 @@ def _refuse_loss(rule: SteeringRule, exporter: Exporter, accepted: Sequence[str]
         raise ExportError(
             f"--accept-loss: no feature {', '.join(unknown)}; expected of: {', '.join(get_args(Feature))}"
         )
-    dropped = _dropped(rule, exporter)
+    dropped = description.dropped(rule, exporter)
     if refused := [feature for feature in dropped if feature not in accepted]:
         raise ExportError(
             f"{exporter.name}: cannot express {', '.join(refused)}; drop it with --accept-loss {','.join(refused)}, "
@@ -331,38 +222,7 @@ def _refuse_loss(rule: SteeringRule, exporter: Exporter, accepted: Sequence[str]
     return dropped
 
 
-def _dropped(rule: SteeringRule, exporter: Exporter) -> tuple[str, ...]:
-    """What a rule has and a format, as commissioned, cannot express."""
-    needed = {"start", "dial", *(["gate"] if rule.gate is not None else [])}
-    return tuple(sorted(exporter.drops & needed))
-
-
 def _refuse_options(exporter: Exporter, options: Mapping[str, Any]) -> None:
     if unknown := sorted(options.keys() - exporter.options):
         known = ", ".join(sorted(exporter.options)) or "none"
         raise ExportError(f"{exporter.name}: has no option {', '.join(unknown)}; expected of: {known}")
-
-
-def _evaluation(path: Path, rule: SteeringRule) -> bytes:
-    """A file of `adaras-export eval` about ``rule``, as it goes into the artifact."""
-    evaluation = storage.read_json(path)
-    if evaluation.get("rule") != rule.fingerprint:
-        raise ExportError(f"{path}: evaluates rule {evaluation.get('rule')}; expected {rule.fingerprint}")
-    Measured.from_record(evaluation, str(path))
-    return path.read_bytes()
-
-
-def _base_card(base: Path) -> dict[str, Any]:
-    """What the base's own model card says that ours repeats."""
-    readme = base / "README.md"
-    if not readme.exists():
-        return {}
-    from huggingface_hub import metadata_load
-    from yaml import YAMLError
-
-    try:
-        return inherited(metadata_load(readme) or {}, str(readme))
-    except (ValueError, YAMLError) as error:
-        raise ArtifactError(
-            f"{readme}: its header cannot be read ({first_line(error)}); expected YAML; mend it"
-        ) from error

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adaras_export import delivery, receipts, repositories
-from adaras_export.errors import ArtifactError, ExportError
+from adaras_export import delivery, description, receipts, repositories
+from adaras_export.errors import ExportError
 from adaras_export.receipts import RECEIPT_FILE, SIGNATURE_FILE, Receipt
 from adaras_export.repositories import MAIN, Content, Remote
 
@@ -131,11 +131,11 @@ def plan(
         HubError: the Hub refuses, or the repository is not private or public as ``private`` says.
     """
     path = Path(folder)
-    receipt = _checked(path)
+    receipt = receipts.read_whole(path)
     files: dict[str, Content] = dict(receipts.files_of(path))
     if receipt.repository != repository:
         _refuse_signed(path, receipt, repository)
-        files |= delivery.readdressed(path, receipt, repository)
+        files |= description.readdressed(path, receipt, delivery.exporter_of(receipt), repository)
     remote = repositories.look(repository, revision or MAIN, token)
     there = remote.files or {}
     same = {name for name in files.keys() & there.keys() if there[name].holds(files[name])}
@@ -195,16 +195,6 @@ def push(
     """
     planned = plan(folder, repository, private=private, revision=revision, message=message, token=token)
     return carry_out(planned, token)
-
-
-def _checked(folder: Path) -> Receipt:
-    """The receipt of a folder whose files are those that it describes."""
-    receipt = receipts.read(folder)
-    broken = [check for check in receipts.file_checks(folder, receipt) if not check.ok]
-    if broken:
-        found = "; ".join(f"{check.name}: {check.detail}" for check in broken)
-        raise ArtifactError(f"{folder}: {found}; expected the files of its receipt only; export again")
-    return receipt
 
 
 def _warnings(receipt: Receipt) -> tuple[str, ...]:

@@ -141,6 +141,19 @@ def read(folder: Path) -> Receipt:
     return receipt
 
 
+def read_whole(folder: Path) -> Receipt:
+    """The receipt of a folder whose files are those that it describes.
+
+    Raises:
+        ArtifactError: as `read` says, or files differ.
+    """
+    receipt = read(folder)
+    if broken := [check for check in file_checks(folder, receipt) if not check.ok]:
+        found = "; ".join(f"{check.name}: {check.detail}" for check in broken)
+        raise ArtifactError(f"{folder}: {found}; expected the files of its receipt only; export again")
+    return receipt
+
+
 def entries(folder: Path) -> dict[str, Path]:
     """All that an artifact's folder holds but plain folders, by path within it: files, links to folders, pipes, ...
 

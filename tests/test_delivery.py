@@ -694,7 +694,7 @@ def test_a_new_card_has_the_new_name_and_the_folder_still_verifies(delivered, fo
 
 def test_a_folder_that_is_not_as_its_receipt_says_gets_no_new_card(folder):
     (folder / "config.json").write_text("{}")
-    with pytest.raises(ArtifactError, match=r"files changed: config.json; export again"):
+    with pytest.raises(ArtifactError, match=r"files changed: config.json; expected the files of its receipt only"):
         recard(folder, repository="someone/steered")
 
 

@@ -250,7 +250,7 @@ def test_an_encrypted_key_signs_with_its_password_only(exported, keys, tmp_path)
 def test_a_folder_that_is_not_as_its_receipt_says_is_not_signed(exported, keys, tmp_path):
     folder = artifacts.copy(exported["hf"], tmp_path / "copy")
     (folder / "config.json").write_text("{}")
-    with pytest.raises(ArtifactError, match=r"files changed: config.json; not signed"):
+    with pytest.raises(ArtifactError, match=r"files changed: config.json; expected the files of its receipt only"):
         signing.sign(folder, keys / "p256.pem")
     with pytest.raises(ArtifactError, match=r"receipt.json: .*expected a JSON object"):
         signing.sign(keys, keys / "p256.pem")

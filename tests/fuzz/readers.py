@@ -16,7 +16,7 @@ from gguf import GGUFValueType
 from onnx import TensorProto, helper
 from safetensors.numpy import save
 
-from adaras_export import delivery, models, onnx_runner, peft_settings, receipts, storage, traces
+from adaras_export import delivery, description, models, onnx_runner, peft_settings, receipts, storage, traces
 from adaras_export.disclosure import Disclosed
 from adaras_export.errors import AdarasError
 from adaras_export.exporters import checkpoint, gguf_files, gguf_reader, onnx_genai, steering_lora, stream
@@ -152,7 +152,7 @@ def _receipt_seeds() -> list[bytes]:
 def _read_receipt(folder: Path) -> None:
     receipt = receipts.read(folder)
     assert isinstance(receipts.file_checks(folder, receipt), list)
-    exporter = delivery._exporter_of(receipt)
+    exporter = delivery.exporter_of(receipt)
     assert exporter.usage() + exporter.weights()
     receipt.write(folder)
     assert receipts.read(folder).to_bytes() == receipt.to_bytes()
@@ -273,7 +273,7 @@ def _evaluation_seeds() -> list[bytes]:
 
 
 def _read_evaluation(folder: Path) -> None:
-    assert delivery._evaluation(folder / "evaluation.json", values()["rule"])
+    assert description.evaluation_of(folder / "evaluation.json", values()["rule"])
 
 
 ADAPTIVE = {

@@ -43,7 +43,8 @@ def local(folder):
 
 def expected(folder):
     """The files of an artifact under its new name."""
-    return local(folder) | delivery.readdressed(folder, receipts.read(folder), NAME)
+    receipt = receipts.read(folder)
+    return local(folder) | description.readdressed(folder, receipt, delivery.exporter_of(receipt), NAME)
 
 
 def remote(hub, revision="main"):
