@@ -11,7 +11,7 @@ import pytest
 from hub.server import Fault
 from huggingface_hub import constants, snapshot_download
 
-from adaras_export import cli, delivery, receipts
+from adaras_export import cli, delivery, description, receipts
 from adaras_export import hub as pushing
 from adaras_export.errors import ArtifactError, ExportError, HubError
 from adaras_export.storage import sha256
