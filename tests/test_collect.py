@@ -141,6 +141,7 @@ collect(
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_bytes_of_the_uninterrupted_one(run, folder, tmp_path):
     killed = tmp_path / "killed.jsonl"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}

@@ -155,6 +155,7 @@ def told(model, tokenizer, rule):
     return {arm: [sum(column) / len(column) for column in zip(*rows, strict=True)] for arm, rows in figures.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", STARTS)
 def test_divergences_are_the_oracles_and_those_of_a_rule_with_one_delta_negated_are_not(
     start, rule, run, stock, tokenizer

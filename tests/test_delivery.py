@@ -464,6 +464,7 @@ def guarded(request, folders, tmp_path):
     base.chmod(0o755)  # pytest removes it
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [("hf", False), ("hf", True), ("hf-thin", False)], ids=["linked", "copied", "thin"])
 def test_nothing_that_is_done_with_an_export_changes_the_base(how, guarded, rules, tmp_path):
     (name, base), (to, copy), out = guarded, how, tmp_path / "out"
@@ -496,6 +497,7 @@ def test_saving_an_opened_export_into_its_own_folder_leaves_the_base_alone(rules
     assert {path.name: path.read_bytes() for path in base.iterdir()} == content
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", [KEY, SHARDED])
 def test_copy_gives_the_same_files_without_links(key, rules, folders, tmp_path):
     for name, copy in (("linked", False), ("copied", True)):

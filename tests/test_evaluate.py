@@ -73,6 +73,7 @@ def verdicts_of(model, tokenizer, rule):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", STARTS)
 def test_every_arm_is_what_really_generating_under_its_rule_gives(start, rule, run, stock, tokenizer):
     one = rule(start=start)
@@ -111,6 +112,7 @@ def test_strength_0_changes_no_verdict(rule, run):
     assert all((arm.fixed, arm.broken, arm.p_value) == (0, 0, 1) for arm in found.arms)
 
 
+@pytest.mark.slow
 def test_the_batch_size_changes_no_verdict(rule, run, exam):
     """Symptom that this would show: arms that differ by rounding. The tiny model's logits lie far apart."""
     one, other = run(rule()), run(rule(), replace(exam, max_rows=1, token_budget=1))

@@ -179,6 +179,7 @@ def test_the_auc_is_that_of_scikit_learn(drawn):
     assert 0 <= low <= auc <= high <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [1e-6, 0.25], ids=["distinct", "ties"])
 def test_the_auc_interval_is_that_of_a_bootstrap(step):
     """DeLong's and the bootstrap's standard errors agree to 1/sqrt(2 * 1000) = 2 % beside what 200 prompts leave."""

@@ -310,6 +310,7 @@ def test_neither_settings_nor_code_of_the_bases_repository_are_used(thin, base, 
 # From the Hub
 
 
+@pytest.mark.slow
 def test_a_repository_of_the_hub_pulls_its_base_by_id_and_revision(rules, folders, told, tmp_path):
     """Both lie in a cache, as after a download; the base's main branch is another model by now."""
     thin = tmp_path / "thin"

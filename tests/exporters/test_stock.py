@@ -351,10 +351,13 @@ def test_a_transformers_without_the_form_is_refused(rules, folders, tmp_path, mo
         EXPORTER.write(rules[("qwen3", *CAUSAL)], folders["qwen3"], tmp_path)
 
 
+LONGROPE = {"rope_type": "longrope", "factor": 2.0, "short_factor": [1.0] * 4, "long_factor": [1.0] * 4}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "rotary embeddings of type longrope"),
+        ({"rope_scaling": LONGROPE}, "rotary embeddings of type longrope"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "or one for each kind of layer"),
         ({"quantization_config": {"quant_method": "gptq"}}, "is quantised; expected plain weights"),
         ({"mlp_bias": True}, r"no tensor model.layers.2.mlp.down_proj.bias; expected the biases that its config names"),
