@@ -15,6 +15,8 @@ LLAMACPP := .venv-llamacpp
 LLAMA_SERVER := $(LLAMACPP)/server/bin/llama-server
 NODE := tests/runtimes/node
 PIP := -m pip install --quiet --disable-pip-version-check
+# Each test has one thread; a file stays with one process, which makes its models once.
+PARALLEL := -n 2 --dist loadfile
 
 .PHONY: demo demo-smollm2 test test-matrix test-runtimes test-vllm test-llamacpp quick check bench fuzz clean
 
@@ -28,14 +30,15 @@ demo-smollm2: $(SMOLLM2)  ## the same on SmolLM2-135M-Instruct, from a PyPI whee
 
 test: $(SMOLLM2) $(SCAN)/.installed  ## every test, the notebook included
 	mkdir -p build
-	$(BIN)/python -m pytest --ignore tests/runtimes --ignore tests/servers --cov --cov-report=term:skip-covered --modes=build/modes-5.json
+	$(BIN)/python -m pytest $(PARALLEL) --ignore tests/runtimes --ignore tests/servers --cov --cov-report=term:skip-covered \
+		--modes=build/modes-5.json
 	$(BIN)/python -m pytest --nbmake --nbmake-timeout=600 notebooks
 
 # The exports under the older Transformers, and beside the quantisers and lm-eval, which slow every other process down.
 test-matrix: $(INSTALLED) $(OLDER)/.installed $(PEERS)/.installed
 	mkdir -p build
-	test -f build/modes-5.json || $(BIN)/python -m pytest tests/exporters --modes=build/modes-5.json
-	$(OLDER)/bin/python -m pytest tests/exporters tests/test_models.py tests/test_runtime.py tests/test_steering.py \
+	test -f build/modes-5.json || $(BIN)/python -m pytest $(PARALLEL) tests/exporters --modes=build/modes-5.json
+	$(OLDER)/bin/python -m pytest $(PARALLEL) tests/exporters tests/test_models.py tests/test_runtime.py tests/test_steering.py \
 		-m "not (onnx and slow)" --modes=build/modes-4.json
 	$(PEERS)/bin/python -m pytest tests/exporters/test_loading.py tests/exporters/test_lm_eval.py
 	$(BIN)/python tests/modes.py $(if $(UPDATE),,--check) build/modes-4.json build/modes-5.json

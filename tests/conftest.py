@@ -65,7 +65,7 @@ def pytest_runtest_logreport(report):
 
 
 def pytest_sessionfinish(session):
-    if session.config.option.modes is not None:
+    if session.config.option.modes is not None and not hasattr(session.config, "workerinput"):  # pytest-xdist's
         found = {"transformers": transformers.__version__, "modes": _MODES}
         session.config.option.modes.write_text(json.dumps(found, indent=1) + "\n")
 

@@ -43,13 +43,13 @@ def rendered(runs: list[dict]) -> str:
     """The page."""
     runs = sorted(runs, key=lambda run: [int(part) for part in run["transformers"].split(".")])
     versions = [run["transformers"] for run in runs]
-    modes = [mode for mode in runs[-1]["modes"] if mode != CLEAN]
+    modes = sorted(mode for mode in runs[-1]["modes"] if mode != CLEAN)  # tests run in parallel, in any order
     families = sorted({family for mode in modes for family in runs[-1]["modes"][mode]})
     columns = [(family, run) for family in families for run in runs]
     table = [["mode", *(f"{family}, {run['transformers']}" for family, run in columns)]]
     table += [[mode, *(run["modes"].get(mode, {}).get(family, "not run") for family, run in columns)] for mode in modes]
-    every = [["family", *versions]]
-    every += [[name, *(run["modes"][CLEAN].get(name, "not run") for run in runs)] for name in runs[-1]["modes"][CLEAN]]
+    names, every = sorted(runs[-1]["modes"][CLEAN]), [["family", *versions]]
+    every += [[name, *(run["modes"][CLEAN].get(name, "not run") for run in runs)] for name in names]
     return (
         f"{HEAD}Transformers {' and '.join(versions)}.\n\n{_table(table)}\n"
         "Every family, in a process where importing the library fails (greedy batch, no KV cache, one prompt,\n"
