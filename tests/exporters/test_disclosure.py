@@ -23,7 +23,7 @@ CASES = {
     "stock": ("llama", "causal", "stock", {}),
     "stock-biased": ("gpt2", None, "stock", {}),
     "stock-tied": ("qwen2", None, "stock", {}),
-    "stock-switchable": ("qwen3", None, "stock", {"switchable": True}),
+    "stock-switchable": ("qwen2", None, "stock", {"switchable": True}),
 }
 slow_ones = [pytest.param(name, marks=[] if name in ("hf", "stock") else [pytest.mark.slow]) for name in CASES]
 each_case = pytest.mark.parametrize("name", slow_ones)
