@@ -12,7 +12,7 @@ import pytest
 from hub.conftest import TOKENS
 from hub.server import Fault, Hub
 
-from adaras_export import delivery, receipts
+from adaras_export import delivery, description, receipts
 from adaras_export import hub as pushing
 from adaras_export.errors import HubError
 
@@ -68,7 +68,8 @@ def test_a_push_killed_in_the_middle_of_a_file_leaves_no_commit_and_is_repeated(
 
 def contents(folder):
     """The files of an artifact under its new name."""
-    named = delivery.readdressed(folder, receipts.read(folder), NAME)
+    receipt = receipts.read(folder)
+    named = description.readdressed(folder, receipt, delivery.exporter_of(receipt), NAME)
     return {name: path.read_bytes() for name, path in receipts.files_of(folder).items()} | named
 
 
