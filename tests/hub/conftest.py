@@ -32,6 +32,8 @@ def at(hub, home):
         for name, value in settings.items():
             patch.setattr(constants, name, value)
         patch.setenv("HF_TOKEN", "hf_writer")
+        # Transformers 5 keeps one client, with the address of the Hub that it was first asked to speak with.
+        patch.setattr("transformers.utils.hub._hf_api", None, raising=False)
         yield
 
 
