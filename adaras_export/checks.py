@@ -1,5 +1,6 @@
 """A figure held against its limit, and a list of them. Knows nothing of what is checked, and imports nothing heavy."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,11 @@ class Check:
     figure: float
     limit: float | None
     detail: str = ""
+
+    @classmethod
+    def empty(cls, name: str, found: Sequence[str]) -> "Check":
+        """Passes where nothing was found; else it counts and names what was."""
+        return cls(name, len(found), 0, " ".join(found))
 
     @property
     def ok(self) -> bool:

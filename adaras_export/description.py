@@ -48,9 +48,9 @@ def checks(folder: Path, receipt: Receipt, exporter: Exporter, rule: SteeringRul
     return [
         _base_check(receipt, base),
         _disclosure_check(exporter, folder, receipt),
-        Check("card other than its receipt's", len(written), 0, " ".join(written)),
-        Check("statements about the base that differ from its card", len(other), 0, " ".join(other)),
-        Check("features left out, or not, other than the receipt's", len(left_out), 0, " ".join(left_out)),
+        Check.empty("card other than its receipt's", written),
+        Check.empty("statements about the base that differ from its card", other),
+        Check.empty("features left out, or not, other than the receipt's", left_out),
     ]
 
 
@@ -145,11 +145,11 @@ def _disclosure_check(exporter: Exporter, folder: Path, receipt: Receipt) -> Che
     except ArtifactError as error:
         return Check(name, 1, 0, str(error))
     other = disclosure.differing(found, receipt.tensors)
-    return Check(name, len(other), 0, " ".join(other))
+    return Check.empty(name, other)
 
 
 def _base_check(receipt: Receipt, base: Path) -> Check:
     found = models.tensor_hashes(base)
     names = {*found, *receipt.base_tensors}
     changed = sorted(name for name in names if found.get(name) != receipt.base_tensors.get(name))
-    return Check("tensors of the base that changed since", len(changed), 0, " ".join(changed))
+    return Check.empty("tensors of the base that changed since", changed)

@@ -193,7 +193,7 @@ def file_checks(folder: Path, receipt: Receipt) -> list[Check]:
         "files unknown": found.keys() - expected.keys(),
         UNREADABLE: [name for name, content in found.items() if content is None],
     }
-    return [Check(kind, len(names), 0, " ".join(map(shown, sorted(names)))) for kind, names in kinds.items()]
+    return [Check.empty(kind, [*map(shown, sorted(names))]) for kind, names in kinds.items()]
 
 
 UNREADABLE = "entries that are no readable files"

@@ -146,8 +146,8 @@ def changed_companions(folder: Path, base: Path) -> list[str]:
 def unknown_files(folder: Path, base: Path | None, own: Iterable[str]) -> Check:
     """What an artifact holds besides ``own``, the base's small files and the receipt's: a chat template, say."""
     known = {*own, *DESCRIBING, *(() if base is None else companions(base))}
-    strange = sorted(entries(folder).keys() - known)
-    return Check("files that neither the library nor the base has", len(strange), 0, " ".join(map(shown, strange)))
+    strange = [shown(name) for name in sorted(entries(folder).keys() - known)]
+    return Check.empty("files that neither the library nor the base has", strange)
 
 
 # Texts on which tokenizers that were set up differently disagree: digits, spaces, case, accents, other scripts.

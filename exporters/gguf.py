@@ -102,7 +102,7 @@ class GgufExporter:
         """As `Exporter` says."""
         path = folder / (VECTOR_FILE if self.into is None else gguf_model.FILE)
         strange = sorted(files_of(folder).keys() - DESCRIBING - {path.name})
-        files = Check("files that are not the library's", len(strange), 0, " ".join(strange))
+        files = Check.empty("files that are not the library's", strange)
         if self.into is None:
             return [files, *_vector_checks(path, rule, base)]
         return [files, *gguf_model.checks(path, rule, base, self._carrier_content)]
@@ -213,8 +213,8 @@ def _vector_checks(path: Path, rule: SteeringRule, base: Path) -> list[Check]:
     other += gguf_files.strange(file, expected)
     wrong = gguf_files.differing(gguf_files.vectors(file), expected)
     return [
-        Check("metadata entries or tensors that differ", len(other), 0, " ".join(other)),
-        Check("directions that differ", len(wrong), 0, " ".join(wrong)),
+        Check.empty("metadata entries or tensors that differ", other),
+        Check.empty("directions that differ", wrong),
     ]
 
 

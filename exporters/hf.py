@@ -144,11 +144,11 @@ def repository_checks(folder: Path, base: Path, config: dict[str, Any], code: di
     found = storage.read_json(folder / "config.json")
     settings = differing_keys(found, config)
     trust = [
-        Check("code files that are not the library's", len(strange), 0, " ".join(strange)),
-        Check("config entries that differ", len(settings), 0, " ".join(settings)),
+        Check.empty("code files that are not the library's", strange),
+        Check.empty("config entries that differ", settings),
     ]
     changed = changed_companions(folder, base)
-    carried = Check("files of the base that differ", len(changed), 0, " ".join(changed))
+    carried = Check.empty("files of the base that differ", changed)
     # Opening a tokenizer may run code, and a damaged one may not open.
     trusted = all(check.ok for check in (*trust, carried))
     tokens = _tokenizer_checks(folder, base, trust_remote_code=bool(code)) if trusted else []
@@ -224,7 +224,7 @@ class _SteeredRepo:
         self.loading_report = loading_report
 
     def findings(self) -> Sequence[Check]:
-        return [Check("keys in the loading report", len(self.loading_report), 0, " ".join(self.loading_report))]
+        return [Check.empty("keys in the loading report", self.loading_report)]
 
     def play(self, rows: Sequence[Sequence[int]], mode: Mode, follow_BS: torch.Tensor | None) -> Play:
         steering = self.model.steering
@@ -287,8 +287,8 @@ def _tensor_checks(folder: Path, rule: SteeringRule, base: Path) -> list[Check]:
     names = {linked_name(path): path for path in base_located.values()}
     weights = sorted(name for name, path in names.items() if not same_content(folder / name, path))
     return [
-        Check("steering tensors that differ", len(wrong), 0, " ".join(wrong)),
-        Check("tensors missing or unknown", len(strange), 0, " ".join(strange)),
-        Check("base weight files that differ", len(weights), 0, " ".join(weights)),
+        Check.empty("steering tensors that differ", wrong),
+        Check.empty("tensors missing or unknown", strange),
+        Check.empty("base weight files that differ", weights),
         index_check(folder, _weight_map(base, expected)),
     ]

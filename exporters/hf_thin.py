@@ -77,8 +77,8 @@ class ThinExporter:
         strange = strange_names(path, expected)
         return [
             *checks,
-            Check("steering tensors that differ", len(wrong), 0, " ".join(wrong)),
-            Check("tensors missing or unknown", len(strange), 0, " ".join(strange)),
+            Check.empty("steering tensors that differ", wrong),
+            Check.empty("tensors missing or unknown", strange),
             unknown_files(folder, base, {*payload(rule.base.family), *hf.REPOSITORY_FILES, STEERING_FILE}),
         ]
 

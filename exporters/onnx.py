@@ -155,11 +155,11 @@ class OnnxExporter:
         page = onnx_page.differing(folder / GRAPH, folder) if self.page else []
         own = {GRAPH, f"onnx/{DATA_FILE}", "config.json", _GENAI_CONFIG, *(onnx_page.FILES if self.page else ())}
         return [
-            Check("operators or files that are not the library's", len(strange), 0, " ".join(strange)),
-            Check("config entries that differ", len(settings), 0, " ".join(settings)),
-            Check("files of the base that differ", len(changed), 0, " ".join(changed)),
-            Check("steering tensors that differ", len(wrong), 0, " ".join(wrong)),
-            *([Check("files of the page that differ", len(page), 0, " ".join(page))] if self.page else []),
+            Check.empty("operators or files that are not the library's", strange),
+            Check.empty("config entries that differ", settings),
+            Check.empty("files of the base that differ", changed),
+            Check.empty("steering tensors that differ", wrong),
+            *([Check.empty("files of the page that differ", page)] if self.page else []),
             unknown_files(folder, base, own),
         ]
 

@@ -76,9 +76,9 @@ class PeftExporter:
         strange = strange_names(path, tensors)
         return [
             _code_check(folder),
-            Check("adapter_config.json entries that differ", len(settings), 0, " ".join(settings)),
-            Check("adapter tensors that differ", len(wrong), 0, " ".join(wrong)),
-            Check("tensors missing or unknown", len(strange), 0, " ".join(strange)),
+            Check.empty("adapter_config.json entries that differ", settings),
+            Check.empty("adapter tensors that differ", wrong),
+            Check.empty("tensors missing or unknown", strange),
             unknown_files(folder, None, {ADAPTER_FILE, CONFIG_FILE}),
         ]
 
@@ -173,7 +173,7 @@ def base_entries(commission: Commission | None, base: Path) -> dict[str, Any]:
 def _code_check(folder: Path) -> Check:
     """Whether there is nothing in a folder that could run."""
     found = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix in _CODE)
-    return Check("code files that are not the library's", len(found), 0, " ".join(found))
+    return Check.empty("code files that are not the library's", found)
 
 
 def open_adapted(folder: Path, commission: Commission | None) -> Any:  # noqa: ANN401 - PEFT's class
@@ -206,7 +206,7 @@ class Adapted:
         taken = {name.replace(".default", ""): value.numpy() for name, value in marked.items()}
         lost = stored_names(self.path) ^ taken.keys()
         lost |= {name for name, value in taken.items() if not stores(self.path, name, value)}
-        return [Check("adapter tensors that PEFT did not take", len(lost), 0, " ".join(sorted(lost)))]
+        return [Check.empty("adapter tensors that PEFT did not take", sorted(lost))]
 
     def play(self, rows: Sequence[Sequence[int]], mode: Mode, follow_BS: torch.Tensor | None) -> Play:
         """As `Player` says."""

@@ -76,8 +76,8 @@ def checks(rule: SteeringRule, base: Path, folder: Path) -> list[Check]:
     wrong = [name for name, value in expected.items() if not stores(path, name, value)]
     strange = strange_names(path, expected)
     return [
-        Check("adapter tensors that differ", len(wrong), 0, " ".join(wrong)),
-        Check("adapter tensors missing or unknown", len(strange), 0, " ".join(strange)),
+        Check.empty("adapter tensors that differ", wrong),
+        Check.empty("adapter tensors missing or unknown", strange),
     ]
 
 
@@ -98,8 +98,8 @@ class SwitchableCheckpoint:
     def findings(self) -> Sequence[Check]:
         """As `Artifact` says."""
         return [
-            Check("keys in the loading report", len(self.loading_report), 0, " ".join(self.loading_report)),
-            Check("adapter keys that were not loaded", len(self.lost), 0, " ".join(self.lost)),
+            Check.empty("keys in the loading report", self.loading_report),
+            Check.empty("adapter keys that were not loaded", self.lost),
         ]
 
     def play(self, rows: Sequence[Sequence[int]], mode: Mode, follow_BS: torch.Tensor | None) -> Play:

@@ -121,7 +121,7 @@ class _Checkpoint:
         self.loading_report = loading_report
 
     def findings(self) -> Sequence[Check]:
-        return [Check("keys in the loading report", len(self.loading_report), 0, " ".join(self.loading_report))]
+        return [Check.empty("keys in the loading report", self.loading_report)]
 
     def play(self, rows: Sequence[Sequence[int]], mode: Mode, follow_BS: torch.Tensor | None) -> Play:  # noqa: ARG002
         return play_model(self.model, rows, follow_BS)

@@ -109,9 +109,9 @@ class Plan:
         strange += strange_names(folder / STEERING_FILE, self.biases)
         differing = sorted(name for path, name in self.names.items() if not self._carried(path, folder / name))
         return [
-            Check("biases that differ", len(wrong), 0, " ".join(wrong)),
-            Check("tensors missing or unknown", len(strange), 0, " ".join(strange)),
-            Check("weight files that are not as they should be", len(differing), 0, " ".join(differing)),
+            Check.empty("biases that differ", wrong),
+            Check.empty("tensors missing or unknown", strange),
+            Check.empty("weight files that are not as they should be", differing),
             index_check(folder, self.weight_map()),
         ]
 
