@@ -4,12 +4,12 @@ import os
 import platform
 import shutil
 from collections.abc import Callable
-from typing import Any
 from urllib.parse import urlsplit
 
 from adaras_export import trials
 from adaras_export.environment import Finding, has_onnxruntime, packages
 from adaras_export.errors import first_line
+from adaras_export.repositories import http_error
 
 _HUB = "hub access"
 _SECONDS = 5  # for the Hub to answer
@@ -47,16 +47,13 @@ def hub_access() -> Finding:
 
 def _asked(endpoint: str, token: str | None) -> tuple[int | str, str | None]:
     """The status of the Hub's answer to who is asking, or what came instead of one, and the user's name."""
-    from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.utils import build_hf_headers, get_session  # type: ignore[attr-defined]
 
-    # Of httpx, the base of this error is that of all; those of requests, with which older versions work, are OSErrors.
-    no_answer: Any = (HfHubHTTPError.__mro__[1], OSError, ValueError)
     try:
         headers = build_hf_headers(token=token or False)
         answer = get_session().get(f"{endpoint}/api/whoami-v2", headers=headers, timeout=_SECONDS)
         told = answer.json() if answer.status_code == 200 else None
-    except no_answer as error:
+    except (http_error(), OSError, ValueError) as error:
         return type(error).__name__, None  # its message may quote the token
     name = told.get("name") if isinstance(told, dict) else None
     return answer.status_code, name if isinstance(name, str) else None

@@ -133,6 +133,17 @@ def tensors(path: Path, framework: str = "numpy") -> Iterator[Any]:
         UnreadableError: it is none, or a tensor is of a type that the framework lacks.
     """
     header(path)
+    with opened(path, framework) as file:
+        yield file
+
+
+@contextmanager
+def opened(path: Path, framework: str = "numpy") -> Iterator[Any]:
+    """A safetensors file that `header` has looked at already, opened by the library.
+
+    Raises:
+        UnreadableError: as of `tensors`.
+    """
     try:
         with safe_open(path, framework=framework) as file:
             yield file

@@ -290,7 +290,8 @@ def tensor_fingerprint(folder: Path, only: set[str] | None = None) -> str:
     for name in sorted(located if only is None else only & located.keys()):
         path, entry = located[name], entries[name]
         digest.update(json.dumps([name, entry["dtype"], entry["shape"]]).encode())
-        first, last = (data_start(path) + offset for offset in entry["data_offsets"])
+        start = data_start(path)
+        first, last = (start + offset for offset in entry["data_offsets"])
         with path.open("rb") as file:
             for position in (first, (first + last - _SAMPLE_BYTES) // 2, last - _SAMPLE_BYTES):
                 file.seek(max(first, position))
@@ -328,8 +329,9 @@ def header(path: Path) -> dict[str, dict[str, Any]]:
         ArtifactError: it is no safetensors file.
     """
     try:
-        with foreign.tensors(path):  # refuses truncated files and overlapping tensors
-            entries, _ = foreign.header(path)
+        entries, _ = foreign.header(path)
+        with foreign.opened(path):  # refuses truncated files and overlapping tensors
+            pass
     except UnreadableError as error:
         raise ArtifactError(f"{path}: {error}; expected a safetensors file") from error
     entries.pop("__metadata__", None)

@@ -208,7 +208,7 @@ def translated(subject: str) -> Iterator[None]:
     # What it raises besides errors of HTTP: names that are none, files that are not there, an upload's failed thread.
     try:
         yield
-    except (_http_error(), EntryNotFoundError, OSError, ValueError, RuntimeError) as error:
+    except (http_error(), EntryNotFoundError, OSError, ValueError, RuntimeError) as error:
         raise HubError(f"{subject}: {_reason(error)}") from error
 
 
@@ -223,7 +223,7 @@ _REFUSALS = {
 }
 
 
-def _http_error() -> type[Exception]:
+def http_error() -> type[Exception]:
     """The base of all errors of huggingface_hub's HTTP client, whichever it is: requests, httpx or httpx2."""
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # what its own errors derive from
 
@@ -254,7 +254,7 @@ def _failure(error: BaseException) -> str:
 
     if answer := re.search(r"\((\d{3}) .*/xet-\w+-token/", str(error)):  # Xet's client speaks HTTP by itself
         return _meaning(int(answer[1]), first_line(error), "no Xet storage there ({}); set HF_HUB_DISABLE_XET=1")
-    if isinstance(error, _http_error() | OSError):
+    if isinstance(error, http_error() | OSError):
         return f"{constants.ENDPOINT} cannot be reached ({first_line(error)}); check the network, and HF_ENDPOINT"
     return " ".join(str(error).split())
 

@@ -56,7 +56,7 @@ def load_file(path: str | Path, kind: str, largest: int = LARGEST) -> tuple[dict
         entries, _ = foreign.header(path)
         record = _record(entries.pop("__metadata__", None), kind)
         _require_numpy_types(entries)
-        with foreign.tensors(path) as file:
+        with foreign.opened(path) as file:
             return {name: file.get_tensor(name) for name in entries}, record
     except UnreadableError as error:
         raise ArtifactError(f"{path}: {error}; expected a {kind} file of adaras_export") from error
