@@ -5,12 +5,14 @@ steering adds is known by its name, and functions by being there at all.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import onnx_ir as ir
 
 from adaras_export import storage
 from adaras_export.disclosure import Disclosed
 from adaras_export.errors import ArtifactError
+from adaras_export.storage import Array
 
 _MARK = "steering_"
 _TYPES = {"float32": "F32", "int64": "I64"}
@@ -33,15 +35,22 @@ def _initialisers(file: str, model: ir.Model) -> list[Disclosed]:
 
 
 def _initialiser(file: str, name: str, value: ir.Value) -> Disclosed:
-    try:
-        assert value.const_value is not None
-        array = value.const_value.numpy()
-    except (OSError, ValueError, AssertionError) as error:
-        raise ArtifactError(
-            f"{file}: {name} has no values that can be read ({error}); expected them in the graph"
-        ) from error
+    array = None if value.const_value is None else numbers(value.const_value)
+    if array is None:
+        raise ArtifactError(f"{file}: {name} has no values that can be read; expected them in the graph")
     dtype = _TYPES.get(str(array.dtype), str(array.dtype))
     return Disclosed(name, file, dtype, tuple(array.shape), storage.sha256(array.tobytes()), "added")
+
+
+def numbers(tensor: Any) -> Array | None:  # noqa: ANN401 - the protocol of onnx-ir
+    """The values of a tensor that the graph itself holds; none where they are in another file, or cannot be read."""
+    if isinstance(tensor, ir.ExternalTensor):  # not even looked at: it could be any file
+        return None
+    try:
+        values: Array = tensor.numpy()
+    except (ValueError, TypeError, AssertionError):  # fewer bytes than its shape says, or numbers of another type
+        return None
+    return values
 
 
 def _functions(file: str, model: ir.Model) -> list[Disclosed]:

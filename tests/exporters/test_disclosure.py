@@ -9,6 +9,7 @@ import tiny_gguf
 from safetensors.numpy import load_file, save_file
 
 from adaras_export import disclosure, exporters, models, storage
+from adaras_export.errors import ArtifactError
 from adaras_export.exporters.base import Commission
 
 START = "last_prompt_token"
@@ -134,6 +135,23 @@ def test_a_graph_discloses_what_was_put_into_it_and_its_functions(graph):
     }
     functions = {one.name for one in told if one.dtype == "function"}
     assert functions == {"adaras.AdaptiveSteer", "adaras.ReasoningGate", "adaras.SteeredTokens"}
+
+
+@pytest.mark.onnx
+def test_steering_tensors_in_another_file_are_refused_and_that_file_is_not_read(tmp_path):
+    import onnx
+    from onnx import TensorProto, helper
+
+    away = TensorProto(name="steering_vector", data_type=TensorProto.FLOAT, dims=[2])
+    away.data_location = TensorProto.EXTERNAL
+    away.external_data.add(key="location", value="secret")
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [2])
+    node = helper.make_node("Identity", ["steering_vector"], ["y"])
+    (tmp_path / "onnx").mkdir()
+    onnx.save(helper.make_model(helper.make_graph([node], "g", [], [y], [away])), tmp_path / "onnx" / "model.onnx")
+    (tmp_path / "onnx" / "secret").write_bytes(bytes(8))
+    with pytest.raises(ArtifactError, match="steering_vector has no values that can be read; expected them in the gr"):
+        exporters.load("onnx").disclosed(tmp_path, {})
 
 
 @pytest.mark.slow
