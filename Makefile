@@ -58,7 +58,7 @@ test-llamacpp: $(SMOLLM2) $(LLAMACPP)/.installed $(LLAMA_SERVER)
 	$(BIN)/python -m pytest tests/servers/test_llamacpp*.py --require-runtimes
 
 quick: $(INSTALLED)  ## the tests that need neither SmolLM2, ONNX nor patience
-	$(BIN)/python -m pytest --ignore tests/runtimes --ignore tests/servers -m "not slow and not onnx"
+	$(BIN)/python -m pytest $(PARALLEL) --ignore tests/runtimes --ignore tests/servers -m "not slow and not onnx"
 
 check: $(INSTALLED)  ## style, types, layers
 	$(BIN)/ruff format --check .
@@ -85,7 +85,7 @@ clean:
 # torch comes from constraints.txt, which pins a CPU build; see there for other hardware.
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python $(PIP) --constraint constraints.txt --editable '.[identify,eval,genai,gguf,notebook,onnx,peft,sign,dev]'
+	$(BIN)/python $(PIP) --constraint constraints.txt --editable '.[identify,eval,questions,endpoint,tune,distributed,genai,gguf,notebook,onnx,peft,sign,dev]'
 	touch $@
 
 # The wheel's own dependencies are a command-line tool that nothing here needs.

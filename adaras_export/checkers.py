@@ -7,12 +7,13 @@ since it would make every completion incorrect.
 
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from decimal import Decimal
 from fractions import Fraction
 from types import ModuleType
 
 from adaras_export.errors import TraceError, require
+from adaras_export.traces import Question
 
 Checker = Callable[[str, str], bool]
 """Of completion and answer: is the completion correct?"""
@@ -85,6 +86,20 @@ def checker(name: str) -> Checker:
     if name == "math_verify":
         _math_verify_library()  # tells of a missing library before anything is sampled
     return CHECKERS[name]
+
+
+def checker_for(questions: Sequence[Question], name: str | None = None) -> Checker:
+    """The checker of that name, else the one that the questions name, else `last_number`.
+
+    Raises:
+        TraceError: there is none of the name, or the questions name several.
+        MissingExtraError: its library is not installed.
+    """
+    named = sorted({question.check for question in questions if question.check is not None})
+    if name is None and len(named) > 1:
+        found = ", ".join(named)
+        raise TraceError(f"questions: name the checkers {found}; expected one for all; choose it with --check")
+    return checker(name or (named[0] if named else "last_number"))
 
 
 def _math_verify_library() -> ModuleType:

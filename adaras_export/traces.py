@@ -30,7 +30,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt and the answer that a checker compares with.
+    """A prompt, the answer that a checker compares with, and the checker's name, where the question names one.
 
     Raises:
         TraceError: an empty text, or a prompt that is neither text nor chat messages.
@@ -39,11 +39,14 @@ class Question:
     id: str
     prompt: Prompt
     answer: str
+    check: str | None = None
 
     def __post_init__(self) -> None:
         _require_text("question", "id", self.id)
         object.__setattr__(self, "prompt", _checked_prompt(f"question {self.id}", self.prompt))
         _require_text(f"question {self.id}", "answer", self.answer)
+        if self.check is not None:
+            _require_text(f"question {self.id}", "check", self.check)
 
 
 @dataclass(frozen=True)
@@ -153,7 +156,7 @@ def trace_line(trace: Trace) -> str:
 
 def question_line(question: Question) -> str:
     """One JSON object in a fixed key order, without the line end."""
-    return _line(question, ("id", "prompt", "answer"))
+    return _line(question, ("id", "prompt", "answer", *(() if question.check is None else ("check",))))
 
 
 def digest(prompt: Prompt) -> str:
@@ -312,7 +315,7 @@ def _question_of(row: dict[str, Any]) -> tuple[Question, bool]:
     if isinstance(answer, int | Decimal) and not isinstance(answer, bool):
         answer = str(answer)
     prompt = [{"role": "user", "content": row["question"]}] if is_reference else row["prompt"]
-    return Question(id=_identifier(row, "id"), prompt=prompt, answer=answer), is_reference
+    return Question(_identifier(row, "id"), prompt, answer, row.get("check")), is_reference
 
 
 def _require_keys(row: Mapping[str, Any], keys: Sequence[str]) -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from adaras_export.checkers import CHECKERS, checker, exact, last_number, math_verify
+from adaras_export.checkers import CHECKERS, checker, checker_for, exact, last_number, math_verify
 from adaras_export.errors import MissingExtraError, TraceError
-from adaras_export.traces import read_questions
+from adaras_export.traces import Question, read_questions
 
 DATA = Path(__file__).parents[2] / "shared/data"
 needs_data = pytest.mark.skipif(not DATA.exists(), reason="the reference's data is not here")
@@ -118,3 +118,18 @@ def test_a_missing_library_names_the_extra_before_anything_is_checked(monkeypatc
     monkeypatch.setattr(importlib, "import_module", missing)
     with pytest.raises(MissingExtraError, match=r"pip install 'adaras-export\[eval\]'"):
         checker("math_verify")
+
+
+def asked(*checks):
+    return [Question(str(number), "p", "1", check) for number, check in enumerate(checks)]
+
+
+def test_questions_name_their_checker():
+    assert checker_for(asked("exact", None)) is checker("exact")
+    assert checker_for(asked("exact"), "last_number") is checker("last_number")
+    assert checker_for(asked(None)) is checker("last_number")
+
+
+def test_questions_that_name_two_checkers_want_a_choice():
+    with pytest.raises(TraceError, match="name the checkers exact, last_number; expected one"):
+        checker_for(asked("last_number", "exact"))

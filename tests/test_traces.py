@@ -307,3 +307,10 @@ def test_labels_of_one_class_only_cannot_be_balanced():
         balanced(outcomes({"a": (2, 0), "b": (0, 3)}), seed=0)
     with pytest.raises(TraceError, match="per_class is 0; expected a positive number"):
         balanced(outcomes({"a": (2, 2)}), seed=0, per_class=0)
+
+
+def test_a_question_keeps_the_checker_that_it_names(tmp_path):
+    asked = [Question("1", "p", "a", "exact"), Question("2", "q", "b")]
+    write_questions(tmp_path / "questions.jsonl", asked)
+    assert read_questions(tmp_path / "questions.jsonl") == asked
+    assert "check" not in (tmp_path / "questions.jsonl").read_text().splitlines()[1]

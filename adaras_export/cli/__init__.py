@@ -1,0 +1,66 @@
+"""The command line: parse, call one function, print. Each stage reads files and writes one file.
+
+Exit status 2 for input that the user can mend, 1 for an artifact that failed its checks; a traceback is our bug.
+One module a stage; what a command needs of the library it imports when it runs.
+"""
+
+import logging
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import typer
+
+from adaras_export.cli import collect, delivery, evaluate, gate, identify, machine, tune
+from adaras_export.errors import AdarasError, ParityError, printable
+
+app = typer.Typer(
+    name="adaras-export",
+    help="Find reasoning-critical neurons, and ship models that steer them at test time, gate included.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+_COMMANDS: dict[str, Callable[..., None]] = {
+    "demo": machine.demo,
+    "collect": collect.collect,
+    "identify": identify.identify,
+    "gate": gate.gate,
+    "tune": tune.tune,
+    "eval": evaluate.evaluate,
+    "export": delivery.export,
+    "verify": delivery.verify,
+    "card": delivery.card,
+    "sign": delivery.sign,
+    "push": delivery.push,
+    "doctor": machine.doctor,
+}
+for _name, _command in _COMMANDS.items():
+    app.command(_name)(_command)
+
+
+def main() -> None:
+    """Run the command line; every error of the user's input is one line."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        # Not standalone, or Typer would frame errors in boxes.
+        status = app(sys.argv[1:] or ["--help"], prog_name="adaras-export", standalone_mode=False)
+    except ParityError as error:
+        _fail(type(error).__name__, str(error), 1)
+    except AdarasError as error:
+        _fail(type(error).__name__, str(error), 2)
+    except _USAGE_ERROR as error:
+        command = "" if error.ctx is None else f"; see {error.ctx.command_path} --help"
+        _fail("UsageError", error.format_message().rstrip(".") + command, 2)
+    except typer.Abort:
+        _fail("Aborted", "nothing more was written", 130)
+    sys.exit(status)
+
+
+# What Typer raises for a wrong command line: click's, or that of its own copy of click in later versions.
+_USAGE_ERROR: Any = typer.BadParameter.__base__
+
+
+def _fail(kind: str, message: str, status: int) -> None:
+    sys.stderr.write(f"{kind}: {printable(' '.join(message.split()))}\n")
+    sys.exit(status)

@@ -1,0 +1,42 @@
+"""What can be tried on this machine: the whole job on a model at hand, and every target on a toy."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from adaras_export.cli.options import Json, progress, quiet_libraries, show
+
+
+def demo(
+    model: Annotated[
+        str, typer.Option(help="planted (embedded, synthetic) or smollm2 (from its PyPI wheel).")
+    ] = "planted",
+    out: Annotated[Path, typer.Option("--out", "-o", help="New folder for all files.")] = Path("demo-out"),
+    as_json: Json = False,
+) -> None:
+    """The whole job on a model that is at hand: sample, identify, gate, tune, evaluate, export, verify."""
+    quiet_libraries()
+    import torch
+
+    from adaras_export.demo import pipeline
+
+    if model == "planted":  # its matrices are so small that a second thread only waits for the first
+        torch.set_num_threads(1)
+    with progress() as bar:
+        summary = pipeline.run(model, out, bar)
+    show(summary.as_record(), summary.text(), as_json)
+
+
+def doctor(as_json: Json = False) -> None:
+    """Say what works here: libraries, a GPU, the Hub, and every target, tried on a toy. Takes half a minute."""
+    from adaras_export.doctor import examine
+    from adaras_export.errors import BrokenInstallationError
+
+    with progress() as bar:
+        findings = examine(bar("trying targets"))
+    broken = [finding for finding in findings if finding.ok is False]
+    record = {"ok": not broken, "findings": [vars(finding) for finding in findings]}
+    show(record, "\n".join(finding.line() for finding in findings), as_json)
+    if broken:
+        raise BrokenInstallationError("; ".join(f"{finding.name}: {finding.text}" for finding in broken))

@@ -1,0 +1,143 @@
+"""Options that commands share, and how commands speak: the result on standard output, bars and warnings beside it."""
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from adaras_export.evaluate import Exam
+    from adaras_export.generation import Sampling
+
+
+def in_a_folder(path: Path | None) -> Path | None:
+    """Refuse a file that could not be written, before the work that it is for."""
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        found = "is a folder" if path.is_dir() else "its folder does not exist"
+        raise typer.BadParameter(f"{path}: {found}; expected a file in a folder that exists")
+    return path
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+Model = Annotated[str, typer.Option("--model", "-m", help="Folder or Hub id of the model to steer.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="File to write.", callback=in_a_folder)]
+Check = Annotated[
+    str | None,
+    typer.Option(help="Answer checker: last_number, exact or math_verify. [default: the one that the questions name]"),
+]
+NewTokens = Annotated[int, typer.Option(help="Tokens that a completion may have.")]
+Stop = Annotated[str | None, typer.Option(help="A completion ends before a token with this text (\\n: a line end).")]
+Start = Annotated[str, typer.Option(help="First steered token: last_prompt_token or first_generated_token.")]
+Precision = Annotated[
+    str, typer.Option("--dtype", help="Numbers that the model computes with: float32, bfloat16 or float16.")
+]
+Rows = Annotated[int, typer.Option("--batch-size", help="Rows of one batch.")]
+Seen = Annotated[bool, typer.Option("--allow-seen", help="Accept questions that an earlier stage was fitted on.")]
+
+
+def warn(text: str) -> None:
+    """One line on standard error."""
+    sys.stderr.write(f"warning: {text}\n")
+
+
+def show(record: dict[str, Any], text: str, as_json: bool) -> None:
+    """The result: one JSON object, or text for a person."""
+    print(json.dumps(_plain(record), sort_keys=True, allow_nan=False) if as_json else text)
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401 - JSON values, and what only looks like them
+    """The same with null for NaN and infinity, which are no JSON, and text for what JSON does not know."""
+    if isinstance(value, dict):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, str | int | float) else str(value)
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str], Callable[[int, int], None]]]:
+    """Bars on standard error: ``bar(name)`` gives a callback of (done, total)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)  # in a file or a pipe, bars are noise around the one line of an error
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+
+        def bar(name: str) -> Callable[[int, int], None]:
+            task = progress.add_task(name, total=None)
+            return lambda done, total: progress.update(task, completed=done, total=total)
+
+        yield bar
+
+
+def load_model(model: str, revision: str | None, dtype: str = "float32") -> tuple[Any, Any]:
+    """The stock model and its tokenizer, without the libraries' own bars."""
+    quiet_libraries()
+    from adaras_export.generation import load_model
+
+    require_choice("dtype", dtype, ("float32", "bfloat16", "float16"))
+    return load_model(model, revision, dtype)  # type: ignore[arg-type]  # checked above
+
+
+def quiet_libraries() -> None:
+    """Our own bars and messages are enough."""
+    from transformers.utils import logging as transformers_logging
+
+    if not sys.stderr.isatty():
+        from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
+
+        disable_progress_bars()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+
+
+def exam_of(questions: Path, check: str | None, sampling: "Sampling", rows: int) -> "Exam":
+    """The questions of a file, and how to answer and check them."""
+    from adaras_export.checkers import checker_for
+    from adaras_export.evaluate import Exam
+    from adaras_export.traces import read_questions
+
+    read = read_questions(questions)
+    return Exam(read, checker_for(read, check), sampling, rows)
+
+
+def unescaped(option: str | None) -> str | None:
+    """An option in which a line end is written as backslash n."""
+    return None if option is None else option.replace("\\n", "\n")
+
+
+def numbers_of(option: str, text: str) -> list[float]:
+    """Numbers with commas between them."""
+    try:
+        return [float(one) for one in text.split(",")]
+    except ValueError as error:
+        raise typer.BadParameter(f"--{option} {text}: expected numbers with commas between them") from error
+
+
+def counts_of(text: str) -> list[int]:
+    """Whole numbers of 1 and more, with commas between them."""
+    numbers = numbers_of("counts", text)
+    if not all(one.is_integer() and one >= 1 for one in numbers):
+        raise typer.BadParameter(f"--counts {text}: expected whole numbers, 1 or more")
+    return [int(one) for one in numbers]
+
+
+def require_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
+    """Refuse what is not among the choices."""
+    if value not in choices:
+        raise typer.BadParameter(f"--{option} {value}: expected one of: {', '.join(choices)}")
+
+
+def start_of(value: str) -> Any:  # noqa: ANN401 - a literal that mypy cannot see
+    """The start, checked."""
+    require_choice("start", value, ("last_prompt_token", "first_generated_token"))
+    return value
