@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from adaras_export.card_text import code, plain
+from adaras_export.conclusions import is_random, judge, lead_of
 from adaras_export.errors import ArtifactError
 from adaras_export.models import is_hub_id
 from adaras_export.verdicts import RULE_ARMS, Arm, Comparison, Estimate, Gap
@@ -73,7 +74,7 @@ class Measured:
     @property
     def lead(self) -> str:
         """The arm that the controls are steered like."""
-        return next(name for name in RULE_ARMS if self.arm(name) is not None)
+        return lead_of([arm.name for arm in self.arms])
 
 
 def computed_arm(*, static: bool, gated: bool) -> str:
@@ -123,38 +124,36 @@ _ROUNDED = (
 def _result(measured: Measured, arm: Arm) -> str:
     off = measured.arm("off")
     assert off is not None
+    found = judge(measured.arms, arm.name)
     return (
         f"{arm.accuracy:.1%} right (95 % interval {arm.low:.1%} to "
         f"{arm.high:.1%}), against {off.accuracy:.1%} ({off.low:.1%} to {off.high:.1%}) without steering: {arm.fixed} "
-        f"fixed, {arm.broken} broken, exact McNemar p = {arm.p_value:.2g}."
+        f"fixed, {arm.broken} broken, exact McNemar p = {found.p_value:.2g}{found.corrected}."
     )
 
 
 def _judged(measured: Measured, arm: Arm) -> str:
-    """A gain needs a significant paired test, controls steered the same way, and more than each of them reached."""
+    """A gain is claimed where the conclusion is one: see `conclusions.Judgement`."""
     if measured.seen:
         return f"**No test:** the rule was made with {measured.seen} of these questions."
-    if arm.p_value >= 0.05:
-        return f"No effect on accuracy is shown, which is no proof that there is none. {_controls(measured, arm)}"
-    if arm.broken >= arm.fixed:
-        return f"**Steering harms here.** {_controls(measured, arm)}"
-    reached = _best_control(measured)
-    if measured.lead != arm.name or reached is None:
-        return f"More are right, which is no claim for these neurons. {_controls(measured, arm)}"
-    if reached >= arm.accuracy:
-        return f"More are right, **but a control does as well**: no claim for these neurons. {_controls(measured, arm)}"
-    return f"**More are right, and more than with any control.** {_controls(measured, arm)}"
-
-
-def _best_control(measured: Measured) -> float | None:
-    random = [arm.accuracy for arm in measured.arms if arm.name.startswith("random")]
-    flipped = [arm.accuracy for arm in measured.arms if arm.name == "flipped"]
-    return max([*random, *flipped]) if random and flipped else None
+    found = judge(measured.arms, arm.name)
+    if found.outcome == "gain":
+        said = f"**More are right, and more than by chance among random neurons (rank test p = {found.rank_p:.2g}).**"
+    else:
+        said = {
+            "unchanged": "No effect on accuracy is shown, which is no proof that there is none.",
+            "harm": "**Steering harms here.**",
+            "uncontrolled": "More are right, which is no claim for these neurons.",
+            "flipped": "More are right, **but a control does as well**: no claim for these neurons.",
+            "controls": "More are right, **but a control does as well, or nearly so**: no claim for these neurons.",
+            "few draws": "More are right, and more than with any control; **so few draws are no claim**.",
+        }[found.outcome]
+    return f"{said} {_controls(measured, arm)}"
 
 
 def _controls(measured: Measured, arm: Arm) -> str:
     """What random neurons do, in words."""
-    random = [one.accuracy for one in measured.arms if one.name.startswith("random")]
+    random = [one.accuracy for one in measured.arms if is_random(one.name)]
     flipped = measured.arm("flipped")
     if not random or flipped is None:
         return "No random-neuron control was run."

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from adaras_export import models
 from adaras_export.checkers import Checker
+from adaras_export.conclusions import conclusion
 from adaras_export.errors import RuleError, TraceError
 from adaras_export.gate import gate_probabilities
 from adaras_export.generation import Sampling, batches, complete_from, encode_prompt, pad_id, prefill
@@ -26,7 +27,7 @@ from adaras_export.rule import Gate, SteeringRule
 from adaras_export.steering import steered, steered_everywhere
 from adaras_export.storage import Array, replace_file
 from adaras_export.traces import Question, digest
-from adaras_export.verdicts import RULE_ARMS, Arm, Comparison, arms_table, compare, conclusion, require_statistics
+from adaras_export.verdicts import RULE_ARMS, Arm, Comparison, arms_table, compare, require_statistics
 
 Progress = Callable[[int, int], None]
 

@@ -1,4 +1,6 @@
-"""What verdicts on the same questions show: accuracies, paired tests, intervals, and a sentence that claims no more.
+"""What verdicts on the same questions show: accuracies, paired tests, intervals and tables.
+
+What they allow to say is in conclusions.py.
 
 Pure statistics over arrays and numbers; knows no model, no rule and no question. N questions.
 """
@@ -190,27 +192,6 @@ def mean_interval(values_N: Array) -> Estimate:
 def require_statistics() -> ModuleType:
     """SciPy's statistics, or the error that names the extra to install."""
     return require("scipy.stats", "identify", "comparing verdicts")
-
-
-def conclusion(arms: Sequence[Arm]) -> str:
-    """One sentence: a gain needs a significant paired test and more than every control reached."""
-    by_name = {arm.name: arm for arm in arms}
-    arm, off = by_name[next(name for name in RULE_ARMS if name in by_name)], by_name["off"]
-    random = [one.accuracy for one in arms if one.name.startswith("random")]
-    change = f"{100 * (arm.accuracy - off.accuracy):+.1f} points ({arm.fixed} fixed, {arm.broken} broken)"
-    significant = arm.p_value < 0.05
-    if significant and arm.broken > arm.fixed:
-        return f"steering harms: {change}, p = {arm.p_value:.2g}."
-    if not significant:
-        return f"no gain shown: {change}, p = {arm.p_value:.2g}."
-    if not random:
-        return f"{change}, p = {arm.p_value:.2g}; not a claim, because no random-neuron control was run."
-    if max(random) >= arm.accuracy or by_name["flipped"].accuracy >= arm.accuracy:
-        return f"{change}, p = {arm.p_value:.2g}, but a control does as well: the choice of neurons is not what helps."
-    return (
-        f"steering helps: {change}, p = {arm.p_value:.2g}; random neurons of the same norm reach "
-        f"{min(random):.1%} to {max(random):.1%} (off: {off.accuracy:.1%})."
-    )
 
 
 def arms_table(arms: Sequence[Arm]) -> str:

@@ -132,10 +132,12 @@ COMPARISON = {
     "mean_tokens": 20.25,
     "gaps": [gap("gated"), gap("everywhere", -0.01, 0.23)],
 }
-GAIN = evaluation(arm("gated", 289, 29, 5, 4e-5), dataset="someone/sums", task="two_digits")
+DRAWS = (*range(245, 263), 262, 259)  # as many as a rank test needs
+GAIN = evaluation(arm("gated", 289, 29, 5, 4e-5), controls=DRAWS, dataset="someone/sums", task="two_digits")
 NULL = evaluation(arm("gated", 267, 4, 2, 0.69))
 HARM = evaluation(arm("gated", 240, 5, 30, 3e-5))
 CONTROL = evaluation(arm("gated", 289, 29, 5, 4e-5), controls=(255, 290, 259))
+FEW = evaluation(arm("gated", 289, 29, 5, 4e-5))
 NO_CONTROL = evaluation(arm("gated", 289, 29, 5, 4e-5), controls=())
 SEEN = {**GAIN, "seen": 3}
 COMPARED = evaluation(arm("gated", 289, 29, 5, 4e-5), arm("everywhere", 284, 26, 7, 0.0013), comparison=COMPARISON)
@@ -147,6 +149,7 @@ CASES = {
     "state-null": {"evaluation": NULL},
     "state-harm": {"evaluation": HARM},
     "state-control-as-well": {"evaluation": CONTROL},
+    "state-few-controls": {"evaluation": FEW},
     "state-no-control": {"evaluation": NO_CONTROL},
     "state-seen": {"evaluation": SEEN},
     "state-static-compared": {"name": "stock", "evaluation": COMPARED},

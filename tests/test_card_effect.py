@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from adaras_export.card_effect import Measured
 from adaras_export.errors import ArtifactError
 
-CLAIM = "More are right, and more than with any control."
+CLAIM = "**More are right, and more than by chance among random neurons"
 
 
 def effect(**how):
@@ -19,16 +19,17 @@ def effect(**how):
 def test_a_gain_is_claimed_where_it_is_significant_and_above_every_control():
     found = effect(evaluation=cards.GAIN)
     assert "**This artifact computes the arm `gated`:** 57.8% right (95 % interval 54.8% to 60.8%)" in found
-    assert CLAIM in found
-    assert "Of 3 draws of random neurons of the same norm 3 stay below it: they reach 51.0% to 52.4%" in found
+    assert f"{CLAIM} (rank test p = 0.048).**" in found
+    assert "Of 20 draws of random neurons of the same norm 20 stay below it: they reach 49.0% to 52.4%" in found
 
 
 NO_CLAIMS = {
     "null": (cards.NULL, "No effect on accuracy is shown, which is no proof that there is none."),
     "harm": (cards.HARM, "**Steering harms here.**"),
     "a random control as well": (cards.CONTROL, "2 stay below it: they reach 51.0% to 58.0%"),
+    "too few random controls": (cards.FEW, "**so few draws are no claim**. Of 3 draws"),
     "the flipped sign as well": (
-        cards.evaluation(cards.arm("gated", 289, 29, 5, 4e-5), flipped=290),
+        cards.evaluation(cards.arm("gated", 289, 29, 5, 4e-5), controls=cards.DRAWS, flipped=290),
         "the flipped sign 58.0%",
     ),
     "no control": (cards.NO_CONTROL, "No random-neuron control was run."),
@@ -53,7 +54,7 @@ def test_a_static_artifact_is_not_credited_with_controls_of_the_gated_rule():
 
 
 def test_a_static_artifact_with_controls_of_its_own_may_gain():
-    own = cards.evaluation(cards.arm("everywhere", 289, 29, 5, 4e-5))
+    own = cards.evaluation(cards.arm("everywhere", 289, 29, 5, 4e-5), controls=cards.DRAWS)
     assert CLAIM in effect(name="stock", evaluation=own)
 
 
@@ -61,11 +62,21 @@ def test_the_sentence_of_the_file_is_not_repeated():
     assert "believe" not in text(evaluation=cards.NULL | {"verdict": "believe me: steering helps."})
 
 
-@given(st.integers(0, 500), st.integers(0, 60), st.integers(0, 60), st.floats(0, 1), st.lists(st.integers(0, 500)))
-def test_a_claim_implies_significance_more_fixed_than_broken_and_every_control_below(right, fixed, broken, p, controls):
-    evaluation = cards.evaluation(cards.arm("gated", right, fixed, broken, p), controls=controls)
+@given(st.integers(200, 330), st.floats(0, 0.1), st.lists(st.integers(230, 330), max_size=50), st.integers(200, 300))
+def test_a_claim_implies_significance_a_gain_a_rank_among_random_draws_and_a_worse_flip(right, p, controls, flipped):
+    evaluation = cards.evaluation(cards.arm("gated", right, 60, 20, p), controls=controls, flipped=flipped)
     claimed = CLAIM in effect(evaluation=evaluation)
-    assert claimed == bool(p < 0.05 and fixed > broken and controls and right > max([*controls, 240]))
+    as_good = sum(one >= right for one in controls)
+    ranked = 20 * (1 + as_good) <= 1 + len(controls)
+    assert claimed == bool(p < 0.05 and right > max(265, flipped) and ranked)
+
+
+def test_the_p_value_is_corrected_for_the_ways_to_run_the_rule_that_were_tested():
+    found = effect(
+        evaluation=cards.evaluation(cards.arm("gated", 280, 40, 25, 0.03), cards.arm("always", 281, 42, 26, 0.04))
+    )
+    assert "McNemar p = 0.06 (Holm-adjusted for 2 ways to run the rule: gated, always)" in found
+    assert "No effect on accuracy is shown" in found
 
 
 def test_what_was_not_evaluated_is_said_and_how_it_can_be():

@@ -1,4 +1,4 @@
-"""Intervals and paired tests against brute force and published figures, and sentences that claim no more."""
+"""Intervals and paired tests against brute force and published figures."""
 
 import itertools
 import math
@@ -15,7 +15,6 @@ from adaras_export.verdicts import (
     Gap,
     arms_table,
     compare,
-    conclusion,
     mean_interval,
     paired_difference,
     paired_test,
@@ -52,24 +51,6 @@ def arm(name, accuracy, fixed=0, broken=0, p_value=1.0):
 
 OFF, FLIPPED = arm("off", 0.5), arm("flipped", 0.45)
 GAIN = arm("always", 0.6, 110, 10, 1e-9)
-
-
-@pytest.mark.parametrize(
-    ("arms", "expected"),
-    [
-        ([arm("always", 0.4, 10, 110, 1e-9), FLIPPED, arm("random 0", 0.5)], "steering harms: -10.0 points"),
-        ([arm("always", 0.51, 20, 10, 0.2), FLIPPED, arm("random 0", 0.5)], "no gain shown: +1.0 points (20 fixed, 10"),
-        ([arm("always", 0.49, 10, 20, 0.2), FLIPPED, arm("random 0", 0.5)], "no gain shown: -1.0 points"),
-        ([GAIN, FLIPPED], "+10.0 points (110 fixed, 10 broken), p = 1e-09; not a claim, because no random-neuron"),
-        ([GAIN, FLIPPED, arm("random 0", 0.5), arm("random 1", 0.6)], "but a control does as well"),
-        ([GAIN, arm("flipped", 0.61), arm("random 0", 0.5)], "but a control does as well"),
-        ([GAIN, FLIPPED, arm("random 0", 0.5), arm("random 1", 0.59)], "steering helps: +10.0 points"),
-        ([GAIN, FLIPPED, arm("random 0", 0.48), arm("random 1", 0.52)], "reach 48.0% to 52.0% (off: 50.0%)"),
-        ([arm("gated", 0.5), GAIN, FLIPPED, arm("random 0", 0.5)], "no gain shown: +0.0 points (0 fixed, 0 broken)"),
-    ],
-)
-def test_the_conclusion_claims_no_more_than_the_arms_show(arms, expected):
-    assert expected in conclusion([OFF, *arms])
 
 
 def test_the_table_has_a_line_for_every_arm():
