@@ -15,6 +15,7 @@ from adaras_export.storage import Array
 from adaras_export.verdicts import Estimate, paired_test
 
 _RESAMPLES = 9999
+_AT_ONCE = 2**22  # numbers of resamples in memory
 _NORMAL = NormalDist()
 _Z = _NORMAL.inv_cdf(0.975)
 _POWER_Z = _Z + _NORMAL.inv_cdf(0.8)
@@ -35,13 +36,14 @@ def bootstrap_mean(values_N: Array, seed: int = 0) -> Estimate:
     z^2 / (N + z^2), which for no changed verdict at all is Tango's interval. Values lie in [-1, 1].
     """
     count, mean = len(values_N), float(values_N.mean())
-    levels, times = np.unique(values_N, return_counts=True)
+    levels, times = np.unique(np.round(values_N, 12), return_counts=True)  # sums in another order are equal, too
     if len(levels) == 1:
         width = _Z**2 / (count + _Z**2)
         return Estimate(mean, max(mean - width, -1.0), min(mean + width, 1.0))
     # How often each value is drawn is all that a mean needs: N draws of N questions are one multinomial draw.
-    drawn = np.random.default_rng(seed).multinomial(count, times / count, size=_RESAMPLES)
-    means = np.sort(drawn @ levels / count)
+    draw, shares = np.random.default_rng(seed), times / count
+    sizes = [len(part) for part in np.array_split(np.arange(_RESAMPLES), 1 + _RESAMPLES * len(levels) // _AT_ONCE)]
+    means = np.sort(np.concatenate([draw.multinomial(count, shares, size=size) @ levels / count for size in sizes]))
     return Estimate(mean, *_bca_ends(means, mean, _acceleration(values_N - mean)))
 
 
@@ -51,7 +53,7 @@ def _acceleration(centred_N: Array) -> float:
 
 
 def _bca_ends(sorted_means: Array, mean: float, acceleration: float) -> tuple[float, float]:
-    slack = 1e-12  # sums in another order are equal, too
+    slack = 1e-12  # of rounding
     below = (sorted_means < mean - slack).mean()
     equal = (sorted_means <= mean + slack).mean() - below
     share = min(max(float(below + equal / 2), 1 / _RESAMPLES), 1 - 1 / _RESAMPLES)  # ties count half

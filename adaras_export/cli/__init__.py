@@ -11,7 +11,7 @@ from typing import Any
 
 import typer
 
-from adaras_export.cli import collect, delivery, evaluate, gate, identify, machine, tune
+from adaras_export.cli import collect, delivery, evaluate, gate, identify, machine, report, tune
 from adaras_export.errors import AdarasError, ParityError, printable
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "gate": gate.gate,
     "tune": tune.tune,
     "eval": evaluate.evaluate,
+    "report": report.report,
     "export": delivery.export,
     "verify": delivery.verify,
     "card": delivery.card,

@@ -1,0 +1,21 @@
+"""`report`: what evaluations show, on one page."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from adaras_export.cli.options import Json, Out, show
+
+
+def report(
+    files: Annotated[list[Path], typer.Argument(help="JSON of eval; also what tune and gate print with --json.")],
+    out: Out,
+    as_json: Json = False,
+) -> None:
+    """Make a page (.html), a text (.md) or data (.json) of evaluations; of several, rules across question sets."""
+    from adaras_export.reports.writing import made_of, written
+
+    found = made_of(files)
+    written(found, out)
+    show(found.record, f"{out}: " + "\n".join(found.lines), as_json)
