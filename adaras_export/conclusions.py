@@ -90,7 +90,7 @@ class Judgement:
 
     def sentence(self) -> str:
         """All of it in one sentence."""
-        change = f"{100 * (self.arm.accuracy - self.off.accuracy):+.1f} points"
+        change = f"{in_points(self.arm.accuracy - self.off.accuracy)} points"
         figures = f"{change} ({self.arm.fixed} fixed, {self.arm.broken} broken), p = {self.p_value:.2g}{self.corrected}"
         outcome = self.outcome
         if outcome == "unchanged":
@@ -127,11 +127,21 @@ class Judgement:
         if not self.random or self.flipped is None:
             return ""
         below = len(self.random) - self.as_good
+        if self.outcome == "harm":
+            return (
+                f"; draws of random neurons of the same norm reach {min(self.random):.1%} to {max(self.random):.1%}, "
+                f"the flipped sign {self.flipped:.1%} (off: {self.off.accuracy:.1%})"
+            )
         return (
             f"; {below} of {len(self.random)} draws of random neurons of the same norm reach less (rank test "
             f"p = {self.rank_p:.2g}; {min(self.random):.1%} to {max(self.random):.1%}), the flipped sign "
             f"{self.flipped:.1%} (off: {self.off.accuracy:.1%})"
         )
+
+
+def in_points(difference: float) -> str:
+    """A difference of two shares in per cent, signed; however it was summed up, it is rounded to the same figure."""
+    return f"{100 * (round(difference, 9) + 0.0):+.1f}"
 
 
 def lead_of(names: Sequence[str]) -> str:

@@ -12,7 +12,7 @@ from statistics import NormalDist
 import numpy as np
 
 from adaras_export.storage import Array
-from adaras_export.verdicts import Estimate, paired_test
+from adaras_export.verdicts import Estimate, paired_difference, paired_test
 
 _RESAMPLES = 9999
 _AT_ONCE = 2**22  # numbers of resamples in memory
@@ -20,6 +20,7 @@ _NORMAL = NormalDist()
 _Z = _NORMAL.inv_cdf(0.975)
 _POWER_Z = _Z + _NORMAL.inv_cdf(0.8)
 _COUNTABLE = 10**9  # additions, about a second
+_FEW = 10  # questions
 _LEAST_CHANGED = 6  # as many verdicts must change, all one way, for an exact McNemar p below 0.05
 
 
@@ -32,13 +33,12 @@ def per_question(verdicts: Array) -> Array:
 def bootstrap_mean(values_N: Array, seed: int = 0) -> Estimate:
     """Mean with its 95 % BCa bootstrap interval over questions (Efron 1987).
 
-    Where all values are the same a bootstrap has no width; then the end that a score test leaves open is taken,
-    z^2 / (N + z^2), which for no changed verdict at all is Tango's interval. Values lie in [-1, 1].
+    Where all values are the same a bootstrap has no width; see `_least_width`. Values lie in [-1, 1].
     """
     count, mean = len(values_N), float(values_N.mean())
     levels, times = np.unique(np.round(values_N, 12), return_counts=True)  # sums in another order are equal, too
     if len(levels) == 1:
-        width = _Z**2 / (count + _Z**2)
+        width = _least_width(count)
         return Estimate(mean, max(mean - width, -1.0), min(mean + width, 1.0))
     # How often each value is drawn is all that a mean needs: N draws of N questions are one multinomial draw.
     draw, shares = np.random.default_rng(seed), times / count
@@ -69,9 +69,23 @@ def _bca_ends(sorted_means: Array, mean: float, acceleration: float) -> tuple[fl
 def difference(arm: Array, other: Array) -> Estimate:
     """Accuracy of ``arm`` minus that of ``other`` on the same questions, with its paired bootstrap interval.
 
-    Verdicts are (N,) or (N, n) each; the number of answers may differ.
+    Verdicts are (N,) or (N, n) each; the number of answers may differ. Where fewer than ten questions changed, a
+    bootstrap is too narrow: three broken and none fixed would look like harm. Then it is Tango's score interval, and
+    for several answers at least as wide as the one of no changed verdict.
     """
-    return bootstrap_mean(per_question(arm) - per_question(other))
+    gained_N = per_question(arm) - per_question(other)
+    if np.count_nonzero(gained_N) >= _FEW:
+        return bootstrap_mean(gained_N)
+    if arm.ndim == 1 or arm.shape[1] == other.shape[1] == 1:
+        return paired_difference(arm.reshape(-1).astype(bool), other.reshape(-1).astype(bool))
+    found, width = bootstrap_mean(gained_N), _least_width(len(gained_N))
+    low, high = min(found.low, found.value - width), max(found.high, found.value + width)
+    return Estimate(found.value, max(low, -1.0), min(high, 1.0))
+
+
+def _least_width(count: int) -> float:
+    """What a score test leaves open where nothing at all was seen to change; Tango's interval then."""
+    return _Z**2 / (count + _Z**2)
 
 
 def changed(arm: Array, other: Array) -> tuple[int, int, float]:

@@ -53,7 +53,7 @@ def test_with_every_answer_given_twice_nothing_changes(pairs):
     arm, other = (np.array(column) for column in zip(*pairs, strict=True))
     twice = [np.stack([one, one], axis=1) for one in (arm, other)]
     assert changed(*twice) == pytest.approx(changed(arm, other))
-    assert difference(*twice) == difference(arm, other)
+    assert difference(*twice).value == pytest.approx(difference(arm, other).value)
     assert detectable(*twice) == pytest.approx(detectable(arm, other))
 
 
@@ -85,6 +85,17 @@ def test_where_no_verdict_changes_the_interval_is_tangos():
     same = np.array([True] * 30 + [False] * 20)
     found, tango = difference(same, same), paired_difference(same, same)
     assert (found.low, found.high) == pytest.approx((tango.low, tango.high), abs=1e-6)
+
+
+def test_few_changed_verdicts_are_not_taken_for_all_that_could_change():
+    """A bootstrap of three broken and none fixed never draws a fixed one, and would call this harm."""
+    other = np.arange(1000) < 600
+    arm = other & (np.arange(1000) >= 3)
+    found, naive = difference(arm, other), bootstrap_mean(per_question(arm) - per_question(other))
+    assert found == paired_difference(arm, other)
+    assert naive.high < 0 < found.high
+    several = difference(np.stack([arm, arm], axis=1), np.stack([other, other], axis=1))
+    assert several.low <= naive.low < 0 < several.high
 
 
 def test_several_answers_to_a_question_are_one_unit():

@@ -58,7 +58,7 @@ def _(block: Verdict) -> str:
 @_block.register
 def _(block: Table) -> str:
     edge = "---:" if block.numeric else "---"
-    heads = " | ".join(_span(head) for head in block.heads)
+    heads = " | ".join(_in_table(head) for head in block.heads)
     rule = "|".join(["---", *[edge] * (len(block.heads) - 1)])
     rows = [f"| {' | '.join(map(_cell, row))} |" for row in block.rows]
     return "\n".join([f"| {heads} |", f"|{rule}|", *rows])
@@ -76,7 +76,12 @@ def _(block: Beside) -> str:
 
 
 def _cell(one: Cell) -> str:
-    return ", ".join(_inline(spans) for spans in one.lines)
+    return ", ".join("".join(map(_in_table, spans)) for spans in one.lines)
+
+
+def _in_table(span: Span) -> str:
+    """A bar would end the cell, within code as well; in words it is escaped already."""
+    return cell(_span(span)) if isinstance(span, Code) else _span(span)
 
 
 def _inline(spans: Sequence[Span]) -> str:
@@ -85,7 +90,7 @@ def _inline(spans: Sequence[Span]) -> str:
 
 def _span(span: Span) -> str:
     if isinstance(span, Code):
-        return cell(code(span.shown))
+        return code(span.shown)
     if isinstance(span, Strong):
         return f"**{plain(span.text)}**"
     # `plain` takes spaces at the ends, which part a span from the next one.

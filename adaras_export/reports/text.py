@@ -30,6 +30,7 @@ from adaras_export.verdicts import Estimate
 
 _NAMED = 12  # changed questions that are listed
 
+_NO_TEST: tuple[Tone, str] = ("quiet", "No test")
 _LABELS: dict[Outcome, tuple[Tone, str]] = {
     "gain": ("good", "Gain shown"),
     "harm": ("bad", "Harm shown"),
@@ -62,7 +63,7 @@ def report(results: Sequence[Result], transfer: Transfer | None, others: Sequenc
 
 
 def _one(result: Result, level: int) -> list[Block]:
-    tone, label = ("quiet", "No test") if result.recorded.seen else _LABELS[result.judgement.outcome]
+    tone, label = _NO_TEST if result.recorded.seen else _LABELS[result.judgement.outcome]
     said = sentence(result)
     return [
         Verdict(tone, label, (Code(result.lead.name), f": {said}")),
@@ -82,9 +83,10 @@ def _one(result: Result, level: int) -> list[Block]:
 def _compared(recorded: Recorded) -> Table:
     seen = "not recorded" if recorded.seen is None else "none" if recorded.seen == 0 else str(recorded.seen)
     answers = f"{recorded.answers}, averaged" if recorded.answers > 1 else "1"
+    named = () if recorded.question_set is None else (" of ", Code(recorded.question_set))
     rows: list[tuple[str, Spans]] = [
         ("rule", (Code(recorded.rule),)),
-        ("questions", (f"{len(recorded.ids)}: ", Code(recorded.set_name), f", ids {recorded.questions_digest[:12]}")),
+        ("questions", (f"{len(recorded.ids)}", *named, f", digest of their ids {recorded.questions_digest[:12]}")),
         ("of these, used to make the rule", (seen,)),
         ("answers to each question", (answers,)),
         ("questions that the gate steers", (share(recorded.steered_share),)),
@@ -93,7 +95,7 @@ def _compared(recorded: Recorded) -> Table:
     rows += [(key, ("not recorded",)) for key in ("model", "checker", "sampling") if key not in recorded.about]
     rows.append(("file", (Code(recorded.file),)))
     cells = tuple((Cell.of(key), Cell.of(*spans)) for key, spans in rows)
-    return Table("What was compared", ("", "value"), cells, numeric=False)
+    return Table("What was compared", ("what", "value"), cells, numeric=False)
 
 
 def _arms(result: Result) -> list[Block]:
@@ -109,11 +111,15 @@ def _arms(result: Result) -> list[Block]:
 
 def _about_arms(result: Result) -> str:
     tested = result.judgement.tested
-    family = f"{len(tested)} ways to run the rule ({', '.join(tested)})" if len(tested) > 1 else "one test"
+    family = (
+        f"Holm's correction is over {len(tested)} ways to run the rule ({', '.join(tested)})"
+        if len(tested) > 1
+        else "one way to run the rule was tested, so Holm's correction changes nothing"
+    )
     kind = "McNemar's exact test" if result.recorded.answers == 1 else "an exact paired test that swaps whole questions"
     return (
         f"off is the base model without steering. Fixed and broken count questions against off; p is of {kind}, "
-        f"two-sided; Holm's correction is over {family}. Controls are not corrected: they are no claims."
+        f"two-sided; {family}. Controls are not corrected: they are no claims."
     )
 
 
@@ -257,7 +263,10 @@ def _made(others: Sequence[Tried | Gated]) -> list[Block]:
             blocks += _tried(one)
         else:
             rows = tuple((Cell.of(Code(key)), Cell.of(Code(words))) for key, words in one.figures.items())
-            blocks += [Heading(2, ("The gate, from ", Code(one.file))), Table("Gate", ("", "value"), rows)]
+            blocks += [
+                Heading(2, ("The gate, from ", Code(one.file))),
+                Table("Gate", ("what", "value"), rows, numeric=False),
+            ]
     return blocks
 
 
@@ -285,7 +294,7 @@ def _method(results: Sequence[Result]) -> list[Block]:
         (
             Strong("Differences"),
             ": paired by question; BCa bootstrap over questions (Efron 1987), 9999 resamples, seed 0; Tango's interval "
-            "(1998) where no verdict changed.",
+            "(1998) where fewer than ten changed.",
         ),
         (Strong("p"), ": McNemar's exact test, two-sided; Holm's correction (1979)."),
         (Strong("Rank test"), ": (1 + draws that do as well) / (1 + draws)."),

@@ -3,7 +3,7 @@
 Knows no single evaluation's arms but the one that is judged.
 """
 
-from adaras_export.conclusions import LEVEL
+from adaras_export.conclusions import LEVEL, in_points
 from adaras_export.reports import charts
 from adaras_export.reports.blocks import Block, Cell, Chart, Code, Heading, Items, Paragraph, Span, Table, Tone
 from adaras_export.reports.results import Cell as Figure
@@ -23,9 +23,10 @@ def across(transfer: Transfer) -> list[Block]:
         Heading(2, ("Rules across question sets",)),
         Paragraph(
             (
-                "Points of accuracy against no steering on the same questions, with 95 % bootstrap intervals. p is "
-                f"Holm-adjusted for the {count} evaluations; a cell is coloured where it is below 0.05. ◆ marks "
-                f"questions of the set that the rule was made with.{gaps}",
+                "Points of accuracy against no steering on the same questions, with 95 % intervals, of each rule run "
+                f"as its controls are. p is Holm-adjusted for the {count} evaluations; a cell is coloured where it is "
+                "below 0.05, which is no claim without the controls below. ◆ marks questions of the set that the rule "
+                f"was made with.{gaps}",
             )
         ),
         _matrix(transfer),
@@ -47,6 +48,8 @@ def _cell(cell: Figure | None) -> Cell:
     if cell is None:
         return Cell.of("not evaluated", tone="quiet")
     mark = " ◆" if cell.own else ""
+    if seen := cell.result.recorded.seen:
+        return Cell(((f"{with_interval(cell.change)}{mark}",), (f"no test: {seen} seen",)), "quiet")
     lines = (f"{with_interval(cell.change)}{mark}",), (f"p = {chance(cell.adjusted)}",)
     return Cell(lines, _tone(cell))
 
@@ -74,7 +77,7 @@ def _chart(transfer: Transfer) -> Chart:
 
 
 def _note(cell: Figure) -> str:
-    return f"{100 * cell.change.value:+.1f}" + (" ◆" if cell.own else "")
+    return in_points(cell.change.value) + (" ◆" if cell.own else "")
 
 
 def _letter(place: int) -> str:

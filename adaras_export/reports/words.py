@@ -1,5 +1,6 @@
 """Figures as words: shares in per cent, differences in points, chances with two digits."""
 
+from adaras_export.conclusions import in_points
 from adaras_export.verdicts import Estimate
 
 
@@ -15,9 +16,9 @@ def chance(value: float) -> str:
 
 def with_interval(figure: Estimate) -> str:
     """A difference for a cell of a table, in points."""
-    return f"{100 * figure.value:+.1f} ({100 * figure.low:+.1f} to {100 * figure.high:+.1f})"
+    return f"{in_points(figure.value)} ({in_points(figure.low)} to {in_points(figure.high)})"
 
 
 def points(figure: Estimate) -> str:
     """A difference within a sentence."""
-    return f"{100 * figure.value:+.1f} points (95 % interval {100 * figure.low:+.1f} to {100 * figure.high:+.1f})"
+    return f"{in_points(figure.value)} points (95 % interval {in_points(figure.low)} to {in_points(figure.high)})"

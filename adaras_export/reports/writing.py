@@ -47,7 +47,7 @@ def made_of(paths: Sequence[Path]) -> Made:
         "version": _VERSION,
         "evaluations": [result.as_record() for result in results],
         **({} if transfer is None else {"transfer": transfer.as_record()}),
-        "tried": [{"file": one.file, **_settings(one)} for one in others],
+        "made": [{"file": one.file, **_settings(one)} for one in others],
     }
     return Made(report(results, transfer, others), record, tuple(map(_line, results)))
 
@@ -61,14 +61,24 @@ def _line(result: Result) -> str:
     return f"{result.recorded.file}, {result.lead.name}: {sentence(result)}"
 
 
-def written(made: Made, path: Path) -> None:
-    """Write the format that the name ends with.
+def require_format(path: Path) -> None:
+    """Refuse a name that ends with none of the formats.
 
     Raises:
-        ArtifactError: there is no such format, or the file cannot be written.
+        ArtifactError: it does.
     """
     if path.suffix not in SUFFIXES:
-        raise ArtifactError(f"{path}: ends with none of the formats; expected one of: {', '.join(SUFFIXES)}")
+        raise ArtifactError(
+            f"{path}: names no format of a report; expected a name that ends with {', '.join(SUFFIXES)}"
+        )
+
+
+def written(made: Made, path: Path) -> None:
+    """Write the format that the name ends with; see `require_format`.
+
+    Raises:
+        ArtifactError: the file cannot be written.
+    """
     if path.suffix == ".json":
         text = json.dumps(made.record, indent=1, sort_keys=True, allow_nan=False) + "\n"
     else:
