@@ -25,7 +25,21 @@ pytest.importorskip("sklearn")
 pytest.importorskip("scipy")
 
 MODEL = Path(adaras_export.demo.__file__).parent / "planted_model"
-COMMANDS = ["demo", "collect", "identify", "gate", "tune", "eval", "export", "verify", "card", "sign", "push", "doctor"]
+COMMANDS = [
+    "demo",
+    "collect",
+    "identify",
+    "gate",
+    "tune",
+    "eval",
+    "report",
+    "export",
+    "verify",
+    "card",
+    "sign",
+    "push",
+    "doctor",
+]
 TOKENS = ["--max-new-tokens", "40"]
 
 # Each stage: arguments before its output, and after. {0} is the folder of the job.
@@ -209,6 +223,28 @@ def test_an_evaluation_of_a_named_benchmark_reaches_the_card_and_its_file_of_res
     assert "removed: .eval_results/adaras.yaml" in out
 
 
+@pytest.mark.parametrize("suffix", [".html", ".md", ".json"])
+def test_a_report_is_the_same_from_run_to_run_and_ends_with_what_is_shown(suffix, job, run, tmp_path):
+    paths = [tmp_path / f"{name}{suffix}" for name in ("report", "again")]
+    for path in paths:
+        status, out, err = run("report", job / "evaluation.json", "-o", path)
+        assert (status, err) == (0, "")
+        assert out.startswith(f"{path}: evaluation.json, gated: ")
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    assert out.partition("gated: ")[2].rstrip() in paths[0].read_text().replace("\\", "")
+
+
+def test_a_report_names_how_the_rule_was_made_where_tune_and_gate_said_it(job, run, tmp_path):
+    for stage in ("tune", "gate"):
+        (tmp_path / f"{stage}.json").write_text(run(*arguments(stage, job, tmp_path / "again"), "--json")[1])
+    files = [job / "evaluation.json", tmp_path / "tune.json", tmp_path / "gate.json"]
+    status, out, err = run("report", *files, "-o", tmp_path / "report.md", "--json")
+    assert (status, err, [one["file"] for one in json.loads(out)["made"]]) == (0, "", ["tune.json", "gate.json"])
+    text = (tmp_path / "report.md").read_text()
+    assert "2 settings on validation questions" in text
+    assert "| `auc` |" in text
+
+
 def test_export_copies_where_that_is_asked_for_and_writes_thin_repositories(job, run, tmp_path):
     for options, links in ((["--to", "hf"], 2), (["--to", "hf", "--copy"], 1), (["--to", "hf-thin"], 0)):
         out = tmp_path / options[-1]
@@ -290,6 +326,7 @@ MISSING = {
     "eval, questions": "eval {bad}/none.jsonl {on} --rule {rule}",
     "eval, model": "eval {job}/test.jsonl -m {bad}/none --rule {rule} -o {bad}/out",
     "eval, rule": "eval {job}/test.jsonl {on} --rule {bad}/none",
+    "report, evaluation": "report {bad}/none -o {bad}/out.md",
     "export, rule": "export {bad}/none {to}",
     "export, base": "export {rule} --base {bad}/none --to hf -o {bad}/out",
     "export, evaluation": "export {rule} {to} --evaluation {bad}/none",
@@ -318,6 +355,10 @@ WRONG = {
     TUNE + "--gate {bad}/corrupt": r"ArtifactError: .*corrupt: .*expected a gate file",
     "eval {job}/test.jsonl {on} --rule {bad}/cut": r"ArtifactError: .*cut: .*expected a rule file",
     "eval {job}/test.jsonl {on} --rule {bad}": r"ArtifactError: .*expected a rule file",
+    "report {bad}/malformed.jsonl -o {bad}/out.html": r"ArtifactError: .*malformed.jsonl: is not JSON",
+    "report {bad}/other.json -o {bad}/out.html": r"ArtifactError: .*other.json: has no",
+    "report {job}/evaluation.json -o {bad}/out": r"ArtifactError: .*out: names no format of a report; expected",
+    "report {job}/evaluation.json {job}/evaluation.json -o {bad}/o.md": r"ArtifactError: .*on the same questions",
     "export {bad}/corrupt {to}": r"ArtifactError: .*corrupt: .*expected a rule file",
     "export {rule} {to} --evaluation {bad}/malformed.jsonl": r"ArtifactError: .*malformed.jsonl: ",
     "export {rule} {to} --evaluation {bad}/other.json": r"ExportError: .*other.json: evaluates rule another",

@@ -10,6 +10,10 @@ from adaras_export.errors import ArtifactError
 from adaras_export.reports.writing import made_of, require_format, written
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "reports"
+PAGES = ("gain", "hostile", "transfer")  # one style for all; the other cases differ in words
+TEXTS = [
+    (name, suffix) for name in evaluations.CASES for suffix in (".md", ".html") if suffix == ".md" or name in PAGES
+]
 each_case = pytest.mark.parametrize("name", evaluations.CASES)
 
 
@@ -28,8 +32,7 @@ def made(tmp_path_factory):
     return {name: made_of(files_of(name, tmp_path_factory.mktemp(name))) for name in evaluations.CASES}
 
 
-@each_case
-@pytest.mark.parametrize("suffix", [".md", ".html"])
+@pytest.mark.parametrize(("name", "suffix"), TEXTS)
 def test_a_report_is_the_golden_one(name, suffix, made, tmp_path, pytestconfig):
     """`pytest tests/reports --update-golden` writes them anew; read the difference before it is committed."""
     written(made[name], tmp_path / f"report{suffix}")
@@ -41,7 +44,7 @@ def test_a_report_is_the_golden_one(name, suffix, made, tmp_path, pytestconfig):
 
 
 def test_every_golden_report_is_of_a_case():
-    assert {path.stem for path in GOLDEN.iterdir()} == evaluations.CASES.keys()
+    assert {(path.stem, path.suffix) for path in GOLDEN.iterdir()} == {*TEXTS}
 
 
 def test_the_same_files_give_the_same_data(made, tmp_path):
