@@ -9,6 +9,7 @@ import tiny
 import torch
 
 from adaras_export import models
+from adaras_export.conclusions import conclusion
 from adaras_export.errors import MissingExtraError, RuleError, TraceError
 from adaras_export.evaluate import Exam, answer, evaluate, random_control
 from adaras_export.gate import gate_probabilities
@@ -16,7 +17,7 @@ from adaras_export.generation import Sampling, complete, encode_prompt
 from adaras_export.rule import NeuronSet
 from adaras_export.steering import steered
 from adaras_export.traces import Question, digest
-from adaras_export.verdicts import compare, conclusion
+from adaras_export.verdicts import compare
 
 pytest.importorskip("scipy.stats")
 

@@ -15,6 +15,7 @@ from adaras_export.verdicts import Estimate
 _WIDTH = 720
 _ROW = 30
 _TICKS = 6
+_NARROWEST = 0.04
 
 
 @dataclass(frozen=True)
@@ -56,17 +57,17 @@ def _count(high: float, step: float) -> int:
     return math.floor(high / step + 1e-9) + 1
 
 
-def _axis(values: Sequence[float], left: float, right: float, *, least: float) -> _Axis:
-    """Wide enough for the values with some air, and never narrower than ``least``."""
+def _axis(values: Sequence[float], left: float, right: float, *, lowest: float = 0.0) -> _Axis:
+    """Wide enough for the values with some air, not narrower than four points, and from ``lowest`` to 1 at most."""
     low, high = min(values), max(values)
-    middle, half = (low + high) / 2, max((high - low) * 0.54, least / 2)
-    return _Axis(middle - half, middle + half, left, right)
+    middle, half = (low + high) / 2, max((high - low) * 0.54, _NARROWEST / 2)
+    return _Axis(max(middle - half, lowest), min(middle + half, 1.0), left, right)
 
 
 def intervals(rows: Sequence[Row], zero: float | None, label: str, *, signed: bool) -> Chart:
     """One row an estimate: a mark with its interval and a note on the right; a line where nothing would change."""
     ends = [end for row in rows for end in (row.estimate.low, row.estimate.high)]
-    axis = _axis([*ends, *([] if zero is None else [zero])], 132, _WIDTH - 118, least=0.04)
+    axis = _axis([*ends, *([] if zero is None else [zero])], 132, _WIDTH - 118, lowest=-1.0 if signed else 0.0)
     bottom = _ROW * len(rows) + 8
     parts = _scale(axis, 8, bottom, signed=signed)
     if zero is not None:
@@ -86,7 +87,7 @@ def intervals(rows: Sequence[Row], zero: float | None, label: str, *, signed: bo
 def strip(draws: Sequence[tuple[str, float]], lines: Sequence[tuple[str, str, float]], label: str) -> Chart:
     """A dot a random draw, piled where they are alike; what they are compared with as (name, kind, share)."""
     values = [share for _, share in draws] + [share for _, _, share in lines]
-    axis = _axis(values, 24, _WIDTH - 24, least=0.04)
+    axis = _axis(values, 24, _WIDTH - 24)
     pile: dict[int, int] = {}
     dots = []
     for name, share in sorted(draws, key=lambda one: (one[1], one[0])):
@@ -112,7 +113,7 @@ def curves(series: Sequence[tuple[str, str, Sequence[tuple[int, float]]]], label
     """Shares over whole numbers k, one line each (name, kind, points)."""
     left, right, top, bottom = 52, _WIDTH - 120, 12, 232
     most = max(k for _, _, points in series for k, _ in points)
-    axis = _axis([share for _, _, points in series for _, share in points], bottom, top, least=0.04)
+    axis = _axis([share for _, _, points in series for _, share in points], bottom, top)
 
     def x_of(k: int) -> float:
         return round(left + (k - 1) / max(most - 1, 1) * (right - left), 1)

@@ -116,16 +116,21 @@ def _about_arms(result: Result) -> str:
         if len(tested) > 1
         else "one way to run the rule was tested, so Holm's correction changes nothing"
     )
+    optional = (
+        " Tokens and seconds are means over answers; cut off is the share of answers that reached the limit of tokens."
+        if _columns(result)
+        else ""
+    )
     kind = "McNemar's exact test" if result.recorded.answers == 1 else "an exact paired test that swaps whole questions"
     return (
         f"off is the base model without steering. Fixed and broken count questions against off; p is of {kind}, "
-        f"two-sided; {family}. Controls are not corrected: they are no claims."
+        f"two-sided; {family}. Controls are not corrected: they are no claims.{optional}"
     )
 
 
 def _columns(result: Result) -> dict[str, str]:
     """Optional columns: their heads, and the fields that they show."""
-    wanted = {"tokens": "tokens", "cut off": "cut", "s an answer": "seconds"}
+    wanted = {"tokens": "tokens", "cut off": "cut", "seconds": "seconds"}
     return {head: name for head, name in wanted.items() if any(getattr(arm, name) is not None for arm in result.arms)}
 
 

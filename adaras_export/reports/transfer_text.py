@@ -86,4 +86,9 @@ def _letter(place: int) -> str:
 
 
 def _legend(transfer: Transfer) -> list[tuple[Span, ...]]:
-    return [(f"{_letter(place)}: ", Code(name)) for place, name in enumerate(transfer.sets)]
+    """Question sets by their letters in the chart, then the files of every rule."""
+    found: list[tuple[Span, ...]] = [(f"{_letter(place)}: ", Code(name)) for place, name in enumerate(transfer.sets)]
+    for rule, row in zip(transfer.rules, transfer.cells, strict=True):
+        files = [part for cell in row if cell is not None for part in (", ", Code(cell.result.recorded.file))]
+        found.append((Code(rule[:_HASH]), ": ", *files[1:]))
+    return found

@@ -14,7 +14,7 @@ SHARES = st.floats(-1, 1)
 
 @given(st.lists(SHARES, min_size=1, max_size=20))
 def test_an_axis_holds_all_values_and_three_to_twelve_round_ticks(values):
-    axis = _axis(values, 100, 600, least=0.04)
+    axis = _axis(values, 100, 600, lowest=-1.0)
     assert all(100 <= axis.at(one) <= 600 for one in values)
     ticks = axis.ticks()
     assert 2 <= len(ticks) <= 12
