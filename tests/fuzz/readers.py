@@ -23,6 +23,7 @@ from adaras_export.exporters import checkpoint, gguf_files, gguf_reader, onnx_ge
 from adaras_export.exporters import onnx as onnx_target
 from adaras_export.models import BaseModel
 from adaras_export.parity import Check, ParityReport
+from adaras_export.reports.writing import SUFFIXES, made_of, written
 from adaras_export.rule import Gate, NeuronSet, SteeringRule
 from adaras_export.statistics import AttributionStats, NeuronStats
 from adaras_export.traces import Question, Trace
@@ -331,6 +332,37 @@ def _read_json(folder: Path) -> None:
     assert storage.read_json(folder / "again.json") == value
 
 
+def _report_seeds() -> list[bytes]:
+    verdicts = {
+        "id": ["a", "b", "c"],
+        "off": [0, 1, 0],
+        "gated": [1, 1, 0],
+        "flipped": [0, 0, 0],
+        "random 0": [0, 1, 1],
+    }
+    first = {"version": 1, "rule": "ab", "steered_share": 0.5, "seen": 0, "verdicts": verdicts}
+    first["arms"] = [{"name": "off", "accuracy": 1 / 3}]
+    several = {name: values if name == "id" else [[one, 1] for one in values] for name, values in verdicts.items()}
+    more = {"tokens": {"off": [[3, 4]] * 3}, "cut": {"off": [[0, 1]] * 3}, "seconds": {"off": 1.5}}
+    second = {
+        **first,
+        "version": 2,
+        "verdicts": several,
+        "arms": None,
+        "model": {"name": "m"},
+        "checker": "exact",
+        **more,
+    }
+    return [json.dumps(one).encode() for one in (first, second)]
+
+
+def _read_report(folder: Path) -> None:
+    made = made_of([folder / "evaluation.json"])
+    for suffix in SUFFIXES:
+        written(made, folder / f"report{suffix}")
+    assert "<script" not in (folder / "report.html").read_text()
+
+
 READERS = {
     **{name: _value(name) for name in values()},
     "csv": Reader("top.csv", lambda: [_CSV], _read_csv),
@@ -352,5 +384,6 @@ READERS = {
     "adaptive config": Reader("adapter_config.json", lambda: [json.dumps(ADAPTIVE).encode()], _read_adaptive),
     "graph": Reader("onnx/model.onnx", _graph_seeds, _read_graph, _write_graph_folder),
     "evaluation": Reader("evaluation.json", _evaluation_seeds, _read_evaluation),
+    "report": Reader("evaluation.json", _report_seeds, _read_report),
     "json": Reader("value.json", lambda: [b'{"a": [1, 2.5, "x", null, true], "b": {}}'], _read_json),
 }
