@@ -131,7 +131,7 @@ def refused(run):
 
 
 def in_a_process(*args, code="from adaras_export.cli import main; main()", **environment):
-    path = os.pathsep.join([str(Path(cli.__file__).parents[1]), *sys.path])
+    path = os.pathsep.join([str(Path(cli.__file__).parents[2]), *sys.path])
     command = [sys.executable, "-W", "error", "-c", code, *map(str, args)]
     environment = {**os.environ, "PYTHONPATH": path, **environment}
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

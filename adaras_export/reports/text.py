@@ -254,10 +254,10 @@ def _limits(result: Result) -> list[Spans]:
         found.append(("Whether the rule was made with some of these questions: that was not recorded.",))
     if recorded.answers == 1:
         found.append(("What sampling would do: there is one answer to each question and arm.",))
-    if missing := [head for head, kept in (("length", recorded.tokens), ("cut-off answers", recorded.cut),
-                                            ("latency", recorded.seconds)) if not kept]:  # fmt: skip
-        found.append((f"Not recorded: {', '.join(missing)}. Gains from longer answers would not be noticed.",)
-                     if "length" in missing else (f"Not recorded: {', '.join(missing)}.",))  # fmt: skip
+    kept = {"length": recorded.tokens, "cut-off answers": recorded.cut, "latency": recorded.seconds}
+    if missing := [what for what, values in kept.items() if not values]:
+        longer = " Gains from longer answers would not be noticed." if "length" in missing else ""
+        found.append((f"Not recorded: {', '.join(missing)}.{longer}",))
     return found
 
 
