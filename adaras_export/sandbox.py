@@ -64,7 +64,7 @@ def output_of(source: str, given: str, limits: Limits | None = None) -> str:
     """
     limits = limits or Limits()
     with _process({"mode": "program", "source": source}, limits, given) as process:
-        printed = _pipe(process.stdout).read(limits.output + 1)
+        printed: bytes = _pipe(process.stdout).read(limits.output + 1)
         if len(printed) > limits.output:
             raise SandboxFailure("printed too much")
         if process.wait():

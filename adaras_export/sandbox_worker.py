@@ -44,7 +44,33 @@ _DENIED = (
         251,
         135,
     ),
-    *(272, 308, 165, 166, 155, 161, 321, 298, 323, 248, 249, 250, 425, 426, 427, 304, 428, 429, 430, 432),
+    *(
+        141,
+        144,
+        203,
+        251,
+        135,
+        272,
+        308,
+        165,
+        166,
+        155,
+        161,
+        321,
+        298,
+        323,
+        248,
+        249,
+        250,
+        425,
+        426,
+        427,
+        304,
+        428,
+        429,
+        430,
+        432,
+    ),
     *(29, 30, 68, 64, 240, 319, 447, 85, 76, 77, 285, 82, 264, 316, 83, 258, 84, 86, 265, 87, 263, 88, 266, 133, 259),
     *(90, 91, 268, 452, 92, 93, 94, 260, 132, 235, 261, 280, 188, 189, 190, 197, 198, 199),
 )
@@ -137,21 +163,23 @@ class Handle:
 def encoded(value: Any, keep: list[Any]) -> Any:  # noqa: ANN401 - any value
     """A value as JSON: scalars as they are, the rest as a list of its kind and its content."""
     if value is None or isinstance(value, bool):
-        return value if value is None else bool(value)
-    for kind in (str, int, float, complex, bytes):
+        return value
+    if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
+        return encoded(value.tolist(), keep)
+    for kind in _SCALARS:
         if isinstance(value, kind):
             return [kind.__name__, _scalar(kind(value))]
-    for container in (list, tuple, set, frozenset):
+    for container in _CONTAINERS.values():
         if isinstance(value, container):
             return [container.__name__, [encoded(one, keep) for one in value]]
     if isinstance(value, dict):
         return ["dict", [[encoded(key, keep), encoded(one, keep)] for key, one in value.items()]]
-    if isinstance(value, Handle):
-        return ["ref", value.number]
-    if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
-        return encoded(value.tolist(), keep)
-    keep.append(value)
-    return ["ref", len(keep) - 1]
+    if not isinstance(value, Handle):
+        keep.append(value)
+    return ["ref", value.number if isinstance(value, Handle) else len(keep) - 1]
+
+
+_SCALARS: tuple[type[Any], ...] = (str, int, float, complex, bytes)
 
 
 def _scalar(value: Any) -> Any:  # noqa: ANN401 - a scalar
@@ -171,7 +199,7 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "float": float.fromhex,
     "complex": lambda parts: complex(*map(float.fromhex, parts)),
 }
-_CONTAINERS: dict[str, Callable[[list[Any]], Any]] = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
+_CONTAINERS: dict[str, type[Any]] = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
 
 
 def decoded(value: Any, resolve: Callable[[int], Any]) -> Any:  # noqa: ANN401 - any value

@@ -25,7 +25,9 @@ pytest.importorskip("sklearn")
 pytest.importorskip("scipy")
 
 MODEL = Path(adaras_export.demo.__file__).parent / "planted_model"
-COMMANDS = ["demo", "collect", "identify", "gate", "tune", "eval", "export", "verify", "card", "sign", "push", "doctor"]
+COMMANDS = [
+    "demo", "questions", "collect", "identify", "gate", "tune", "eval", "export", "verify", "card", "sign", "push", "doctor"
+]  # fmt: skip
 TOKENS = ["--max-new-tokens", "40"]
 
 # Each stage: arguments before its output, and after. {0} is the folder of the job.

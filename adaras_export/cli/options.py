@@ -30,7 +30,7 @@ Out = Annotated[Path, typer.Option("--out", "-o", help="File to write.", callbac
 Check = Annotated[
     str | None,
     typer.Option(
-        help="Answer checker: last_number, exact, math_verify, regex, code or reasoning_gym. [default: the questions' own]"
+        help="Answer checker: last_number, exact, math_verify, regex, code or reasoning_gym. [default: the questions']"
     ),
 ]
 NewTokens = Annotated[int, typer.Option(help="Tokens that a completion may have.")]
