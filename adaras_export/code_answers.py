@@ -99,7 +99,7 @@ def _passes_test(solved: sandbox.Solution, problem: dict[str, Any]) -> bool:
     test, entry_point = problem["test"], problem["entry_point"]
     if re.search(r"^def check\(", test, re.MULTILINE):
         test += f"\ncheck({entry_point})\n"
-    names = sorted({entry_point, *_unknown_calls(test)})
+    names = sorted({entry_point, *called_names(test)})
     # Tests of HumanEval call functions that the prompt defines, beside the one that it asks for.
     setup = problem.get("prompt", "")
     if setup and not _is_program(setup := setup + "\n    pass\n"):
@@ -117,18 +117,22 @@ def _is_program(source: str) -> bool:
     return True
 
 
-def _unknown_calls(test: str) -> set[str]:
-    """Names that the test calls and does not define: what it expects of the solution."""
+def called_names(test: str) -> list[str]:
+    """Names that the test calls and does not define, outermost first: what it expects of the solution.
+
+    Raises:
+        TraceError: the test is no Python.
+    """
     try:
         nodes = list(ast.walk(ast.parse(test)))
     except (SyntaxError, ValueError) as error:
         raise TraceError(f"answer: its test is no Python ({error})") from error
-    called = {node.func.id for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+    called = [node.func.id for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
     defined = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     defined |= {(node.asname or node.name).partition(".")[0] for node in nodes if isinstance(node, ast.alias)}
     defined |= {node.arg for node in nodes if isinstance(node, ast.arg)}
     defined |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
-    return called - defined - set(dir(builtins))
+    return [name for name in dict.fromkeys(called) if name not in defined and not hasattr(builtins, name)]
 
 
 def _agrees(solved: sandbox.Solution, problem: dict[str, Any]) -> bool:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from adaras_export import foreign
+from adaras_export.code_answers import called_names
 from adaras_export.errors import HubError, TraceError, first_line, require
 from adaras_export.foreign import UnreadableError
 from adaras_export.traces import Question, digest, question_line, read_questions
@@ -75,13 +76,13 @@ def _humaneval(row: Row) -> tuple[str, str]:
 def _mbpp(row: Row) -> tuple[str, str]:
     """MBPP and MBPP+: the assertions name the function; the larger one's ``test`` replaces them."""
     tests = _value(row, "test_list")
-    name = re.search(r"(\w+)\(", re.sub(r"\b(?:assert|not|set|sorted|math\.isclose|tuple|list)\b\s*\(?", "", tests[0]))
-    if name is None:
+    names = called_names(tests[0])
+    if not names:
         raise TraceError(f"test {tests[0]!r}: calls no function")
     setup = "\n".join(row.get("test_imports") or [row.get("test_setup_code") or ""])
     asked = f"{row.get('text') or _text(row, 'prompt')}\nYour code should pass this test:\n{tests[0]}"
     test = row.get("test") or "\n".join([setup, *tests])
-    return asked, json.dumps({"entry_point": name[1], "test": test})
+    return asked, json.dumps({"entry_point": names[0], "test": test})
 
 
 def _livecodebench(row: Row) -> tuple[str, str]:
@@ -205,6 +206,8 @@ def _question(numbered: str, preset: Preset, instruction: str, row: Row) -> Ques
 
 def _rows(preset: Preset, source: Source) -> Sequence[Row]:
     library = require("datasets", "questions", "reading a question set")
+    if source.split is not None and (source.file is not None or preset.files is not None):
+        raise TraceError(f"split {source.split}: {source.file or preset.files} has no splits; expected none")
     split = source.split or preset.split
     revision = source.revision or preset.revision
     try:
@@ -219,10 +222,10 @@ def _rows(preset: Preset, source: Source) -> Sequence[Row]:
             rows = library.load_dataset(preset.repository, preset.config, split=split, revision=revision)
     except UnreadableError as error:
         raise TraceError(f"{source.file}: {error}; expected JSONL or Parquet") from error
-    except Exception as error:  # noqa: BLE001 - datasets raises what its readers and the network raise
+    except Exception as error:  # datasets raises what its readers and the network raise
         subject = source.file or f"{preset.repository}@{revision}"
-        kind_of_error = TraceError if source.file else HubError
-        raise kind_of_error(f"{subject}: cannot be read ({first_line(error)}); or give its rows by --source") from error
+        refusal = TraceError if source.file else HubError
+        raise refusal(f"{subject}: cannot be read ({first_line(error)}); or give its rows by --source") from error
     return rows  # type: ignore[no-any-return]
 
 

@@ -164,16 +164,16 @@ def encoded(value: Any, keep: list[Any]) -> Any:  # noqa: ANN401 - any value
     """A value as JSON: scalars as they are, the rest as a list of its kind and its content."""
     if value is None or isinstance(value, bool):
         return value
-    if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
-        return encoded(value.tolist(), keep)
-    for kind in _SCALARS:
-        if isinstance(value, kind):
-            return [kind.__name__, _scalar(kind(value))]
-    for container in _CONTAINERS.values():
-        if isinstance(value, container):
-            return [container.__name__, [encoded(one, keep) for one in value]]
     if isinstance(value, dict):
         return ["dict", [[encoded(key, keep), encoded(one, keep)] for key, one in value.items()]]
+    if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
+        return encoded(value.tolist(), keep)
+    scalar = next((kind for kind in _SCALARS if isinstance(value, kind)), None)
+    if scalar is not None:
+        return [scalar.__name__, _scalar(scalar(value))]
+    container = next((kind for kind in _CONTAINERS.values() if isinstance(value, kind)), None)
+    if container is not None:
+        return [container.__name__, [encoded(one, keep) for one in value]]
     if not isinstance(value, Handle):
         keep.append(value)
     return ["ref", value.number if isinstance(value, Handle) else len(keep) - 1]

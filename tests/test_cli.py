@@ -26,7 +26,8 @@ pytest.importorskip("scipy")
 
 MODEL = Path(adaras_export.demo.__file__).parent / "planted_model"
 COMMANDS = [
-    "demo", "questions", "collect", "identify", "gate", "tune", "eval", "export", "verify", "card", "sign", "push", "doctor"
+    "demo", "questions",
+    "collect", "identify", "gate", "tune", "eval", "export", "verify", "card", "sign", "push", "doctor"
 ]  # fmt: skip
 TOKENS = ["--max-new-tokens", "40"]
 
