@@ -19,8 +19,12 @@ FORMS = {
     "test": HUMANEVAL,
     "assertions": {"entry_point": "total", "prompt": PROMPT, "test": "assert total([1, 2]) == 3"},
     "inputs": {
-        **{"entry_point": "total", "prompt": PROMPT, "canonical_solution": "    return sum(a)\n"},
-        **{"base_input": [[[1, 2]]], "plus_input": [[[0.1, 0.2]]], "atol": 1e-6},
+        "entry_point": "total",
+        "prompt": PROMPT,
+        "canonical_solution": "    return sum(a)\n",
+        "base_input": [[[1, 2]]],
+        "plus_input": [[[0.1, 0.2]]],
+        "atol": 1e-6,
     },
     "functional": {"entry_point": "total", "prompt": PROMPT, "functional": [{"input": [[1, 2]], "output": 3}]},
 }

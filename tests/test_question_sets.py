@@ -34,8 +34,12 @@ ROWS = {
     "mbpp": {**ASSERTIONS, "text": "Write f.", "test_setup_code": ""},
     "mbpp+": {**ASSERTIONS, "prompt": "Write f.", "test_imports": [], "test": "assert set(f((1,))) == {1}"},
     "livecodebench": {
-        **{"question_id": "a1", "question_content": "Add one.", "starter_code": "", "public_test_cases": PUBLIC},
-        **{"private_test_cases": json.dumps(PRIVATE), "metadata": "{}"},
+        "question_id": "a1",
+        "question_content": "Add one.",
+        "starter_code": "",
+        "public_test_cases": PUBLIC,
+        "private_test_cases": json.dumps(PRIVATE),
+        "metadata": "{}",
     },
 }
 RIGHT = {
@@ -84,7 +88,7 @@ def test_every_preset_is_pinned_to_a_commit():
 def test_rows_of_another_form_are_refused_by_their_number(tmp_path):
     with pytest.raises(TraceError, match="row gsm8k/1: has no answer"):
         of_preset("gsm8k", source(tmp_path, ROWS["gsm8k"], {"question": "x"}))
-    with pytest.raises(TraceError, match="rows.jsonl: no such file; expected JSONL or Parquet"):
+    with pytest.raises(TraceError, match=r"rows\.jsonl: no such file; expected JSONL or Parquet"):
         of_preset("gsm8k", Source(tmp_path / "none" / "rows.jsonl"))
     with pytest.raises(TraceError, match="gsm9k: is no preset; expected one of: gsm8k"):
         of_preset("gsm9k", Source())

@@ -93,7 +93,7 @@ FORGERIES = {
     "os._exit": "import os\ndef f(x): os._exit(0)",
     "exit at once": "raise SystemExit(0)",
     "atexit": "import atexit, os\natexit.register(os._exit, 0)\ndef f(x): return 0",
-    "other builtins": "import builtins\nbuiltins.AssertionError = Warning\nbuiltins.abs = lambda x: 0\ndef f(x): return 0",
+    "other builtins": "import builtins\nbuiltins.AssertionError = Warning\ndef f(x): return 0",
     "another encoder": "import sys\nsys.modules['__main__'].encoded = lambda *a: ['bool', True]\ndef f(x): return 0",
     "nonsense": "import sys\nsys.modules['__main__'].encoded = lambda *a: 17\ndef f(x): return 0",
 }
@@ -103,6 +103,13 @@ FORGERIES = {
 def test_a_verdict_cannot_be_forged_by(name):
     with solution(FORGERIES[name], SHORT) as solved:
         assert not passes(solved, "assert abs(f(1) - 2) < 1 and f(1) == 2", "", ["f"], SHORT)
+
+
+def test_an_exception_does_not_end_a_loop_of_the_test():
+    with solution("def f(x): raise StopIteration", SHORT) as solved:
+        assert not passes(
+            solved, "assert all(y == 2 for y in map(f, [1])), 1\nfor y in map(f, [1]): pass", "", ["f"], SHORT
+        )
 
 
 def test_the_right_solution_passes_and_its_exceptions_are_those_of_the_test():
