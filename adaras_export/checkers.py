@@ -73,7 +73,7 @@ def math_verify(completion: str, answer: str) -> bool:
 
 
 def regex(completion: str, answer: str) -> bool:
-    r"""Whether the answer, a regular expression of Python's, occurs in the completion; ``\\A`` and ``\\Z`` bind its ends.
+    r"""Whether the answer, a regular expression of Python's, occurs in the completion; ``\A`` and ``\Z`` bind it.
 
     A pattern that takes more than ten seconds counts as not found.
 

@@ -4,6 +4,7 @@ Started by sandbox.py with a folder that holds ``job.json``; imports the standar
 right answers are: results leave it as plain data, and what they are compared with stays with whoever asked.
 """
 
+import builtins
 import ctypes
 import json
 import os
@@ -273,7 +274,7 @@ def examine(job: dict[str, Any], channel: Channel) -> None:
             kind, content = channel.receive()
             if kind == "value":
                 return decoded(content, Handle)
-            known = getattr(__import__("builtins"), str(content), None)
+            known = getattr(builtins, str(content), None)
             # StopIteration would end a loop of the test before its assertions.
             usable = isinstance(known, type) and issubclass(known, Exception) and known is not StopIteration
             raise known if usable else RuntimeError(content)

@@ -61,5 +61,5 @@ def test_a_completion_without_a_program_is_incorrect(completion):
 
 @pytest.mark.parametrize("answer", ["42", "{", "{}", '{"test": "", "entry_point": "f"}', '{"test": "x", "stdin": []}'])
 def test_an_answer_without_tests_is_refused(answer):
-    with pytest.raises(TraceError, match="answer: .*expected"):
+    with pytest.raises(TraceError, match=r"answer: .*expected"):
         code("```\n1\n```", answer)

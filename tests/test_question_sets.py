@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from adaras_export import cli
 from adaras_export.checkers import checker_for, math_verify, reasoning_gym
 from adaras_export.errors import TraceError
 from adaras_export.question_sets import BOXED, PRESETS, Source, deal, distinct, of_preset, of_task, pickled_string
@@ -164,3 +165,31 @@ def test_answers_of_the_references_mathematics_are_read():
     for name in ("gsm8k_test", "Math500_test", "AIME_test_24", "AMC_test"):
         for question in read_questions(DATA / f"{name}.jsonl")[:25]:
             assert math_verify(f"Hence \\boxed{{{question.answer}}}.", question.answer)
+
+
+def test_the_command_writes_disjoint_parts_and_refuses_what_it_would_not_read(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("reasoning_gym")
+    assert run(monkeypatch, "reasoning-gym:gcd", "--parts", "a=3,b=4", "-o", tmp_path / "parts") == 0
+    parts = [read_questions(tmp_path / "parts" / f"{part}.jsonl") for part in "ab"]
+    assert ([*map(len, parts)], len({str(one.prompt) for part in parts for one in part})) == ([3, 4], 7)
+    assert run(monkeypatch, "reasoning-gym:gcd", "--split", "test", "-o", tmp_path / "q.jsonl") == 2
+    assert run(monkeypatch, "reasoning-gym:gcd", "--parts", "a=3,a=4", "-o", tmp_path / "parts") == 2
+    assert run(monkeypatch, tmp_path / "parts/a.jsonl", "--instruction", "x", "-o", tmp_path / "q.jsonl") == 2
+    assert "its prompts are taken as they are" in capsys.readouterr().err
+
+
+def test_the_command_takes_rows_from_a_file_and_lists_the_presets(tmp_path, monkeypatch, capsys):
+    given = source(tmp_path, ROWS["gsm8k"], ROWS["gsm8k"])
+    assert run(monkeypatch, "gsm8k", "--source", given.file, "-o", tmp_path / "q.jsonl") == 0
+    assert len(read_questions(tmp_path / "q.jsonl")) == 1
+    assert "1 of 2 questions left out" in capsys.readouterr().err
+    assert run(monkeypatch, "--list", "--json") == 0
+    assert json.loads(capsys.readouterr().out).keys() == PRESETS.keys()
+
+
+def run(monkeypatch, *args):
+    """The exit status of `questions` with these arguments."""
+    monkeypatch.setattr("sys.argv", ["adaras-export", "questions", *map(str, args)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    return end.value.code or 0
