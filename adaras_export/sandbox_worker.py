@@ -276,8 +276,9 @@ def examine(job: dict[str, Any], channel: Channel) -> None:
                 return decoded(content, Handle)
             known = getattr(builtins, str(content), None)
             # StopIteration would end a loop of the test before its assertions.
-            usable = isinstance(known, type) and issubclass(known, Exception) and known is not StopIteration
-            raise known if usable else RuntimeError(content)
+            if isinstance(known, type) and issubclass(known, Exception) and known is not StopIteration:
+                raise known
+            raise RuntimeError(content)
 
         return call
 
