@@ -10,10 +10,15 @@ import threading
 from collections.abc import Callable, Sequence
 from decimal import Decimal
 from fractions import Fraction
+from functools import lru_cache
 from types import ModuleType
+from typing import Any
 
+from adaras_export import foreign, sandbox
+from adaras_export.code_answers import code
 from adaras_export.errors import TraceError, require
-from adaras_export.traces import Question
+from adaras_export.foreign import UnreadableError
+from adaras_export.traces import Question, digest
 
 Checker = Callable[[str, str], bool]
 """Of completion and answer: is the completion correct?"""
@@ -67,10 +72,52 @@ def math_verify(completion: str, answer: str) -> bool:
     return bool(library.verify(expected, found, timeout_seconds=limit))
 
 
+def regex(completion: str, answer: str) -> bool:
+    r"""Whether the answer, a regular expression of Python's, occurs in the completion; ``\A`` and ``\Z`` bind it.
+
+    A pattern that takes more than ten seconds counts as not found.
+
+    Raises:
+        TraceError: the answer is no regular expression.
+    """
+    try:
+        re.compile(answer)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise TraceError(f"answer {answer!r}: is no regular expression ({error})") from error
+    return sandbox.found_in(answer, completion)
+
+
+def reasoning_gym(completion: str, answer: str) -> bool:
+    """Whether reasoning-gym gives the completion's answer the full score of 1.
+
+    The answer is JSON: ``task``, ``seed``, ``size``, ``index``, and the ``digest`` of the question that these make.
+    What is scored stands in the last pair of answer tags, else in the last box, else on the last line.
+
+    Raises:
+        MissingExtraError: reasoning-gym is not installed.
+        TraceError: the answer has another form, or the installed version makes another question of it.
+    """
+    library = _reasoning_gym_library()
+    try:
+        record = foreign.parsed(answer.encode())
+        task, seed, size, index, expected = (record[key] for key in ("task", "seed", "size", "index", "digest"))
+    except (UnreadableError, KeyError, TypeError) as error:
+        raise TraceError(f"answer {answer!r}: expected JSON with task, seed, size, index and digest") from error
+    questions = _task(task, seed, size)
+    entry = questions[index]
+    if digest(entry["question"]) != expected:
+        found = f"reasoning-gym {getattr(library, '__version__', '')} makes another question"
+        raise TraceError(f"{task} {index} of seed {seed}: {found}; run: adaras-export questions reasoning-gym:{task}")
+    return bool(questions.score_answer(_last_answer(completion, library), entry) >= 1.0)
+
+
 CHECKERS: dict[str, Checker] = {
     "last_number": last_number,
     "exact": exact,
     "math_verify": math_verify,
+    "regex": regex,
+    "code": code,
+    "reasoning_gym": reasoning_gym,
 }
 
 
@@ -80,11 +127,16 @@ def checker(name: str) -> Checker:
     Raises:
         TraceError: there is none.
         MissingExtraError: its library is not installed.
+        BrokenInstallationError: it runs code, and there is no sandbox here.
     """
     if name not in CHECKERS:
         raise TraceError(f"checker {name}: is not known; expected one of: {', '.join(CHECKERS)}")
     if name == "math_verify":
         _math_verify_library()  # tells of a missing library before anything is sampled
+    if name == "reasoning_gym":
+        _reasoning_gym_library()
+    if name in ("code", "regex"):
+        sandbox.require_sandbox()
     return CHECKERS[name]
 
 
@@ -104,6 +156,24 @@ def checker_for(questions: Sequence[Question], name: str | None = None) -> Check
 
 def _math_verify_library() -> ModuleType:
     return require("math_verify", "eval", "checking answers by their mathematics")
+
+
+def _reasoning_gym_library() -> ModuleType:
+    return require("reasoning_gym", "questions", "scoring the answers of its tasks")
+
+
+@lru_cache(maxsize=16)
+def _task(task: str, seed: int, size: int) -> Any:  # noqa: ANN401 - the library's own
+    return _reasoning_gym_library().create_dataset(task, seed=seed, size=size)
+
+
+def _last_answer(completion: str, library: ModuleType) -> str:
+    tagged: str | None = library.utils.extract_answer(completion)
+    if tagged is not None:
+        return tagged
+    boxed = re.findall(r"\\boxed\{([^{}]*)\}", completion)
+    lines = completion.strip().splitlines()
+    return str(boxed[-1] if boxed else lines[-1] if lines else "").strip()
 
 
 def _whole_number(answer: str) -> Fraction:

@@ -27,6 +27,7 @@ pytest.importorskip("scipy")
 MODEL = Path(adaras_export.demo.__file__).parent / "planted_model"
 COMMANDS = [
     "demo",
+    "questions",
     "collect",
     "identify",
     "gate",

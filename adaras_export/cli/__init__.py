@@ -11,7 +11,7 @@ from typing import Any
 
 import typer
 
-from adaras_export.cli import collect, delivery, evaluate, gate, identify, machine, report, tune
+from adaras_export.cli import collect, delivery, evaluate, gate, identify, machine, questions, report, tune
 from adaras_export.errors import AdarasError, ParityError, printable
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app = typer.Typer(
 
 _COMMANDS: dict[str, Callable[..., None]] = {
     "demo": machine.demo,
+    "questions": questions.questions,
     "collect": collect.collect,
     "identify": identify.identify,
     "gate": gate.gate,

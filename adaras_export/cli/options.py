@@ -29,7 +29,9 @@ Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a H
 Out = Annotated[Path, typer.Option("--out", "-o", help="File to write.", callback=in_a_folder)]
 Check = Annotated[
     str | None,
-    typer.Option(help="Answer checker: last_number, exact or math_verify. [default: the one that the questions name]"),
+    typer.Option(
+        help="Answer checker: last_number, exact, math_verify, regex, code or reasoning_gym. [default: the questions']"
+    ),
 ]
 NewTokens = Annotated[int, typer.Option(help="Tokens that a completion may have.")]
 Stop = Annotated[str | None, typer.Option(help="A completion ends before a token with this text (\\n: a line end).")]

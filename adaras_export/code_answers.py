@@ -1,0 +1,176 @@
+"""Judge code by running it: evalplus's form of problems, and LiveCodeBench's, in the sandbox.
+
+The answer of such a question is a JSON object in one of four forms (docs/questions.md): a benchmark's own ``test``;
+``base_input`` and ``plus_input`` with a ``canonical_solution``; ``functional`` cases; or ``stdin`` cases. Results are
+compared here or in a process that the solution cannot reach. Knows no checker but its own and no model.
+"""
+
+import ast
+import builtins
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from adaras_export import foreign, sandbox
+from adaras_export.errors import TraceError
+from adaras_export.foreign import UnreadableError
+from adaras_export.sandbox import Limits, SandboxFailure
+
+_FENCED = re.compile(r"^```[^\n`]*\n(.*?)(?:^```|\Z)", re.MULTILINE | re.DOTALL)
+_LONGEST_PROGRAM = 64 << 10
+
+
+def code(completion: str, answer: str) -> bool:
+    """Whether the completion's last fenced block, else the completion behind the prompt, passes every test.
+
+    Raises:
+        TraceError: the answer has none of the known forms.
+    """
+    problem = _problem(answer)
+    source = solution_of(completion, problem.get("prompt", ""), problem.get("entry_point", ""))
+    if source is None:
+        return False
+    try:
+        return _passes(source, problem)
+    except SandboxFailure:
+        return False
+
+
+def solution_of(completion: str, prompt: str, entry_point: str) -> str | None:
+    """The program of a completion; None where none of its beginnings is one.
+
+    A block that defines the function gets the prompt's imports, which chat models leave away; one that does not, or a
+    completion without a block, goes on from the prompt, and ends with the last line up to which it is Python.
+    """
+    blocks = _FENCED.findall(completion)
+    text = blocks[-1] if blocks else completion
+    if len(text) > _LONGEST_PROGRAM:
+        return None
+    if not entry_point or re.search(rf"^(?:async )?(?:def|class) +{re.escape(entry_point)}\b", text, re.MULTILINE):
+        imports = [line for line in prompt.splitlines() if line.startswith(("import ", "from "))]
+        return "\n".join([*imports, text])
+    if "class Solution" in text:
+        return text
+    return _longest_program(prompt, text)
+
+
+def _longest_program(prompt: str, text: str) -> str | None:
+    lines = text.splitlines()[:500]
+    for count in range(len(lines), 0, -1):
+        program = prompt + "\n".join(lines[:count])
+        try:
+            ast.parse(program)
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            continue
+        return program
+    return None
+
+
+def _problem(answer: str) -> dict[str, Any]:
+    try:
+        problem = foreign.parsed(answer.encode())
+    except UnreadableError as error:
+        raise TraceError(f"answer: {error}; expected the JSON of a problem with tests") from error
+    if not isinstance(problem, dict):
+        raise TraceError("answer: expected a JSON object with tests")
+    needed = {"test": ("entry_point",), "base_input": ("entry_point", "canonical_solution"), "stdin": ()}
+    needed["functional"] = ("entry_point",)
+    forms = [form for form in needed if form in problem]
+    if len(forms) != 1 or any(key not in problem for key in needed[forms[0]]) or not problem[forms[0]]:
+        raise TraceError("answer: expected one of test, base_input (with canonical_solution), functional and stdin")
+    return problem
+
+
+def _passes(source: str, problem: dict[str, Any]) -> bool:
+    if "stdin" in problem:
+        return all(_same_text(sandbox.output_of(source, one["input"]), one["output"]) for one in problem["stdin"])
+    with sandbox.solution(source) as solved:
+        if "test" in problem:
+            return _passes_test(solved, problem)
+        if "functional" in problem:
+            cases = problem["functional"]
+            return all(_same(solved(problem["entry_point"], one["input"]), one["output"], 0.0) for one in cases)
+        return _agrees(solved, problem)
+
+
+def _passes_test(solved: sandbox.Solution, problem: dict[str, Any]) -> bool:
+    """Tests of HumanEval's form define ``check(candidate)``; those of MBPP's are assertions."""
+    test, entry_point = problem["test"], problem["entry_point"]
+    if re.search(r"^def check\(", test, re.MULTILINE):
+        test += f"\ncheck({entry_point})\n"
+    names = sorted({entry_point, *called_names(test)})
+    # Tests of HumanEval call functions that the prompt defines, beside the one that it asks for.
+    setup = problem.get("prompt", "")
+    if setup and not _is_program(setup := setup + "\n    pass\n"):
+        setup = ""
+    known = set(re.findall(r"^def +(\w+)", setup, re.MULTILINE)) - {entry_point}
+    # Thousands of calls: both processes get more time than one call needs.
+    return sandbox.passes(solved, test, setup, [name for name in names if name not in known], Limits(wall_seconds=60.0))
+
+
+def _is_program(source: str) -> bool:
+    try:
+        ast.parse(source)
+    except (SyntaxError, ValueError):
+        return False
+    return True
+
+
+def called_names(test: str) -> list[str]:
+    """Names that the test calls and does not define, outermost first: what it expects of the solution.
+
+    Raises:
+        TraceError: the test is no Python.
+    """
+    try:
+        nodes = list(ast.walk(ast.parse(test)))
+    except (SyntaxError, ValueError) as error:
+        raise TraceError(f"answer: its test is no Python ({error})") from error
+    called = [node.func.id for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+    defined = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    defined |= {(node.asname or node.name).partition(".")[0] for node in nodes if isinstance(node, ast.alias)}
+    defined |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+    defined |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    return [name for name in dict.fromkeys(called) if name not in defined and not hasattr(builtins, name)]
+
+
+def _agrees(solved: sandbox.Solution, problem: dict[str, Any]) -> bool:
+    """Whether the solution gives what the canonical one gives, on every input of evalplus."""
+    inputs = [*problem["base_input"], *problem.get("plus_input", [])]
+    canonical = problem.get("prompt", "") + problem["canonical_solution"]
+    with sandbox.solution(canonical) as reference:
+        try:
+            expected = [reference(problem["entry_point"], one) for one in inputs]
+        except SandboxFailure as error:
+            raise TraceError(f"answer: its canonical solution {error}") from error
+    tolerance = float(problem.get("atol", 0.0))
+    found = (solved(problem["entry_point"], one) for one in inputs)
+    return all(_same(one, other, tolerance) for one, other in zip(found, expected, strict=True))
+
+
+def _same(found: Any, expected: Any, tolerance: float) -> bool:  # noqa: ANN401 - any plain data
+    """Equality, for fractions up to a tolerance; 1e-6 where one is expected and none is given, as evalplus has it."""
+    if isinstance(expected, float) and isinstance(found, int | float):
+        close = math.isclose(found, expected, rel_tol=1e-7, abs_tol=tolerance or 1e-6)
+        return close or (math.isnan(found) and math.isnan(expected))
+    if isinstance(expected, list | tuple) and isinstance(found, list | tuple):
+        pairs: Sequence[tuple[Any, Any]] = list(zip(found, expected, strict=False))
+        return len(found) == len(expected) and all(_same(one, other, tolerance) for one, other in pairs)
+    return bool(found == expected)
+
+
+def _same_text(found: str, expected: str) -> bool:
+    """Whether two outputs have the same lines, apart from white space at their ends; numbers may differ in form."""
+    ours, theirs = ([line.rstrip() for line in text.strip().splitlines()] for text in (found, expected))
+    return len(ours) == len(theirs) and all(map(_same_line, ours, theirs))
+
+
+def _same_line(found: str, expected: str) -> bool:
+    if found == expected:
+        return True
+    try:
+        ours, theirs = ([float(word) for word in line.split()] for line in (found, expected))
+    except ValueError:
+        return False
+    return ours == theirs
