@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from adaras_export import foreign
 from adaras_export.errors import ArtifactError, RuleError, UnsupportedModelError
@@ -381,6 +381,14 @@ def decoder(model: "nn.Module") -> "nn.Module":
     """
     module: nn.Module = reduce(getattr, _family(model).decoder.split("."), model)
     return module
+
+
+def input_device(model: "nn.Module") -> Any:  # noqa: ANN401 - torch is not imported here
+    """The torch.device that token ids go to; Accelerate's, where it moves weights about while the model runs."""
+    embedding = cast("Any", model).get_input_embeddings()
+    hook = getattr(embedding, "_hf_hook", None)  # only where there is a device map
+    placed = None if hook is None else getattr(hook, "execution_device", None)
+    return embedding.weight.device if placed is None else placed
 
 
 def decoder_layer(model: "nn.Module", layer: int) -> "nn.Module":

@@ -1,0 +1,133 @@
+"""One of several processes that do one job: which it is, and how results come together. Knows nothing of the job.
+
+Launchers (`accelerate launch`, torchrun) say in environment variables how many there are and where they meet. Only
+arrays on the CPU are sent, as bytes of a safetensors file, so that gloo serves on GPUs too, and nothing is unpickled.
+"""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import distributed
+
+from adaras_export.errors import AdarasError
+from adaras_export.values import Value
+
+_V = TypeVar("_V", bound=Value)
+
+_FAILED = "adaras-failed"
+_PATIENCE = timedelta(days=30)  # a process that is done waits for the slowest; one that died is noticed at once
+
+
+class StoppedError(AdarasError):
+    """Another process of the group failed, and says why."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """This process, counted from 0, of so many."""
+
+    rank: int = 0
+    size: int = 1
+
+    def check(self) -> None:
+        """End this process, too, if another one has failed.
+
+        Raises:
+            StoppedError: one has.
+        """
+        if self.size > 1 and _failed():
+            raise StoppedError("another process failed")
+
+    def gather(self, value: _V) -> list[_V]:
+        """The values of all processes in the order of their ranks, in process 0; nothing in the others.
+
+        Raises:
+            StoppedError: another process failed.
+        """
+        if self.size == 1:
+            return [value]
+        try:
+            if self.rank:
+                content = torch.from_numpy(np.frombuffer(value.to_bytes(), np.uint8).copy())
+                distributed.send(torch.tensor([len(content)]), 0)
+                distributed.send(content, 0)
+                distributed.barrier()  # process 0 has it; a process that is gone could take what is on its way with it
+                return []
+            found = [value, *(_received(type(value), rank) for rank in range(1, self.size))]
+            distributed.barrier()
+        except RuntimeError as error:  # gloo's, of a connection that the other side closed
+            raise StoppedError("another process ended before its part arrived; its own message says why") from error
+        return found
+
+
+def device() -> str | None:
+    """The GPU of this process among those of its machine; None where there is one process, or no GPU."""
+    if size_of_group() == 1 or not torch.cuda.is_available():
+        return None
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
+
+
+def size_of_group() -> int:
+    """How many processes the launcher has started; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def joined() -> Iterator[Group]:
+    """Be one of the processes that the launcher started. If one fails, all end, and the first to fail says why.
+
+    Raises:
+        StoppedError: another process failed first.
+    """
+    if size_of_group() == 1:
+        yield Group()
+        return
+    distributed.init_process_group("gloo", timeout=_PATIENCE)
+    group = Group(distributed.get_rank(), distributed.get_world_size())
+    try:
+        yield group
+    except StoppedError:
+        raise
+    except BaseException as error:
+        if not _is_first_to_fail(group.rank):
+            raise StoppedError("another process failed") from error
+        raise
+    finally:
+        distributed.destroy_process_group()
+
+
+def _store() -> Any:  # noqa: ANN401 - torch does not type it
+    return distributed.distributed_c10d._get_default_store()
+
+
+def _failed() -> bool:
+    try:
+        return bool(_store().check([_FAILED]))
+    except RuntimeError:  # the process that keeps the store is gone
+        return True
+
+
+def _is_first_to_fail(rank: int) -> bool:
+    try:
+        return bool(_store().compare_set(_FAILED, "", str(rank)).decode() == str(rank))
+    except RuntimeError:  # as above
+        return False
+
+
+def _received(kind: type[_V], rank: int) -> _V:
+    length = torch.zeros(1, dtype=torch.int64)
+    distributed.recv(length, rank)
+    content = torch.empty(int(length), dtype=torch.uint8)
+    distributed.recv(content, rank)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"rank{rank}"
+        path.write_bytes(content.numpy().tobytes())
+        return kind.load(path)
