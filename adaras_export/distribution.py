@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import distributed
 
-from adaras_export.errors import AdarasError
+from adaras_export.errors import DistributionError, first_line
 from adaras_export.values import Value
 
 _V = TypeVar("_V", bound=Value)
@@ -26,7 +26,7 @@ _FAILED = "adaras-failed"
 _PATIENCE = timedelta(days=30)  # a process that is done waits for the slowest; one that died is noticed at once
 
 
-class StoppedError(AdarasError):
+class StoppedError(DistributionError):
     """Another process of the group failed, and says why."""
 
 
@@ -52,20 +52,23 @@ class Group:
         Raises:
             StoppedError: another process failed.
         """
-        if self.size == 1:
-            return [value]
-        try:
-            if self.rank:
-                content = torch.from_numpy(np.frombuffer(value.to_bytes(), np.uint8).copy())
-                distributed.send(torch.tensor([len(content)]), 0)
-                distributed.send(content, 0)
-                distributed.barrier()  # process 0 has it; a process that is gone could take what is on its way with it
-                return []
-            found = [value, *(_received(type(value), rank) for rank in range(1, self.size))]
-            distributed.barrier()
-        except RuntimeError as error:  # gloo's, of a connection that the other side closed
-            raise StoppedError("another process ended before its part arrived; its own message says why") from error
-        return found
+        with _deaths():
+            if not self.rank:
+                return [value, *(_received(type(value), rank) for rank in range(1, self.size))]
+            content = torch.from_numpy(np.frombuffer(value.to_bytes(), np.uint8).copy())
+            distributed.send(torch.tensor([len(content)]), 0)
+            distributed.send(content, 0)
+            return []
+
+    def wait(self) -> None:
+        """Go on when all processes have come here.
+
+        Raises:
+            StoppedError: another process failed.
+        """
+        if self.size > 1:
+            with _deaths():
+                distributed.barrier()
 
 
 def device() -> str | None:
@@ -102,6 +105,20 @@ def joined() -> Iterator[Group]:
         raise
     finally:
         distributed.destroy_process_group()
+
+
+@contextmanager
+def _deaths() -> Iterator[None]:
+    """Turn what gloo says of a connection that the other side closed into an error of ours."""
+    try:
+        yield
+    except RuntimeError as error:
+        if _failed():
+            raise StoppedError("another process failed") from error
+        raise DistributionError(
+            f"process group: another process ended without a word ({first_line(error)}); expected all to reach the "
+            "end; run the same command again to go on"
+        ) from error
 
 
 def _store() -> Any:  # noqa: ANN401 - torch does not type it

@@ -151,7 +151,8 @@ def job_of(
             f"attribution: {offloaded} tensors of {base.id} are offloaded; expected all in memory, as gradients need "
             "them; use --ranking paper, or a device map without offloading"
         )
-    planned = plan(model, tokenizer, traces, method.contrast, reading)
+    is_needed = by_gradient or not method.has_stats
+    planned = plan(model, tokenizer, traces if is_needed else (), method.contrast, reading)
     labels: dict[str, str] = {"contrast": method.contrast, "tokens": reading.tokens}
     empty = None if method.has_stats else NeuronStats.empty(base, **labels)
 
@@ -270,8 +271,6 @@ def identify(  # noqa: PLR0913 - one decision of the researcher each
     if stats is not None:
         require_of(stats, traces, base)
     reading = reading or Reading()
-    if stats is not None and ranking == "paper":
-        return ranked(stats, None, ranking=ranking, keep=keep, min_layer=min_layer)
     method = Method(ranking, contrast, start, has_stats=stats is not None)
     job = job_of(model, tokenizer, traces, base, method, reading)
     part = job.read(range(len(job.plan.chunks)), partial, reading.progress)

@@ -89,10 +89,10 @@ def plan(
     _require_bearable(model, long, lengths, reading)
     kept = [trace for trace in traces if reading.too_long != "skip" or lengths[trace.id] <= context]
     questions: list[Question] = list(by_question(kept).values())
-    chunks: list[list[Question]] = [[]]
-    for question in mixed(questions) if contrast == "within_question" else questions:
-        own = [trace.id for one in chunks[-1] for trace in one]
-        if len(own) >= MAX_ROWS or sum(lengths[id_] for id_ in own) >= _BATCHES * reading.token_budget:
+    chunks: list[list[Question]] = []
+    for question in mixed(questions) if contrast == "within_question" and traces else questions:
+        own = [trace.id for one in chunks[-1] for trace in one] if chunks else []
+        if not own or len(own) >= MAX_ROWS or sum(lengths[id_] for id_ in own) >= _BATCHES * reading.token_budget:
             chunks.append([])
         chunks[-1].append(question)
     return Plan(

@@ -74,7 +74,7 @@ class _Sums(Value):
         return total, self.rests.get(name, np.zeros_like(total))
 
     @classmethod
-    def empty(cls: type[_S], base: BaseModel, **labels: str) -> _S:
+    def empty(cls: type[_S], base: BaseModel, **labels: Any) -> _S:
         """The neutral element of `merge`."""
         zeros: dict[str, Any] = {name: np.zeros((base.layers, base.mlp_size)) for name in cls._sums}
         return cls(base=base, questions=(), **zeros, **labels)

@@ -25,6 +25,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "demo": machine.demo,
     "collect": collect.collect,
     "identify": identify.identify,
+    "merge": identify.merge,
     "gate": gate.gate,
     "tune": tune.tune,
     "eval": evaluate.evaluate,
