@@ -6,6 +6,7 @@ arrays on the CPU are sent, as bytes of a safetensors file, so that gloo serves 
 
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +23,8 @@ from adaras_export.values import Value
 
 _V = TypeVar("_V", bound=Value)
 
-_FAILED = "adaras-failed"
+_FAILED, _ENDED = "adaras-failed", "adaras-ended"
+_SECONDS = 5  # that a process which failed waits for the others; they look up between two chunks
 _PATIENCE = timedelta(days=30)  # a process that is done waits for the slowest; one that died is noticed at once
 
 
@@ -97,10 +99,10 @@ def joined() -> Iterator[Group]:
     group = Group(distributed.get_rank(), distributed.get_world_size())
     try:
         yield group
-    except StoppedError:
-        raise
     except BaseException as error:
-        if not _is_first_to_fail(group.rank):
+        stopped = isinstance(error, StoppedError) or not _is_first_to_fail(group.rank)
+        _part(group)
+        if stopped:
             raise StoppedError("another process failed") from error
         raise
     finally:
@@ -137,6 +139,18 @@ def _is_first_to_fail(rank: int) -> bool:
         return bool(_store().compare_set(_FAILED, "", str(rank)).decode() == str(rank))
     except RuntimeError:  # as above
         return False
+
+
+def _part(group: Group) -> None:
+    """Have process 0, which may keep the store, outlive those that look there, or torch warns of it in each of them."""
+    try:
+        ended = _store().add(_ENDED, 1)
+        until = time.monotonic() + _SECONDS
+        while group.rank == 0 and ended < group.size and time.monotonic() < until:
+            time.sleep(0.02)
+            ended = _store().add(_ENDED, 0)
+    except RuntimeError:
+        return  # it is gone already
 
 
 def _received(kind: type[_V], rank: int) -> _V:
