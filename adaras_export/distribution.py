@@ -24,7 +24,7 @@ from adaras_export.values import Value
 _V = TypeVar("_V", bound=Value)
 
 _FAILED, _ENDED = "adaras-failed", "adaras-ended"
-_SECONDS = 5  # that a process which failed waits for the others; they look up between two chunks
+_SECONDS = 2  # that a process which failed waits for the others; they look up between two chunks
 _PATIENCE = timedelta(days=30)  # a process that is done waits for the slowest; one that died is noticed at once
 
 

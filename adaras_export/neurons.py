@@ -268,6 +268,7 @@ def identify(  # noqa: PLR0913 - one decision of the researcher each
         TraceError: the traces do not allow a contrast, or the statistics are of other questions.
         RuleError: too few neurons, or statistics of another model.
     """
+    require_room(base, keep, min_layer)
     if stats is not None:
         require_of(stats, traces, base)
     reading = reading or Reading()
@@ -389,13 +390,23 @@ def _chunks(questions: Sequence[Sequence[Trace]], reading: Reading) -> Iterator[
                 reading.progress(done, len(questions))
 
 
+def require_room(base: BaseModel, keep: int, min_layer: int | None) -> None:
+    """Refuse a number of neurons that the layers do not have; None: the upper half of them.
+
+    Raises:
+        RuleError: they have not.
+    """
+    lowest = base.layers // 2 if min_layer is None else min_layer
+    available = (base.layers - lowest) * base.mlp_size
+    if not 0 <= lowest < base.layers or not 1 <= keep <= available:
+        raise RuleError(
+            f"neurons: {keep} wanted from layer {lowest} on; {base.id} has {base.layers} layers of {base.mlp_size}"
+        )
+
+
 def _best(base: BaseModel, keys: Sequence[Array], keep: int, min_layer: int) -> tuple[Array, Array]:
     """Layer and index of the ``keep`` largest entries by several (L, M) keys, the first counting most."""
-    available = (base.layers - min_layer) * base.mlp_size
-    if not 0 <= min_layer < base.layers or not 1 <= keep <= available:
-        raise RuleError(
-            f"neurons: {keep} wanted from layer {min_layer} on; {base.id} has {base.layers} layers of {base.mlp_size}"
-        )
+    require_room(base, keep, min_layer)
     flat = [key[min_layer:].ravel() for key in keys]
     position = np.arange(flat[0].size)
     order = np.lexsort((position, *(-key for key in reversed(flat))))[:keep]

@@ -24,6 +24,7 @@ from adaras_export.values import Value, check_count, check_version
 Question = Sequence[Trace]
 ReadChunk = Callable[[Sequence[Question]], tuple[NeuronStats | None, AttributionStats | None]]
 
+_PATIENCE = 20  # times what writing the file took
 _BATCHES = 4  # of a chunk, where traces are long; more would cost more work when a run is killed
 
 
@@ -286,7 +287,7 @@ class _Keeper:
         if began >= self.due:
             part.save(self.path)
             ended = time.monotonic()
-            self.due = ended + 20 * (ended - began)
+            self.due = ended + _PATIENCE * (ended - began)
 
 
 def digest_of(traces: Sequence[Trace]) -> str:

@@ -1,4 +1,4 @@
-"""Forks of this process, alone or as a group that meets over gloo: they have all libraries loaded, and take a second."""
+"""Forks of this process, alone or as a group that meets over gloo: they have all libraries loaded already."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def forked(work, log, environment=()):
-    """The number of a process that calls ``work()``, with its streams in the file ``log``; its status is 70 for bugs."""
+    """The number of a process that calls ``work()``, with its streams in the file ``log``; a bug is status 70."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of threads of ours that wait meanwhile
         child = os.fork()
@@ -27,6 +27,7 @@ def forked(work, log, environment=()):
         status = work() or 0
     except BaseException:
         os.write(2, traceback.format_exc().encode())
+        raise
     finally:
         os._exit(status)
 

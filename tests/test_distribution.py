@@ -17,14 +17,14 @@ from adaras_export.rule import NeuronSet
 from adaras_export.statistics import NeuronStats
 from adaras_export.traces import Trace, write_traces
 
-# Eleven questions, the first of them long; with batches of 16 tokens each is a chunk of its own.
+# Eleven questions, the first of them long; with batches of 8 tokens each is a chunk of its own.
 QUESTIONS = [("what is 12+30, if not 41 or 43? " * 2, "42"), *((f"{n}+{n}=", str(2 * n)) for n in range(1, 11))]
 TRACES = [
     Trace(f"{n}#{attempt}", str(n), prompt, text, text.endswith(answer))
     for n, (prompt, answer) in enumerate(QUESTIONS)
     for attempt, text in enumerate((answer, f"it is {answer}", f"no {answer}?", "hm, 0."))
 ]
-OPTIONS = ["--keep", "20", "--token-budget", "16"]
+OPTIONS = ["--keep", "20", "--token-budget", "8"]
 
 
 @pytest.fixture(scope="module")

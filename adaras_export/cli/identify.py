@@ -25,9 +25,8 @@ from adaras_export.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from adaras_export.activations import Progress, Reading
+    from adaras_export.activations import Progress
     from adaras_export.distribution import Group
-    from adaras_export.neurons import Method
     from adaras_export.reading import Job, Part, Plan
     from adaras_export.statistics import NeuronStats
     from adaras_export.traces import Trace
@@ -71,6 +70,7 @@ def identify(
     """Rank the model's neurons by labelled traces, and keep the best. Processes of accelerate launch share the work."""
     from adaras_export import distribution, neurons
     from adaras_export.activations import Reading
+    from adaras_export.models import BaseModel
     from adaras_export.statistics import NeuronStats
 
     _require_sound(ranking=ranking, tokens=tokens, too_long=too_long, device_map=device_map)
@@ -88,7 +88,11 @@ def identify(
             weights = load_model(model, revision, dtype, distribution.device(), device_map, offload_folder)
             told = bar("reading traces") if group.rank == 0 else None
             reading = Reading(token_budget, told, chunk_tokens, tokens, too_long)  # type: ignore[arg-type]  # checked
-            job = _job(weights, read, (model, revision), method, reading, recorded)
+            base = BaseModel.of(model, revision)
+            neurons.require_room(base, keep, min_layer)  # before the work, not after it
+            if recorded is not None:
+                neurons.require_of(recorded, read, base)
+            job = neurons.job_of(*weights, read, base, method, reading)
             if group.rank == 0:
                 _warn_of(job.plan, unpaired)
             with _shared(job, group, out, shares, told) as part:
@@ -149,23 +153,6 @@ def _read(traces: Path, per_class: int | None) -> "list[Trace]":
 
     read = read_traces(traces)
     return read if per_class is None else balanced(read, 0, per_class)
-
-
-def _job(
-    loaded: tuple[Any, Any],
-    traces: "list[Trace]",
-    source: tuple[str, str | None],
-    method: "Method",
-    reading: "Reading",
-    recorded: "NeuronStats | None",
-) -> "Job":
-    from adaras_export import neurons
-    from adaras_export.models import BaseModel
-
-    base = BaseModel.of(*source)
-    if recorded is not None:
-        neurons.require_of(recorded, traces, base)
-    return neurons.job_of(*loaded, traces, base, method, reading)
 
 
 def _warn_of(plan: "Plan", unpaired: bool) -> None:
