@@ -586,9 +586,9 @@ def test_traces_beyond_the_context_are_left_out_with_a_warning(job, run, refused
     assert "1 of 97 exceed the model's context of 256 tokens (the longest, long" in refused(*asked)
     status, out, err = run(*asked, "--too-long", "skip", "--json")
     assert (status, json.loads(out)["skipped_traces"]) == (0, 1)
-    assert err == "warning: 1 traces are left out, which exceed the model's context of 256 tokens\n"
+    assert err == "warning: traces left out because they exceed the model's context of 256 tokens: 1\n"
     _, _, err = run(*asked, "--too-long", "read")
-    assert err.startswith("warning: 1 traces exceed the model's context of 256 tokens, and are read all the same")
+    assert err == "warning: traces read beyond the model's context of 256 tokens, which it was not made for: 1\n"
 
 
 def test_a_line_end_in_stop_is_written_as_backslash_n(job, run, tmp_path):

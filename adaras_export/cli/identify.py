@@ -159,11 +159,10 @@ def _warn_of(plan: "Plan", unpaired: bool) -> None:
     if unpaired:
         warn("unpaired contrast finds what tells easy questions from hard ones; within questions is the method's")
     if plan.skipped:
-        warn(f"{plan.skipped} traces are left out, which exceed the model's context of {plan.context} tokens")
+        warn(f"traces left out because they exceed the model's context of {plan.context} tokens: {plan.skipped}")
     if plan.beyond:
         warn(
-            f"{plan.beyond} traces exceed the model's context of {plan.context} tokens, and are read all the same: "
-            "the model was not made for what lies behind"
+            f"traces read beyond the model's context of {plan.context} tokens, which it was not made for: {plan.beyond}"
         )
 
 
