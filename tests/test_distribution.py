@@ -13,6 +13,7 @@ import transformers
 
 from adaras_export import cli, distribution
 from adaras_export.distribution import Group
+from adaras_export.reading import Part
 from adaras_export.rule import NeuronSet
 from adaras_export.statistics import NeuronStats
 from adaras_export.traces import Trace, write_traces
@@ -112,6 +113,30 @@ def test_a_process_that_is_killed_leaves_none_behind(killed, traces, folders, tm
     assert told[killed][0] == -signal.SIGKILL
     assert told[1 - killed][0] == 2
     assert "Traceback" not in told[1 - killed][1]
+
+
+def test_a_group_that_was_killed_goes_on_from_the_files_of_its_processes(traces, folders, tmp_path, monkeypatch):
+    check, calls = distribution.Group.check, []
+
+    def die_later(self):
+        calls.append(self)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        check(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(distribution.Group, "check", die_later)
+        patch.setattr("adaras_export.reading._PATIENCE", 0)
+        told, out = identified(2, traces, tmp_path, folders["llama"])
+    assert -signal.SIGKILL in [status for status, _ in told]
+    assert Part.load(f"{out}.partial-0of2").done or Part.load(f"{out}.partial-1of2").done
+    told, again = identified(1, traces, tmp_path, folders["llama"], "-o", out)
+    assert f"{out}.partial-0of2: is of an unfinished run of another number of processes" in told[0][1]
+    once = out.read_bytes()
+    told, again = identified(2, traces, tmp_path, folders["llama"])
+    assert [status for status, _ in told] == [0, 0], told
+    assert (again, again.read_bytes()) == (out, once)
+    assert sorted(path.name for path in tmp_path.glob("*partial*")) == []
 
 
 def test_options_for_one_process_are_refused_in_several(traces, folders, tmp_path):

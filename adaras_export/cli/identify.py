@@ -89,7 +89,8 @@ def identify(
             told = bar("reading traces") if group.rank == 0 else None
             reading = Reading(token_budget, told, chunk_tokens, tokens, too_long)  # type: ignore[arg-type]  # checked
             base = BaseModel.of(model, revision)
-            neurons.require_room(base, keep, min_layer)  # before the work, not after it
+            if shard is None:
+                neurons.require_room(base, keep, min_layer)  # before the work, not after it
             if recorded is not None:
                 neurons.require_of(recorded, read, base)
             job = neurons.job_of(*weights, read, base, method, reading)
