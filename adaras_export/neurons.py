@@ -169,7 +169,7 @@ def job_of(
         return stats, attribution
 
     key = {
-        "model": base.as_record(),
+        "model": base.fingerprint or base.id,
         "dtype": str(model.dtype).removeprefix("torch."),
         "traces": digest_of(traces),
         **labels,
@@ -269,9 +269,9 @@ def identify(  # noqa: PLR0913 - one decision of the researcher each
         RuleError: too few neurons, or statistics of another model.
     """
     require_room(base, keep, min_layer)
-    if stats is not None:
-        require_of(stats, traces, base)
     reading = reading or Reading()
+    if stats is not None:
+        require_of(stats, traces, base, reading)
     method = Method(ranking, contrast, start, has_stats=stats is not None)
     job = job_of(model, tokenizer, traces, base, method, reading)
     part = job.read(range(len(job.plan.chunks)), partial, reading.progress)
@@ -349,14 +349,18 @@ def _gradient_halves(attribution: AttributionStats) -> tuple[AttributionStats, A
     )
 
 
-def require_of(stats: NeuronStats, traces: Sequence[Trace], base: BaseModel) -> None:
-    """Refuse recorded statistics of another model or of other questions than these traces.
+def require_of(stats: NeuronStats, traces: Sequence[Trace], base: BaseModel, reading: Reading) -> None:
+    """Refuse recorded statistics of another model, of other questions than these traces, or of other tokens.
 
     Raises:
         RuleError: of another model.
-        TraceError: of other questions.
+        TraceError: of other questions or tokens.
     """
     stats.base.require_same(base)
+    if stats.tokens != reading.tokens:
+        raise TraceError(
+            f"statistics: are over {stats.tokens} tokens of a trace; expected {reading.tokens}; read the traces instead"
+        )
     _require_questions(stats, traces)
 
 

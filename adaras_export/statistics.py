@@ -93,7 +93,11 @@ class _Sums(Value):
                 raise RuleError(f"{self.kind}: {name} differs ({found}); expected parts of one kind")
         if common := sorted({*self.questions} & {*other.questions}):
             raise TraceError(f"{self.kind}: question {common[0]} is in both parts; expected disjoint questions")
-        sums = {name: exact.add(self._exact(name), other._exact(name)) for name in self._sums}
+        zeros = [name for name in self._sums if not getattr(other, name).any() and name not in other.rests]
+        sums = {
+            name: self._exact(name) if name in zeros else exact.add(self._exact(name), other._exact(name))
+            for name in self._sums
+        }
         counts = {name: getattr(self, name) + getattr(other, name) for name in self._counts}
         totals: dict[str, Any] = {name: pair[0] for name, pair in sums.items()}
         rests = {name: pair[1] for name, pair in sums.items()}

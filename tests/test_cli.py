@@ -355,6 +355,9 @@ WRONG = {
     "identify {traces} {on} --device-map cpu": r"UsageError: .*--device-map cpu: expected one of: auto, balanced",
     "identify {traces} {on} --token-budget 0": r"TraceError: reading: token_budget is 0; expected 1 or more",
     "identify {traces} {on} --chunk-tokens 0": r"TraceError: reading: chunk_tokens is 0; expected 1 or more",
+    "identify {traces} {on} --stats {job}/stats.safetensors --tokens completion": (
+        r"TraceError: statistics: are over all tokens of a trace; expected completion"
+    ),
     "identify {traces} {on} --shard 4/4": r"UsageError: .*--shard 4/4: expected i/n with i from 0 to n - 1",
     "identify {traces} {on} --shard half": r"UsageError: .*--shard half: expected i/n",
     "identify {traces} {on} --shard 0/2 --stats {job}/stats.safetensors": r"UsageError: .*--shard and --stats",

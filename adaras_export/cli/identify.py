@@ -92,7 +92,7 @@ def identify(
             if shard is None:
                 neurons.require_room(base, keep, min_layer)  # before the work, not after it
             if recorded is not None:
-                neurons.require_of(recorded, read, base)
+                neurons.require_of(recorded, read, base, reading)
             job = neurons.job_of(*weights, read, base, method, reading)
             if group.rank == 0:
                 _warn_of(job.plan, unpaired)
