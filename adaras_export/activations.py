@@ -5,14 +5,14 @@ Knows nothing of labels, rankings or rules. B rows, T tokens, L layers, M MLP ne
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from adaras_export import models
 from adaras_export.errors import TraceError
@@ -84,31 +84,67 @@ def read(
     """One forward pass over right-padded rows, without LM head and no further than the last layer wanted.
 
     Calls ``sink(layer, h_BTM, mask_BT)``, the mask int64 and 1 on real tokens. Rows of more than ``chunk_tokens`` are
-    read in pieces of so many columns, with a KV cache; the sink is then called once a piece, with the piece's columns.
+    read in pieces of so many columns: the sink is then called once a piece, in order, with the piece's columns. Where
+    attention needs no mask over the whole row, only the MLPs, which treat every token alone, go piece by piece; where
+    it does, the model goes, with a KV cache.
     """
     ids_BT, mask_BT = right_pad(rows, models.input_device(model))
     width = ids_BT.shape[1]
     step = width if chunk_tokens is None else min(chunk_tokens, width)
-    cache = DynamicCache(config=cast("PreTrainedModel", model).config) if step < width else None
-    for start in range(0, width, step):
-        own = slice(start, start + step)
-        piece_BS = mask_BT[:, own]
+    cache = _cache(model) if step < width else None
+    stride = width if cache is None else step
+    seen: Counter[int] = Counter()
 
-        def pass_on(layer: int, h_BSM: Tensor, piece_BS: Tensor = piece_BS) -> None:
-            sink(layer, h_BSM, piece_BS.to(h_BSM.device))
-            if layer == max(layers):
-                raise _Enough
+    def pass_on(layer: int, h_BSM: Tensor) -> None:
+        start, seen[layer] = seen[layer], seen[layer] + h_BSM.shape[1]
+        sink(layer, h_BSM, mask_BT[:, start : seen[layer]].to(h_BSM.device))
+        if layer == max(layers) and seen[layer] in (width, end):
+            raise _Enough
 
-        with capture(model, layers, pass_on):
-            try:
-                models.decoder(model)(
-                    input_ids=ids_BT[:, own],
-                    attention_mask=mask_BT[:, : start + step],
-                    past_key_values=cache,
-                    use_cache=cache is not None,
-                )
-            except _Enough:
-                continue  # the layers behind have no cache, and need none
+    pieces = _mlps_in_pieces(model, layers, step) if cache is None and step < width else nullcontext()
+    with capture(model, layers, pass_on), pieces:
+        for end in range(stride, width + stride, stride):
+            own = {"input_ids": ids_BT[:, end - stride : end], "attention_mask": mask_BT[:, :end]}
+            _run(models.decoder(model), {**own, "past_key_values": cache, "use_cache": cache is not None})
+
+
+def _run(decoder: nn.Module, inputs: dict[str, Any]) -> None:
+    """Run the layers up to the last wanted one; those behind it get no cache, and need none."""
+    try:
+        decoder(**inputs)
+    except _Enough:
+        return
+
+
+def _cache(model: nn.Module) -> Cache | None:
+    """An empty cache where attention takes a mask of T * T entries for a whole row: windows, or no fused kernel."""
+    config = cast("PreTrainedModel", model).config
+    cache = DynamicCache(config=config)
+    return cache if any(cache.is_sliding) or config._attn_implementation == "eager" else None
+
+
+@contextmanager
+def _mlps_in_pieces(model: nn.Module, layers: Sequence[int], step: int) -> Iterator[None]:
+    """Have the MLPs up to the last of these layers take so many tokens at a time."""
+    with ExitStack() as undo:
+        for layer in range(max(layers) + 1):
+            mlp = models.mlp(model, layer)
+            undo.callback(_restore, mlp, vars(mlp).get("forward"))
+            mlp.forward = partial(_in_pieces, mlp.forward, step)
+        yield
+
+
+def _in_pieces(forward: Callable[[Tensor], Tensor], step: int, hidden_BTD: Tensor) -> Tensor:
+    width = hidden_BTD.shape[1]
+    pieces = (hidden_BTD[:, start : start + step].contiguous() for start in range(0, width, step))
+    return torch.cat([forward(piece_BSD) for piece_BSD in pieces], dim=1)
+
+
+def _restore(module: nn.Module, forward: Any) -> None:  # noqa: ANN401 - none, or what Accelerate has put there
+    if forward is None:
+        del module.forward
+    else:
+        module.forward = forward
 
 
 @dataclass(frozen=True)
@@ -175,7 +211,9 @@ def row_means(
     means: list[Any] = [None] * len(rows)
     skipped = skipped or [0] * len(rows)
     done = 0
-    for indices in batches([len(row) for row in rows], reading.token_budget, MAX_ROWS):
+    for indices in _alone_where_long(
+        batches([len(row) for row in rows], reading.token_budget, MAX_ROWS), rows, reading
+    ):
         chosen = [rows[index] for index in indices]
         found = token_means(model, chosen, layers, [skipped[index] for index in indices], reading.chunk_tokens).numpy()
         for index, mean in zip(indices, found, strict=True):
@@ -184,6 +222,15 @@ def row_means(
         if reading.progress is not None:
             reading.progress(done, len(rows))
     return means
+
+
+def _alone_where_long(
+    groups: Sequence[list[int]], rows: Sequence[Sequence[int]], reading: Reading
+) -> Iterator[list[int]]:
+    """The batches, without company for rows that are read in pieces: padding would need a mask of T * T entries."""
+    for group in groups:
+        is_long = max(len(rows[index]) for index in group) > reading.chunk_tokens
+        yield from ([index] for index in group) if is_long else [group]
 
 
 def trace_means(

@@ -404,6 +404,13 @@ def down_projection(model: "nn.Module", layer: int) -> "nn.Module":
     return module
 
 
+def mlp(model: "nn.Module", layer: int) -> "nn.Module":
+    """The module that holds the down projection of a 0-based decoder layer; it treats every token alone."""
+    parent, _, _ = _family(model).down.rpartition(".")
+    module: nn.Module = reduce(getattr, parent.split("."), decoder_layer(model, layer))
+    return module
+
+
 def down_name(family: str, layer: int) -> str:
     """The name that the down projection of a 0-based decoder layer has in a causal language model of a family."""
     known = FAMILIES[family]
