@@ -55,7 +55,7 @@ def identified(size, traces, folder, model, *more):
     return told, out
 
 
-@pytest.mark.parametrize("ranking", ["paper", "attribution"])
+@pytest.mark.parametrize("ranking", ["paper", pytest.param("attribution", marks=pytest.mark.slow)])
 def test_one_two_and_four_processes_write_the_same_bytes(ranking, traces, folders, tmp_path):
     contents = set()
     for size in (1, 2, 4):
@@ -74,7 +74,7 @@ def test_more_processes_than_chunks_are_no_harm(traces, folders, tmp_path):
     assert NeuronSet.load(out).ranking == "paper"
 
 
-@pytest.mark.parametrize("failing", [0, 2])
+@pytest.mark.parametrize("failing", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_an_error_in_one_process_ends_all_with_one_line(failing, traces, folders, tmp_path, monkeypatch):
     read = NeuronStats.update
 
@@ -99,7 +99,7 @@ def test_input_that_all_refuse_is_refused_in_one_line(folders, tmp_path):
     assert line.startswith("TraceError: ")
 
 
-@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("killed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_process_that_is_killed_leaves_none_behind(killed, traces, folders, tmp_path):
     def work(rank):
         def die(_):
@@ -115,6 +115,7 @@ def test_a_process_that_is_killed_leaves_none_behind(killed, traces, folders, tm
     assert "Traceback" not in told[1 - killed][1]
 
 
+@pytest.mark.slow
 def test_a_group_that_was_killed_goes_on_from_the_files_of_its_processes(traces, folders, tmp_path, monkeypatch):
     check, calls = distribution.Group.check, []
 

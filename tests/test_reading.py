@@ -46,8 +46,9 @@ def test_every_chunk_is_in_one_share_and_shares_are_even(tokens, count):
     assert max(loads) - min(loads) <= max(tokens, default=0)
 
 
-@pytest.mark.parametrize("ranking", ["paper", "attribution"])
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize(
+    ("count", "ranking"), [(2, "paper"), (4, "paper"), pytest.param(3, "attribution", marks=pytest.mark.slow)]
+)
 def test_shards_merge_to_the_bytes_of_the_whole(count, ranking, job, tmp_path):
     whole = job(ranking).read(range(9))
     for index in range(count):
@@ -113,7 +114,7 @@ def counting(job, path, die_at=None):
     return Job(job.plan, job.empty, read_chunk)
 
 
-@pytest.mark.parametrize("ranking", ["paper", "attribution"])
+@pytest.mark.parametrize("ranking", ["paper", pytest.param("attribution", marks=pytest.mark.slow)])
 def test_a_killed_run_goes_on_with_the_next_chunk_and_ends_with_the_same_bytes(ranking, job, tmp_path, monkeypatch):
     monkeypatch.setattr("adaras_export.reading._PATIENCE", 0)  # the file is written after each chunk
     partial, whole = tmp_path / "out.partial", job(ranking).read(range(9))
