@@ -3,21 +3,28 @@
 Knows nothing of labels, rankings or rules. B rows, T tokens, L layers, M MLP neurons.
 """
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from adaras_export import models
+from adaras_export.errors import TraceError
 from adaras_export.generation import Prefilled, batches, encode_trace
+from adaras_export.statistics import Tokens
 from adaras_export.storage import Array
 from adaras_export.traces import Trace
 
 Sink = Callable[[int, Tensor], None]
+Progress = Callable[[int, int], None]
+"""Of what is done, and of what there is."""
+TooLong = Literal["refuse", "skip", "read"]
 
 MAX_ROWS = 64  # of one batch, however short they are
 
@@ -67,63 +74,173 @@ class _Enough(Exception):  # noqa: N818 - a signal, not an error
 
 
 @torch.no_grad()
-def read(model: nn.Module, rows: Sequence[Sequence[int]], layers: Sequence[int], sink: Callable[..., None]) -> None:
+def read(
+    model: nn.Module,
+    rows: Sequence[Sequence[int]],
+    layers: Sequence[int],
+    sink: Callable[..., None],
+    chunk_tokens: int | None = None,
+) -> None:
     """One forward pass over right-padded rows, without LM head and no further than the last layer wanted.
 
-    Calls ``sink(layer, h_BTM, mask_BT)``, the mask int64 and 1 on real tokens.
+    Calls ``sink(layer, h_BTM, mask_BT)``, the mask int64 and 1 on real tokens. Rows of more than ``chunk_tokens`` are
+    read in pieces of so many columns: the sink is then called once a piece, in order, with the piece's columns. Where
+    attention needs no mask over the whole row, only the MLPs, which treat every token alone, go piece by piece; where
+    it does, the model goes, with a KV cache.
     """
-    ids_BT, mask_BT = right_pad(rows, next(model.parameters()).device)
+    ids_BT, mask_BT = right_pad(rows, models.input_device(model))
+    width = ids_BT.shape[1]
+    step = width if chunk_tokens is None else min(chunk_tokens, width)
+    cache = _cache(model) if step < width else None
+    stride = width if cache is None else step
+    seen: Counter[int] = Counter()
 
-    def pass_on(layer: int, h_BTM: Tensor) -> None:
-        sink(layer, h_BTM, mask_BT.to(h_BTM.device))
-        if layer == max(layers):
+    def pass_on(layer: int, h_BSM: Tensor) -> None:
+        start, seen[layer] = seen[layer], seen[layer] + h_BSM.shape[1]
+        sink(layer, h_BSM, mask_BT[:, start : seen[layer]].to(h_BSM.device))
+        if layer == max(layers) and seen[layer] in (width, end):
             raise _Enough
 
-    with capture(model, layers, pass_on):
-        try:
-            models.decoder(model)(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False)
-        except _Enough:
-            return
+    pieces = _mlps_in_pieces(model, layers, step) if cache is None and step < width else nullcontext()
+    with capture(model, layers, pass_on), pieces:
+        for end in range(stride, width + stride, stride):
+            own = {"input_ids": ids_BT[:, end - stride : end], "attention_mask": mask_BT[:, :end]}
+            _run(models.decoder(model), {**own, "past_key_values": cache, "use_cache": cache is not None})
 
 
-def token_means(model: nn.Module, rows: Sequence[Sequence[int]], layers: Sequence[int]) -> Tensor:
-    """Mean of h over each row's tokens, (B, len(layers), M) float32 on the CPU."""
+def _run(decoder: nn.Module, inputs: dict[str, Any]) -> None:
+    """Run the layers up to the last wanted one; those behind it get no cache, and need none."""
+    try:
+        decoder(**inputs)
+    except _Enough:
+        return
+
+
+def _cache(model: nn.Module) -> Cache | None:
+    """An empty cache where attention takes a mask of T * T entries for a whole row: windows, or no fused kernel."""
+    config = cast("PreTrainedModel", model).config
+    cache = DynamicCache(config=config)
+    return cache if any(cache.is_sliding) or config._attn_implementation == "eager" else None
+
+
+@contextmanager
+def _mlps_in_pieces(model: nn.Module, layers: Sequence[int], step: int) -> Iterator[None]:
+    """Have the MLPs up to the last of these layers take so many tokens at a time."""
+    with ExitStack() as undo:
+        for layer in range(max(layers) + 1):
+            mlp = models.mlp(model, layer)
+            undo.callback(_restore, mlp, vars(mlp).get("forward"))
+            mlp.forward = partial(_in_pieces, mlp.forward, step)
+        yield
+
+
+def _in_pieces(forward: Callable[[Tensor], Tensor], step: int, hidden_BTD: Tensor) -> Tensor:
+    width = hidden_BTD.shape[1]
+    pieces = (hidden_BTD[:, start : start + step].contiguous() for start in range(0, width, step))
+    return torch.cat([forward(piece_BSD) for piece_BSD in pieces], dim=1)
+
+
+def _restore(module: nn.Module, forward: Any) -> None:  # noqa: ANN401 - none, or what Accelerate has put there
+    if forward is None:
+        del module.forward
+    else:
+        module.forward = forward
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How texts are read.
+
+    Attributes:
+        token_budget: tokens of one batch, padding included.
+        progress: whom to tell about what is done.
+        chunk_tokens: rows of more tokens are read in pieces of so many, so that activations take no more memory.
+        tokens: which tokens of a trace count: "all", or those of the "completion".
+        too_long: what becomes of traces that exceed the model's context: "refuse", "skip" or "read".
+    """
+
+    token_budget: int = 4096
+    progress: Progress | None = None
+    chunk_tokens: int = 4096
+    tokens: Tokens = "all"
+    too_long: TooLong = "refuse"
+
+    def __post_init__(self) -> None:
+        for name in ("token_budget", "chunk_tokens"):
+            if getattr(self, name) < 1:
+                raise TraceError(f"reading: {name} is {getattr(self, name)}; expected 1 or more")
+
+
+def token_means(
+    model: nn.Module,
+    rows: Sequence[Sequence[int]],
+    layers: Sequence[int],
+    skipped: Sequence[int] | None = None,
+    chunk_tokens: int | None = None,
+) -> Tensor:
+    """Mean of h over each row's tokens, without its first ``skipped`` ones, (B, len(layers), M) float32 on the CPU.
+
+    The sum is float32, whatever the model computes with; it runs on over the pieces of `read`.
+    """
     means: dict[int, Tensor] = {}
+    counts = [len(row) - skip for row, skip in zip(rows, skipped or [0] * len(rows), strict=True)]
+    assert min(counts) > 0  # a completion has tokens
+    seen: Counter[int] = Counter()
 
     def average(layer: int, h_BTM: Tensor, mask_BT: Tensor) -> None:
-        weight_B1T = (mask_BT / mask_BT.sum(1, keepdim=True)).unsqueeze(1)
-        means[layer] = torch.bmm(weight_B1T, h_BTM.float()).squeeze(1).cpu()
+        place_T = torch.arange(seen[layer], seen[layer] + mask_BT.shape[1], device=mask_BT.device)
+        seen[layer] += mask_BT.shape[1]
+        count_B1 = torch.tensor(counts, device=mask_BT.device).unsqueeze(1)
+        first_B1 = torch.tensor([len(row) for row in rows], device=mask_BT.device).unsqueeze(1) - count_B1
+        weight_B1T = (mask_BT * (place_T >= first_B1) / count_B1).unsqueeze(1)
+        part_BM = torch.bmm(weight_B1T, h_BTM.float()).squeeze(1)
+        means[layer] = part_BM if layer not in means else means[layer] + part_BM
 
-    read(model, rows, layers, average)
-    return torch.stack([means[layer] for layer in layers], dim=1)
+    read(model, rows, layers, average, chunk_tokens)
+    return torch.stack([means[layer].cpu() for layer in layers], dim=1)
 
 
 def row_means(
     model: nn.Module,
     rows: Sequence[Sequence[int]],
     layers: Sequence[int],
-    token_budget: int,
-    progress: Callable[[int, int], None] | None = None,
+    reading: Reading,
+    skipped: Sequence[int] | None = None,
 ) -> list[Array]:
     """`token_means` of any number of rows, read in batches of similar length: an array (len(layers), M) per row."""
     means: list[Any] = [None] * len(rows)
+    skipped = skipped or [0] * len(rows)
     done = 0
-    for indices in batches([len(row) for row in rows], token_budget, MAX_ROWS):
-        found = token_means(model, [rows[index] for index in indices], layers).numpy()
+    for indices in _alone_where_long(
+        batches([len(row) for row in rows], reading.token_budget, MAX_ROWS), rows, reading
+    ):
+        chosen = [rows[index] for index in indices]
+        found = token_means(model, chosen, layers, [skipped[index] for index in indices], reading.chunk_tokens).numpy()
         for index, mean in zip(indices, found, strict=True):
             means[index] = mean
         done += len(indices)
-        if progress is not None:
-            progress(done, len(rows))
+        if reading.progress is not None:
+            reading.progress(done, len(rows))
     return means
 
 
+def _alone_where_long(
+    groups: Sequence[list[int]], rows: Sequence[Sequence[int]], reading: Reading
+) -> Iterator[list[int]]:
+    """The batches, without company for rows that are read in pieces: padding would need a mask of T * T entries."""
+    for group in groups:
+        is_long = max(len(rows[index]) for index in group) > reading.chunk_tokens
+        yield from ([index] for index in group) if is_long else [group]
+
+
 def trace_means(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, traces: Sequence[Trace], token_budget: int
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, traces: Sequence[Trace], reading: Reading
 ) -> dict[str, Array]:
-    """Mean of h over all tokens of each trace, prompt and completion, read with teacher forcing: (L, M) by trace id."""
-    rows = [[*prompt, *completion] for prompt, completion in (encode_trace(tokenizer, one) for one in traces)]
-    means = row_means(model, rows, range(models.sizes_of(model)[1]), token_budget)
+    """Mean of h over the tokens of each trace that count, read with teacher forcing: (L, M) by trace id."""
+    encoded = [encode_trace(tokenizer, trace) for trace in traces]
+    rows = [[*prompt, *completion] for prompt, completion in encoded]
+    skipped = [0 if reading.tokens == "all" else len(prompt) for prompt, _ in encoded]
+    means = row_means(model, rows, range(models.sizes_of(model)[1]), replace(reading, progress=None), skipped)
     return {trace.id: mean for trace, mean in zip(traces, means, strict=True)}
 
 

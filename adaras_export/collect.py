@@ -15,7 +15,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from adaras_export import foreign
-from adaras_export.activations import Recorder, recording, trace_means
+from adaras_export.activations import Reading, Recorder, recording, trace_means
 from adaras_export.checkers import Checker
 from adaras_export.errors import TraceError
 from adaras_export.foreign import UnreadableError
@@ -28,7 +28,6 @@ from adaras_export.traces import Question, Trace, by_question, digest, read_trac
 Progress = Callable[[int, int], None]
 """Of attempts done and attempts in all."""
 
-_TOKEN_BUDGET = 4096
 _LINE_START = b'{"id": '
 
 
@@ -208,7 +207,7 @@ class _Ledger:
         for group in groups.values():
             if len({trace.correct for trace in group}) == 2:
                 absent = [trace for trace in group if trace.id not in self.means]
-                read = trace_means(self.model, self.tokenizer, absent, _TOKEN_BUDGET) if absent else {}
+                read = trace_means(self.model, self.tokenizer, absent, Reading()) if absent else {}
                 self.stats = with_question(self.stats, group, {**self.means, **read})
         self.closed |= wanted
         self.means = {key: mean for key, mean in self.means.items() if key.rpartition("#")[0] not in self.closed}

@@ -8,6 +8,7 @@ AdarasError
 ├── RuleError              a neuron set, gate or rule that contradicts itself or the model
 ├── ExportError            a target cannot express the rule, or cannot be written
 ├── ParityError            an artifact does not behave like the rule
+├── DistributionError      the processes that do a job together have lost each other
 ├── MissingExtraError      an optional library is not installed
 └── BrokenInstallationError  a library or target does not work, or libraries exclude each other
 
@@ -61,6 +62,10 @@ class ExportError(AdarasError):
 
 class ParityError(AdarasError):
     """An artifact does not behave like the rule that it was written from."""
+
+
+class DistributionError(AdarasError):
+    """The processes that do a job together have lost each other."""
 
 
 class MissingExtraError(AdarasError):

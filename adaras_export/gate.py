@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from adaras_export.activations import MAX_ROWS, read, row_means
+from adaras_export.activations import MAX_ROWS, Reading, read, row_means
 from adaras_export.errors import RuleError, TraceError, require
 from adaras_export.generation import batches, encode_prompt
 from adaras_export.models import BaseModel
-from adaras_export.neurons import Reading
 from adaras_export.rule import Gate
 from adaras_export.runtime.steering_adaras import SteeringGate
 from adaras_export.steering import gate_module
@@ -106,7 +105,7 @@ def train_gate(  # noqa: PLR0913 - one decision of the researcher each
     require_both(labels[train], "training")
     require_both(labels[validation], "validation")
     rows = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    means_NLM = np.stack(row_means(model, rows, range(below_layer), reading.token_budget, reading.progress))
+    means_NLM = np.stack(row_means(model, rows, range(below_layer), reading))
     if bad := sorted({int(layer) for layer in np.argwhere(~np.isfinite(means_NLM))[:, 1]}):
         raise TraceError(f"prompts: activations of layers {bad[:5]} are NaN or infinite; load the model in float32")
     layer, index = _best_features(means_NLM[train], labels[train], features)

@@ -35,7 +35,7 @@ from transformers import (
 )
 
 from adaras_export import buildable
-from adaras_export.errors import ArtifactError, TraceError, first_line
+from adaras_export.errors import ArtifactError, TraceError, first_line, require
 from adaras_export.models import fetch
 from adaras_export.traces import Prompt, Trace
 
@@ -93,21 +93,29 @@ def load_model(
     revision: str | None = None,
     dtype: Dtype = "float32",
     device: str | None = None,
+    device_map: str | Mapping[str, str | int] | None = None,
+    offload_folder: str | Path | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A stock model in eval mode and its tokenizer, padding on the left; runs no foreign code.
 
-    Without a ``device``: CUDA where torch sees one, else the CPU.
+    Without a ``device``: CUDA where torch sees one, else the CPU. With a ``device_map``, Accelerate puts the modules
+    where it says, or as "auto" fills GPUs, then memory, then the disk (``offload_folder``); ``device`` does not count.
 
     Raises:
+        MissingExtraError: a device map without Accelerate.
         ArtifactError: no model there, or its tensors are not exactly those of the architecture.
         UnsupportedModelError: the architecture is not in the table.
     """
     folder = fetch(base, revision)
     buildable.require(folder)
+    placing: dict[str, Any] = {}
+    if device_map is not None:
+        require("accelerate", "distributed", "a device map")
+        placing = {"device_map": device_map, "offload_folder": offload_folder}
     try:
         with torch.random.fork_rng(devices=[]):  # a tensor that the files lack is filled from it
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True
+                folder, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True, **placing
             )
         tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
@@ -118,7 +126,8 @@ def load_model(
     _require_exact(loading, str(base))
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device_map is None:
+        model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return model.eval(), tokenizer
 
 

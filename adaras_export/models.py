@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from adaras_export import foreign
 from adaras_export.errors import ArtifactError, RuleError, UnsupportedModelError
@@ -383,6 +383,14 @@ def decoder(model: "nn.Module") -> "nn.Module":
     return module
 
 
+def input_device(model: "nn.Module") -> Any:  # noqa: ANN401 - torch is not imported here
+    """The torch.device that token ids go to; Accelerate's, where it moves weights about while the model runs."""
+    embedding = cast("Any", model).get_input_embeddings()
+    hook = getattr(embedding, "_hf_hook", None)  # only where there is a device map
+    placed = None if hook is None else getattr(hook, "execution_device", None)
+    return embedding.weight.device if placed is None else placed
+
+
 def decoder_layer(model: "nn.Module", layer: int) -> "nn.Module":
     """A decoder layer, counted from 0; the hidden states are what leaves it, or the first of several values."""
     layers: Any = getattr(decoder(model), _family(model).layers)
@@ -393,6 +401,13 @@ def decoder_layer(model: "nn.Module", layer: int) -> "nn.Module":
 def down_projection(model: "nn.Module", layer: int) -> "nn.Module":
     """The down projection of a 0-based decoder layer; what enters it is h."""
     module: nn.Module = reduce(getattr, _family(model).down.split("."), decoder_layer(model, layer))
+    return module
+
+
+def mlp(model: "nn.Module", layer: int) -> "nn.Module":
+    """The module that holds the down projection of a 0-based decoder layer; it treats every token alone."""
+    parent, _, _ = _family(model).down.rpartition(".")
+    module: nn.Module = reduce(getattr, parent.split("."), decoder_layer(model, layer))
     return module
 
 

@@ -1,14 +1,16 @@
 """Running sums over questions, from which neurons are ranked: a few (L, M) arrays, whatever the number of traces.
 
-Knows nothing of models in memory, tokens or files of traces. Sums are float64. L layers, M MLP neurons, N traces.
+Knows nothing of models in memory, tokens or files of traces. Sums are float64, and exact (see `exact`): parts that were
+read apart merge to the same bytes in any order. L layers, M MLP neurons, N traces.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import numpy as np
 
+from adaras_export import exact
 from adaras_export.errors import RuleError, TraceError
 from adaras_export.models import BaseModel
 from adaras_export.storage import Array
@@ -16,41 +18,65 @@ from adaras_export.traces import Trace, digest
 from adaras_export.values import Value, check_choice, check_count, check_version, freeze, set_questions
 
 Contrast = Literal["within_question", "unpaired"]
+Tokens = Literal["all", "completion"]
+"""Which tokens of a trace its mean is over; the paper's are all of them, the prompt's too."""
 
+_REST = "_rest"
 _S = TypeVar("_S", bound="_Sums")
 
 
 @dataclass(frozen=True, eq=False)
 class _Sums(Value):
-    """Arrays of shape (L, M) and counts that add up over questions."""
+    """Arrays of shape (L, M) and counts that add up over questions.
+
+    ``rests`` holds, by the name of a sum, what its float64 lacks of the exact one; absent: nothing.
+    """
 
     base: BaseModel
     questions: tuple[str, ...]
+    rests: Mapping[str, Array] = field(default_factory=dict, kw_only=True)
 
     largest: ClassVar[int] = 1 << 30
     _sums: ClassVar[tuple[str, ...]]
     _counts: ClassVar[tuple[str, ...]] = ()
     _labels: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    _later: ClassVar[tuple[str, ...]] = ()
+    """What files of earlier releases lack: it has a default."""
 
     def __post_init__(self) -> None:
-        shape = (self.base.layers, self.base.mlp_size)
         for name in self._sums:
-            values = np.asarray(getattr(self, name), dtype=np.float64)
-            if values.shape != shape:
-                raise RuleError(f"{self.kind}: {name} has shape {values.shape}; expected {shape} of {self.base.id}")
-            if not np.isfinite(values).all():
-                raise RuleError(f"{self.kind}: {name} holds NaN or infinity; expected finite numbers")
-            freeze(self, name, values)
+            freeze(self, name, exact.on_grid(self._checked(name, getattr(self, name))))
+        if strange := sorted(self.rests.keys() - {*self._sums}):
+            raise RuleError(f"{self.kind}: {strange[0]}{_REST} belongs to no sum; expected: {', '.join(self._sums)}")
+        rests = {name: self._checked(name + _REST, rest) for name, rest in self.rests.items()}
+        object.__setattr__(self, "rests", {name: rest for name, rest in rests.items() if rest.any()})
         for name in self._counts:
             check_count(self.kind, name, getattr(self, name))
         for name, choices in self._labels.items():
             check_choice(self.kind, name, getattr(self, name), choices)
         set_questions(self, self.kind)
 
+    def _checked(self, name: str, given: Array) -> Array:
+        """A sum of the right shape; a single 0 stands for zeros."""
+        shape = (self.base.layers, self.base.mlp_size)
+        values = np.asarray(given, dtype=np.float64)
+        if values.shape == () and not values:
+            return np.zeros(shape)
+        if values.shape != shape:
+            raise RuleError(f"{self.kind}: {name} has shape {values.shape}; expected {shape} of {self.base.id}")
+        if not np.isfinite(values).all():
+            raise RuleError(f"{self.kind}: {name} holds NaN or infinity; expected finite numbers")
+        return values
+
+    def _exact(self, name: str) -> tuple[Array, Array]:
+        """A sum as `exact.add` takes it."""
+        total: Array = getattr(self, name)
+        return total, self.rests.get(name, np.zeros_like(total))
+
     @classmethod
-    def empty(cls: type[_S], base: BaseModel, **labels: str) -> _S:
+    def empty(cls: type[_S], base: BaseModel, **labels: Any) -> _S:
         """The neutral element of `merge`."""
-        zeros = {name: np.zeros((base.layers, base.mlp_size)) for name in cls._sums}
+        zeros: dict[str, Any] = {name: np.zeros((base.layers, base.mlp_size)) for name in cls._sums}
         return cls(base=base, questions=(), **zeros, **labels)
 
     def merge(self: _S, other: _S) -> _S:
@@ -67,12 +93,19 @@ class _Sums(Value):
                 raise RuleError(f"{self.kind}: {name} differs ({found}); expected parts of one kind")
         if common := sorted({*self.questions} & {*other.questions}):
             raise TraceError(f"{self.kind}: question {common[0]} is in both parts; expected disjoint questions")
-        names = (*self._sums, *self._counts)
-        summed = {name: getattr(self, name) + getattr(other, name) for name in names}
-        return replace(self, questions=(*self.questions, *other.questions), **summed)
+        zeros = [name for name in self._sums if not getattr(other, name).any() and name not in other.rests]
+        sums = {
+            name: self._exact(name) if name in zeros else exact.add(self._exact(name), other._exact(name))
+            for name in self._sums
+        }
+        counts = {name: getattr(self, name) + getattr(other, name) for name in self._counts}
+        totals: dict[str, Any] = {name: pair[0] for name, pair in sums.items()}
+        rests = {name: pair[1] for name, pair in sums.items()}
+        return replace(self, questions=(*self.questions, *other.questions), rests=rests, **totals, **counts)
 
     def _arrays(self) -> dict[str, Array]:
-        return {name: getattr(self, name) for name in self._sums}
+        rests = {name + _REST: rest for name, rest in self.rests.items()}
+        return {**{name: getattr(self, name) for name in self._sums}, **rests}
 
     def _record(self) -> dict[str, Any]:
         counts = {name: getattr(self, name) for name in (*self._counts, *self._labels)}
@@ -87,8 +120,26 @@ class _Sums(Value):
     def _restore(cls: type[_S], arrays: Mapping[str, Array], record: Mapping[str, Any], subject: str) -> _S:
         check_version(record, subject)
         base = BaseModel.from_record(record["base"], subject)
-        counts = {name: record[name] for name in (*cls._counts, *cls._labels)}
-        return cls(base=base, questions=record["questions"], **arrays, **counts)
+        names = [name for name in (*cls._counts, *cls._labels) if name in record or name not in cls._later]
+        counts = {name: record[name] for name in names}
+        sums = {name: array for name, array in arrays.items() if not name.endswith(_REST)}
+        rests = {name.removesuffix(_REST): array for name, array in arrays.items() if name.endswith(_REST)}
+        return cls(base=base, questions=record["questions"], rests=rests, **sums, **counts)
+
+
+_PLAIN_SUMS = ("correct_sum", "incorrect_sum", "difference_square_sum", "trace_sum", "trace_square_sum")
+_PLAIN_COUNTS = ("correct_count", "incorrect_count", "trace_count")
+_FIRST = "first_half_"
+
+
+def _none() -> Array:
+    """Stands for zeros of any shape."""
+    return np.zeros(())
+
+
+def is_first_half(question: str) -> bool:
+    """Whether a question, by its digest, is in the first of two halves."""
+    return int(question, 16) % 2 == 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,6 +162,9 @@ class NeuronStats(_Sums):
         incorrect_count: the same for ``incorrect_sum``.
         trace_count: traces.
         contrast: "within_question", or "unpaired".
+        tokens: the tokens of a trace that its mean is over: "all", or those of the "completion".
+        first_half_correct_sum: ``correct_sum`` of one half of the questions, chosen by their digest; so are all others
+            of the name. A file of an earlier release lacks them.
     """
 
     correct_sum: Array
@@ -122,17 +176,21 @@ class NeuronStats(_Sums):
     incorrect_count: int = 0
     trace_count: int = 0
     contrast: Contrast = "within_question"
+    tokens: Tokens = "all"
+    first_half_correct_sum: Array = field(default_factory=_none)
+    first_half_incorrect_sum: Array = field(default_factory=_none)
+    first_half_difference_square_sum: Array = field(default_factory=_none)
+    first_half_trace_sum: Array = field(default_factory=_none)
+    first_half_trace_square_sum: Array = field(default_factory=_none)
+    first_half_correct_count: int = 0
+    first_half_incorrect_count: int = 0
+    first_half_trace_count: int = 0
 
     kind: ClassVar[str] = "neuron statistics"
-    _sums: ClassVar[tuple[str, ...]] = (
-        "correct_sum",
-        "incorrect_sum",
-        "difference_square_sum",
-        "trace_sum",
-        "trace_square_sum",
-    )
-    _counts: ClassVar[tuple[str, ...]] = ("correct_count", "incorrect_count", "trace_count")
-    _labels: ClassVar[Mapping[str, tuple[str, ...]]] = {"contrast": get_args(Contrast)}
+    _sums: ClassVar[tuple[str, ...]] = (*_PLAIN_SUMS, *(_FIRST + name for name in _PLAIN_SUMS))
+    _counts: ClassVar[tuple[str, ...]] = (*_PLAIN_COUNTS, *(_FIRST + name for name in _PLAIN_COUNTS))
+    _labels: ClassVar[Mapping[str, tuple[str, ...]]] = {"contrast": get_args(Contrast), "tokens": get_args(Tokens)}
+    _later: ClassVar[tuple[str, ...]] = ("tokens", *(_FIRST + name for name in _PLAIN_COUNTS))
 
     def update(self, question: str, correct_NLM: Array, incorrect_NLM: Array) -> "NeuronStats":
         """These sums and one more question, given by its traces' means; unpaired, one class may be empty.
@@ -157,20 +215,31 @@ class NeuronStats(_Sums):
                 )
             correct, incorrect = correct / sizes[0], incorrect / sizes[1]
             square, sizes = (correct - incorrect) ** 2, (1, 1)
+        sums = (correct, incorrect, square, traces.sum(0), (traces**2).sum(0))
+        values: dict[str, Any] = dict(zip(_PLAIN_SUMS, sums, strict=True))
+        values |= dict(zip(_PLAIN_COUNTS, (*sizes, len(traces)), strict=True))
+        if is_first_half(question):
+            values |= {_FIRST + name: value for name, value in values.items()}
         return self.merge(
-            NeuronStats(
-                base=self.base,
-                questions=(question,),
-                correct_sum=correct,
-                incorrect_sum=incorrect,
-                difference_square_sum=square,
-                trace_sum=traces.sum(0),
-                trace_square_sum=(traces**2).sum(0),
-                correct_count=sizes[0],
-                incorrect_count=sizes[1],
-                trace_count=len(traces),
-                contrast=self.contrast,
-            )
+            NeuronStats(base=self.base, questions=(question,), contrast=self.contrast, tokens=self.tokens, **values)
+        )
+
+    def halves(self) -> tuple["NeuronStats", "NeuronStats"]:
+        """The sums over either half of the questions; the first is empty in a file of an earlier release."""
+        names = (*_PLAIN_SUMS, *_PLAIN_COUNTS)
+        first: dict[str, Any] = {name: getattr(self, _FIRST + name) for name in names}
+        rests = {name: self.rests[_FIRST + name] for name in _PLAIN_SUMS if _FIRST + name in self.rests}
+        second: dict[str, Any] = {name: getattr(self, name) - first[name] for name in _PLAIN_COUNTS}
+        second_rests = {}
+        for name in _PLAIN_SUMS:
+            taken = tuple(-part for part in self._exact(_FIRST + name))
+            second[name], second_rests[name] = exact.add(self._exact(name), (taken[0], taken[1]))
+        labels: dict[str, Any] = {"contrast": self.contrast, "tokens": self.tokens}
+        odd = tuple(question for question in self.questions if is_first_half(question))
+        even = tuple(question for question in self.questions if not is_first_half(question))
+        return (
+            NeuronStats(base=self.base, questions=odd, rests=rests, **first, **labels),
+            NeuronStats(base=self.base, questions=even, rests=second_rests, **second, **labels),
         )
 
     def means(self) -> tuple[Array, Array]:

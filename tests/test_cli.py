@@ -15,7 +15,7 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 import adaras_export.demo
-from adaras_export import cli
+from adaras_export import cli, neurons
 from adaras_export.demo import planted
 from adaras_export.rule import Gate, NeuronSet, SteeringRule
 from adaras_export.statistics import NeuronStats
@@ -30,6 +30,7 @@ COMMANDS = [
     "questions",
     "collect",
     "identify",
+    "merge",
     "gate",
     "tune",
     "eval",
@@ -317,6 +318,7 @@ MISSING = {
     "identify, traces": "identify {bad}/none.jsonl {on}",
     "identify, model": "identify {traces} -m {bad}/none -o {bad}/out",
     "identify, stats": "identify {traces} {on} --stats {bad}/none",
+    "merge, part": "merge {bad}/none -o {bad}/out",
     "gate, traces": "gate {bad}/none.jsonl {on}",
     "gate, model": "gate {traces} -m {bad}/none -o {bad}/out",
     "tune, questions": "tune {bad}/none.jsonl {on} --neurons {neurons}",
@@ -389,6 +391,18 @@ WRONG = {
     "identify {traces} {on} --keep many": r"UsageError: .*'--keep'",
     "identify {traces} {on} --keep 9999": r"RuleError: neurons: 9999 wanted from layer 2 on",
     "identify {traces} {on} --min-layer 4": r"RuleError: neurons: 200 wanted from layer 4 on",
+    "identify {traces} {on} --tokens prompt": r"UsageError: .*--tokens prompt: expected one of: all, completion",
+    "identify {traces} {on} --too-long cut": r"UsageError: .*--too-long cut: expected one of: refuse, skip, read",
+    "identify {traces} {on} --device-map cpu": r"UsageError: .*--device-map cpu: expected one of: auto, balanced",
+    "identify {traces} {on} --token-budget 0": r"TraceError: reading: token_budget is 0; expected 1 or more",
+    "identify {traces} {on} --chunk-tokens 0": r"TraceError: reading: chunk_tokens is 0; expected 1 or more",
+    "identify {traces} {on} --stats {job}/stats.safetensors --tokens completion": (
+        r"TraceError: statistics: are over all tokens of a trace; expected completion"
+    ),
+    "identify {traces} {on} --shard 4/4": r"UsageError: .*--shard 4/4: expected i/n with i from 0 to n - 1",
+    "identify {traces} {on} --shard half": r"UsageError: .*--shard half: expected i/n",
+    "identify {traces} {on} --shard 0/2 --stats {job}/stats.safetensors": r"UsageError: .*--shard and --stats",
+    "merge {job}/stats.safetensors -o {bad}/out": r"ArtifactError: .*is a neuron statistics file; expected a part",
     "identify {traces} {on} --per-class 0": r"TraceError: per_class is 0; expected a positive",
     "gate {traces} {on} --pooling max": r"UsageError: .*--pooling max: expected one of: logistic, attention",
     "gate {traces} {on} --features 9999": r"RuleError: gate: 9999 features wanted",
@@ -569,6 +583,58 @@ def test_json_holds_no_nan(job, run, tmp_path):
     assert "NaN" not in out
 
 
+def test_shards_merge_to_the_file_of_one_process(job, run, refused, tmp_path):
+    parts = [tmp_path / f"part{index}" for index in range(2)]
+    shared = [job / "traces.jsonl", "-m", MODEL, "--token-budget", "300", "--chunk-tokens", "16"]
+    for index, part in enumerate(parts):
+        status, out, err = run("identify", *shared, "--shard", f"{index}/2", "-o", part)
+        assert (status, err) == (0, "")
+        assert out.startswith(f"{part}: sums of shard {index}/2, ")
+    assert run("identify", *shared, "-o", tmp_path / "whole", "--keep", "60")[0] == 0
+    status, out, _ = run("merge", *reversed(parts), "-o", tmp_path / "merged", "--keep", "60", "--json")
+    assert (status, json.loads(out)["neurons"]) == (0, 60)
+    assert (tmp_path / "merged").read_bytes() == (tmp_path / "whole").read_bytes()
+    assert "chunks are in none of them" in refused("merge", parts[0], "-o", tmp_path / "n")
+    assert "is given twice; expected each part once" in refused("merge", parts[0], parts[0], "-o", tmp_path / "n")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["merged", "part0", "part1", "whole"]
+
+
+def test_an_interrupted_identify_goes_on_from_the_file_beside_its_output(job, run, tmp_path, monkeypatch):
+    asked = [*arguments("identify", job, tmp_path / "n"), "--token-budget", "300"]
+    chunks, read = [], neurons.trace_means
+
+    def interrupted(*args):
+        chunks.append(1)
+        if len(chunks) == 2:
+            raise KeyboardInterrupt
+        return read(*args)
+
+    monkeypatch.setattr(neurons, "trace_means", interrupted)
+    assert run(*asked)[0] == 130
+    assert [path.name for path in tmp_path.iterdir()] == ["n.partial"]
+    assert run(*asked)[0] == 0
+    whole = len(chunks) - 1
+    assert [path.name for path in tmp_path.iterdir()] == ["n"]
+    again = tmp_path / "again"
+    chunks[:] = [1] * 2
+    assert run(*asked[:-3], again, *asked[-2:])[0] == 0
+    assert len(chunks) - 2 == whole > 1  # the interrupted run had read one chunk, and its second one was read again
+    assert again.read_bytes() == (tmp_path / "n").read_bytes()
+
+
+def test_traces_beyond_the_context_are_left_out_with_a_warning(job, run, refused, tmp_path):
+    traces = read_traces(job / "traces.jsonl")
+    long = replace(traces[0], id="long", completion="1" * 300)
+    write_traces(tmp_path / "long.jsonl", [*traces, long])
+    asked = ["identify", tmp_path / "long.jsonl", "-m", MODEL, "-o", tmp_path / "n"]
+    assert "1 of 97 exceed the model's context of 256 tokens (the longest, long" in refused(*asked)
+    status, out, err = run(*asked, "--too-long", "skip", "--json")
+    assert (status, json.loads(out)["skipped_traces"]) == (0, 1)
+    assert err == "warning: traces left out because they exceed the model's context of 256 tokens: 1\n"
+    _, _, err = run(*asked, "--too-long", "read")
+    assert err == "warning: traces read beyond the model's context of 256 tokens, which it was not made for: 1\n"
+
+
 def test_a_line_end_in_stop_is_written_as_backslash_n(job, run, tmp_path):
     """Not translated, it would be two characters that no token of the embedded model contains."""
     assert run(*arguments("eval", job, tmp_path / "e"), "--stop", "\\n")[0] == 0
@@ -581,7 +647,7 @@ def test_an_interrupt_is_one_line_too(run, job, tmp_path, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("adaras_export.neurons.identify", interrupted)
+    monkeypatch.setattr("adaras_export.neurons.job_of", interrupted)
     status, out, err = run(*arguments("identify", job, tmp_path / "n"))
     assert (status, out) == (130, "")
     assert err.count("\n") <= 1

@@ -26,6 +26,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "questions": questions.questions,
     "collect": collect.collect,
     "identify": identify.identify,
+    "merge": identify.merge,
     "gate": gate.gate,
     "tune": tune.tune,
     "eval": evaluate.evaluate,

@@ -1,7 +1,11 @@
-"""`identify`: neurons, from labelled traces."""
+"""`identify` and `merge`: neurons, from labelled traces, read by one process or shared among many."""
 
+import glob
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import reduce
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,52 +24,184 @@ from adaras_export.cli.options import (
     warn,
 )
 
+if TYPE_CHECKING:
+    from adaras_export.activations import Progress
+    from adaras_export.distribution import Group
+    from adaras_export.reading import Job, Part, Plan
+    from adaras_export.statistics import NeuronStats
+    from adaras_export.traces import Trace
+
+RankingName = Annotated[
+    str, typer.Option("--ranking", help="paper (difference of means) or attribution (causal effect).")
+]
+Keep = Annotated[int, typer.Option(help="Neurons to keep.")]
+MinLayer = Annotated[int | None, typer.Option(help="Lowest layer; default: half of the layers.")]
+_RANKINGS = ("paper", "attribution")
+
 
 def identify(
     traces: Annotated[Path, typer.Argument(help="JSONL of labelled traces, ours or the reference's.")],
     model: Model,
     out: Out,
-    ranking: Annotated[str, typer.Option(help="paper (difference of means) or attribution (causal effect).")] = "paper",
-    keep: Annotated[int, typer.Option(help="Neurons to keep.")] = 200,
-    min_layer: Annotated[int | None, typer.Option(help="Lowest layer; default: half of the layers.")] = None,
+    ranking: RankingName = "paper",
+    keep: Keep = 200,
+    min_layer: MinLayer = None,
     per_class: Annotated[int | None, typer.Option(help="Balance: so many traces of each label a question.")] = None,
     unpaired: Annotated[bool, typer.Option("--unpaired", help="Contrast all traces, not within questions.")] = False,
     start: Start = "last_prompt_token",
     stats: Annotated[Path | None, typer.Option(help="Statistics that collect --record wrote for these traces.")] = None,
+    tokens: Annotated[str, typer.Option(help="Tokens of a trace that count: all (the paper's) or completion.")] = "all",
     token_budget: Annotated[int, typer.Option(help="Tokens of one batch.")] = 4096,
+    chunk_tokens: Annotated[int, typer.Option(help="Longer traces are read in pieces of so many tokens.")] = 4096,
+    too_long: Annotated[
+        str, typer.Option(help="Traces beyond the model's context: refuse, skip or read them.")
+    ] = "refuse",
+    shard: Annotated[
+        str | None, typer.Option(help="i/n: read the i-th (from 0) of n shares and write its sums, for merge.")
+    ] = None,
     dtype: Precision = "float32",
+    device_map: Annotated[
+        str | None, typer.Option(help="auto: fill GPUs, then memory, then the disk (Accelerate).")
+    ] = None,
+    offload_folder: Annotated[Path | None, typer.Option(help="Where a device map may put weights on disk.")] = None,
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
-    """Rank the model's neurons by labelled traces, and keep the best."""
-    from adaras_export import neurons
+    """Rank the model's neurons by labelled traces, and keep the best. Processes of accelerate launch share the work."""
+    from adaras_export import distribution, neurons
+    from adaras_export.activations import Reading
     from adaras_export.models import BaseModel
     from adaras_export.statistics import NeuronStats
+
+    _require_sound(ranking=ranking, tokens=tokens, too_long=too_long, device_map=device_map)
+    shares = None if shard is None else _shares_of(shard)
+    if stats is not None and (per_class is not None or shard is not None):
+        found = "--per-class" if shard is None else "--shard"
+        raise typer.BadParameter(f"{found} and --stats: the statistics are of all traces; expected one of the two")
+    contrast: Any = "unpaired" if unpaired else "within_question"
+    method = neurons.Method(ranking, contrast, start_of(start), has_stats=stats is not None)  # type: ignore[arg-type]
+    try:
+        with distribution.joined() as group, progress() as bar:
+            _require_alone(group, shard, device_map)
+            read = _read(traces, per_class)
+            recorded = None if stats is None else NeuronStats.load(stats)
+            weights = load_model(model, revision, dtype, distribution.device(), device_map, offload_folder)
+            told = bar("reading traces") if group.rank == 0 else None
+            reading = Reading(token_budget, told, chunk_tokens, tokens, too_long)  # type: ignore[arg-type]  # checked
+            base = BaseModel.of(model, revision)
+            if shard is None:
+                neurons.require_room(base, keep, min_layer)  # before the work, not after it
+            if recorded is not None:
+                neurons.require_of(recorded, read, base, reading)
+            job = neurons.job_of(*weights, read, base, method, reading)
+            if group.rank == 0:
+                _warn_of(job.plan, unpaired)
+            with _shared(job, group, out, shares, told) as part:
+                if shard is not None:
+                    part.save(out)
+                    show(_record(part, shard), f"{out}: {_line(part, shard)}", as_json)
+                elif group.rank == 0:
+                    _rank(part, recorded, out, (ranking, keep, min_layer), as_json)
+    except distribution.StoppedError as error:
+        raise typer.Exit(2) from error
+
+
+def merge(
+    parts: Annotated[list[Path], typer.Argument(help="The files that identify --shard wrote, all of them.")],
+    out: Out,
+    ranking: RankingName = "paper",
+    keep: Keep = 200,
+    min_layer: MinLayer = None,
+    as_json: Json = False,
+) -> None:
+    """Rank the neurons by what the shards of one identify have read, and keep the best."""
+    from adaras_export.errors import TraceError
+    from adaras_export.reading import Part, merged
+
+    require_choice("ranking", ranking, _RANKINGS)
+    if len({*parts}) < len(parts):
+        raise TraceError(f"{max(parts, key=parts.count)}: is given twice; expected each part once")
+    whole = merged({str(path): Part.load(path) for path in parts})
+    _rank(whole, None, out, (ranking, keep, min_layer), as_json)
+
+
+def _require_sound(*, ranking: str, tokens: str, too_long: str, device_map: str | None) -> None:
+    require_choice("ranking", ranking, _RANKINGS)
+    require_choice("tokens", tokens, ("all", "completion"))
+    require_choice("too-long", too_long, ("refuse", "skip", "read"))
+    if device_map is not None:
+        require_choice("device-map", device_map, ("auto", "balanced", "sequential"))
+
+
+def _shares_of(shard: str) -> tuple[int, int]:
+    index, slash, count = shard.partition("/")
+    if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise typer.BadParameter(f"--shard {shard}: expected i/n with i from 0 to n - 1, such as 0/4")
+    return int(index), int(count)
+
+
+def _require_alone(group: "Group", shard: str | None, device_map: str | None) -> None:
+    """Refuse what makes no sense in one of several processes."""
+    if group.size > 1 and (shard or device_map):
+        option = f"--shard {shard}" if shard else f"--device-map {device_map}"
+        raise typer.BadParameter(
+            f"{option} in one of {group.size} processes: they share the traces, on a device each; expected one process"
+        )
+
+
+def _read(traces: Path, per_class: int | None) -> "list[Trace]":
     from adaras_export.traces import balanced, read_traces
 
-    require_choice("ranking", ranking, ("paper", "attribution"))
-    first = start_of(start)
-    if stats is not None and per_class is not None:
-        raise typer.BadParameter("--per-class and --stats: the statistics are of all traces; expected one of the two")
     read = read_traces(traces)
-    read = read if per_class is None else balanced(read, 0, per_class)
-    recorded = None if stats is None else NeuronStats.load(stats)
-    loaded, tokenizer = load_model(model, revision, dtype)
+    return read if per_class is None else balanced(read, 0, per_class)
+
+
+def _warn_of(plan: "Plan", unpaired: bool) -> None:
     if unpaired:
         warn("unpaired contrast finds what tells easy questions from hard ones; within questions is the method's")
-    with progress() as bar:
-        found = neurons.identify(
-            loaded,
-            tokenizer,
-            read,
-            BaseModel.of(model, revision),
-            ranking=ranking,  # type: ignore[arg-type]  # checked above
-            keep=keep,
-            min_layer=min_layer,
-            start=first,
-            contrast="unpaired" if unpaired else "within_question",
-            stats=recorded,
-            reading=neurons.Reading(token_budget, bar("reading traces")),
+    if plan.skipped:
+        warn(f"traces left out because they exceed the model's context of {plan.context} tokens: {plan.skipped}")
+    if plan.beyond:
+        warn(
+            f"traces read beyond the model's context of {plan.context} tokens, which it was not made for: {plan.beyond}"
         )
+
+
+@contextmanager
+def _shared(
+    job: "Job", group: "Group", out: Path, shares: tuple[int, int] | None, told: "Progress | None"
+) -> Iterator["Part"]:
+    """What this process is to write: the sums of its shard, or in process 0 those of all processes.
+
+    They are kept beside the output until it is written.
+    """
+    index, count = (group.rank, group.size) if shares is None else shares
+    partial = out.with_name(f"{out.name}.partial" + (f"-{index}of{count}" if group.size > 1 else ""))
+    ours = {f"{out.name}.partial-{rank}of{group.size}" for rank in range(group.size)} | {partial.name}
+    for path in sorted(out.parent.glob(f"{glob.escape(out.name)}.partial*")):
+        if path.name not in ours and group.rank == 0:
+            warn(f"{path}: is of an unfinished run of another number of processes, and is not used")
+    part = job.read(job.plan.share(index, count), partial, told, group.check)
+    parts = group.gather(part)
+    yield reduce(lambda one, other: one.merge(other), parts) if parts else part
+    group.wait()
+    partial.unlink(missing_ok=True)
+
+
+def _rank(
+    part: "Part", recorded: "NeuronStats | None", out: Path, choice: tuple[Any, int, int | None], as_json: bool
+) -> None:
+    from adaras_export import neurons
+
+    ranking, keep, min_layer = choice
+    found = neurons.ranked_part(part, recorded, ranking=ranking, keep=keep, min_layer=min_layer)
     found.neurons.save(out)
     show(found.as_record(), f"{out}: {found.line()}", as_json)
+
+
+def _record(part: "Part", shard: str) -> dict[str, Any]:
+    return {"shard": shard, "chunks": len(part.done), "all_chunks": part.total}
+
+
+def _line(part: "Part", shard: str) -> str:
+    return f"sums of shard {shard}, {len(part.done)} of {part.total} chunks; adaras-export merge ranks all of them"

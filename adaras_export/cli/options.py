@@ -81,13 +81,20 @@ def progress() -> Iterator[Callable[[str], Callable[[int, int], None]]]:
         yield bar
 
 
-def load_model(model: str, revision: str | None, dtype: str = "float32") -> tuple[Any, Any]:
+def load_model(
+    model: str,
+    revision: str | None,
+    dtype: str = "float32",
+    device: str | None = None,
+    device_map: str | None = None,
+    offload_folder: Path | None = None,
+) -> tuple[Any, Any]:
     """The stock model and its tokenizer, without the libraries' own bars."""
     quiet_libraries()
     from adaras_export.generation import load_model
 
     require_choice("dtype", dtype, ("float32", "bfloat16", "float16"))
-    return load_model(model, revision, dtype)  # type: ignore[arg-type]  # checked above
+    return load_model(model, revision, dtype, device, device_map, offload_folder)  # type: ignore[arg-type]  # checked
 
 
 def quiet_libraries() -> None:
