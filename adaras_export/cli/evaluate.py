@@ -30,7 +30,7 @@ def evaluate(
     rule: Annotated[Path, typer.Option(help="File of tune.")],
     out: Out,
     compare: Annotated[str, typer.Option(help="Also how far these are apart: gated,always,everywhere.")] = "",
-    random_controls: Annotated[int, typer.Option(help="Random-neuron arms, one seed each.")] = 5,
+    random_controls: Annotated[int, typer.Option(help="Random-neuron arms, one seed each.")] = 20,
     check: Check = None,
     max_new_tokens: NewTokens = 512,
     stop: Stop = None,
