@@ -123,6 +123,9 @@ class _Sums(Value):
         names = [name for name in (*cls._counts, *cls._labels) if name in record or name not in cls._later]
         counts = {name: record[name] for name in names}
         sums = {name: array for name, array in arrays.items() if not name.endswith(_REST)}
+        later = [name for name in cls._later if name in record]
+        if later and (missing := [*({*cls._later} - {*later}), *({*cls._sums} - {*sums})]):
+            raise KeyError(min(missing))  # a file of before has none of what came later, and others have all
         rests = {name.removesuffix(_REST): array for name, array in arrays.items() if name.endswith(_REST)}
         return cls(base=base, questions=record["questions"], rests=rests, **sums, **counts)
 
