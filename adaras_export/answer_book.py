@@ -64,7 +64,8 @@ class AnswerBook:
         off = self._of(_key(None))[indices]
         found: Array = np.where(self._fires[indices], self._of(_key(rule))[indices], off)
         assert (found != _UNKNOWN).all()
-        return found == 1
+        correct: Array = found == 1
+        return correct
 
     def _of(self, key: str) -> Array:
         return self._verdicts.setdefault(key, np.full(len(self._rows), _UNKNOWN, dtype=np.int8))

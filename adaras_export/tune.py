@@ -68,7 +68,7 @@ def tune(  # noqa: PLR0913 - one decision of the researcher each
     rankings = {"": neurons} if isinstance(neurons, NeuronSet) else dict(neurons)
     used = [one for ranking in rankings.values() for one in ranking.questions]
     require_fresh(exam.questions, (*used, *(gate.questions if gate else ())))
-    starts: Sequence[Start] = (start,) if isinstance(start, str) else start  # type: ignore[assignment]  # a Literal
+    starts: Sequence[Start] = (start,) if isinstance(start, str) else start
     space = Space(tuple(rankings), counts, strengths, starts)
     maker = _RuleMaker(rankings, gate, base, (*used, *(digest(question.prompt) for question in exam.questions)))
     maker.require_possible(space)

@@ -4,7 +4,6 @@ Knows no model; settings and verdicts come from tune.py.
 """
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -54,7 +53,7 @@ class TuneReport:
     trials: tuple[Trial, ...]
     chosen: Trial
     luck: Luck
-    search: Search = Search()
+    search: Search
 
     @property
     def beats_off(self) -> bool:
@@ -148,9 +147,8 @@ def _labelled(trial: Trial) -> Arm:
 def _row(mark: str, arm: Arm) -> str:
     gain = (arm.fixed - arm.broken) / arm.questions
     interval = f"{arm.low:.1%} - {arm.high:.1%}"
-    cells: Sequence[object] = (
-        mark, _cell(arm.name), arm.questions, f"{arm.accuracy:.1%}", interval, arm.fixed, arm.broken, f"{100 * gain:+.1f}",
-    )  # fmt: skip
+    figures = (arm.questions, f"{arm.accuracy:.1%}", interval, arm.fixed, arm.broken, f"{100 * gain:+.1f}")
+    cells = (mark, _cell(arm.name), *figures)
     return f"| {' | '.join(map(str, cells))} |"
 
 
