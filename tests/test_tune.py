@@ -237,14 +237,14 @@ def test_strengths_are_sampled_from_a_span(run, completions):
 
 
 def test_a_gain_that_luck_explains_is_called_so(run, completions, bases):
-    best = SteeringRule(tiny.make_neurons().top(3), 2.0, bases["qwen3"])
-    changed = zip(completions(best), completions(None), strict=True)
-    answers = [steered if n == 0 else plain for n, (steered, plain) in enumerate(changed)]
-    report = run(answers, check=lambda text, answer: text == answer, strengths=(2.0,), counts=(3,))
-    lucky = replace(report, luck=replace(report.luck, p_value=0.4), chosen=replace(report.chosen, arm=replace(
-        report.chosen.arm, accuracy=1.0)), off=replace(report.off, accuracy=0.9))  # fmt: skip
-    assert "NOT DISTINGUISHABLE FROM LUCK: the best of 1 settings gains as much by chance with p = 0.4" in lucky.line()
-    assert not lucky.distinguishable
+    plain = completions(None)
+    best = completions(SteeringRule(tiny.make_neurons().top(3), 2.0, bases["qwen3"]))
+    one = next(n for n, text in enumerate(best) if text != plain[n])
+    answers = [best[n] if n == one else "nobody says this" for n in range(10)]
+    report = run(answers)
+    assert (report.chosen.arm.fixed, report.beats_off, report.distinguishable) == (1, True, False)
+    assert "NOT DISTINGUISHABLE FROM LUCK: the best of 8 settings gains as much by chance" in report.line()
+    assert report.line().endswith(" points on fresh questions")
 
 
 @pytest.mark.parametrize("gated", [True, False])
