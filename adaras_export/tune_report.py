@@ -112,7 +112,7 @@ class TuneReport:
             f"Chosen: {_cell(self.line())}.",
             "",
             f"Tried: {self.luck.settings}; {sum(trial.stopped for trial in self.trials)} were stopped before all "
-            f"questions. By chance: {self._chance()}. Rule: `{self.rule.fingerprint}`.",
+            f"questions; {self._chance()}. Rule: `{self.rule.fingerprint}`.",
             "",
             f"| {' | '.join(heads)} |",
             f"|{'---|' * len(heads)}",
@@ -154,4 +154,4 @@ def _row(mark: str, arm: Arm) -> str:
 
 def _cell(text: str) -> str:
     """A ranking is named by its file, which may be called anything."""
-    return "".join(f"\\{one}" if one in "|\\`<>[]*" else one for one in text if one.isprintable())
+    return "".join(f"\\{one}" if one in "|\\`<[]*" else one for one in text if one.isprintable())

@@ -355,8 +355,7 @@ WRONG = {
     TUNE + "--strengths 1,strong": r"UsageError: .*--strengths 1,strong: expected numbers with commas between them",
     TUNE + "--strengths 1:0.5 --trials 3": r"RuleError: strengths 1:0.5: no range; expected two numbers",
     TUNE + "--strengths 1:2": r"RuleError: tune: a range of strengths is no grid; expected a number of trials",
-    TUNE
-    + "--strengths 1:2:3": r"UsageError: Invalid value: --strengths 1:2:3: expected LOW:HIGH, or numbers with commas",
+    TUNE + "--strengths 1:2:3": r"UsageError: Invalid value: --strengths 1:2:3: expected LOW:HIGH",
     TUNE + "--report trials.csv": r"UsageError: Invalid value: --report .csv: expected one of: .json, .md",
     TUNE + "--neurons {neurons}": r"UsageError: Invalid value: --neurons .*: a file is given twice",
     TUNE + "--strengths 0,1": r"RuleError: tune: .*expected numbers other than 0",

@@ -1,4 +1,4 @@
-"""`tune` on the command line, killed for real: what was answered stays, and the rule has the bytes of a run in one go."""
+"""`tune` on the command line, killed for real: the rule has the bytes of a run in one go."""
 
 import os
 import subprocess
