@@ -25,6 +25,7 @@ pytest.importorskip("scipy.stats")
 GREEDY = Sampling(5)
 PROMPTS = [f"{n * 37} and {'so ' * (n % 4)}on" for n in range(10)]
 COUNTS, STRENGTHS = (3, 6), (-2.0, -1.0, 1.0, 2.0)
+FEW = {"counts": (3,), "strengths": (1.0, 2.0)}
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +250,7 @@ def test_a_gain_that_luck_explains_is_called_so(run, completions, bases):
 
 @pytest.mark.parametrize("gated", [True, False])
 def test_a_journal_replays_without_the_model(gated, run, gate, completions, tmp_path, monkeypatch):
-    given = {"gate": gate if gated else None, "journal": tmp_path / "j.jsonl", "search": Search(first=3)}
+    given = {"gate": gate if gated else None, "journal": tmp_path / "j.jsonl", "search": Search(first=3), **FEW}
     whole = run(completions(None), **given)
     content = (tmp_path / "j.jsonl").read_bytes()
     monkeypatch.setattr(answer_book, "prefill", None)
@@ -266,9 +267,9 @@ def run_without_journal(run, completions, given, monkeypatch):
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
 def test_a_journal_that_was_cut_anywhere_ends_as_the_whole_one(share, run, completions, tmp_path):
     path = tmp_path / "j.jsonl"
-    whole, content = run(completions(None), journal=path), path.read_bytes()
+    whole, content = run(completions(None), journal=path, **FEW), path.read_bytes()
     path.write_bytes(content[: int(share * len(content))])
-    assert run(completions(None), journal=path).as_record() == whole.as_record()
+    assert run(completions(None), journal=path, **FEW).as_record() == whole.as_record()
     assert path.read_bytes() == content
 
 
@@ -284,18 +285,18 @@ def test_a_journal_that_was_cut_anywhere_ends_as_the_whole_one(share, run, compl
 )
 def test_a_file_that_is_no_journal_of_this_run_is_refused_and_left_alone(content, message, run, tmp_path):
     path = tmp_path / "j.jsonl"
-    run(["x"] * 10, journal=path)
+    run(["x"] * 10, journal=path, **FEW)
     content = content.replace(b"{head}", path.read_bytes().splitlines(keepends=True)[0])
     path.write_bytes(content)
     with pytest.raises(TraceError, match=message):
-        run(["x"] * 10, journal=path)
+        run(["x"] * 10, journal=path, **FEW)
     assert path.read_bytes() == content
 
 
 def test_a_journal_of_other_answers_is_refused(run, tmp_path):
-    run(["x"] * 10, journal=tmp_path / "j.jsonl")
+    run(["x"] * 10, journal=tmp_path / "j.jsonl", **FEW)
     with pytest.raises(TraceError, match="delete it to begin again"):
-        run(["y"] * 10, journal=tmp_path / "j.jsonl")
+        run(["y"] * 10, journal=tmp_path / "j.jsonl", **FEW)
 
 
 def test_every_trial_is_reported_in_both_formats(run, completions, bases, tmp_path):
