@@ -1,105 +1,169 @@
-"""How many neurons and how strong: from validation questions, never from the test set."""
+"""How many neurons and how strong: from validation questions, never from the test set.
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+Knows neither how settings are proposed (search.py) nor how they are reported (tune_report.py).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from adaras_export.errors import RuleError
-from adaras_export.evaluate import Exam, answer, gate_fires, require_fresh
+from adaras_export.answer_book import AnswerBook
+from adaras_export.best_of_many import Luck, luck
+from adaras_export.evaluate import Exam, gate_fires, require_fresh
 from adaras_export.models import BaseModel
 from adaras_export.rule import Gate, NeuronSet, Start, SteeringRule
+from adaras_export.search import Proposer, Search, Setting, Space, Span, proposer, rungs
+from adaras_export.storage import Array
 from adaras_export.traces import digest
-from adaras_export.verdicts import Arm, arms_table, compare, require_statistics
+from adaras_export.tune_report import Trial, TuneReport
+from adaras_export.verdicts import compare, require_statistics
 
 DEFAULT_COUNTS = (50, 200)
 DEFAULT_STRENGTHS = (-3.0, -1.0, -0.3, 0.3, 1.0, 3.0)
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One setting, and what it did to the validation questions."""
-
-    count: int
-    strength: float
-    arm: Arm
-
-
-@dataclass(frozen=True)
-class TuneReport:
-    """The chosen rule, every setting tried, and whether the best one beat no steering."""
-
-    rule: SteeringRule
-    off: Arm
-    trials: tuple[Trial, ...]
-    chosen: Trial
-
-    @property
-    def beats_off(self) -> bool:
-        """Whether the chosen setting answered more validation questions than no steering."""
-        return self.chosen.arm.accuracy > self.off.accuracy
-
-    def table(self) -> str:
-        """All settings, one line each, beside no steering."""
-        return arms_table([self.off, *(trial.arm for trial in self.trials)])
-
-    def line(self) -> str:
-        """One line for a person."""
-        arm = self.chosen.arm
-        chosen = f"{arm.name}: {self.off.accuracy:.1%} -> {arm.accuracy:.1%} on {arm.questions} validation questions"
-        return chosen if self.beats_off else f"{chosen}; NO SETTING BEATS NO STEERING, this is the least bad one"
-
-    def as_record(self) -> dict[str, Any]:
-        """JSON values."""
-        return {
-            "rule": self.rule.fingerprint,
-            "count": self.chosen.count,
-            "strength": self.chosen.strength,
-            "beats_off": self.beats_off,
-            "arms": [vars(arm) for arm in (self.off, *(trial.arm for trial in self.trials))],
-        }
+_WHOLE_GRID = Search()
 
 
 def tune(  # noqa: PLR0913 - one decision of the researcher each
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    neurons: NeuronSet,
+    neurons: NeuronSet | Mapping[str, NeuronSet],
     gate: Gate | None,
     exam: Exam,
     *,
     base: BaseModel,
     counts: Sequence[int] = DEFAULT_COUNTS,
-    strengths: Sequence[float] = DEFAULT_STRENGTHS,
-    start: Start = "last_prompt_token",
+    strengths: Sequence[float] | Span = DEFAULT_STRENGTHS,
+    start: Start | Sequence[Start] = "last_prompt_token",
+    search: Search = _WHOLE_GRID,
+    journal: str | Path | None = None,
 ) -> TuneReport:
-    """Try every count of the best neurons at every signed strength, as it would be deployed (gated, with a gate).
+    """Try counts of the best neurons at signed strengths, as they would be deployed (gated, with a gate).
 
-    The most accurate setting wins; ties go to the smaller |strength|, then to fewer neurons, then to the positive
-    strength. A setting is returned even where none beats no steering: the report says so.
+    Of the settings that answered all questions, the most accurate one wins; ties go to the smaller |strength|, then to
+    fewer neurons, then to the positive strength. A setting is returned even where none beats no steering: the report
+    says so, and how much of a gain is luck.
+
+    Args:
+        model: the base model, in float32 if verdicts are to be reproducible.
+        tokenizer: its tokenizer.
+        neurons: a ranking, or several by name, to choose among.
+        gate: which prompts are steered; None steers all.
+        exam: fresh questions.
+        base: the identity of ``model``.
+        counts: numbers of neurons.
+        strengths: signed strengths, or a span of magnitudes.
+        start: the first steered token, or several to choose among.
+        search: grid or sampler, and whether settings stop early.
+        journal: file of verdicts, to go on from if the run is killed.
 
     Raises:
-        TraceError: a question was used to find the neurons or the gate.
+        TraceError: a question was used to find the neurons or the gate, or the journal is not of this run.
         RuleError: no setting given, a count or strength of 0, or fewer neurons than a count.
-        MissingExtraError: SciPy is not installed.
+        MissingExtraError: SciPy is not installed, or Optuna where settings are sampled.
     """
     require_statistics()  # before the work, not after it
-    require_fresh(exam.questions, (*neurons.questions, *(gate.questions if gate else ())))
-    settings = [(count, float(strength)) for count in counts for strength in strengths]
-    if not settings or any(count < 1 or strength == 0 for count, strength in settings):
-        raise RuleError(f"tune: counts {list(counts)} and strengths {list(strengths)}; expected numbers other than 0")
-    seen = tuple(digest(question.prompt) for question in exam.questions)
-    rules = [
-        SteeringRule(neurons.top(count), strength, base, start=start, gate=gate, questions=seen)
-        for count, strength in settings
-    ]
-    off, *found = answer(model, tokenizer, exam, [None, *rules])
-    fires = np.ones_like(off) if gate is None else gate_fires(model, tokenizer, gate, exam)
-    trials = tuple(
-        Trial(count, strength, compare(f"{count} neurons at {strength:g}", np.where(fires, verdicts, off), off))
-        for (count, strength), verdicts in zip(settings, found, strict=True)
-    )
-    chosen = max(trials, key=lambda trial: (trial.arm.accuracy, -abs(trial.strength), -trial.count, trial.strength > 0))
-    rule = rules[trials.index(chosen)]
-    return TuneReport(rule, compare("off", off, off), trials, chosen)
+    rankings = {"": neurons} if isinstance(neurons, NeuronSet) else dict(neurons)
+    used = [one for ranking in rankings.values() for one in ranking.questions]
+    require_fresh(exam.questions, (*used, *(gate.questions if gate else ())))
+    starts: Sequence[Start] = (start,) if isinstance(start, str) else start
+    space = Space(tuple(rankings), counts, strengths, starts)
+    maker = _RuleMaker(rankings, gate, base, (*used, *(digest(question.prompt) for question in exam.questions)))
+    maker.require_possible(space)
+    proposals = proposer(space, search)
+    fires = np.ones(len(exam.questions), bool) if gate is None else gate_fires(model, tokenizer, gate, exam)
+    book = AnswerBook(model, tokenizer, exam, fires, None if journal is None else Path(journal))
+    return _Tuning(space, search, maker, book, len(exam.questions)).run(proposals)
+
+
+@dataclass(frozen=True)
+class _RuleMaker:
+    rankings: Mapping[str, NeuronSet]
+    gate: Gate | None
+    base: BaseModel
+    questions: Sequence[str]
+
+    def rule(self, setting: Setting) -> SteeringRule:
+        """What would be deployed."""
+        neurons = self.rankings[setting.ranking].top(setting.count)
+        given = {"start": setting.start, "gate": self.gate, "questions": tuple(self.questions)}
+        return SteeringRule(neurons, setting.strength, self.base, **given)  # type: ignore[arg-type]
+
+    def bare(self, setting: Setting) -> SteeringRule:
+        """What answers hang on: no gate, and no questions beside those that found the neurons."""
+        return replace(self.rule(setting), gate=None, questions=())
+
+    def require_possible(self, space: Space) -> None:
+        """Refuse now what a sampler might propose late."""
+        strengths = (space.strengths.low,) if isinstance(space.strengths, Span) else space.strengths
+        for setting in replace(space, strengths=strengths).grid() or ():
+            self.rule(setting)
+
+
+class _Tuning:
+    """One run: rounds of proposals, each halved on more and more questions."""
+
+    def __init__(self, space: Space, search: Search, maker: _RuleMaker, book: AnswerBook, questions: int) -> None:
+        self._space, self._search, self._maker, self._book = space, search, maker, book
+        # Shuffled, so that the first ones are no easier than the others in a file that has an order.
+        self._order = np.random.default_rng(search.seed).permutation(questions)
+        self._tried: dict[Setting, int] = {}  # questions answered
+        self._rules: dict[Setting, SteeringRule] = {}
+
+    def run(self, proposals: Proposer) -> TuneReport:
+        while settings := proposals.ask():
+            self._halve(settings)
+            for setting in settings:
+                trial = self._trial(setting)
+                proposals.tell(setting, trial.gain, trial.arm.questions, complete=not trial.stopped)
+        trials = {setting: self._trial(setting) for setting in self._tried}
+        best = max((one for one in trials if not trials[one].stopped), key=self._merit)
+        everything = self._asked(len(self._order))
+        off = self._book.verdicts(None, everything)
+        rule, found = self._maker.rule(best), (*trials.values(),)
+        return TuneReport(rule, compare("off", off, off), found, trials[best], self._luck(best), self._search)
+
+    def _halve(self, settings: Sequence[Setting]) -> None:
+        left = list(settings)
+        self._rules |= {setting: self._maker.bare(setting) for setting in settings}
+        for kept, questions in rungs(len(settings), len(self._order), self._search):
+            if len(left) > kept:
+                left = sorted(left, key=self._merit, reverse=True)[:kept]
+            self._book.answer([self._rules[one] for one in settings if one in left], self._asked(questions))
+            self._tried |= dict.fromkeys(left, questions)
+
+    def _asked(self, questions: int) -> list[int]:
+        """Indices of the first questions of the order, as they stand in the file."""
+        return sorted(self._order[:questions].tolist())
+
+    def _merit(self, setting: Setting) -> tuple[float, ...]:
+        """Of settings that answered the same questions, the greatest is the best."""
+        strength = setting.strength
+        correct = self._book.verdicts(self._rules[setting], self._asked(self._tried[setting]))
+        return int(correct.sum()), -abs(strength), -setting.count, strength > 0
+
+    def _trial(self, setting: Setting) -> Trial:
+        asked = self._asked(self._tried[setting])
+        verdicts, off = self._book.verdicts(self._rules[setting], asked), self._book.verdicts(None, asked)
+        arm = compare(self._name(setting), verdicts, off)
+        stopped = len(asked) < len(self._order)
+        return Trial(setting.count, setting.strength, arm, setting.ranking, setting.start, stopped)
+
+    def _name(self, setting: Setting) -> str:
+        """What differs between settings."""
+        ranking = f" of {setting.ranking}" if len(self._space.rankings) > 1 else ""
+        start = f" from {setting.start}" if len(self._space.starts) > 1 else ""
+        return f"{setting.count} neurons{ranking} at {setting.strength:g}{start}"
+
+    def _luck(self, best: Setting) -> Luck:
+        shape = len(self._tried), len(self._order)
+        differences: Array = np.zeros(shape, dtype=np.int8)
+        answered: Array = np.zeros(shape, dtype=bool)
+        for row, (setting, questions) in enumerate(self._tried.items()):
+            asked = self._asked(questions)
+            steered, off = self._book.verdicts(self._rules[setting], asked), self._book.verdicts(None, asked)
+            differences[row, asked] = steered.astype(np.int8) - off
+            answered[row, asked] = True
+        return luck(differences, answered, list(self._tried).index(best))

@@ -409,6 +409,11 @@ WRONG = {
     "gate {traces} {on} --below-layer 0": r"RuleError: gate: 64 features below layer 0",
     "gate {traces} {on} --below-layer 9": r"RuleError: gate: 64 features below layer 9",
     TUNE + "--strengths 1,strong": r"UsageError: .*--strengths 1,strong: expected numbers with commas between them",
+    TUNE + "--strengths 1:0.5 --trials 3": r"RuleError: strengths 1:0.5: no range; expected two numbers",
+    TUNE + "--strengths 1:2": r"RuleError: tune: a range of strengths is no grid; expected a number of trials",
+    TUNE + "--strengths 1:2:3": r"UsageError: Invalid value: --strengths 1:2:3: expected LOW:HIGH",
+    TUNE + "--report trials.csv": r"UsageError: Invalid value: --report .csv: expected one of: .json, .md",
+    TUNE + "--neurons {neurons}": r"UsageError: Invalid value: --neurons .*: a file is given twice",
     TUNE + "--strengths 0,1": r"RuleError: tune: .*expected numbers other than 0",
     TUNE + "--strengths nan": r"RuleError: rule: strength is nan; expected a finite number",
     TUNE + "--counts 50.5": r"UsageError: .*--counts 50.5: expected whole numbers, 1 or more",
@@ -570,6 +575,21 @@ def test_a_reference_csv_can_be_tuned(job, run, tmp_path):
     status, _, err = run(*args, "--counts", "5,20", "--strengths", "0.3", "-o", tmp_path / "r")
     assert (status, err) == (0, "")
     assert SteeringRule.load(tmp_path / "r").neurons.ranking == "given"
+
+
+def test_tune_chooses_among_rankings_and_reports_every_trial(job, run, tmp_path):
+    args = ["tune", job / "validation.jsonl", "-m", MODEL, *TOKENS, "-o", tmp_path / "r", "--first", "4"]
+    args += ["--neurons", job / "paper.safetensors", "--neurons", job / "neurons.safetensors", "--counts", "50"]
+    args += ["--strengths", "1,2", "--start", "last_prompt_token,first_generated_token", "--report", tmp_path / "t.md"]
+    status, out, err = run(*args, "--json")
+    assert (status, err) == (0, "")
+    record = json.loads(out)
+    assert {(one["ranking"], one["start"]) for one in record["trials"]} == {
+        (ranking, start) for ranking in ("paper", "neurons") for start in ("last_prompt_token", "first_generated_token")
+    }
+    assert record["rule"] == SteeringRule.load(tmp_path / "r").fingerprint
+    assert "stopped" in (tmp_path / "t.md").read_text()
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["r", "t.md"]  # the journal is gone
 
 
 def test_json_holds_no_nan(job, run, tmp_path):

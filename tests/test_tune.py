@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import tiny
 
+from adaras_export import answer_book
 from adaras_export.checkers import exact
-from adaras_export.errors import MissingExtraError, RuleError, TraceError
+from adaras_export.errors import ArtifactError, MissingExtraError, RuleError, TraceError
 from adaras_export.evaluate import Exam
 from adaras_export.gate import gate_probabilities
 from adaras_export.generation import Sampling, complete, encode_prompt
 from adaras_export.rule import SteeringRule
+from adaras_export.search import Search, Span
 from adaras_export.steering import steered
 from adaras_export.traces import Question, digest
 from adaras_export.tune import tune
@@ -23,6 +25,7 @@ pytest.importorskip("scipy.stats")
 GREEDY = Sampling(5)
 PROMPTS = [f"{n * 37} and {'so ' * (n % 4)}on" for n in range(10)]
 COUNTS, STRENGTHS = (3, 6), (-2.0, -1.0, 1.0, 2.0)
+FEW = {"counts": (3,), "strengths": (1.0, 2.0)}
 
 
 @pytest.fixture(scope="module")
@@ -173,3 +176,139 @@ def test_without_scipy_the_error_names_the_extra(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy.stats", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'adaras-export\[identify\]'"):
         run(["x"] * 10)
+
+
+def halved(run, completions, bases, **changes):
+    """Tuning where 3 neurons at 2 are right, with two questions first."""
+    best = SteeringRule(tiny.make_neurons().top(3), 2.0, bases["qwen3"])
+    return run([text or "nothing" for text in completions(best)], search=Search(first=3), **changes)
+
+
+def test_halving_stops_settings_early_and_finishes_the_best(run, completions, bases):
+    report = halved(run, completions, bases)
+    assert [trial.arm.questions for trial in report.trials].count(3) == 5  # of 8: 3 go on to 9, 1 to all 10
+    assert [trial.arm.questions for trial in report.trials].count(9) == 2
+    assert [trial.stopped for trial in report.trials].count(False) == 1
+    assert (report.chosen.count, report.chosen.strength, report.chosen.arm.accuracy) == (3, 2.0, 1)
+    assert (report.off.questions, report.chosen.arm.questions, report.luck.settings) == (10, 10, 8)
+
+
+def test_a_stopped_setting_is_compared_on_the_questions_that_it_answered(run, completions, bases):
+    whole = {(t.count, t.strength): t for t in run([x or "nothing" for x in completions(None)]).trials}
+    for trial in run([x or "nothing" for x in completions(None)], search=Search(first=3)).trials:
+        assert trial.arm.accuracy <= 1 - trial.arm.broken / trial.arm.questions
+        assert trial.arm.broken <= whole[trial.count, trial.strength].arm.broken
+
+
+def test_the_order_of_questions_is_the_seeds(run, completions, bases):
+    ranked = [text or "nothing" for text in completions(None)]
+    one, same, other = (run(ranked, search=Search(first=3, seed=seed)).as_record()["trials"] for seed in (0, 0, 3))
+    assert one == same
+    assert one != other
+
+
+def test_rankings_and_starts_are_chosen_among(run, completions, bases):
+    wrong = tiny.make_neurons()
+    right = replace(wrong, delta=-2.5 * np.asarray(wrong.delta), questions=("a" * 16,))
+    best = SteeringRule(right.top(3), 2.0, bases["qwen3"], start="first_generated_token")
+    report = run(
+        [text or "nothing" for text in completions(best)],
+        neurons={"wrong": wrong, "right": right},
+        start=("last_prompt_token", "first_generated_token"),
+    )
+    assert report.chosen.arm.accuracy == 1
+    assert report.chosen.arm.name == "3 neurons of right at 2 from first_generated_token"
+    assert (len(report.trials), report.as_record()["ranking"], report.rule.start) == (32, "right", best.start)
+    assert "a" * 16 in report.rule.questions
+
+
+def test_questions_that_found_any_of_the_rankings_are_refused(run):
+    seen = replace(tiny.make_neurons(), questions=(digest(PROMPTS[2]),))
+    with pytest.raises(TraceError, match="questions: 1 of 10 were used before"):
+        run(["x"] * 10, neurons={"one": tiny.make_neurons(), "other": seen})
+
+
+def test_strengths_are_sampled_from_a_span(run, completions):
+    pytest.importorskip("optuna")
+    span = Span(0.5, 4)
+    first, again = (run(completions(None), strengths=span, search=Search(trials=5, first=3)) for _ in range(2))
+    assert first.as_record() == again.as_record()
+    assert len({(trial.count, trial.strength) for trial in first.trials}) == 5
+    assert all(0.5 <= abs(trial.strength) <= 4 for trial in first.trials)
+
+
+def test_a_gain_that_luck_explains_is_called_so(run, completions, bases):
+    plain = completions(None)
+    best = completions(SteeringRule(tiny.make_neurons().top(3), 2.0, bases["qwen3"]))
+    one = next(n for n, text in enumerate(best) if text != plain[n])
+    answers = [best[n] if n == one else "nobody says this" for n in range(10)]
+    report = run(answers)
+    assert (report.chosen.arm.fixed, report.beats_off, report.distinguishable) == (1, True, False)
+    assert "NOT DISTINGUISHABLE FROM LUCK: the best of 8 settings gains as much by chance" in report.line()
+    assert report.line().endswith(" points on fresh questions")
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_a_journal_replays_without_the_model(gated, run, gate, completions, tmp_path, monkeypatch):
+    given = {"gate": gate if gated else None, "journal": tmp_path / "j.jsonl", "search": Search(first=3), **FEW}
+    whole = run(completions(None), **given)
+    content = (tmp_path / "j.jsonl").read_bytes()
+    monkeypatch.setattr(answer_book, "prefill", None)
+    assert run(completions(None), **given).as_record() == whole.as_record()
+    assert (tmp_path / "j.jsonl").read_bytes() == content
+    assert whole.as_record() == run_without_journal(run, completions, given, monkeypatch)
+
+
+def run_without_journal(run, completions, given, monkeypatch):
+    monkeypatch.undo()
+    return run(completions(None), **{**given, "journal": None}).as_record()
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
+def test_a_journal_that_was_cut_anywhere_ends_as_the_whole_one(share, run, completions, tmp_path):
+    path = tmp_path / "j.jsonl"
+    whole, content = run(completions(None), journal=path, **FEW), path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    assert run(completions(None), journal=path, **FEW).as_record() == whole.as_record()
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"my notes", r"j.jsonl: is not JSON.*expected the journal of an earlier run"),
+        (b'{"kind": "traces"}\n', "is of other questions, another checker or other options"),
+        (b"{head}[1, 2]\n", "holds a line that is no verdicts"),
+        (b'{head}{"way": "off", "questions": [99], "correct": [true]}\n', "holds a line that is no verdicts"),
+        (b'{head}{"way": "off", "questions": [1], "correct": ["yes"]}\n', "holds a line that is no verdicts"),
+    ],
+)
+def test_a_file_that_is_no_journal_of_this_run_is_refused_and_left_alone(content, message, run, tmp_path):
+    path = tmp_path / "j.jsonl"
+    run(["x"] * 10, journal=path, **FEW)
+    content = content.replace(b"{head}", path.read_bytes().splitlines(keepends=True)[0])
+    path.write_bytes(content)
+    with pytest.raises(TraceError, match=message):
+        run(["x"] * 10, journal=path, **FEW)
+    assert path.read_bytes() == content
+
+
+def test_a_journal_of_other_answers_is_refused(run, tmp_path):
+    run(["x"] * 10, journal=tmp_path / "j.jsonl", **FEW)
+    with pytest.raises(TraceError, match="delete it to begin again"):
+        run(["y"] * 10, journal=tmp_path / "j.jsonl", **FEW)
+
+
+def test_every_trial_is_reported_in_both_formats(run, completions, bases, tmp_path):
+    report = halved(run, completions, bases, neurons={"a|b": tiny.make_neurons()})
+    report.save(tmp_path / "r.json")
+    trials = json.loads((tmp_path / "r.json").read_text())["trials"]
+    assert [trial["chosen"] for trial in trials].count(True) == 1
+    assert {trial["arm"]["questions"] for trial in trials} == {3, 9, 10}
+    report.save(tmp_path / "r.md")
+    lines = (tmp_path / "r.md").read_text().splitlines()
+    assert sum(line.startswith("| stopped |") for line in lines) == 7
+    assert sum(line.startswith("| chosen | 3 neurons at 2 | 10 | 100.0% |") for line in lines) == 1
+    assert "(stopped at 3)" in report.table()
+    with pytest.raises(ArtifactError, match=r"no format is called '.csv'; expected .json or .md"):
+        report.save(tmp_path / "r.csv")

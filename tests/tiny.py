@@ -234,12 +234,9 @@ def logit_limit(expected: torch.Tensor) -> float:
     return 64 * torch.finfo(torch.float32).eps * max(1.0, float(expected.abs().max()))
 
 
-def require_base(key, found: torch.Tensor, base: torch.Tensor) -> None:
-    """Bit equality; but GPT-2's matrices stand the other way round, and CPUs without AVX-512 sum those in another order."""
-    if key[0] == "gpt2":
-        assert float((found - base).abs().max()) <= logit_limit(base)
-    else:
-        assert torch.equal(found, base)
+def require_base(found: torch.Tensor, base: torch.Tensor) -> None:
+    """The base's logits; not every CPU adds up the same numbers in the same order when tensors lie elsewhere."""
+    assert float((found - base).abs().max()) <= logit_limit(base)
 
 
 class Lazy(dict):

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,28 +14,50 @@ from adaras_export.cli.options import (
     Out,
     Revision,
     Rows,
-    Start,
     Stop,
     counts_of,
     exam_of,
+    in_a_folder,
     load_model,
     numbers_of,
     progress,
+    require_choice,
     show,
     start_of,
     unescaped,
 )
 
+if TYPE_CHECKING:
+    from adaras_export.models import BaseModel
+    from adaras_export.rule import NeuronSet
+    from adaras_export.search import Span
+
 
 def tune(
     questions: Annotated[Path, typer.Argument(help="JSONL of validation questions, unseen so far.")],
     model: Model,
-    neurons: Annotated[Path, typer.Option(help="File of identify, or a top_200.csv of the reference.")],
+    neurons: Annotated[
+        list[Path],
+        typer.Option(help="File of identify, or a top_200.csv of the reference; several: the best one is chosen."),
+    ],
     out: Out,
     gate: Annotated[Path | None, typer.Option(help="File of gate; without it every prompt is steered.")] = None,
-    counts: Annotated[str, typer.Option(help="Numbers of neurons to try.")] = "50,200",
-    strengths: Annotated[str, typer.Option(help="Signed strengths to try.")] = "-3,-1,-0.3,0.3,1,3",
-    start: Start = "last_prompt_token",
+    counts: Annotated[str, typer.Option(help="Numbers of neurons to try. [default: 50,200]")] = "",
+    strengths: Annotated[
+        str,
+        typer.Option(help="Signed strengths; or LOW:HIGH, magnitudes of both signs. [default: -3,-1,-0.3,0.3,1,3]"),
+    ] = "",
+    start: Annotated[
+        str, typer.Option(help="First steered token: last_prompt_token, first_generated_token, or both with a comma.")
+    ] = "last_prompt_token",
+    trials: Annotated[
+        int | None, typer.Option(min=1, help="Settings that a sampler proposes. [default: all there are]")
+    ] = None,
+    first: Annotated[
+        int, typer.Option(min=0, help="Questions that every setting answers before two thirds stop; 0: all.")
+    ] = 0,
+    seed: Annotated[int, typer.Option(help="Of the sampler and of the order of questions.")] = 0,
+    report: Annotated[Path | None, typer.Option(help="Every trial: a .json or .md file.", callback=in_a_folder)] = None,
     check: Check = None,
     max_new_tokens: NewTokens = 512,
     stop: Stop = None,
@@ -46,27 +68,57 @@ def tune(
     """Choose the number of neurons and the signed strength on validation questions."""
     from adaras_export.generation import Sampling
     from adaras_export.models import BaseModel
-    from adaras_export.rule import Gate, NeuronSet
+    from adaras_export.rule import Gate
+    from adaras_export.search import Search
+    from adaras_export.tune import DEFAULT_COUNTS, DEFAULT_STRENGTHS
     from adaras_export.tune import tune as run
+    from adaras_export.tune_report import FORMATS
 
-    first, tried = start_of(start), (counts_of(counts), numbers_of("strengths", strengths))
+    if report is not None:
+        require_choice("report", report.suffix, FORMATS)
+    tried: dict[str, Any] = {
+        "start": [start_of(one) for one in start.split(",")],
+        "counts": counts_of(counts) if counts else DEFAULT_COUNTS,
+        "strengths": _strengths_of(strengths) if strengths else DEFAULT_STRENGTHS,
+        "search": Search(trials, first, seed=seed),
+    }
     exam = exam_of(questions, check, Sampling(max_new_tokens, stop=unescaped(stop)), batch_size)
     base = BaseModel.of(model, revision)
-    is_csv = neurons.suffix == ".csv"
-    chosen = NeuronSet.from_reference_csv(neurons, base=base) if is_csv else NeuronSet.load(neurons)
-    read_gate = None if gate is None else Gate.load(gate)
+    rankings, read_gate = _rankings(neurons, base), None if gate is None else Gate.load(gate)
     loaded, tokenizer = load_model(model, revision)
+    journal = out.with_name(f"{out.name}.partial.jsonl")
     with progress() as bar:
-        report = run(
-            loaded,
-            tokenizer,
-            chosen,
-            read_gate,
-            replace(exam, progress=bar("trying settings")),
-            base=base,
-            counts=tried[0],
-            strengths=tried[1],
-            start=first,
-        )
-    report.rule.save(out)
-    show(report.as_record(), f"{report.table()}\n{out}: {report.line()}", as_json)
+        watched = replace(exam, progress=bar("trying settings"))
+        found = run(loaded, tokenizer, rankings, read_gate, watched, base=base, journal=journal, **tried)
+    if report is not None:
+        found.save(report)
+    found.rule.save(out)
+    journal.unlink()
+    show(found.as_record(), f"{found.table()}\n{out}: {found.line()}", as_json)
+
+
+def _rankings(files: list[Path], base: "BaseModel") -> "NeuronSet | dict[str, NeuronSet]":
+    """The neurons of every file; several are named by their files."""
+    from adaras_export.rule import NeuronSet
+
+    read = [
+        NeuronSet.from_reference_csv(one, base=base) if one.suffix == ".csv" else NeuronSet.load(one) for one in files
+    ]
+    names = [one.stem for one in files]
+    if len({*names}) < len(names):  # of the same name in different folders
+        names = [str(one) for one in files]
+    if len({*names}) < len(names):
+        raise typer.BadParameter(f"--neurons {', '.join(names)}: a file is given twice; expected different ones")
+    return read[0] if len(read) == 1 else dict(zip(names, read, strict=True))
+
+
+def _strengths_of(text: str) -> "list[float] | Span":
+    """Numbers with commas between them, or LOW:HIGH."""
+    from adaras_export.search import Span
+
+    if ":" not in text:
+        return numbers_of("strengths", text)
+    ends = numbers_of("strengths", text.replace(":", ","))
+    if len(ends) != 2:
+        raise typer.BadParameter(f"--strengths {text}: expected LOW:HIGH, or numbers with commas between them")
+    return Span(*ends)

@@ -28,7 +28,8 @@ from adaras_export.parity import ParityReport
 from adaras_export.rule import Ranking
 from adaras_export.statistics import NeuronStats
 from adaras_export.traces import Question, read_traces, write_questions
-from adaras_export.tune import TuneReport, tune
+from adaras_export.tune import tune
+from adaras_export.tune_report import TuneReport
 
 Bar = Callable[[str], Callable[[int, int], None]]
 

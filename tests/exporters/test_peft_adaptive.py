@@ -162,10 +162,10 @@ def test_a_bare_prompt_in_pieces_and_then_single_tokens(opened, told):
 
 
 @every_base
-def test_switched_off_it_is_the_base_bit_for_bit(key, opened, stock, told):
+def test_switched_off_it_is_the_base(key, opened, stock, told):
     model = opened(key)
     with model.disable_adapter():
-        require_base(key, torch.stack(greedy(model).logits), base_logits(stock, key))
+        require_base(torch.stack(greedy(model).logits), base_logits(stock, key))
     require_answers(greedy(model), told[key])
 
 
