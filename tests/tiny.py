@@ -234,11 +234,6 @@ def logit_limit(expected: torch.Tensor) -> float:
     return 64 * torch.finfo(torch.float32).eps * max(1.0, float(expected.abs().max()))
 
 
-def require_base(found: torch.Tensor, base: torch.Tensor) -> None:
-    """The base's logits; not every CPU adds up the same numbers in the same order when tensors lie elsewhere."""
-    assert float((found - base).abs().max()) <= logit_limit(base)
-
-
 class Lazy(dict):
     """A dict that makes a missing value on first use."""
 
