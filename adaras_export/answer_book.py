@@ -5,7 +5,6 @@ which settings are worth trying. N questions.
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from adaras_export.evaluate import Exam, in_effect
 from adaras_export.foreign import UnreadableError
 from adaras_export.generation import batches, complete_from, encode_prompt, pad_id, prefill
 from adaras_export.rule import SteeringRule
-from adaras_export.storage import Array, sha256
+from adaras_export.storage import Array, append, sha256
 from adaras_export.traces import digest
 
 _UNKNOWN = -1
@@ -148,10 +147,7 @@ class _Journal:
     def append(self, record: Mapping[str, Any]) -> None:
         """One line, on disk when this returns."""
         try:
-            with self._path.open("ab") as file:
-                file.write(json.dumps(record).encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
+            append(self._path, json.dumps(record).encode() + b"\n")
         except OSError as error:
             raise _unwritable(self._path, error) from error
 

@@ -22,7 +22,7 @@ from adaras_export.foreign import UnreadableError
 from adaras_export.generation import Sampling, continue_ids, decode, encode_prompt, end_ids, pad_id, prefill
 from adaras_export.models import BaseModel
 from adaras_export.statistics import NeuronStats, with_question
-from adaras_export.storage import Array
+from adaras_export.storage import Array, append
 from adaras_export.traces import Question, Trace, by_question, digest, read_traces, trace_line
 
 Progress = Callable[[int, int], None]
@@ -234,10 +234,7 @@ def _fill(
 def _append(out: Path, traces: Sequence[Trace]) -> None:
     content = "".join(f"{trace_line(trace)}\n" for trace in traces).encode()
     try:
-        with out.open("ab") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        append(out, content)
     except OSError as error:
         raise _unwritable(out, error) from error
 

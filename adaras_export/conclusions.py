@@ -154,6 +154,13 @@ def is_random(name: str) -> bool:
     return name.startswith("random")
 
 
+def adjusted_of(arms: Sequence[Arm]) -> dict[str, float]:
+    """The p-value of every way to run the rule among the arms, after Holm's correction for all of them."""
+    p_values = {arm.name: arm.p_value for arm in arms}
+    tested = [name for name in RULE_ARMS if name in p_values]
+    return dict(zip(tested, holm([p_values[name] for name in tested]), strict=True))
+
+
 def judge(arms: Sequence[Arm], name: str | None = None) -> Judgement:
     """The judgement of one way to run the rule among its arms: of the given one, or of the one nearest to the paper's.
 
@@ -161,13 +168,11 @@ def judge(arms: Sequence[Arm], name: str | None = None) -> Judgement:
     """
     by_name = {arm.name: arm for arm in arms}
     lead = lead_of(tuple(by_name))
-    tested = tuple(one for one in RULE_ARMS if one in by_name)
-    arm = by_name[name or lead]
-    adjusted = dict(zip(tested, holm([by_name[one].p_value for one in tested]), strict=True))
+    arm, adjusted = by_name[name or lead], adjusted_of(arms)
     return Judgement(
         arm=arm,
         off=by_name["off"],
-        tested=tested,
+        tested=tuple(adjusted),
         p_value=adjusted[arm.name],
         random=tuple(one.accuracy for one in arms if is_random(one.name)),
         flipped=by_name["flipped"].accuracy if "flipped" in by_name else None,

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from adaras_export import models
 from adaras_export.checkers import Checker
-from adaras_export.conclusions import conclusion
+from adaras_export.conclusions import conclusion, lead_of
 from adaras_export.errors import RuleError, TraceError
 from adaras_export.gate import gate_probabilities
 from adaras_export.generation import Sampling, batches, complete_from, encode_prompt, pad_id, prefill
@@ -27,7 +27,7 @@ from adaras_export.rule import Gate, SteeringRule
 from adaras_export.steering import steered, steered_everywhere
 from adaras_export.storage import Array, replace_file
 from adaras_export.traces import Question, digest
-from adaras_export.verdicts import RULE_ARMS, Arm, Comparison, arms_table, compare, require_statistics
+from adaras_export.verdicts import Arm, Comparison, arms_table, compare, require_statistics
 
 Progress = Callable[[int, int], None]
 
@@ -181,7 +181,7 @@ def arm_verdicts(
     Controls are steered as the first name of `RULE_ARMS` among ``names`` is, so that they differ from it in nothing
     but the neurons. The gate's verdicts say which questions that one steers: all, unless it is "gated".
     """
-    lead = next(name for name in RULE_ARMS if name in names)
+    lead = lead_of(names)
     controls = {"flipped": rule.with_strength(-rule.strength)}
     controls |= {f"random {seed}": random_control(model, rule, seed) for seed in random_seeds}
     ways: dict[str, Way] = {} if lead == "everywhere" else {"always": rule}

@@ -300,7 +300,7 @@ class AttributionStats(_Sums):
         """
         if not np.isfinite(gradient_LM).all():
             raise TraceError(f"question {question}: its gradient is NaN or infinite; load the model in float32")
-        gradient, first = gradient_LM.astype(np.float64), int(question, 16) % 2
+        gradient, first = gradient_LM.astype(np.float64), int(is_first_half(question))
         return self.merge(
             AttributionStats(
                 self.base,

@@ -107,6 +107,14 @@ def replace_file(path: str | Path, content: bytes) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def append(path: Path, content: bytes) -> None:
+    """Add to a file, made if there is none; on disk when this returns. An OSError is the caller's to word."""
+    with path.open("ab") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def link_or_copy(source: Path, target: Path, *, copy: bool = False) -> None:
     """Give ``source`` a second name without rewriting it; a copy where that is asked for or the file systems differ."""
     source = source.resolve()  # a Hub snapshot holds links into its blobs

@@ -113,12 +113,12 @@ class _Tuning:
         self._rules: dict[Setting, SteeringRule] = {}
 
     def run(self, proposals: Proposer) -> TuneReport:
+        trials: dict[Setting, Trial] = {}
         while settings := proposals.ask():
             self._halve(settings)
             for setting in settings:
-                trial = self._trial(setting)
+                trial = trials[setting] = self._trial(setting)
                 proposals.tell(setting, trial.gain, trial.arm.questions, complete=not trial.stopped)
-        trials = {setting: self._trial(setting) for setting in self._tried}
         best = max((one for one in trials if not trials[one].stopped), key=self._merit)
         everything = self._asked(len(self._order))
         off = self._book.verdicts(None, everything)

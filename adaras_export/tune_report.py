@@ -33,7 +33,7 @@ class Trial:
     @property
     def gain(self) -> float:
         """Its accuracy minus that of no steering, on the questions that it answered."""
-        return (self.arm.fixed - self.arm.broken) / self.arm.questions
+        return _gain(self.arm)
 
     def as_record(self) -> dict[str, Any]:
         """JSON values."""
@@ -139,15 +139,18 @@ class TuneReport:
         replace_file(path, text.encode())
 
 
+def _gain(arm: Arm) -> float:
+    return (arm.fixed - arm.broken) / arm.questions
+
+
 def _labelled(trial: Trial) -> Arm:
     note = f" (stopped at {trial.arm.questions})" if trial.stopped else ""
     return replace(trial.arm, name=trial.arm.name + note)
 
 
 def _row(mark: str, arm: Arm) -> str:
-    gain = (arm.fixed - arm.broken) / arm.questions
     interval = f"{arm.low:.1%} - {arm.high:.1%}"
-    figures = (arm.questions, f"{arm.accuracy:.1%}", interval, arm.fixed, arm.broken, f"{100 * gain:+.1f}")
+    figures = (arm.questions, f"{arm.accuracy:.1%}", interval, arm.fixed, arm.broken, f"{100 * _gain(arm):+.1f}")
     cells = (mark, _cell(arm.name), *figures)
     return f"| {' | '.join(map(str, cells))} |"
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from adaras_export.conclusions import Judgement, holm, is_random, judge
+from adaras_export.conclusions import Judgement, adjusted_of, holm, is_random, judge
 from adaras_export.errors import ArtifactError
 from adaras_export.estimators import (
     bootstrap_mean,
@@ -136,7 +136,7 @@ def result_of(recorded: Recorded) -> Result:
     """The figures of one evaluation."""
     off_Nn = recorded.verdicts["off"]
     arms = [_arm(name, values_Nn, off_Nn) for name, values_Nn in recorded.verdicts.items()]
-    judged = judge(arms)
+    judged, adjusted = judge(arms), adjusted_of(arms)
     lead_Nn = recorded.verdicts[judged.arm.name]
     judged = replace(judged, detectable=detectable(lead_Nn, off_Nn))
     random = [per_question(values_Nn) for name, values_Nn in recorded.verdicts.items() if is_random(name)]
@@ -147,7 +147,7 @@ def result_of(recorded: Recorded) -> Result:
         over_flipped = (difference(lead_Nn, flipped_Nn), changed(lead_Nn, flipped_Nn)[2])
     return Result(
         recorded=recorded,
-        arms=tuple(_filled(arm, judged.tested, arms, recorded) for arm in arms),
+        arms=tuple(_filled(arm, adjusted.get(arm.name), recorded) for arm in arms),
         judgement=judged,
         over_random=over_random,
         over_flipped=over_flipped,
@@ -168,10 +168,8 @@ def _arm(name: str, values_Nn: Any, off_Nn: Any) -> Arm:  # noqa: ANN401 - array
     return Arm(name, len(values_Nn), mean.value, mean.low, mean.high, *changed(values_Nn, off_Nn))
 
 
-def _filled(arm: Arm, tested: Sequence[str], arms: Sequence[Arm], recorded: Recorded) -> ArmResult:
+def _filled(arm: Arm, adjusted: float | None, recorded: Recorded) -> ArmResult:
     name, verdicts = arm.name, recorded.verdicts
-    by_name = {one.name: one.p_value for one in arms}
-    adjusted = dict(zip(tested, holm([by_name[one] for one in tested]), strict=True))
     tokens, cut, seconds = recorded.tokens.get(name), recorded.cut.get(name), recorded.seconds.get(name)
     return ArmResult(
         name=name,
@@ -181,7 +179,7 @@ def _filled(arm: Arm, tested: Sequence[str], arms: Sequence[Arm], recorded: Reco
         fixed=arm.fixed,
         broken=arm.broken,
         p_value=arm.p_value,
-        adjusted=adjusted.get(name),
+        adjusted=adjusted,
         tokens=None if tokens is None else float(tokens.mean()),
         cut=None if cut is None else float(cut.mean()),
         seconds=None if seconds is None else seconds / verdicts[name].size,
