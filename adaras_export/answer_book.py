@@ -1,168 +1,164 @@
-"""Verdicts of many settings on the same questions, asked for piece by piece and never twice.
+"""Answers to the same questions under many ways to steer, asked for piece by piece and never twice.
 
 With a file, each batch is on disk before the next one starts: a run that was killed goes on there. Knows nothing of
-which settings are worth trying. N questions.
+which ways are worth trying. N questions, n answers to each, B questions of a batch.
 """
 
 import json
+import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from adaras_export import foreign
-from adaras_export.errors import TraceError
-from adaras_export.evaluate import Exam, in_effect
+from adaras_export.exam import Elsewhere, Everywhere, Exam, Way, in_effect, key_of
 from adaras_export.foreign import UnreadableError
-from adaras_export.generation import batches, complete_from, encode_prompt, pad_id, prefill
-from adaras_export.rule import SteeringRule
-from adaras_export.storage import Array, append, sha256
+from adaras_export.generation import Prefilled, batches, continue_ids, decode, encode_prompt, pad_id, prefill
+from adaras_export.journal import Journal
+from adaras_export.storage import Array, sha256
 from adaras_export.traces import digest
 
 _UNKNOWN = -1
-_HEAD = b'{"kind": "tune journal", "of": "'
+
+
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """What one way to steer answered.
+
+    Attributes:
+        correct: (N, n) bool.
+        tokens: (N, n) new tokens, without the one that ends a text.
+        cut: (N, n) bool: as many as there may be.
+        seconds: wall-clock time of all of them, each batch from its prompts on.
+    """
+
+    correct: Array
+    tokens: Array
+    cut: Array
+    seconds: float
 
 
 class AnswerBook:
-    """Which questions are answered correctly, unsteered and by rules; a rule acts where ``fires`` says so."""
+    """Answers of one model; a rule's gate does not count here."""
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        exam: Exam,
-        fires: Array,
-        journal: Path | None = None,
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, exam: Exam, journal: Path | None = None
     ) -> None:
         """``journal`` is the file to append to and to go on from.
 
         Raises:
             TraceError: the file is of other questions or settings of generation, or cannot be read or written.
         """
-        self._model, self._tokenizer, self._exam, self._fires = model, tokenizer, exam, fires
+        self._model, self._tokenizer, self._exam = model, tokenizer, exam
         self._rows = [encode_prompt(tokenizer, question.prompt) for question in exam.questions]
-        self._verdicts: dict[str, Array] = {}
-        self._done = 0
-        self._journal = None if journal is None else _Journal(journal, _identity(model, exam))
-        for key, verdicts in (self._journal.read(len(self._rows)) if self._journal else {}).items():
-            self._of(key)[list(verdicts)] = list(verdicts.values())
+        self._tables: dict[str, Array] = {}
+        self._seconds: dict[str, float] = {}
+        self._done = self._total = 0
+        self._journal = None if journal is None else Journal(journal, _identity(model, exam))
+        for key, indices, values, seconds in self._journal.read(self._entry) if self._journal else ():
+            self._enter(key, indices, values, seconds)
 
-    def answer(self, rules: Sequence[SteeringRule], questions: Sequence[int]) -> None:
-        """Have these questions answered, unsteered and by each rule, where that is not known."""
-        steered = [int(one) for one in questions if self._fires[one]]
-        planned = [(None, list(map(int, questions))), *((rule, steered) for rule in rules)]
-        total = self._done + sum(int((self._of(_key(way))[indices] == _UNKNOWN).sum()) for way, indices in planned)
-        self._run([None], planned[0][1], total)
-        self._run(rules, steered, total)
+    def missing(self, ways: Sequence[Way], questions: Sequence[int]) -> int:
+        """How many answers are not known."""
+        indices = list(questions)
+        return sum(int((self._of(key_of(way))[0][indices] == _UNKNOWN).sum()) for way in ways)
 
-    def verdicts(self, rule: SteeringRule | None, questions: Sequence[int]) -> Array:
-        """Of answered questions, bool: those of no steering where the gate leaves a prompt alone."""
-        indices = np.asarray(questions, dtype=int)
-        off = self._of(_key(None))[indices]
-        found: Array = np.where(self._fires[indices], self._of(_key(rule))[indices], off)
-        assert (found != _UNKNOWN).all()
-        correct: Array = found == 1
-        return correct
+    def expect(self, answers: int) -> None:
+        """Tell how many more answers will be asked for, for the progress; by default, those of one `ask`."""
+        self._total = self._done + answers
 
-    def _of(self, key: str) -> Array:
-        return self._verdicts.setdefault(key, np.full(len(self._rows), _UNKNOWN, dtype=np.int8))
-
-    def _run(self, ways: Sequence[SteeringRule | None], questions: Sequence[int], total: int) -> None:
-        exam = self._exam
-        for places in batches([len(self._rows[one]) for one in questions], exam.token_budget, exam.max_rows):
-            indices = [questions[place] for place in places]
+    def ask(self, ways: Sequence[Way], questions: Sequence[int] | None = None) -> None:
+        """Have these questions (indices; None: all) answered under each way, where that is not known."""
+        exam, indices = self._exam, list(range(len(self._rows)) if questions is None else questions)
+        total = max(self._total, self._done + self.missing(ways, indices))
+        most = max(1, exam.max_rows // exam.samples)
+        for places in batches([len(self._rows[one]) for one in indices], exam.token_budget, most):
+            batch = [indices[place] for place in places]
             # The whole batch again where a part is known: another batch shape rounds differently.
-            missing = [way for way in ways if (self._of(_key(way))[indices] == _UNKNOWN).any()]
+            missing = [way for way in ways if self.missing([way], batch)]
             if not missing:
                 continue
-            plain = prefill(self._model, [self._rows[one] for one in indices], pad_id(self._tokenizer))
+            plain, read_in = self._prefilled(batch) if any(map(_is_plain, missing)) else (None, 0.0)
             for way in missing:
-                with in_effect(self._model, way):
-                    texts = complete_from(self._model, self._tokenizer, plain, exam.sampling)
-                self._note(way, indices, texts)
-                self._done += len(indices)
+                self._answer(way, batch, plain, read_in if _is_plain(way) else 0.0)
+                self._done += len(batch) * exam.samples
                 if exam.progress is not None:
                     exam.progress(self._done, max(self._done, total))
 
-    def _note(self, way: SteeringRule | None, indices: Sequence[int], texts: Sequence[str]) -> None:
-        answers = [self._exam.questions[index].answer for index in indices]
-        correct = [bool(self._exam.check(text, one)) for text, one in zip(texts, answers, strict=True)]
+    def answers(self, way: Way, questions: Sequence[int] | None = None) -> Answers:
+        """Of answered questions; the seconds are those of all that were ever asked."""
+        key = key_of(way)
+        table = self._of(key) if questions is None else self._of(key)[:, list(questions)]
+        assert (table != _UNKNOWN).all()
+        correct, tokens = table
+        return Answers(correct == 1, tokens, tokens >= self._exam.sampling.max_new_tokens, self._seconds.get(key, 0.0))
+
+    def _prefilled(self, batch: Sequence[int]) -> tuple[Prefilled, float]:
+        started = time.perf_counter()
+        found = prefill(self._model, [self._rows[one] for one in batch], pad_id(self._tokenizer))
+        return found, time.perf_counter() - started
+
+    def _answer(self, way: Way, batch: Sequence[int], plain: Prefilled | None, read_in: float) -> None:
+        exam, started = self._exam, time.perf_counter()
+        keys = [key for index in batch for key in exam.keys(index)]
+        if isinstance(way, Elsewhere):
+            rows = [self._rows[index] for index in batch for _ in range(exam.samples)]
+            found = way.complete(rows, exam.sampling, keys)
+        else:
+            with in_effect(self._model, way):
+                own = self._prefilled(batch)[0] if plain is None or isinstance(way, Everywhere) else plain
+                rows_of = [place for place in range(len(batch)) for _ in range(exam.samples)]
+                found = continue_ids(self._model, self._tokenizer, own.repeated(rows_of), exam.sampling, keys)
+        seconds = read_in + time.perf_counter() - started
+        answers = [exam.questions[index].answer for index in batch for _ in range(exam.samples)]
+        texts = [decode(self._tokenizer, ids) for ids in found]
+        correct = [int(bool(exam.check(text, one))) for text, one in zip(texts, answers, strict=True)]
+        values = np.array([correct, [len(ids) for ids in found]]).reshape(2, len(batch), exam.samples)
         if self._journal is not None:
-            self._journal.append({"way": _key(way), "questions": list(indices), "correct": correct})
-        self._of(_key(way))[list(indices)] = correct
+            record = {"way": key_of(way), "questions": list(batch), "seconds": round(seconds, 4)}
+            self._journal.append(record | {"correct": values[0].tolist(), "tokens": values[1].tolist()})
+        self._enter(key_of(way), batch, values, seconds)
+
+    def _of(self, key: str) -> Array:
+        """Verdicts and tokens of a way, (2, N, n)."""
+        return self._tables.setdefault(key, np.full((2, len(self._rows), self._exam.samples), _UNKNOWN))
+
+    def _enter(self, key: str, indices: Sequence[int], values: Array, seconds: float) -> None:
+        self._of(key)[:, list(indices)] = values
+        self._seconds[key] = self._seconds.get(key, 0.0) + seconds
+
+    def _entry(self, record: Any) -> tuple[str, list[int], Array, float]:  # noqa: ANN401 - a JSON value
+        """One line of a journal."""
+        try:
+            return self._sound(record)
+        except (TypeError, KeyError, ValueError, OverflowError) as error:
+            raise UnreadableError("holds a line that is no verdicts") from error
+
+    def _sound(self, record: Mapping[str, Any]) -> tuple[str, list[int], Array, float]:
+        way, indices, seconds = record["way"], record["questions"], record["seconds"]
+        values = np.array([record["correct"], record["tokens"]])
+        plain = isinstance(way, str) and isinstance(indices, list) and isinstance(seconds, int | float)
+        if not plain or not all(type(one) is int and 0 <= one < len(self._rows) for one in indices):
+            raise ValueError
+        if values.dtype != np.int64 or values.shape != (2, len(indices), self._exam.samples):
+            raise ValueError
+        if values.min() < 0 or values[0].max() > 1 or not 0 <= seconds < float("inf"):
+            raise ValueError
+        return way, indices, values, float(seconds)
 
 
-def _key(way: SteeringRule | None) -> str:
-    return "off" if way is None else way.fingerprint
+def _is_plain(way: Way) -> bool:
+    """Whether it goes on from prompts that were read unsteered."""
+    return not isinstance(way, Everywhere | Elsewhere)
 
 
 def _identity(model: PreTrainedModel, exam: Exam) -> str:
-    """What the verdicts in a file hang on, beside the rules."""
+    """What the verdicts in a file hang on, beside the ways to steer."""
     questions = [[one.id, digest(one.prompt), one.answer] for one in exam.questions]
     check = getattr(exam.check, "__name__", type(exam.check).__name__)
-    sampling = [exam.sampling.max_new_tokens, exam.sampling.stop]
-    return sha256(json.dumps([questions, check, sampling, str(model.dtype)]).encode())[:16]
-
-
-class _Journal:
-    """An append-only file of JSON lines; the first one says what it is about."""
-
-    def __init__(self, path: Path, identity: str) -> None:
-        self._path, self._identity = path, identity
-
-    def read(self, questions: int) -> Mapping[str, Mapping[int, bool]]:
-        """Verdicts by way and question; makes the file if there is none."""
-        try:
-            content = foreign.content(self._path) if self._path.is_file() else b""
-            lines = content[: content.rfind(b"\n") + 1].splitlines()  # a crash may leave the last one unfinished
-            if lines or not _HEAD.startswith(content[: len(_HEAD)]):
-                self._require_own(foreign.parsed(lines[0] if lines else content))
-            found: dict[str, dict[int, bool]] = {}
-            for line in lines[1:]:
-                way, verdicts = _entry(foreign.parsed(line), questions)
-                found.setdefault(way, {}).update(verdicts)
-        except UnreadableError as error:
-            raise TraceError(f"{self._path}: {error}; expected the journal of an earlier run, or no file") from error
-        self._mend(len(b"".join(line + b"\n" for line in lines)), new=not lines)
-        return found
-
-    def _require_own(self, head: Any) -> None:  # noqa: ANN401 - a JSON value
-        if not isinstance(head, dict) or head.get("kind") != "tune journal" or head.get("of") != self._identity:
-            raise TraceError(
-                f"{self._path}: is of other questions, another checker or other options of generation; "
-                "expected those of the run that it is from; delete it to begin again"
-            )
-
-    def _mend(self, length: int, *, new: bool) -> None:
-        try:
-            with self._path.open("ab") as file:
-                file.truncate(length)
-        except OSError as error:
-            raise _unwritable(self._path, error) from error
-        if new:
-            self.append({"kind": "tune journal", "of": self._identity})
-
-    def append(self, record: Mapping[str, Any]) -> None:
-        """One line, on disk when this returns."""
-        try:
-            append(self._path, json.dumps(record).encode() + b"\n")
-        except OSError as error:
-            raise _unwritable(self._path, error) from error
-
-
-def _entry(record: Any, questions: int) -> tuple[str, dict[int, bool]]:  # noqa: ANN401 - a JSON value
-    try:
-        way, indices, correct = record["way"], record["questions"], record["correct"]
-        verdicts = dict(zip(indices, correct, strict=True))
-        sound = isinstance(way, str) and all(type(one) is int and 0 <= one < questions for one in verdicts)
-    except (TypeError, KeyError, ValueError) as error:
-        raise UnreadableError("holds a line that is no verdicts") from error
-    if not sound or not all(type(one) is bool for one in verdicts.values()):
-        raise UnreadableError("holds a line that is no verdicts")
-    return way, verdicts
-
-
-def _unwritable(path: Path, error: OSError) -> TraceError:
-    return TraceError(f"{path}: cannot be written ({foreign.reason(error)}); expected a writable place with room")
+    first = [one.detach().flatten()[:8].float().tolist() for one in model.parameters() if not one.is_meta]
+    of = [questions, check, exam.samples, vars(exam.sampling), str(model.dtype), first]
+    return sha256(json.dumps(of).encode())[:16]

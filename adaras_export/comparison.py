@@ -16,16 +16,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from adaras_export.divergence import forced_logits, next_token_divergence
 from adaras_export.errors import RuleError
-from adaras_export.evaluate import (
-    Evaluation,
-    Everywhere,
-    Exam,
-    Way,
-    arm_verdicts,
-    in_effect,
-    reported,
-    require_ready,
-)
+from adaras_export.estimators import changed, difference
+from adaras_export.evaluate import Conduct, Evaluation, answered, reported
+from adaras_export.exam import Everywhere, Exam, Way, in_effect
 from adaras_export.generation import Prefilled, Sampling, batches, continue_ids, encode_prompt, pad_id, prefill
 from adaras_export.rule import SteeringRule
 from adaras_export.storage import Array
@@ -36,7 +29,6 @@ from adaras_export.verdicts import (
     Gap,
     mean_interval,
     paired_difference,
-    paired_test,
 )
 
 TOKENS = 64
@@ -45,15 +37,13 @@ TOKENS = 64
 _LOGITS = 2**24  # of one arm, (B, S, V): 64 MB in float32
 
 
-def compare_arms(  # noqa: PLR0913 - one decision of the researcher each
+def compare_arms(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rule: SteeringRule,
     exam: Exam,
     arms: Sequence[str],
-    *,
-    random_seeds: Sequence[int] = (0, 1, 2, 3, 4),
-    allow_seen: bool = False,
+    conduct: Conduct | None = None,
 ) -> Evaluation:
     """Compare ways to run one rule with no steering and with each other, on the same questions.
 
@@ -64,8 +54,7 @@ def compare_arms(  # noqa: PLR0913 - one decision of the researcher each
         exam: fresh questions.
         arms: of `RULE_ARMS`, in any order. The first of them in that order is what the others are held against, and
             the controls are steered as it is.
-        random_seeds: one random-neuron arm each; see `random_control`.
-        allow_seen: accept questions that neurons, gate or strength were fitted on.
+        conduct: controls, artifacts and how to go on after a crash.
 
     Raises:
         RuleError: there is no such arm, or the rule has no gate for it.
@@ -73,12 +62,11 @@ def compare_arms(  # noqa: PLR0913 - one decision of the researcher each
         MissingExtraError: SciPy is not installed.
     """
     names = arms_of(rule, arms)
-    require_ready(rule, exam, allow_seen=allow_seen)
-    verdicts, fires = arm_verdicts(model, tokenizer, rule, exam, names, random_seeds)
-    evaluation = reported(rule, exam, verdicts, fires)
-    sampling = replace(exam.sampling, max_new_tokens=min(TOKENS, exam.sampling.max_new_tokens))
-    found = _Reader(model, tokenizer, rule, names, sampling).read_all(exam, fires)
-    comparison = _compared(names, verdicts, found, sampling.max_new_tokens)
+    sheet = answered(model, tokenizer, rule, exam, names, conduct or Conduct())
+    evaluation = reported(rule, exam, sheet)
+    sampling = replace(exam.sampling, max_new_tokens=min(TOKENS, exam.sampling.max_new_tokens), temperature=0.0)
+    found = _Reader(model, tokenizer, rule, names, sampling).read_all(exam, sheet.fires)
+    comparison = _compared(names, evaluation.verdicts, found, sampling.max_new_tokens)
     verdict = f"{comparison.reference}: {evaluation.verdict} {comparison.sentence()}".rstrip()
     return replace(evaluation, verdict=verdict, comparison=comparison)
 
@@ -115,10 +103,14 @@ def _compared(names: Sequence[str], verdicts: Mapping[str, Array], found: _Found
     reference, gaps = names[0], []
     for name in names:
         own, other = verdicts[name], verdicts[reference]
-        change = Estimate(0.0, 0.0, 0.0) if name == reference else paired_difference(own, other)
+        change = Estimate(0.0, 0.0, 0.0) if name == reference else _difference(own, other)
         figures = [mean_interval(values_N) for values_N in found.nats_4N[name]]
-        gaps.append(Gap(name, change, *paired_test(own, other), *figures))
+        gaps.append(Gap(name, change, *changed(own, other), *figures))
     return Comparison(reference, tokens, float(found.tokens_N.mean()), tuple(gaps))
+
+
+def _difference(own: Array, other: Array) -> Estimate:
+    return paired_difference(own, other) if own.ndim == 1 else difference(own, other)
 
 
 @dataclass(frozen=True)

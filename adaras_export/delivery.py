@@ -14,7 +14,7 @@ from adaras_export.checks import Check, ParityReport
 from adaras_export.errors import ArtifactError, ExportError, ParityError, first_line
 from adaras_export.exporters.base import Commission, Exporter, Feature
 from adaras_export.models import BaseModel
-from adaras_export.parity import compare, rehearse
+from adaras_export.parity import Artifact, compare, rehearse
 from adaras_export.receipts import EVALUATION_FILE, RULE_FILE, SIGNATURE_FILE, Receipt
 from adaras_export.rule import SteeringRule
 from adaras_export.staging import revised, staged
@@ -165,14 +165,54 @@ def verify(
     checks = [*integrity.origin_checks(folder, receipt, key), *integrity.content_checks(folder, recorded)]
     if any(check.name in integrity.FATAL and not check.ok for check in checks):
         return ParityReport((*checks, Check("not looked into, because of that", 1, 0)))
-    rule = SteeringRule.load(folder / RULE_FILE)
-    found, revision = recorded.source if base is None else base, recorded.base.revision
-    base_folder = models.fetch(found, revision)
-    rule.base.require_same(BaseModel.of(found, revision))
-    checks += description.checks(folder, recorded, exporter, rule, base_folder)
-    elsewhere = None if base is None else base_folder
-    exporter = exporter.commissioned(Commission(recorded.source, revision, elsewhere, options=recorded.options))
-    return ParityReport((*checks, *_verified(exporter, folder, rule, base_folder).checks))
+    place = _Place.of(folder, recorded, base)
+    checks += description.checks(folder, recorded, exporter, place.rule, place.base)
+    exporter = exporter.commissioned(place.commission)
+    return ParityReport((*checks, *_verified(exporter, folder, place.rule, place.base).checks))
+
+
+def open_artifact(path: str | Path, base: str | Path | None = None) -> tuple[Artifact, SteeringRule, Receipt]:
+    """Open an exported folder to run it, with the rule that it carries and its receipt.
+
+    Its code runs only after it was found to be, byte for byte, this library's own.
+
+    Args:
+        path: the folder.
+        base: the base model, where it is no longer at the place that the receipt names.
+
+    Raises:
+        ArtifactError: the folder is no export, is not as it was written, or the base cannot be found.
+    """
+    folder = Path(path)
+    recorded = receipts.read(folder)
+    exporter = exporter_of(recorded)
+    _require_own(folder, integrity.content_checks(folder, recorded))
+    place = _Place.of(folder, recorded, base)
+    _require_own(folder, exporter.inspect(folder, place.rule, place.base))
+    return exporter.commissioned(place.commission).load(folder), place.rule, recorded
+
+
+def _require_own(folder: Path, checks: Sequence[Check]) -> None:
+    if wrong := next((check for check in checks if not check.ok), None):
+        raise ArtifactError(f"{folder}: {wrong.name}: {wrong.detail}; expected it as it was written; see verify")
+
+
+@dataclass(frozen=True)
+class _Place:
+    """What an exported folder is about: its rule, the folder of its base, and what its exporter is told of that."""
+
+    rule: SteeringRule
+    base: Path
+    commission: Commission
+
+    @classmethod
+    def of(cls, folder: Path, recorded: Receipt, base: str | Path | None) -> "_Place":
+        rule = SteeringRule.load(folder / RULE_FILE)
+        found, revision = recorded.source if base is None else base, recorded.base.revision
+        base_folder = models.fetch(found, revision)
+        rule.base.require_same(BaseModel.of(found, revision))
+        elsewhere = None if base is None else base_folder
+        return cls(rule, base_folder, Commission(recorded.source, revision, elsewhere, options=recorded.options))
 
 
 def exporter_of(receipt: Receipt) -> Exporter:

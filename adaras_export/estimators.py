@@ -12,7 +12,7 @@ from statistics import NormalDist
 import numpy as np
 
 from adaras_export.storage import Array
-from adaras_export.verdicts import Estimate, paired_difference, paired_test
+from adaras_export.verdicts import Arm, Estimate, compare, paired_difference, paired_test
 
 _RESAMPLES = 9999
 _AT_ONCE = 2**22  # numbers of resamples in memory
@@ -133,6 +133,18 @@ def detectable(arm: Array, other: Array) -> float:
 def detectable_from(questions: int, changed_squares: float) -> float:
     """The same from the sum of squared differences: with one answer a question, the number of changed verdicts."""
     return min(1.0, max(_POWER_Z * math.sqrt(changed_squares) / questions, _LEAST_CHANGED / questions))
+
+
+def compared(name: str, arm: Array, off: Array) -> Arm:
+    """An arm, (N,) or (N, n), held against no steering.
+
+    Of one answer a question: Wilson's interval and McNemar's exact test. Of several: the bootstrap interval of the
+    mean over questions, questions that do better and worse, and the exact swap test.
+    """
+    if arm.ndim == 1 or arm.shape[1] == 1:
+        return compare(name, arm.reshape(-1).astype(bool), off.reshape(-1).astype(bool))
+    mean = mean_at_n(arm)
+    return Arm(name, len(arm), mean.value, mean.low, mean.high, *changed(arm, off))
 
 
 def mean_at_n(verdicts_Nn: Array) -> Estimate:

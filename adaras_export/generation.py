@@ -293,12 +293,16 @@ def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop: st
     Raises:
         TraceError: no token contains ``stop``.
     """
-    stopping = _stop_ids(tokenizer, stop) if stop else ()
-    return [*_eos_ids(model, tokenizer), *stopping]
+    return [*_eos_ids(model, tokenizer), *(stop_ids(tokenizer, stop) if stop else ())]
 
 
 @lru_cache(maxsize=4)
-def _stop_ids(tokenizer: PreTrainedTokenizerBase, stop: str) -> tuple[int, ...]:
+def stop_ids(tokenizer: PreTrainedTokenizerBase, stop: str) -> tuple[int, ...]:
+    """The tokens whose text contains ``stop``.
+
+    Raises:
+        TraceError: there is none.
+    """
     texts = tokenizer.batch_decode([[id_] for id_ in range(len(tokenizer))], clean_up_tokenization_spaces=False)
     found = tuple(id_ for id_, text in enumerate(texts) if stop in text)
     if not found:

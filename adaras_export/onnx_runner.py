@@ -110,7 +110,7 @@ class OnnxModel:
         self.decision: Decision | None = None
         self._tokenizer = _tokenizer(folder)
         self._template = _chat_template(folder)
-        self._ends = _ends(folder, config)
+        self._ends = ends_of(folder, config)
         self._device = provider
         self._session = _session(path, provider)
         self._inputs = {one.name: one for one in self._session.get_inputs()}
@@ -296,7 +296,12 @@ def _tokenizer(folder: Path) -> Any:  # noqa: ANN401 - a class of compiled code
         raise ArtifactError(f"{path}: {error}; expected a tokenizer of the tokenizers library") from error
 
 
-def _ends(folder: Path, config: dict[str, Any]) -> set[int]:
+def ends_of(folder: Path, config: dict[str, Any]) -> set[int]:
+    """The ids that end a text, by the settings of an exported folder.
+
+    Raises:
+        ArtifactError: they are no whole numbers.
+    """
     path = folder / "generation_config.json"
     found = {**config, **(storage.read_json(path) if path.is_file() else {})}.get("eos_token_id")
     ends = found if isinstance(found, list) else [] if found is None else [found]

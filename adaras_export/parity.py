@@ -8,15 +8,16 @@ B sequences, S generated tokens, V vocabulary.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from adaras_export.checks import Check as Check  # whoever compares imports them from here
 from adaras_export.checks import ParityReport as ParityReport
 from adaras_export.divergence import next_token_divergence
-from adaras_export.generation import left_pad
+from adaras_export.generation import Sampling, left_pad
 from adaras_export.rule import SteeringRule
 from adaras_export.steering import steered, steered_everywhere
 
@@ -85,6 +86,25 @@ class Artifact(Player, Protocol):
 
     def findings(self) -> Sequence[Check]:
         """What there was to say when it was opened."""
+        ...
+
+
+@runtime_checkable
+class Answering(Protocol):
+    """An artifact that answers prompts as its users have it answer."""
+
+    def answer(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: Sequence[Sequence[int]],
+        sampling: Sampling,
+        keys: Sequence[str],
+    ) -> list[list[int]]:
+        """New ids of every row of prompt ids, as `generation.complete_ids` gives them.
+
+        Raises:
+            ExportError: it does not sample.
+        """
         ...
 
 

@@ -12,7 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from adaras_export.answer_book import AnswerBook
 from adaras_export.best_of_many import Luck, luck
-from adaras_export.evaluate import Exam, gate_fires, require_fresh
+from adaras_export.errors import TraceError
+from adaras_export.evaluate import gate_fires, require_fresh
+from adaras_export.exam import Exam
 from adaras_export.models import BaseModel
 from adaras_export.rule import Gate, NeuronSet, Start, SteeringRule
 from adaras_export.search import Proposer, Search, Setting, Space, Span, proposer, rungs
@@ -65,6 +67,8 @@ def tune(  # noqa: PLR0913 - one decision of the researcher each
         MissingExtraError: SciPy is not installed, or Optuna where settings are sampled.
     """
     require_statistics()  # before the work, not after it
+    if exam.samples > 1:
+        raise TraceError(f"tune: {exam.samples} answers to each question; expected one, of more questions")
     rankings = {"": neurons} if isinstance(neurons, NeuronSet) else dict(neurons)
     used = [one for ranking in rankings.values() for one in ranking.questions]
     require_fresh(exam.questions, (*used, *(gate.questions if gate else ())))
@@ -74,8 +78,32 @@ def tune(  # noqa: PLR0913 - one decision of the researcher each
     maker.require_possible(space)
     proposals = proposer(space, search)
     fires = np.ones(len(exam.questions), bool) if gate is None else gate_fires(model, tokenizer, gate, exam)
-    book = AnswerBook(model, tokenizer, exam, fires, None if journal is None else Path(journal))
-    return _Tuning(space, search, maker, book, len(exam.questions)).run(proposals)
+    book = AnswerBook(model, tokenizer, exam, None if journal is None else Path(journal))
+    return _Tuning(space, search, maker, _GatedBook(book, fires), len(exam.questions)).run(proposals)
+
+
+@dataclass(frozen=True)
+class _GatedBook:
+    """Verdicts of rules that act where ``fires_N`` says so: elsewhere they are those of no steering."""
+
+    book: AnswerBook
+    fires_N: Array
+
+    def answer(self, rules: Sequence[SteeringRule], questions: Sequence[int]) -> None:
+        """Have these questions answered, unsteered and by each rule, where that is not known."""
+        steered = [one for one in questions if self.fires_N[one]]
+        missing = self.book.missing([None], questions) + self.book.missing(rules, steered)
+        self.book.expect(missing)
+        self.book.ask([None], questions)
+        self.book.ask(rules, steered)
+
+    def verdicts(self, rule: SteeringRule | None, questions: Sequence[int]) -> Array:
+        """Of answered questions, (len(questions),) bool."""
+        found: Array = self.book.answers(None, questions).correct[:, 0]
+        if rule is not None:
+            steered = [place for place, one in enumerate(questions) if self.fires_N[one]]
+            found[steered] = self.book.answers(rule, [questions[place] for place in steered]).correct[:, 0]
+        return found
 
 
 @dataclass(frozen=True)
@@ -105,7 +133,7 @@ class _RuleMaker:
 class _Tuning:
     """One run: rounds of proposals, each halved on more and more questions."""
 
-    def __init__(self, space: Space, search: Search, maker: _RuleMaker, book: AnswerBook, questions: int) -> None:
+    def __init__(self, space: Space, search: Search, maker: _RuleMaker, book: _GatedBook, questions: int) -> None:
         self._space, self._search, self._maker, self._book = space, search, maker, book
         # Shuffled, so that the first ones are no easier than the others in a file that has an order.
         self._order = np.random.default_rng(search.seed).permutation(questions)

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from adaras_export import buildable
 from adaras_export.disclosure import Disclosed
 from adaras_export.errors import ExportError
+from adaras_export.generation import Sampling, complete_ids
 from adaras_export.parity import Artifact, Check, Reference, ReferencePlayer
 from adaras_export.rule import SteeringRule
 
@@ -166,6 +168,22 @@ def require_effect(rule: SteeringRule, target: str) -> None:
     if not len(rule.neurons) or rule.strength == 0:
         found = "no neurons" if not len(rule.neurons) else "strength 0"
         raise ExportError(f"{target}: the rule has {found}; expected an effect, or there is nothing to put into a file")
+
+
+class Generating:
+    """An opened artifact that is a model of Transformers or PEFT; see `parity.Answering`."""
+
+    model: Any
+
+    def answer(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: Sequence[Sequence[int]],
+        sampling: Sampling,
+        keys: Sequence[str],
+    ) -> list[list[int]]:
+        """As `parity.Answering` says."""
+        return complete_ids(self.model, tokenizer, rows, sampling, keys)
 
 
 def stock_reference(rule: SteeringRule, base: Path, *, everywhere: bool = False) -> Reference:

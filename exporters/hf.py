@@ -17,7 +17,7 @@ import torch
 from adaras_export import models, storage
 from adaras_export.disclosure import Disclosed
 from adaras_export.exporters import hf_words as words
-from adaras_export.exporters.base import Commission, Exporter, Feature, Written, stock_reference
+from adaras_export.exporters.base import Commission, Exporter, Feature, Generating, Written, stock_reference
 from adaras_export.exporters.checkpoint import (
     INDEX_FILE,
     STEERING_FILE,
@@ -213,7 +213,7 @@ def payload(family: str) -> dict[str, bytes]:
     return {name: (files / name).read_bytes() for name in (_SHARED_PAYLOAD, models.FAMILIES[family].payload)}
 
 
-class _SteeredRepo:
+class _SteeredRepo(Generating):
     """An opened export. Modes are set with the dials that users have."""
 
     tolerance = FLOAT32

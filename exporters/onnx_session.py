@@ -8,9 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-from adaras_export.errors import ArtifactError, first_line
+from adaras_export import storage
+from adaras_export.errors import ArtifactError, ExportError, first_line
 from adaras_export.exporters.onnx_graph import STRENGTH, THRESHOLD
+from adaras_export.generation import Sampling, left_pad, pad_id, stop_ids
+from adaras_export.onnx_runner import ends_of
 from adaras_export.parity import Check, Mode, Play, Tolerance, play_model
 from adaras_export.storage import Array
 
@@ -83,6 +87,38 @@ class SteeredGraph:
             value = tensors[max((name for name in tensors if name.endswith(".value")), key=_layer_of)]
             cache.steering_state = SimpleNamespace(probability=torch.from_numpy(value[:, 0, 0, 0]))
         return SimpleNamespace(logits=logits, past_key_values=cache)
+
+    @torch.no_grad()
+    def answer(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: Sequence[Sequence[int]],
+        sampling: Sampling,
+        keys: Sequence[str],  # noqa: ARG002 - the protocol
+    ) -> list[list[int]]:
+        """As `parity.Answering` says; greedy only."""
+        if sampling.temperature != 0:
+            raise ExportError(f"{self.path}: temperature {sampling.temperature}; expected 0, graphs answer greedily")
+        folder = self.path.parent.parent
+        ends = ends_of(folder, storage.read_json(folder / "config.json"))
+        ends |= {*stop_ids(tokenizer, sampling.stop)} if sampling.stop else set()
+        batches = [rows] if "position_ids" in self.inputs else [[row] for row in rows]  # it cannot pad left
+        greedy = [self._greedy(batch, pad_id(tokenizer), ends, sampling.max_new_tokens) for batch in batches]
+        return [ids for batch in greedy for ids in batch]
+
+    def _greedy(self, rows: Sequence[Sequence[int]], pad: int, ends: set[int], most: int) -> list[list[int]]:
+        ids, mask = left_pad(rows, pad, "cpu")
+        cache, found, ended = None, [list[int]() for _ in rows], [False] * len(rows)
+        while not all(ended) and len(found[0]) < most:
+            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+            tokens = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+            outputs = self(**tokens, past_key_values=cache, use_cache=True)
+            cache, ids = outputs.past_key_values, outputs.logits[:, -1].argmax(-1, keepdim=True)
+            mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
+            for row, id_ in enumerate(ids[:, 0].tolist()):
+                ended[row] |= id_ in ends
+                found[row].append(id_)
+        return [row[: next((at for at, id_ in enumerate(row) if id_ in ends), None)] for row in found]
 
     def p_correct(self, rows: Sequence[Sequence[int]]) -> Array:
         """p(correct) of each prompt of token ids, (N,) float32."""

@@ -19,7 +19,15 @@ from adaras_export.disclosure import Disclosed
 from adaras_export.errors import ExportError
 from adaras_export.exporters import peft_words as words
 from adaras_export.exporters.adapters import ADAPTER_FILE, CONFIG_FILE, adapted, play_adapted
-from adaras_export.exporters.base import Commission, Exporter, Feature, Written, require_effect, stock_reference
+from adaras_export.exporters.base import (
+    Commission,
+    Exporter,
+    Feature,
+    Generating,
+    Written,
+    require_effect,
+    stock_reference,
+)
 from adaras_export.exporters.checkpoint import (
     differing_keys,
     disclosed,
@@ -190,7 +198,7 @@ def open_adapted(folder: Path, commission: Commission | None) -> Any:  # noqa: A
     return model.requires_grad_(requires_grad=True)
 
 
-class Adapted:
+class Adapted(Generating):
     """The base with the adapter on it."""
 
     tolerance = FLOAT32

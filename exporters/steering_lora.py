@@ -13,6 +13,7 @@ from safetensors.numpy import save
 
 from adaras_export import models, storage
 from adaras_export.exporters.adapters import ADAPTER_FILE, CONFIG_FILE, adapted, play_adapted
+from adaras_export.exporters.base import Generating
 from adaras_export.exporters.checkpoint import opened, stores, strange_names, vectors, write_json
 from adaras_export.exporters.constant_neuron import picking
 from adaras_export.parity import Check, Mode, Play, Tolerance
@@ -81,7 +82,7 @@ def checks(rule: SteeringRule, base: Path, folder: Path) -> list[Check]:
     ]
 
 
-class SwitchableCheckpoint:
+class SwitchableCheckpoint(Generating):
     """An opened artifact with its adapter; off is the checkpoint alone."""
 
     tolerance = Tolerance(64, off=True)  # the wider matrices may be summed in other blocks

@@ -16,7 +16,15 @@ from adaras_export.disclosure import Disclosed
 from adaras_export.errors import require
 from adaras_export.exporters import hf, steering_lora
 from adaras_export.exporters import stock_words as words
-from adaras_export.exporters.base import Commission, Exporter, Feature, Written, require_effect, stock_reference
+from adaras_export.exporters.base import (
+    Commission,
+    Exporter,
+    Feature,
+    Generating,
+    Written,
+    require_effect,
+    stock_reference,
+)
 from adaras_export.exporters.checkpoint import disclosed, opened, unknown_files
 from adaras_export.exporters.stock_plan import Plan
 from adaras_export.parity import FLOAT32, Artifact, Check, Mode, Play, Reference, play_model
@@ -110,7 +118,7 @@ class StockExporter:
 EXPORTER = StockExporter()
 
 
-class _Checkpoint:
+class _Checkpoint(Generating):
     """An opened artifact, which is always steered."""
 
     tolerance = FLOAT32

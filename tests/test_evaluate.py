@@ -1,6 +1,8 @@
 """Paired arms, their statistics and their controls, against real generation and brute force."""
 
+import copy
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -9,11 +11,13 @@ import tiny
 import torch
 
 from adaras_export import models
+from adaras_export.answer_book import AnswerBook
 from adaras_export.conclusions import conclusion
 from adaras_export.errors import MissingExtraError, RuleError, TraceError
-from adaras_export.evaluate import Exam, answer, evaluate, random_control
+from adaras_export.evaluate import Conduct, Exam, answer, evaluate, random_control
 from adaras_export.gate import gate_probabilities
-from adaras_export.generation import Sampling, complete, encode_prompt
+from adaras_export.generation import Sampling, complete, complete_ids, decode, encode_prompt
+from adaras_export.reports import reading
 from adaras_export.rule import NeuronSet
 from adaras_export.steering import steered
 from adaras_export.traces import Question, digest
@@ -55,7 +59,7 @@ def run(stock, tokenizer, exam):
     """`evaluate` on the tiny qwen3 with two random controls."""
 
     def go(rule, exam=exam, **changes):
-        return evaluate(stock["qwen3"], tokenizer, rule, exam, **({"random_seeds": (0, 1)} | changes))
+        return evaluate(stock["qwen3"], tokenizer, rule, exam, Conduct(**({"random_seeds": (0, 1)} | changes)))
 
     return go
 
@@ -121,7 +125,9 @@ def test_the_batch_size_changes_no_verdict(rule, run, exam):
 
 
 def test_two_runs_give_the_same_record(rule, run):
-    assert run(rule()).as_record() == run(rule()).as_record()
+    one, other = run(rule()).as_record(), run(rule()).as_record()
+    assert one.pop("seconds").keys() == other.pop("seconds").keys()
+    assert one == other
 
 
 def test_the_record_holds_every_verdict_by_question(rule, run):
@@ -155,11 +161,13 @@ def test_questions_that_were_used_before_are_refused(part, rule, run):
     assert found.as_record()["seen"] == 2
 
 
-def test_an_exam_without_questions_or_with_sampling_is_refused():
+def test_an_exam_that_makes_no_sense_is_refused():
     with pytest.raises(TraceError, match="questions: there are none"):
         Exam([], has_even_sum, GREEDY)
-    with pytest.raises(TraceError, match=r"exam: temperature 0\.7; expected 0"):
-        Exam(QUESTIONS, has_even_sum, Sampling(5, temperature=0.7))
+    with pytest.raises(TraceError, match="exam: 0 answers to each question"):
+        Exam(QUESTIONS, has_even_sum, GREEDY, samples=0)
+    with pytest.raises(TraceError, match="exam: 3 answers at temperature 0 are equal"):
+        Exam(QUESTIONS, has_even_sum, GREEDY, samples=3)
 
 
 def test_a_rule_for_another_model_is_refused(rule, stock, tokenizer, exam):
@@ -222,3 +230,87 @@ def test_without_scipy_the_error_names_the_extra_before_anything_is_answered(rul
     watched = replace(exam, progress=lambda done, total: pytest.fail("answered"))
     with pytest.raises(MissingExtraError, match=r"comparing verdicts needs scipy.*install 'adaras-export\[identify\]'"):
         run(rule(), watched)
+
+
+# Several answers, their lengths, and going on after a crash
+
+SAMPLED = replace(GREEDY, temperature=1.0, seed=4)
+
+
+@pytest.fixture(scope="module")
+def sampled(exam):
+    return replace(exam, sampling=SAMPLED, samples=3)
+
+
+def by_hand(model, tokenizer, rule, samples=3):
+    """Ids of every answer, each alone in its batch, with the keys of traces."""
+    found = []
+    for question in QUESTIONS:
+        row = encode_prompt(tokenizer, question.prompt)
+        keys = [f"{question.id}#{answer}" for answer in range(samples)]
+        with nullcontext() if rule is None else steered(model, rule):
+            found.append([complete_ids(model, tokenizer, [row], SAMPLED, [key])[0] for key in keys])
+    return found
+
+
+def test_sampled_answers_are_those_of_their_keys_under_every_arm(rule, run, sampled, stock, tokenizer):
+    one = rule(gated=False)
+    found = run(one, sampled, random_seeds=(0,))
+    rules = {"off": None, "always": one, "random 0": random_control(stock["qwen3"], one, 0)}
+    for name, steering in rules.items():
+        ids = by_hand(stock["qwen3"], tokenizer, steering)
+        right = [[has_even_sum(decode(tokenizer, row), "") for row in rows] for rows in ids]
+        assert found.verdicts[name].tolist() == right, name
+        assert found.tokens[name].tolist() == [[len(row) for row in rows] for rows in ids]
+        assert found.cut[name].tolist() == [[len(row) == 5 for row in rows] for rows in ids]
+    assert found.verdicts["off"].any(1).sum() > found.verdicts["off"].all(1).sum()
+
+
+def test_arms_of_several_answers_count_questions(rule, run, sampled):
+    found = run(rule(), sampled, random_seeds=())
+    off, gated = found.verdicts["off"], found.verdicts["gated"]
+    arm = found.arm("gated")
+    assert (arm.questions, arm.accuracy) == (15, pytest.approx(gated.mean()))
+    assert (arm.fixed, arm.broken) == ((gated.sum(1) > off.sum(1)).sum(), (gated.sum(1) < off.sum(1)).sum())
+    assert found.as_record()["samples"] == 3
+
+
+def test_gated_answers_are_steered_ones_where_the_gate_fires(rule, run, stock, tokenizer):
+    one = rule()
+    found = run(one, random_seeds=())
+    fires = gate_probabilities(stock["qwen3"], tokenizer, one.gate, [q.prompt for q in QUESTIONS]) < one.gate.threshold
+    for column in (found.tokens, found.cut, found.verdicts):
+        assert column["gated"].tolist() == np.where(fires, column["always"], column["off"]).tolist()
+    assert set(found.seconds) == {"off", "always"}  # the gated arm took no time of its own
+    assert min(found.seconds.values()) > 0
+
+
+def test_the_record_is_what_reports_read(rule, run, tmp_path):
+    run(rule()).save(tmp_path / "e.json")
+    recorded = reading.read(tmp_path / "e.json")
+    assert recorded.answers == 1
+    assert recorded.tokens["gated"].shape == (15, 1)
+    assert "float32" in recorded.about["model"]
+
+
+@pytest.mark.parametrize("share", [0.3, 0.8])
+def test_a_killed_run_goes_on_and_ends_as_a_whole_one(share, rule, run, sampled, tmp_path):
+    path = tmp_path / "journal"
+    whole, content = run(rule(), sampled, journal=path).as_record(), path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    told = []
+    again = run(rule(), replace(sampled, progress=lambda done, _: told.append(done)), journal=path).as_record()
+    assert whole | {"seconds": 0} == again | {"seconds": 0}
+    assert path.read_bytes().count(b"\n") == content.count(b"\n")
+    assert 0 < told[-1] < 15 * 3 * 5  # the answers that were there are not asked for again
+
+
+def test_a_journal_of_another_model_is_refused(rule, run, exam, stock, tokenizer, tmp_path):
+    """Symptom that this would show: a fine-tuned model of the same shape takes over the base's answers."""
+    run(rule(), journal=tmp_path / "journal")
+    book = AnswerBook(stock["qwen3"], tokenizer, exam, tmp_path / "journal")
+    assert not book.missing([None], range(15))
+    other = copy.deepcopy(stock["qwen3"])
+    next(other.parameters()).data[0] += 1
+    with pytest.raises(TraceError, match="delete it to begin again"):
+        AnswerBook(other, tokenizer, exam, tmp_path / "journal")

@@ -1,8 +1,9 @@
 """`eval`: does the rule help on fresh questions?"""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -12,6 +13,7 @@ from adaras_export.cli.options import (
     Model,
     NewTokens,
     Out,
+    Precision,
     Revision,
     Rows,
     Seen,
@@ -30,19 +32,31 @@ def evaluate(
     rule: Annotated[Path, typer.Option(help="File of tune.")],
     out: Out,
     compare: Annotated[str, typer.Option(help="Also how far these are apart: gated,always,everywhere.")] = "",
+    artifact: Annotated[
+        list[Path] | None, typer.Option(help="An export of the rule, as an arm of its own; repeatable.")
+    ] = None,
     random_controls: Annotated[int, typer.Option(help="Random-neuron arms, one seed each.")] = 20,
     check: Check = None,
+    samples: Annotated[int, typer.Option(help="Answers to each question, for mean@n and pass@k.")] = 1,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling; the same for every arm.")] = 0,
     max_new_tokens: NewTokens = 512,
     stop: Stop = None,
     batch_size: Rows = 64,
     allow_seen: Seen = False,
+    question_set: Annotated[str | None, typer.Option(help="Name of the questions; default: that of the file.")] = None,
+    trained_on: Annotated[str | None, typer.Option(help="Name of the set that the rule was made with.")] = None,
     dataset: Annotated[str | None, typer.Option(help="Hub dataset that the questions are from, for the card.")] = None,
     task: Annotated[str | None, typer.Option(help="Task of that benchmark, for its leaderboard.")] = None,
+    dtype: Precision = "float32",
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
-    """Compare off, always, gated, sign-flipped and random neurons on fresh questions."""
+    """Compare off, always, gated, sign-flipped and random neurons on fresh questions. Goes on where it was stopped."""
+    from adaras_export.artifact_arms import artifact_arm
     from adaras_export.comparison import arms_of, compare_arms
+    from adaras_export.evaluate import Conduct
     from adaras_export.evaluate import evaluate as run
     from adaras_export.generation import Sampling
     from adaras_export.models import BaseModel
@@ -50,16 +64,20 @@ def evaluate(
 
     read = SteeringRule.load(rule)
     arms = arms_of(read, compare.split(",")) if compare else ()
-    exam = exam_of(questions, check, Sampling(max_new_tokens, stop=unescaped(stop)), batch_size)
-    exam = replace(exam, dataset=dataset, task=task)
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed, unescaped(stop))
+    exam = exam_of(questions, check, sampling, batch_size)
+    exam = replace(exam, dataset=dataset, task=task, samples=samples, name=question_set or exam.name)
     read.base.require_same(BaseModel.of(model, revision))  # a model in memory has no fingerprint to compare
-    loaded, tokenizer = load_model(model, revision)
-    how: dict[str, Any] = {"random_seeds": range(random_controls), "allow_seen": allow_seen}
+    loaded, tokenizer = load_model(model, revision, dtype)
+    journal = out.with_name(f"{out.name}.partial.jsonl")
+    openers = [partial(artifact_arm, folder, read, tokenizer) for folder in artifact or ()]
+    conduct = Conduct(range(random_controls), allow_seen, journal, openers, trained_on)
     with progress() as bar:
         watched = replace(exam, progress=bar("answering"))
         if arms:
-            report = compare_arms(loaded, tokenizer, read, watched, arms, **how)
+            report = compare_arms(loaded, tokenizer, read, watched, arms, conduct)
         else:
-            report = run(loaded, tokenizer, read, watched, **how)
+            report = run(loaded, tokenizer, read, watched, conduct)
     report.save(out)
+    journal.unlink()
     show(report.as_record(), f"{report.table()}\n{out}: {report.verdict}", as_json)

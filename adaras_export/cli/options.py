@@ -110,13 +110,14 @@ def quiet_libraries() -> None:
 
 
 def exam_of(questions: Path, check: str | None, sampling: "Sampling", rows: int) -> "Exam":
-    """The questions of a file, and how to answer and check them."""
+    """The questions of a file, which the set is named after, and how to answer and check them."""
     from adaras_export.checkers import checker_for
     from adaras_export.evaluate import Exam
     from adaras_export.traces import read_questions
 
     read = read_questions(questions)
-    return Exam(read, checker_for(read, check), sampling, rows)
+    chosen = checker_for(read, check)
+    return Exam(read, chosen, sampling, rows, name=questions.stem, checker=check or getattr(chosen, "__name__", None))
 
 
 def unescaped(option: str | None) -> str | None:

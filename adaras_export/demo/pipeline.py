@@ -19,7 +19,7 @@ from adaras_export.collect import CollectReport, Recording, collect
 from adaras_export.delivery import ExportReport, export, verify
 from adaras_export.demo import planted, smollm2
 from adaras_export.errors import ExportError
-from adaras_export.evaluate import Evaluation, Exam, evaluate
+from adaras_export.evaluate import Conduct, Evaluation, Exam, evaluate
 from adaras_export.gate import GateReport, train_gate
 from adaras_export.generation import Sampling, load_model
 from adaras_export.models import BaseModel
@@ -228,7 +228,7 @@ def job(task: Task, out: Path, bar: Bar) -> Summary:
         )
         tuned.rule.save(out / f"rule-{ranking}.safetensors")
         exam = _exam(task, "test", bar(f"evaluate {ranking}"))
-        evaluation = evaluate(model, tokenizer, tuned.rule, exam, random_seeds=range(task.random_controls))
+        evaluation = evaluate(model, tokenizer, tuned.rule, exam, Conduct(range(task.random_controls)))
         evaluation.save(out / f"evaluation-{ranking}.json")
         candidates[ranking] = Candidate(identified, tuned, evaluation)
 

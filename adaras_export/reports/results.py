@@ -14,14 +14,14 @@ from adaras_export.errors import ArtifactError
 from adaras_export.estimators import (
     bootstrap_mean,
     changed,
+    compared,
     detectable,
     difference,
-    mean_at_n,
     pass_at_k,
     per_question,
 )
 from adaras_export.reports.reading import Recorded
-from adaras_export.verdicts import RULE_ARMS, Arm, Estimate, compare
+from adaras_export.verdicts import RULE_ARMS, Arm, Estimate
 
 Role = Literal["off", "rule", "flipped", "random", "other"]
 
@@ -135,7 +135,7 @@ def sentence(result: Result) -> str:
 def result_of(recorded: Recorded) -> Result:
     """The figures of one evaluation."""
     off_Nn = recorded.verdicts["off"]
-    arms = [_arm(name, values_Nn, off_Nn) for name, values_Nn in recorded.verdicts.items()]
+    arms = [compared(name, values_Nn, off_Nn) for name, values_Nn in recorded.verdicts.items()]
     judged, adjusted = judge(arms), adjusted_of(arms)
     lead_Nn = recorded.verdicts[judged.arm.name]
     judged = replace(judged, detectable=detectable(lead_Nn, off_Nn))
@@ -159,13 +159,6 @@ def _sizes(answers: int) -> list[int]:
     """The k of pass@k: all up to 8, then doubled, and all answers; none for one answer."""
     wanted = [k for k in (*range(1, 9), *(2**power for power in range(4, 20))) if k < answers]
     return [*wanted, answers] if answers > 1 else []
-
-
-def _arm(name: str, values_Nn: Any, off_Nn: Any) -> Arm:  # noqa: ANN401 - arrays
-    if values_Nn.shape[1] == 1:
-        return compare(name, values_Nn[:, 0], off_Nn[:, 0])
-    mean = mean_at_n(values_Nn)
-    return Arm(name, len(values_Nn), mean.value, mean.low, mean.high, *changed(values_Nn, off_Nn))
 
 
 def _filled(arm: Arm, adjusted: float | None, recorded: Recorded) -> ArmResult:
