@@ -1,13 +1,13 @@
 """Which neurons: read labelled traces with a model, rank its neurons, return the best.
 
-Two rankings stand side by side. The paper's asks which activations differ between correct and incorrect traces; it
-is correlational. The attribution ranking asks what changing an activation does to the margin between them.
+How they are ranked is in rankings.py. The paper's ranking and its relatives ask which activations differ between
+correct and incorrect traces; the attribution ranking asks what changing an activation does to the margin between them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -18,45 +18,16 @@ from adaras_export.attribution import WeightedCompletion, margin_gradients
 from adaras_export.errors import RuleError, TraceError
 from adaras_export.generation import batches, encode_prompt, encode_trace, pad_id, prefill
 from adaras_export.models import BaseModel
+from adaras_export.rankings import Refinement, rank, require_room
+from adaras_export.rankings import rank_by_attribution as rank_by_attribution  # for whoever ranks by way of this module
+from adaras_export.rankings import rank_by_difference as rank_by_difference
 from adaras_export.reading import Job, Part, Question, digest_of, mixed, plan
 from adaras_export.rule import NeuronSet, Ranking, Start
 from adaras_export.statistics import AttributionStats, Contrast, NeuronStats, is_first_half, with_question
-from adaras_export.storage import Array
 from adaras_export.traces import Trace, by_question, digest
 
-
-def rank_by_difference(stats: NeuronStats, keep: int, min_layer: int = 0) -> NeuronSet:
-    """The neurons whose mean activation differs most between correct and incorrect traces (paper, section 3).
-
-    Score = |correct - incorrect| / (|correct| + |incorrect| + 1e-8), near 1 where the sign flips; then |delta|; ties
-    go to the lower (layer, index). delta = mean_correct - mean_incorrect.
-
-    Raises:
-        RuleError: fewer than ``keep`` neurons at ``min_layer`` and above.
-        TraceError: a class has no traces.
-    """
-    correct, incorrect = stats.means()
-    delta = correct - incorrect
-    score = np.abs(delta) / (np.abs(correct) + np.abs(incorrect) + 1e-8)
-    places = _best(stats.base, [score, np.abs(delta)], keep, min_layer)
-    return _neurons(stats, places, delta, score, "paper")
-
-
-def rank_by_attribution(stats: NeuronStats, attribution: AttributionStats, keep: int, min_layer: int = 0) -> NeuronSet:
-    """The neurons that move the margin between correct and incorrect completions most, per standard deviation.
-
-    Score = |a| * sigma with a from `attribution` and sigma a neuron's standard deviation over traces;
-    delta = sign(a) * sigma, so that a positive strength raises the margin. Ties as in `rank_by_difference`.
-
-    Raises:
-        RuleError: fewer than ``keep`` neurons at ``min_layer`` and above, or another model's attribution.
-        TraceError: there are no questions.
-    """
-    stats.base.require_same(attribution.base)
-    a, sigma = attribution.mean(), stats.deviation()
-    score = np.abs(a) * sigma
-    places = _best(stats.base, [score], keep, min_layer)
-    return _neurons(stats, places, np.sign(a) * sigma, score, "attribution")
+Margin = Literal["sum", "mean"]
+_PLAIN = Refinement()
 
 
 def read_stats(
@@ -81,13 +52,14 @@ def read_stats(
     return stats
 
 
-def read_attribution(
+def read_attribution(  # noqa: PLR0913 - one decision of the researcher each
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     traces: Sequence[Trace],
     base: BaseModel,
     *,
     start: Start = "last_prompt_token",
+    margin: Margin = "sum",
     reading: Reading | None = None,
 ) -> AttributionStats:
     """The gradient of every mixed question's margin, summed up.
@@ -101,13 +73,15 @@ def read_attribution(
     for chunk in _chunks(questions, reading):
         prompts = prefill(model, [encode_prompt(tokenizer, one[0].prompt) for one in chunk], pad_id(tokenizer))
         completions = [
-            _weighted(tokenizer, row, trace, question) for row, question in enumerate(chunk) for trace in question
+            _weighted(tokenizer, row, trace, question, margin)
+            for row, question in enumerate(chunk)
+            for trace in question
         ]
         gradients = np.zeros((len(chunk), base.layers, base.mlp_size))
         lengths = [len(completion.ids) + 1 for completion in completions]
         for indices in batches(lengths, reading.token_budget // 4, MAX_ROWS):
             batch = [completions[index] for index in indices]
-            parts = margin_gradients(model, prompts, batch, start).numpy()
+            parts = margin_gradients(model, prompts, batch, start, longest=reading.chunk_tokens).numpy()
             np.add.at(gradients, [completion.prompt_row for completion in batch], parts)
         for question, gradient in zip(chunk, gradients, strict=True):
             stats = stats.update(digest(question[0].prompt), gradient)
@@ -119,16 +93,19 @@ class Method:
     """What is read off traces.
 
     Attributes:
-        ranking: "paper" or "attribution".
+        ranking: one of `rankings.RANKINGS`; gradients are read for "attribution" only.
         contrast: "within_question", or "unpaired" (paper only), which mistakes difficulty for reasoning.
         start: the first token that the rule will steer (attribution only).
         has_stats: the statistics were recorded while the traces were sampled, so that only gradients are read.
+        margin: log p of a completion counts as the "sum" over its tokens, or as their "mean", which does not weigh
+            long completions more (attribution only).
     """
 
     ranking: Ranking = "paper"
     contrast: Contrast = "within_question"
     start: Start = "last_prompt_token"
     has_stats: bool = False
+    margin: Margin = "sum"
 
 
 def job_of(
@@ -165,7 +142,8 @@ def job_of(
         own = [trace for question in chunk if len({one.correct for one in question}) == 2 for trace in question]
         if by_gradient and own:
             silent = replace(reading, progress=None)
-            attribution = read_attribution(model, tokenizer, own, base, start=method.start, reading=silent)
+            how: dict[str, Any] = {"start": method.start, "margin": method.margin, "reading": silent}
+            attribution = read_attribution(model, tokenizer, own, base, **how)
         return stats, attribution
 
     key = {
@@ -179,9 +157,18 @@ def job_of(
         "skipped": planned.skipped,
         "statistics": not method.has_stats,
         "attribution": method.start if by_gradient else None,
+        "margin": method.margin if by_gradient else None,
     }
     start = Part(key, (), len(planned.chunks), empty, AttributionStats.empty(base) if by_gradient else None)
     return Job(planned, start, read_chunk)
+
+
+_HOW = {
+    "absolute": "absolute difference of means",
+    "cohen_d": "Cohen's d",
+    "t": "paired t",
+    "attribution": "attribution",
+}
 
 
 @dataclass(frozen=True)
@@ -212,8 +199,9 @@ class Identified:
             found.append(f"split-half cosine {self.split_half_cosine:.2f}")
         if self.split_half_overlap is not None:
             found.append(f"the best {len(self.neurons)} of two halves of the questions share {self._percent()}")
-        how = "difference of means" if self.split_half_cosine is None else "attribution"
-        return f"{text}, by {how}" + (f" ({'; '.join(found)})" if found else "")
+        return f"{text}, by {_HOW.get(self.neurons.ranking, 'difference of means')}" + (
+            f" ({'; '.join(found)})" if found else ""
+        )
 
     def _percent(self) -> str:
         return "none" if self.split_half_overlap is None else f"{100 * self.split_half_overlap:.0f}%"
@@ -247,6 +235,8 @@ def identify(  # noqa: PLR0913 - one decision of the researcher each
     stats: NeuronStats | None = None,
     reading: Reading | None = None,
     partial: Path | None = None,
+    margin: Margin = "sum",
+    refinement: Refinement = _PLAIN,
 ) -> Identified:
     """The ``keep`` best neurons by a ranking, from traces with both outcomes per question.
 
@@ -255,7 +245,7 @@ def identify(  # noqa: PLR0913 - one decision of the researcher each
         tokenizer: its tokenizer.
         traces: labelled traces.
         base: the model's identity.
-        ranking: "paper" or "attribution".
+        ranking: one of `rankings.RANKINGS`.
         keep: number of neurons.
         min_layer: the lowest layer to choose from; half of the layers, so that a causal gate fits below.
         start: the first token that the rule will steer (attribution only).
@@ -263,23 +253,31 @@ def identify(  # noqa: PLR0913 - one decision of the researcher each
         stats: statistics of the same traces, if they were recorded while the traces were sampled.
         reading: batch size, which tokens count, and progress.
         partial: where sums are kept meanwhile, so that a run that was killed goes on; the caller removes the file.
+        margin: see `Method`.
+        refinement: of the ranking.
 
     Raises:
         TraceError: the traces do not allow a contrast, or the statistics are of other questions.
         RuleError: too few neurons, or statistics of another model.
     """
-    require_room(base, keep, min_layer)
+    require_room(base, keep, min_layer, refinement.per_layer)
     reading = reading or Reading()
     if stats is not None:
         require_of(stats, traces, base, reading)
-    method = Method(ranking, contrast, start, has_stats=stats is not None)
+    method = Method(ranking, contrast, start, has_stats=stats is not None, margin=margin)
     job = job_of(model, tokenizer, traces, base, method, reading)
     part = job.read(range(len(job.plan.chunks)), partial, reading.progress)
-    return ranked_part(part, stats, ranking=ranking, keep=keep, min_layer=min_layer)
+    return ranked_part(part, stats, ranking=ranking, keep=keep, min_layer=min_layer, refinement=refinement)
 
 
 def ranked_part(
-    part: Part, stats: NeuronStats | None, *, ranking: Ranking, keep: int, min_layer: int | None = None
+    part: Part,
+    stats: NeuronStats | None,
+    *,
+    ranking: Ranking,
+    keep: int,
+    min_layer: int | None = None,
+    refinement: Refinement = _PLAIN,
 ) -> Identified:
     """`ranked`, of a job that was read as a whole; ``stats`` if its statistics were recorded before.
 
@@ -290,7 +288,8 @@ def ranked_part(
     own = part.stats if stats is None else stats
     if own is None:
         raise RuleError("parts: hold no statistics of activations; expected those of identify without --stats")
-    found = ranked(own, part.attribution, ranking=ranking, keep=keep, min_layer=min_layer)
+    how: dict[str, Any] = {"ranking": ranking, "keep": keep, "min_layer": min_layer, "refinement": refinement}
+    found = ranked(own, part.attribution, **how)
     return replace(found, skipped=int(part.key.get("skipped", 0)))
 
 
@@ -301,6 +300,7 @@ def ranked(
     ranking: Ranking,
     keep: int,
     min_layer: int | None = None,
+    refinement: Refinement = _PLAIN,
 ) -> Identified:
     """The ``keep`` best neurons by a ranking, and how well two halves of the questions agree on them.
 
@@ -309,22 +309,17 @@ def ranked(
         TraceError: a class has no traces.
     """
     lowest = stats.base.layers // 2 if min_layer is None else min_layer
-    if ranking == "attribution" and attribution is None:
-        raise RuleError("ranking: attribution needs gradients, which were not read; run identify --ranking attribution")
     by_gradient = attribution if ranking == "attribution" else None
-    best = _rank(stats, by_gradient, keep, lowest)
+    how: dict[str, Any] = {"ranking": ranking, "min_layer": lowest}
+    best = rank(stats, by_gradient, keep=keep, refinement=refinement, **how)
     cosine = None if by_gradient is None else by_gradient.split_half_cosine()
-    return Identified(best, stats, cosine, _split_half_overlap(stats, by_gradient, keep, lowest))
-
-
-def _rank(stats: NeuronStats, attribution: AttributionStats | None, keep: int, lowest: int) -> NeuronSet:
-    if attribution is None:
-        return rank_by_difference(stats, keep, lowest)
-    return rank_by_attribution(stats, attribution, keep, lowest)
+    # On a half of the questions fewer neurons pass a test, which is not what the overlap is about.
+    how["refinement"] = replace(refinement, fdr=1.0)
+    return Identified(best, stats, cosine, _split_half_overlap(stats, by_gradient, len(best), how))
 
 
 def _split_half_overlap(
-    stats: NeuronStats, attribution: AttributionStats | None, keep: int, lowest: int
+    stats: NeuronStats, attribution: AttributionStats | None, keep: int, how: Mapping[str, Any]
 ) -> float | None:
     """Share of the ``keep`` best of one half of the questions that are among those of the other half."""
     halves = stats.halves()
@@ -333,7 +328,9 @@ def _split_half_overlap(
     gradients = (None, None) if attribution is None else _gradient_halves(attribution)
     if any(half is not None and not half.questions for half in gradients):
         return None
-    one, two = (_rank(half, gradient, keep, lowest) for half, gradient in zip(halves, gradients, strict=True))
+    if how["ranking"] == "t" and min(half.correct_count for half in halves) < 2:
+        return None
+    one, two = (rank(half, gradient, keep=keep, **how) for half, gradient in zip(halves, gradients, strict=True))
     places = [{*zip(best.layer.tolist(), best.index.tolist(), strict=True)} for best in (one, two)]
     return len(places[0] & places[1]) / keep
 
@@ -375,11 +372,12 @@ def _require_questions(stats: NeuronStats, traces: Sequence[Trace]) -> None:
 
 
 def _weighted(
-    tokenizer: PreTrainedTokenizerBase, row: int, trace: Trace, question: Sequence[Trace]
+    tokenizer: PreTrainedTokenizerBase, row: int, trace: Trace, question: Sequence[Trace], margin: Margin
 ) -> WeightedCompletion:
     same = sum(other.correct is trace.correct for other in question)
     ids = encode_trace(tokenizer, trace)[1]
-    return WeightedCompletion(row, ids, (1 if trace.correct else -1) / same)
+    length = len(ids) if margin == "mean" else 1
+    return WeightedCompletion(row, ids, (1 if trace.correct else -1) / (same * length))
 
 
 def _chunks(questions: Sequence[Sequence[Trace]], reading: Reading) -> Iterator[list[Sequence[Trace]]]:
@@ -392,43 +390,3 @@ def _chunks(questions: Sequence[Sequence[Trace]], reading: Reading) -> Iterator[
             chunk = []
             if reading.progress is not None:
                 reading.progress(done, len(questions))
-
-
-def require_room(base: BaseModel, keep: int, min_layer: int | None) -> None:
-    """Refuse a number of neurons that the layers do not have; None: the upper half of them.
-
-    Raises:
-        RuleError: they have not.
-    """
-    lowest = base.layers // 2 if min_layer is None else min_layer
-    available = (base.layers - lowest) * base.mlp_size
-    if not 0 <= lowest < base.layers or not 1 <= keep <= available:
-        raise RuleError(
-            f"neurons: {keep} wanted from layer {lowest} on; {base.id} has {base.layers} layers of {base.mlp_size}"
-        )
-
-
-def _best(base: BaseModel, keys: Sequence[Array], keep: int, min_layer: int) -> tuple[Array, Array]:
-    """Layer and index of the ``keep`` largest entries by several (L, M) keys, the first counting most."""
-    require_room(base, keep, min_layer)
-    flat = [key[min_layer:].ravel() for key in keys]
-    position = np.arange(flat[0].size)
-    order = np.lexsort((position, *(-key for key in reversed(flat))))[:keep]
-    return min_layer + order // base.mlp_size, order % base.mlp_size
-
-
-def _neurons(
-    stats: NeuronStats, places: tuple[Array, Array], delta: Array, score: Array, ranking: Ranking
-) -> NeuronSet:
-    correct, incorrect = stats.means()
-    return NeuronSet(
-        layer=places[0],
-        index=places[1],
-        delta=delta[places],
-        mean_correct=correct[places],
-        mean_incorrect=incorrect[places],
-        score=score[places],
-        ranking=ranking,
-        base=stats.base,
-        questions=stats.questions,
-    )

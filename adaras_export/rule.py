@@ -35,7 +35,7 @@ from adaras_export.values import (
 )
 
 Start = Literal["last_prompt_token", "first_generated_token"]
-Ranking = Literal["given", "paper", "attribution"]
+Ranking = Literal["given", "paper", "absolute", "cohen_d", "t", "attribution"]
 
 
 @dataclass(frozen=True, eq=False)

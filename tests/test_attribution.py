@@ -161,3 +161,30 @@ def test_a_margin_is_the_mean_over_correct_minus_the_mean_over_incorrect(token_b
     np.testing.assert_allclose(found.mean(), expected.mean(0), atol=limit)
     np.testing.assert_allclose(found.standard_error(), expected.std(0) / 2**0.5, atol=limit)
     assert len(found.questions) == 2
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma2", "granite", "gpt2", "mistral-window"])
+def test_long_completions_have_the_gradients_of_short_ones(name, stock, monkeypatch):
+    """Layers run again, logits two tokens at a time: scaled and capped logits, windows and biases included."""
+    model, pad = stock[name], 0
+    prompts = prefill(model, PROMPTS, pad)
+    expected = margin_gradients(model, prompts, COMPLETIONS, "last_prompt_token")
+    found = margin_gradients(model, prompts, COMPLETIONS, "last_prompt_token", longest=2)
+    assert float(expected.abs().max()) > 1e-4
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-6 * float(expected.abs().max()))
+    assert "forward" not in vars(model.base_model)  # nothing is left behind
+    again = margin_gradients(model, prompts, COMPLETIONS, "last_prompt_token")
+    assert torch.equal(again, expected)
+
+
+def test_bfloat16_weights_sum_up_in_float32(stock):
+    """Symptom that this would show: sums over thousands of tokens that stop growing."""
+    model = copy.deepcopy(stock["qwen3"]).bfloat16()
+    long = [WeightedCompletion(0, [65, 66, 70, 1, 2, 3, 4, 5] * 6, 1.0)]
+    prompts = prefill(model, PROMPTS[:1], 0)
+    seen = []
+    handle = model.model.layers[2].mlp.down_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+    found = margin_gradients(model, prompts, long, "last_prompt_token")
+    handle.remove()
+    assert (seen, found.dtype) == ([torch.bfloat16], torch.float32)
+    assert not torch.equal(found, found.bfloat16().float())  # more digits than a sum in bfloat16 has

@@ -27,16 +27,26 @@ from adaras_export.cli.options import (
 if TYPE_CHECKING:
     from adaras_export.activations import Progress
     from adaras_export.distribution import Group
+    from adaras_export.rankings import Refinement
     from adaras_export.reading import Job, Part, Plan
     from adaras_export.statistics import NeuronStats
     from adaras_export.traces import Trace
 
 RankingName = Annotated[
-    str, typer.Option("--ranking", help="paper (difference of means) or attribution (causal effect).")
+    str,
+    typer.Option(
+        "--ranking",
+        help="paper, absolute, cohen_d or t (differences of means), or attribution (causal effect).",
+    ),
 ]
 Keep = Annotated[int, typer.Option(help="Neurons to keep.")]
 MinLayer = Annotated[int | None, typer.Option(help="Lowest layer; default: half of the layers.")]
-_RANKINGS = ("paper", "attribution")
+PerLayer = Annotated[int | None, typer.Option(help="At most so many neurons of one layer.")]
+Fdr = Annotated[float, typer.Option(help="False discovery rate of --ranking t.")]
+Shrink = Annotated[bool, typer.Option("--shrink", help="Attribution: scores lose what their standard error explains.")]
+Agree = Annotated[
+    bool, typer.Option("--agree", help="Attribution: only neurons whose difference of means has the same sign.")
+]
 
 
 def identify(
@@ -46,6 +56,13 @@ def identify(
     ranking: RankingName = "paper",
     keep: Keep = 200,
     min_layer: MinLayer = None,
+    per_layer: PerLayer = None,
+    fdr: Fdr = 0.05,
+    shrink: Shrink = False,
+    agree: Agree = False,
+    margin: Annotated[
+        str, typer.Option(help="Attribution: log p of a completion is the sum or the mean over its tokens.")
+    ] = "sum",
     per_class: Annotated[int | None, typer.Option(help="Balance: so many traces of each label a question.")] = None,
     unpaired: Annotated[bool, typer.Option("--unpaired", help="Contrast all traces, not within questions.")] = False,
     start: Start = "last_prompt_token",
@@ -71,15 +88,19 @@ def identify(
     from adaras_export import distribution, neurons
     from adaras_export.activations import Reading
     from adaras_export.models import BaseModel
+    from adaras_export.rankings import require_room
     from adaras_export.statistics import NeuronStats
 
-    _require_sound(ranking=ranking, tokens=tokens, too_long=too_long, device_map=device_map)
+    _require_sound(tokens=tokens, too_long=too_long, device_map=device_map)
+    require_choice("margin", margin, ("sum", "mean"))
+    choice: dict[str, Any] = {"ranking": ranking, "keep": keep, "min_layer": min_layer}
+    choice["refinement"] = _refinement(ranking, per_layer, fdr, shrink=shrink, agree=agree)
     shares = None if shard is None else _shares_of(shard)
     if stats is not None and (per_class is not None or shard is not None):
         found = "--per-class" if shard is None else "--shard"
         raise typer.BadParameter(f"{found} and --stats: the statistics are of all traces; expected one of the two")
     contrast: Any = "unpaired" if unpaired else "within_question"
-    method = neurons.Method(ranking, contrast, start_of(start), has_stats=stats is not None)  # type: ignore[arg-type]
+    method = neurons.Method(ranking, contrast, start_of(start), stats is not None, margin)  # type: ignore[arg-type]
     try:
         with distribution.joined() as group, progress() as bar:
             _require_alone(group, shard, device_map)
@@ -90,7 +111,7 @@ def identify(
             reading = Reading(token_budget, told, chunk_tokens, tokens, too_long)  # type: ignore[arg-type]  # checked
             base = BaseModel.of(model, revision)
             if shard is None:
-                neurons.require_room(base, keep, min_layer)  # before the work, not after it
+                require_room(base, keep, min_layer, per_layer)  # before the work, not after it
             if recorded is not None:
                 neurons.require_of(recorded, read, base, reading)
             job = neurons.job_of(*weights, read, base, method, reading)
@@ -101,7 +122,7 @@ def identify(
                     part.save(out)
                     show(_record(part, shard), f"{out}: {_line(part, shard)}", as_json)
                 elif group.rank == 0:
-                    _rank(part, recorded, out, (ranking, keep, min_layer), as_json)
+                    _rank(part, recorded, out, choice, as_json)
     except distribution.StoppedError as error:
         raise typer.Exit(2) from error
 
@@ -112,25 +133,38 @@ def merge(
     ranking: RankingName = "paper",
     keep: Keep = 200,
     min_layer: MinLayer = None,
+    per_layer: PerLayer = None,
+    fdr: Fdr = 0.05,
+    shrink: Shrink = False,
+    agree: Agree = False,
     as_json: Json = False,
 ) -> None:
     """Rank the neurons by what the shards of one identify have read, and keep the best."""
     from adaras_export.errors import TraceError
     from adaras_export.reading import Part, merged
 
-    require_choice("ranking", ranking, _RANKINGS)
+    refinement = _refinement(ranking, per_layer, fdr, shrink=shrink, agree=agree)
     if len({*parts}) < len(parts):
         raise TraceError(f"{max(parts, key=parts.count)}: is given twice; expected each part once")
     whole = merged({str(path): Part.load(path) for path in parts})
-    _rank(whole, None, out, (ranking, keep, min_layer), as_json)
+    choice = {"ranking": ranking, "keep": keep, "min_layer": min_layer, "refinement": refinement}
+    _rank(whole, None, out, choice, as_json)
 
 
-def _require_sound(*, ranking: str, tokens: str, too_long: str, device_map: str | None) -> None:
-    require_choice("ranking", ranking, _RANKINGS)
+def _require_sound(*, tokens: str, too_long: str, device_map: str | None) -> None:
     require_choice("tokens", tokens, ("all", "completion"))
     require_choice("too-long", too_long, ("refuse", "skip", "read"))
     if device_map is not None:
         require_choice("device-map", device_map, ("auto", "balanced", "sequential"))
+
+
+def _refinement(ranking: str, per_layer: int | None, fdr: float, *, shrink: bool, agree: bool) -> "Refinement":
+    from adaras_export.rankings import RANKINGS, Refinement
+
+    require_choice("ranking", ranking, RANKINGS)
+    if (shrink or agree) and ranking != "attribution":
+        raise typer.BadParameter(f"--{'shrink' if shrink else 'agree'}: is of --ranking attribution; found {ranking}")
+    return Refinement(per_layer, fdr, shrink, agree)
 
 
 def _shares_of(shard: str) -> tuple[int, int]:
@@ -188,13 +222,10 @@ def _shared(
     partial.unlink(missing_ok=True)
 
 
-def _rank(
-    part: "Part", recorded: "NeuronStats | None", out: Path, choice: tuple[Any, int, int | None], as_json: bool
-) -> None:
+def _rank(part: "Part", recorded: "NeuronStats | None", out: Path, choice: dict[str, Any], as_json: bool) -> None:
     from adaras_export import neurons
 
-    ranking, keep, min_layer = choice
-    found = neurons.ranked_part(part, recorded, ranking=ranking, keep=keep, min_layer=min_layer)
+    found = neurons.ranked_part(part, recorded, **choice)
     found.neurons.save(out)
     show(found.as_record(), f"{out}: {found.line()}", as_json)
 
