@@ -23,9 +23,10 @@ class Journal:
 
     def __init__(self, path: Path, identity: str) -> None:
         self._path, self._identity = path, identity
+        self._head = b""  # what the first line appended must be preceded by
 
     def read(self, entry: Callable[[Any], _T]) -> list[_T]:
-        """What ``entry`` makes of every line; makes the file if there is none, and mends an unfinished last line.
+        """What ``entry`` makes of every line; cuts off an unfinished last one.
 
         Raises:
             TraceError: the file is of another run, holds what ``entry`` raises `UnreadableError` for, or cannot be
@@ -39,7 +40,10 @@ class Journal:
             found = [entry(foreign.parsed(line)) for line in lines[1:]]
         except UnreadableError as error:
             raise TraceError(f"{self._path}: {error}; expected the journal of an earlier run, or no file") from error
-        self._mend(len(b"".join(line + b"\n" for line in lines)), new=not lines)
+        if content:
+            self._cut(len(b"".join(line + b"\n" for line in lines)))
+        if not lines:
+            self._head = json.dumps({"kind": _KIND, "of": self._identity}).encode() + b"\n"
         return found
 
     def _require_own(self, head: Any) -> None:  # noqa: ANN401 - a JSON value
@@ -49,25 +53,24 @@ class Journal:
                 "expected those of the run that it is from; delete it to begin again"
             )
 
-    def _mend(self, length: int, *, new: bool) -> None:
+    def _cut(self, length: int) -> None:
         try:
             with self._path.open("ab") as file:
                 file.truncate(length)
         except OSError as error:
             raise self._unwritable(error) from error
-        if new:
-            self.append({"kind": _KIND, "of": self._identity})
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """One line, on disk when this returns.
+        """One line, on disk when this returns; makes the file if there is none.
 
         Raises:
             TraceError: it cannot be written.
         """
         try:
-            append(self._path, json.dumps(record).encode() + b"\n")
+            append(self._path, self._head + json.dumps(record).encode() + b"\n")
         except OSError as error:
             raise self._unwritable(error) from error
+        self._head = b""
 
     def _unwritable(self, error: OSError) -> TraceError:
         return TraceError(

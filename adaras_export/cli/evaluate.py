@@ -79,5 +79,5 @@ def evaluate(
         else:
             report = run(loaded, tokenizer, read, watched, conduct)
     report.save(out)
-    journal.unlink()
+    journal.unlink(missing_ok=True)
     show(report.as_record(), f"{report.table()}\n{out}: {report.verdict}", as_json)

@@ -93,7 +93,7 @@ def tune(
     if report is not None:
         found.save(report)
     found.rule.save(out)
-    journal.unlink()
+    journal.unlink(missing_ok=True)
     show(found.as_record(), f"{found.table()}\n{out}: {found.line()}", as_json)
 
 
