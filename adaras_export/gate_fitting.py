@@ -5,7 +5,8 @@ setting uses.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,8 +63,30 @@ def fit_logistic(training: Training, sizes: Sequence[int]) -> Fitted:
     Raises:
         MissingExtraError: scikit-learn is not installed.
     """
-    linear = require("sklearn.linear_model", "identify", "training a gate")
     without, whole = training.rankings(max(sizes))
+    with _regressions() as linear:
+        return _chosen_logistic(linear, training, sizes, without, whole)
+
+
+@contextmanager
+def _regressions() -> Iterator[Any]:
+    """The module of scikit-learn, on one thread of linear algebra.
+
+    On matrices as small as these, two threads on a busy machine of two cores took six times as long as one.
+    """
+    linear = require("sklearn.linear_model", "identify", "training a gate")
+    threads = require("threadpoolctl", "identify", "training a gate")  # scikit-learn brings it
+    with threads.threadpool_limits(1, user_api="blas"):
+        yield linear
+
+
+def _chosen_logistic(
+    linear: Any,  # noqa: ANN401 - scikit-learn's
+    training: Training,
+    sizes: Sequence[int],
+    without: Sequence[Array],
+    whole: Array,
+) -> Fitted:
     union = np.unique(np.concatenate([*without, whole]))
     values_NU, correct = training.columns(union), training.correct
     losses: dict[tuple[int, float], list[float]] = {(size, c): [] for size in sizes for c in REGULARISATION}
@@ -108,10 +131,10 @@ def by_length(lengths: Array, train: Array, correct: Array, asked: Array) -> Arr
     Raises:
         MissingExtraError: scikit-learn is not installed.
     """
-    linear = require("sklearn.linear_model", "identify", "training a gate")
     values = np.asarray(lengths, np.float64)[:, None]
     scaling = Scaling.of(values[train])
-    fitted = _regression(linear, 1.0, scaling.apply(values[train]), correct)
+    with _regressions() as linear:
+        fitted = _regression(linear, 1.0, scaling.apply(values[train]), correct)
     found: Array = fitted.predict_proba(scaling.apply(values[asked]))[:, 1]
     return found
 

@@ -65,7 +65,7 @@ def f_scores(values_NM: Array, correct_N: Array) -> Array:
 def _scores(correct: Moments, wrong: Moments) -> Array:
     both = correct.merge(wrong)
     between = sum(one.count * (one.mean - both.mean) ** 2 for one in (correct, wrong))
-    within = (correct.squares + wrong.squares) / (both.count - 2)
+    within = (correct.squares + wrong.squares) / max(1, both.count - 2)  # of two questions, no class varies
     # By the range: the mean of equal numbers may miss them by a rounding, which would leave noise over noise.
     varying = both.high > both.low
     within_varies = (correct.high > correct.low) | (wrong.high > wrong.low)
