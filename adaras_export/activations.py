@@ -211,9 +211,7 @@ def row_means(
     means: list[Any] = [None] * len(rows)
     skipped = skipped or [0] * len(rows)
     done = 0
-    for indices in _alone_where_long(
-        batches([len(row) for row in rows], reading.token_budget, MAX_ROWS), rows, reading
-    ):
+    for indices in batches_of(rows, reading):
         chosen = [rows[index] for index in indices]
         found = token_means(model, chosen, layers, [skipped[index] for index in indices], reading.chunk_tokens).numpy()
         for index, mean in zip(indices, found, strict=True):
@@ -224,11 +222,12 @@ def row_means(
     return means
 
 
-def _alone_where_long(
-    groups: Sequence[list[int]], rows: Sequence[Sequence[int]], reading: Reading
-) -> Iterator[list[int]]:
-    """The batches, without company for rows that are read in pieces: padding would need a mask of T * T entries."""
-    for group in groups:
+def batches_of(rows: Sequence[Sequence[int]], reading: Reading) -> Iterator[list[int]]:
+    """Indices of rows of similar length to read together; rows that are read in pieces have no company.
+
+    Padding there would need a mask of T * T entries.
+    """
+    for group in batches([len(row) for row in rows], reading.token_budget, MAX_ROWS):
         is_long = max(len(rows[index]) for index in group) > reading.chunk_tokens
         yield from ([index] for index in group) if is_long else [group]
 

@@ -168,6 +168,29 @@ def test_a_stage_run_again_writes_the_same_bytes_and_tells_one_json_object(stage
     assert untimed(found) == untimed(expected)
 
 
+def test_a_gate_stands_beside_what_needs_none_and_leaves_one_file(job, run, tmp_path):
+    args = [
+        *arguments("gate", job, tmp_path / "g"),
+        "--threshold",
+        "cost",
+        "--cost-missed",
+        "3",
+        "--cost-needless",
+        "1",
+    ]
+    status, out, err = run(*args)
+    assert (status, err) == (0, "")
+    assert [line.split()[0] for line in out.splitlines()[:-1]] == ["AUC", "gate", "length", "always", "never"]
+    assert out.splitlines()[-1].startswith(f"{tmp_path / 'g'}: 8 features of layers ")
+    assert [path.name for path in tmp_path.iterdir()] == ["g"]
+
+
+def test_a_gate_in_half_precision_reads_other_numbers(job, run, tmp_path):
+    options = ["--dtype", "bfloat16", "--token-budget", "256"]
+    assert run(*arguments("gate", job, tmp_path / "g"), *options)[0] == 0
+    assert (tmp_path / "g").read_bytes() != (job / "gate.safetensors").read_bytes()
+
+
 def test_statistics_recorded_while_sampling_give_the_ranking_of_a_read_of_the_traces(job, run, tmp_path):
     args = [*arguments("identify", job, tmp_path / "n"), "--stats", job / "stats.safetensors"]
     assert run(*args)[0] == 0
@@ -411,8 +434,13 @@ WRONG = {
     "identify {traces} {on} --per-class 0": r"TraceError: per_class is 0; expected a positive",
     "gate {traces} {on} --pooling max": r"UsageError: .*--pooling max: expected one of: logistic, attention",
     "gate {traces} {on} --features 9999": r"RuleError: gate: 9999 features wanted",
-    "gate {traces} {on} --below-layer 0": r"RuleError: gate: 64 features below layer 0",
-    "gate {traces} {on} --below-layer 9": r"RuleError: gate: 64 features below layer 9",
+    "gate {traces} {on} --below-layer 0": r"RuleError: gate: reads layers below 0; expected 1 to 4",
+    "gate {traces} {on} --below-layer 9": r"RuleError: gate: reads layers below 9; expected 1 to 4",
+    "gate {traces} {on} --features some": r"UsageError: .*--features some: expected a number, or auto",
+    "gate {traces} {on} --threshold half": r"UsageError: .*--threshold half: expected one of: youden, cost",
+    "gate {traces} {on} --threshold cost --cost-missed 2": r"UsageError: .*--threshold cost: expected both --cost-mis",
+    "gate {traces} {on} --cost-missed 2": r"UsageError: .*--cost-missed and --cost-needless: choose nothing here",
+    "gate {traces} {on} --threshold cost --cost-missed 2 --cost-needless 0": r"RuleError: costs: 2 of a wrong answer",
     TUNE + "--strengths 1,strong": r"UsageError: .*--strengths 1,strong: expected numbers with commas between them",
     TUNE + "--strengths 1:0.5 --trials 3": r"RuleError: strengths 1:0.5: no range; expected two numbers",
     TUNE + "--strengths 1:2": r"RuleError: tune: a range of strengths is no grid; expected a number of trials",

@@ -1,8 +1,12 @@
 """Training and calibrating a gate, against scikit-learn, brute force and the oracle."""
 
 import copy
+import json
 import math
+import os
+import signal
 import sys
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -10,40 +14,28 @@ import oracle
 import pytest
 import tiny
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from processes import ended, forked
 
-from adaras_export import gate as gate_file
+from adaras_export import activations, gate_fitting, gate_reading
 from adaras_export.errors import MissingExtraError, RuleError, TraceError
 from adaras_export.gate import (
-    agreeing_threshold,
+    Costs,
     auc_interval,
-    f_scores,
     gate_probabilities,
+    partial_files,
     train_gate,
     youden_threshold,
 )
+from adaras_export.gate_judging import brier, cross_fitted, rates
 from adaras_export.neurons import Reading
 from adaras_export.traces import Trace, digest, split
+from adaras_export.verdicts import Estimate
 
-sklearn_metrics = pytest.importorskip("sklearn.metrics")
 sklearn_selection = pytest.importorskip("sklearn.feature_selection")
 
 POOLINGS = ["logistic", "attention"]
 COUNT = 60  # questions of the planted signal
 CHAT = [{"role": "user", "content": "4+4"}]
-
-# (p(correct), whether it was correct), at least two of either kind; few values, so that ties are common.
-outcomes = st.integers(0, 2**32 - 1).map(lambda seed: draw_outcomes(np.random.default_rng(seed)))
-
-
-def draw_outcomes(draw):
-    """Scores of 4 to 40 prompts with ties, neighbours in float32 among them, and labels of both kinds."""
-    count = int(draw.integers(4, 41))
-    grid = np.linspace(0, 1, 7, dtype=np.float32)
-    p_correct = np.nextafter(draw.choice(grid, count), draw.choice(np.float32([0, 1]), count), dtype=np.float32)
-    correct = draw.permutation(np.arange(count) < draw.integers(2, count - 1))
-    return p_correct, correct
 
 
 def planted(count=COUNT, seed=0):
@@ -112,98 +104,14 @@ def features_of(h, gate):
     return h[gate.layer, :, gate.index].T
 
 
-@pytest.mark.parametrize("shape", [(4, 1), (9, 30), (50, (1 << 14) + 3)])
-def test_f_scores_are_those_of_scikit_learn(shape):
-    draw = np.random.default_rng(1)
-    values = draw.normal(5, 2, shape).astype(np.float32)
-    correct = draw.permutation(np.arange(shape[0]) < 2)
-    expected, _ = sklearn_selection.f_classif(values.astype(np.float64), correct)
-    np.testing.assert_allclose(f_scores(values, correct), expected, rtol=1e-9, atol=1e-12)
-
-
-def test_a_constant_column_scores_nothing_and_a_perfect_one_best():
-    """Symptom: a neuron that told the classes apart without an exception scored 0. Cause: division by a variance of 0
-    was answered with 0, which is right only for a neuron that never varies. Both are exact; no false alarm."""
-    correct = np.array([True] * 3 + [False] * 4)
-    values = np.stack([np.full(7, 0.1), np.where(correct, 0.1, 0.2), np.arange(7)], axis=1)
-    scores = f_scores(values, correct)
-    assert scores[0] == 0
-    assert scores[1] == math.inf
-    assert 0 < scores[2] < math.inf
-
-
-@given(outcomes)
-def test_the_threshold_is_the_lowest_that_maximises_youdens_j(drawn):
-    p_correct, correct = drawn
-    wrong, right = p_correct[~correct], p_correct[correct]
-
-    def j(threshold):  # as runtimes compare: in float32
-        below = np.float32(threshold)
-        return int((wrong < below).sum()) * len(right) - int((right < below).sum()) * len(wrong)
-
-    threshold = youden_threshold(p_correct, correct)
-    best = max(j(cut) for cut in [0.0, *p_correct.tolist(), 1.0])
-    assert j(threshold) == best
-    lower = p_correct[p_correct < np.float32(threshold)]
-    assert all(j(cut) < best for cut in lower), "a lower threshold steers less and separates as well"
-
-
-def test_the_threshold_of_two_clear_groups_lies_between_them():
-    assert youden_threshold(np.array([0.1, 0.2, 0.6, 0.8]), np.array([False, False, True, True])) == pytest.approx(0.4)
-
-
-@given(outcomes)
-def test_the_agreeing_threshold_is_the_lowest_that_decides_most_prompts_alike(drawn):
-    p_correct, is_steered = drawn
-
-    def alike(threshold):
-        return int(((p_correct < np.float32(threshold)) == is_steered).sum())
-
-    threshold = agreeing_threshold(p_correct, is_steered)
-    # Above all scores every prompt is steered, whatever it is: no threshold is fitted there.
-    assert alike(threshold) == max(alike(cut) for cut in [0.0, *p_correct.tolist()])
-    lower = p_correct[p_correct < np.float32(threshold)]
-    assert all(alike(cut) < alike(threshold) for cut in lower)
-
-
-def test_a_threshold_that_agrees_with_a_monotonous_change_of_all_scores_decides_every_prompt_alike():
-    before = np.array([0.2, 0.9, 0.4, 0.5, 0.7])
-    threshold = agreeing_threshold(before**3, before < 0.45)
-    assert threshold == pytest.approx((0.4**3 + 0.5**3) / 2)
-
-
-@given(outcomes)
-def test_the_auc_is_that_of_scikit_learn(drawn):
-    auc, low, high = auc_interval(*drawn)
-    assert auc == pytest.approx(sklearn_metrics.roc_auc_score(drawn[1], drawn[0]), abs=1e-12)
-    assert 0 <= low <= auc <= high <= 1
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("step", [1e-6, 0.25], ids=["distinct", "ties"])
-def test_the_auc_interval_is_that_of_a_bootstrap(step):
-    """DeLong's and the bootstrap's standard errors agree to 1/sqrt(2 * 1000) = 2 % beside what 200 prompts leave."""
-    draw = np.random.default_rng(0)
-    correct = np.arange(200) < 120
-    scores = np.round(1 / (1 + np.exp(-draw.normal(correct * 1.2))) / step) * step
-    auc, low, high = auc_interval(scores, correct)
-    sides = [np.flatnonzero(correct), np.flatnonzero(~correct)]
-    resampled = []
-    for _ in range(1000):
-        rows = np.concatenate([draw.choice(side, len(side)) for side in sides])
-        resampled.append(sklearn_metrics.roc_auc_score(correct[rows], scores[rows]))
-    assert high - low == pytest.approx(2 * 1.959964 * np.std(resampled), rel=0.15)
-    assert high - auc == pytest.approx(auc - low)
-
-
 # Worst distance of p(correct) measured: 2e-7, with means of up to 2.6 deviations; 1e-4 would do for any decision.
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_the_folded_gate_equals_the_classifier_on_standardised_features(
     pooling, train, by_hand, stock, tokenizer, monkeypatch
 ):
     kept = {}
-    original = getattr(gate_file, f"_{pooling}")
-    monkeypatch.setattr(gate_file, f"_{pooling}", lambda *args: kept.setdefault("weights", original(*args)))
+    original = getattr(gate_fitting, f"_{pooling}")
+    monkeypatch.setattr(gate_fitting, f"_{pooling}", lambda *args: kept.setdefault("weights", original(*args)))
     gate = train(planted(), pooling=pooling).gate
     parts = parts_of(planted())
     means = np.array([features_of(by_hand(prompt), gate).mean(0) for prompt in parts["train"]])
@@ -232,18 +140,16 @@ def dot(one, other):
 
 def test_the_logistic_gate_is_scikit_learns_regression_on_standardised_means(trained, by_hand, stock, tokenizer):
     linear = pytest.importorskip("sklearn.linear_model")
-    selection = pytest.importorskip("sklearn.model_selection")
-    gate, parts, labels = trained["logistic"].gate, parts_of(planted()), labels_of(planted())
+    report, parts, labels = trained["logistic"], parts_of(planted()), labels_of(planted())
     means = {
-        name: np.array([features_of(by_hand(prompt), gate).mean(0) for prompt in prompts])
+        name: np.array([features_of(by_hand(prompt), report.gate).mean(0) for prompt in prompts])
         for name, prompts in parts.items()
     }
     x, y = means["train"], [labels[prompt] for prompt in parts["train"]]
-    scale = {"C": np.logspace(-4, 0, 9)}
-    search = selection.GridSearchCV(linear.LogisticRegression(max_iter=1000), scale, cv=5, scoring="neg_log_loss")
-    fitted = search.fit((x - x.mean(0)) / x.std(0), y)
+    model = linear.LogisticRegression(C=report.chosen.regularisation, max_iter=1000)
+    fitted = model.fit((x - x.mean(0)) / x.std(0), y)
     expected = fitted.predict_proba((means["validation"] - x.mean(0)) / x.std(0))[:, 1]
-    found = gate_probabilities(stock["qwen3"], tokenizer, gate, parts["validation"])
+    found = gate_probabilities(stock["qwen3"], tokenizer, report.gate, parts["validation"])
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
@@ -272,10 +178,14 @@ def test_the_report_judges_the_validation_questions_only(pooling, trained, stock
     report, prompts, labels = trained[pooling], parts_of(planted())["validation"], labels_of(planted())
     p_correct = gate_probabilities(stock["qwen3"], tokenizer, report.gate, prompts)
     correct = np.array([labels[prompt] for prompt in prompts])
-    assert (report.auc, report.auc_low, report.auc_high) == auc_interval(p_correct, correct)
-    assert report.gate.threshold == youden_threshold(p_correct, correct)
-    assert report.sensitivity == (p_correct[~correct] < report.gate.threshold).mean()
-    assert report.specificity == (p_correct[correct] >= report.gate.threshold).mean()
+    assert (report.auc, report.auc_low, report.auc_high) == pytest.approx(auc_interval(p_correct, correct))
+    assert report.gate.threshold == pytest.approx(youden_threshold(p_correct, correct), abs=1e-5)
+    assert report.brier == pytest.approx(brier(p_correct, correct), abs=1e-5)
+    assert (report.apparent_sensitivity, report.apparent_specificity) == rates(
+        p_correct < report.gate.threshold, correct
+    )
+    crossed = cross_fitted(p_correct, correct, youden_threshold, 0)
+    assert (report.sensitivity, report.specificity) == rates(crossed, correct)
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
@@ -345,9 +255,9 @@ def test_a_validation_part_of_one_label_is_refused(train):
     ("changes", "message"),
     [
         ({"features": 97}, "gate: 97 features wanted; the layers that it may read have 96 neurons"),
-        ({"features": 0}, "gate: 0 features below layer 2; expected one or more"),
-        ({"below_layer": 0}, "gate: 12 features below layer 0; expected one or more, below layer 1 to 4"),
-        ({"below_layer": 5}, "gate: 12 features below layer 5"),
+        ({"features": 0}, "gate: 0 features wanted; expected one or more, or auto"),
+        ({"below_layer": 0}, "gate: reads layers below 0; expected 1 to 4, the layers of"),
+        ({"below_layer": 5}, "gate: reads layers below 5; expected 1 to 4"),
     ],
 )
 def test_an_impossible_choice_of_features_is_refused(changes, message, train):
@@ -399,12 +309,102 @@ def test_progress_reaches_the_number_of_questions(train):
     assert len(told) > 3
 
 
-def test_the_report_is_one_line_and_plain_values(trained):
+def test_the_length_of_the_prompt_stands_beside_the_gate(trained, tokenizer):
+    report, parts, labels = trained["logistic"], parts_of(planted()), labels_of(planted())
+    lengths, correct = (
+        {part: np.array([look(prompt) for prompt in prompts]) for part, prompts in parts.items()}
+        for look in (lambda prompt: len(tokenizer(prompt)["input_ids"]), labels.get)
+    )
+    means = [lengths["train"][correct["train"] == label].mean() for label in (True, False)]
+    direction = np.sign(means[0] - means[1])  # logistic regression on one number does no more to the order
+    length = {one.name: one for one in report.deciders}["length"]
+    expected = auc_interval(direction * lengths["validation"], correct["validation"])
+    assert (length.auc.value, length.auc.low, length.auc.high) == pytest.approx(expected)
+    assert report.over_length.value == pytest.approx(report.auc - length.auc.value)
+
+
+def test_the_report_is_one_line_a_table_and_json(trained):
     report = trained["logistic"]
     assert f"12 features of layers 0 to 1, AUC {report.auc:.3f}" in report.line()
     assert "\n" not in report.line()
-    assert report.as_record()["threshold"] == report.gate.threshold
-    assert all(isinstance(value, int | float) for value in report.as_record().values())
+    assert [line.split()[0] for line in report.table().splitlines()[1:]] == ["gate", "length", "always", "never"]
+    record = json.loads(json.dumps(report.as_record(), allow_nan=False))
+    assert (record["threshold"], record["features"]) == (report.gate.threshold, 12)
+    assert sum(one["questions"] for one in record["calibration"]["bins"]) == 24
+    assert len(record["selection"]["tried"]) == 9
+
+
+def test_costs_choose_another_threshold_and_nothing_else(train, trained):
+    report, other = train(planted(), costs=Costs(missed=1, needless=1000)), trained["logistic"]
+    assert replace(report.gate, threshold=0.5) == replace(other.gate, threshold=0.5)
+    cost = {one.name: one.cost for one in report.deciders}
+    assert cost["never"] == pytest.approx(11 / 24)
+    assert cost["always"] == pytest.approx(13000 / 24)
+    assert cost["gate"] < cost["never"]
+    assert report.as_record()["costs"] == {"missed": 1, "needless": 1000}
+
+
+def test_what_a_gate_is_not_worth_it_for_is_said(trained):
+    report = trained["logistic"]
+    assert report.doubts() == []
+    poor = replace(report, auc_low=0.5, over_length=Estimate(0.1, -0.1, 0.3), gate=replace(report.gate, threshold=0.0))
+    assert len(poor.doubts()) == 3
+    assert "NOT DISTINGUISHABLE FROM THE LENGTH OF THE PROMPT; THE THRESHOLD STEERS NO PROMPT" in poor.line()
+
+
+@pytest.mark.parametrize(
+    "pooling", [pytest.param(one, marks=() if one == "logistic" else pytest.mark.slow) for one in POOLINGS]
+)
+def test_a_killed_run_goes_on_where_it_was(pooling, train, trained, tmp_path):
+    """Killed for real, in a process of its own, when some batches are in the file."""
+    partial, reading = tmp_path / "gate.partial", Reading(64)
+
+    def slowly(done, _total):
+        if done > 5:
+            time.sleep(60)
+
+    child = forked(
+        lambda: train(planted(), pooling=pooling, reading=Reading(64, slowly), partial=partial), tmp_path / "log"
+    )
+    while not partial.exists() or partial.stat().st_size < 5 * 4 * 2 * tiny.MLP_SIZE:
+        time.sleep(0.01)
+    os.kill(child, signal.SIGKILL)
+    assert ended([child]) == [-signal.SIGKILL]
+    before = partial.read_bytes()
+    report = train(planted(), pooling=pooling, reading=reading, partial=partial)
+    assert report.gate.to_bytes() == train(planted(), pooling=pooling, reading=reading).gate.to_bytes()
+    assert partial.read_bytes().startswith(before)
+    assert [path.exists() for path in partial_files(partial)] == [True, pooling == "attention"]
+
+
+def test_a_prompt_is_read_once_for_the_logistic_gate_and_twice_for_attention(train, trained, monkeypatch):
+    read = activations.read
+    for pooling, times in zip(POOLINGS, (1, 2), strict=True):
+        rows = []
+
+        def counted(model, batch, *args, rows=rows):
+            rows.extend(batch)
+            return read(model, batch, *args)
+
+        monkeypatch.setattr(activations, "read", counted)
+        monkeypatch.setattr(gate_reading, "read", counted)
+        train(planted(8), pooling=pooling, validation_share=0.5)
+        assert len(rows) == times * 8
+
+
+def test_the_number_of_features_is_chosen_among_several(train):
+    report = train(planted(), features=None)
+    assert {one.features for one in report.tried} == {8, 16, 32, 64}
+    assert len(report.gate.layer) == report.chosen.features
+    assert report.chosen.log_loss == min(one.log_loss for one in report.tried)
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 3])
+def test_long_prompts_are_read_in_pieces(chunk_tokens, stock, tokenizer):
+    prompts, gate = ["Hi!", "what is 12+30?", "zzzzz and a longer one"], tiny.make_gate()
+    whole = gate_probabilities(stock["qwen3"], tokenizer, gate, prompts)
+    pieces = gate_probabilities(stock["qwen3"], tokenizer, gate, prompts, Reading(chunk_tokens=chunk_tokens))
+    np.testing.assert_allclose(pieces, whole, atol=1e-6)
 
 
 def test_without_scikit_learn_the_error_names_the_extra(train, monkeypatch):

@@ -1,11 +1,24 @@
 """`gate`: what predicts from a prompt whether the model will be right."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from adaras_export.cli.options import Json, Model, Out, Revision, load_model, progress, require_choice, show
+from adaras_export.cli.options import (
+    Json,
+    Model,
+    Out,
+    Precision,
+    Revision,
+    load_model,
+    progress,
+    require_choice,
+    show,
+)
+
+if TYPE_CHECKING:
+    from adaras_export.gate import Costs
 
 
 def gate(
@@ -13,21 +26,36 @@ def gate(
     model: Model,
     out: Out,
     below_layer: Annotated[int | None, typer.Option(help="Read layers below this one; default: half of them.")] = None,
-    features: Annotated[int, typer.Option(help="Number of features.")] = 64,
+    features: Annotated[
+        str, typer.Option(help="Number of features, or auto: the best of 8, 16, 32, 64, 128 on training questions.")
+    ] = "auto",
     pooling: Annotated[str, typer.Option(help="logistic, or attention (the paper's classifier).")] = "logistic",
-    seed: Annotated[int, typer.Option(help="Seed of the split by question.")] = 0,
+    threshold: Annotated[str, typer.Option(help="Chosen by Youden's J (youden), or by what errors cost (cost).")] = (
+        "youden"
+    ),
+    cost_missed: Annotated[
+        float | None, typer.Option(help="With --threshold cost: of a wrong answer that is left alone.")
+    ] = None,
+    cost_needless: Annotated[
+        float | None, typer.Option(help="With --threshold cost: of a right answer that is steered.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the splits by question.")] = 0,
+    token_budget: Annotated[int, typer.Option(help="Tokens of one batch.")] = 4096,
+    dtype: Precision = "float32",
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
     """Train the gate that predicts from the prompt whether the model will be right."""
-    from adaras_export.gate import train_gate
+    from adaras_export.gate import partial_files, train_gate
     from adaras_export.models import BaseModel
     from adaras_export.neurons import Reading
     from adaras_export.traces import read_traces
 
     require_choice("pooling", pooling, ("logistic", "attention"))
+    wanted, costs = _features_of(features), _costs_of(threshold, cost_missed, cost_needless)
     read, base = read_traces(traces), BaseModel.of(model, revision)
-    loaded, tokenizer = load_model(model, revision)
+    loaded, tokenizer = load_model(model, revision, dtype)
+    partial = out.with_name(f"{out.name}.partial")
     with progress() as bar:
         report = train_gate(
             loaded,
@@ -35,10 +63,37 @@ def gate(
             read,
             base,
             below_layer=base.layers // 2 if below_layer is None else below_layer,
-            features=features,
+            features=wanted,
             pooling=pooling,  # type: ignore[arg-type]  # checked above
+            costs=costs,
             seed=seed,
-            reading=Reading(progress=bar("reading prompts")),
+            reading=Reading(token_budget, bar("reading prompts")),
+            partial=partial,
         )
     report.gate.save(out)
-    show(report.as_record(), f"{out}: {report.line()}", as_json)
+    for kept in partial_files(partial):
+        kept.unlink(missing_ok=True)
+    show(report.as_record(), f"{report.table()}\n{out}: {report.line()}", as_json)
+
+
+def _features_of(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not text.isdecimal():
+        raise typer.BadParameter(f"--features {text}: expected a number, or auto")
+    return int(text)
+
+
+def _costs_of(threshold: str, missed: float | None, needless: float | None) -> "Costs | None":
+    from adaras_export.gate import Costs
+
+    require_choice("threshold", threshold, ("youden", "cost"))
+    if threshold == "youden":
+        if missed is not None or needless is not None:
+            raise typer.BadParameter(
+                "--cost-missed and --cost-needless: choose nothing here; expected --threshold cost"
+            )
+        return None
+    if missed is None or needless is None:
+        raise typer.BadParameter("--threshold cost: expected both --cost-missed and --cost-needless")
+    return Costs(missed, needless)
