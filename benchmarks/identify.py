@@ -52,7 +52,6 @@ BUDGET = "<= 1.10"
 MAX_ROWS = 64  # as in the library
 TO_DISK = "every activation to disk"
 TRACES = Path(__file__).resolve().parents[2] / "shared/data/traces/gsm8k_qwen3-32b.jsonl"
-PER_CLASS = 4  # correct and as many incorrect traces of each question, as the reference's data has them
 ROUNDING = 1e-4  # of float32 sums over a trace, relative to the largest mean of the layer
 
 
@@ -76,6 +75,9 @@ def parser() -> argparse.ArgumentParser:
     found = options(__doc__, repeats=6)
     found.add_argument("--traces", type=Path, help="labelled traces; default: the reference's, where they are at hand")
     found.add_argument("--tokens", type=int, default=8000, help="read of those, about (default: %(default)s)")
+    found.add_argument(
+        "--per-class", type=int, default=4, help="correct, and incorrect, ones of each question (default: %(default)s)"
+    )
     found.add_argument("--questions", type=int, default=6, help="made-up ones, 4 traces each (default: %(default)s)")
     found.add_argument("--words", type=int, default=150, help="words of a made-up completion (default: %(default)s)")
     found.add_argument("--work", type=Path, default=CACHE, help="folder for the activations (default: .cache)")
@@ -230,14 +232,14 @@ def traces_for(
         about = f"{len(found)} made-up traces of {sum(lengths(tokenizer, found).values())} tokens in all"
         return found, f"{about} (real ones skipped: ../shared/data/traces is not there, and no --traces given)"
     path = arguments.traces or TRACES
-    every = balanced(read_traces(path), 0, PER_CLASS)
+    every = read_traces(path)
     tokens = lengths(tokenizer, every)
-    found = shortest(every, tokens, arguments.tokens)
+    found = shortest(balanced(every, 0, arguments.per_class), tokens, arguments)
     read, all_of_them = sum(tokens[trace.id] for trace in found), sum(tokens.values())
     whole = all_of_them * base.layers * base.mlp_size * 4 / 1e9
     return found, (
         f"{len(found)} traces of {path.name}, {read} tokens in all (all {len(every)} traces have {all_of_them}: "
-        f"{whole:.1f} GB of activations in float32)"
+        f"{whole:.2g} GB of activations in float32)"
     )
 
 
@@ -246,19 +248,20 @@ def lengths(tokenizer: PreTrainedTokenizerBase, traces: Sequence[Trace]) -> dict
     return {trace.id: sum(map(len, encode_trace(tokenizer, trace))) for trace in traces}
 
 
-def shortest(traces: Sequence[Trace], tokens: dict[str, int], limit: int) -> list[Trace]:
-    """Questions with a full number of traces, the shortest first, while they stay within so many tokens; at least one.
+def shortest(traces: Sequence[Trace], tokens: dict[str, int], arguments: argparse.Namespace) -> list[Trace]:
+    """Questions with a full number of traces, the shortest first, while they stay within the tokens; at least one.
 
     Where every question has as many traces, the mean over traces is the mean over questions.
     """
-    full = [group for group in by_question(traces).values() if len(group) == 2 * PER_CLASS]
+    full = [group for group in by_question(traces).values() if len(group) == 2 * arguments.per_class]
     kept: list[Trace] = []
     for group in sorted(full, key=lambda group: sum(tokens[trace.id] for trace in group)):
-        if kept and sum(tokens[trace.id] for trace in [*kept, *group]) > limit:
+        if kept and sum(tokens[trace.id] for trace in [*kept, *group]) > arguments.tokens:
             break
         kept += group
     if not kept:
-        raise SystemExit(f"traces: no question has {PER_CLASS} correct and as many incorrect ones; give other --traces")
+        count = arguments.per_class
+        raise SystemExit(f"traces: no question has {count} correct and {count} incorrect ones; lower --per-class")
     return kept
 
 
