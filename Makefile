@@ -68,6 +68,7 @@ check: $(INSTALLED)  ## style, types, layers
 
 bench: $(SMOLLM2)  ## ratios, side by side; see benchmarks/RESULTS.md
 	$(BIN)/python benchmarks/identify.py
+	$(BIN)/python benchmarks/steer.py
 	$(BIN)/python benchmarks/decode.py
 	$(BIN)/python benchmarks/export.py
 	$(BIN)/python benchmarks/onnx.py

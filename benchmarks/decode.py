@@ -161,18 +161,18 @@ def random_qwen3(folder: Path, sizes: Mapping[str, Any]) -> Path:
     return folder
 
 
-def any_rule(base: BaseModel, *, gated: bool) -> SteeringRule:
+def any_rule(base: BaseModel, *, gated: bool, neurons: int = NEURONS) -> SteeringRule:
     draw, half = np.random.default_rng(0), base.layers // 2
 
     def places(first: int, last: int, count: int) -> tuple[Any, Any]:
         flat = draw.choice((last - first) * base.mlp_size, count, replace=False)
         return first + flat // base.mlp_size, flat % base.mlp_size
 
-    read, steered = places(0, half, FEATURES), places(half, base.layers, NEURONS)
+    read, steered = places(0, half, FEATURES), places(half, base.layers, neurons)
     shapes = ((FEATURES,), (), (16, FEATURES), (16,), (16,), ())
     gate = Gate(*read, *(draw.normal(size=shape) for shape in shapes), threshold=0.5, base=base)
-    neurons = NeuronSet(*steered, draw.normal(size=NEURONS))
-    return SteeringRule(neurons, 0.3, base, gate=gate if gated else None)
+    chosen = NeuronSet(*steered, draw.normal(size=neurons))
+    return SteeringRule(chosen, 0.3, base, gate=gate if gated else None)
 
 
 def eager(report: Report, models: Models, arguments: Namespace) -> None:

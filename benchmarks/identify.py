@@ -1,57 +1,127 @@
-"""What identification costs: reading traces with statistics against a plain forward pass over the same traces.
+"""What identification costs: reading traces with statistics, a plain forward pass over them, and the reference's way.
 
-python benchmarks/identify.py [--model DIR] [--threads 2] [--repeats 6]
+python benchmarks/identify.py [--model DIR] [--threads 2] [--repeats 6] [--traces FILE]
 
-Both sides tokenise the same traces and run the same batches. "decoder" is the forward pass without LM head, "with LM
-head" what `model(...)` computes. Then sampling with and without recording; then peak memory and bytes written, each
-side in a process of its own.
+All sides tokenise the same traces. "decoder" is the forward pass without LM head, "with LM head" what `model(...)`
+computes; both run the batches of "identify". "every activation to disk" is the reference's way, written anew from what
+it does: the whole model reads one trace after the other, all that enters the down projections goes into a file a trace,
+and a second pass over the files averages it by label. The means must be those of "identify". Its files are arrays as
+they are in memory, and are read back from the system's cache where that holds them: on a full disk or in little memory
+it takes longer. Then sampling with and without recording; then peak memory and bytes written, each side in a process of
+its own. Traces are those of the reference where its data is at hand, short ones first, else made-up ones.
 """
 
 import argparse
 import json
 import random
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
-from common import Memory, bytes_written, comparison, fresh_process, in_turn, machine, options, prepare, table
+from common import (
+    CACHE,
+    Memory,
+    bytes_written,
+    comparison,
+    fresh_process,
+    in_turn,
+    machine,
+    options,
+    prepare,
+    ratios,
+    spread,
+    table,
+)
+from transformers import PreTrainedTokenizerBase
 
 from adaras_export import BaseModel, NeuronStats
-from adaras_export.activations import right_pad
+from adaras_export.activations import capture, right_pad
 from adaras_export.checkers import last_number
 from adaras_export.collect import Recording, collect
 from adaras_export.demo import smollm2
 from adaras_export.generation import Sampling, batches, encode_trace, load_model
 from adaras_export.models import decoder
 from adaras_export.neurons import Reading, read_stats
-from adaras_export.traces import Trace
+from adaras_export.storage import Array
+from adaras_export.traces import Trace, balanced, by_question, read_traces
 
 BUDGET = "<= 1.10"
 MAX_ROWS = 64  # as in the library
+TO_DISK = "every activation to disk"
+TRACES = Path(__file__).resolve().parents[2] / "shared/data/traces/gsm8k_qwen3-32b.jsonl"
+ROUNDING = 1e-4  # of float32 sums over a trace, relative to the largest mean of the layer
 
 
 def main() -> None:
-    parser = options(__doc__, repeats=6)
-    parser.add_argument("--questions", type=int, default=6, help="questions, four traces each (default: %(default)s)")
-    parser.add_argument("--words", type=int, default=150, help="words of a completion (default: %(default)s)")
-    arguments = parser.parse_args()
+    arguments = parser().parse_args()
     bench = Bench(arguments)
     if arguments.side:
         print(json.dumps(bench.memory(arguments.side)))
         return
     print(machine())
-    tokens = sum(len(prompt) + len(rest) for prompt, rest in (encode_trace(bench.tokenizer, t) for t in bench.traces))
-    print(f"Reading {len(bench.traces)} traces of {tokens} tokens in all:\n")
-    sides = {name: bench.sides[name] for name in ("decoder", "identify", "with LM head")}
-    print(comparison(in_turn(sides, arguments.repeats), "decoder", budgets={"identify": BUDGET}))
+    reading(bench, arguments.repeats)
     print("Sampling 4 questions, 4 attempts of up to 32 tokens:\n")
     sides = {"collect": bench.sample, "collect, recording": lambda: bench.sample(recording=True)}
     print(comparison(in_turn(sides, arguments.repeats), "collect", budgets={"collect, recording": BUDGET}))
     print("Memory and disk while reading, beyond the loaded model:\n")
-    rows = [(name, fresh_process(__file__, arguments, name)) for name in ("decoder", "with LM head", "identify")]
-    head = ["", "peak memory, MB", "bytes written", "result, bytes"]
-    print(table(head, [[name, f"{one['peak']:.0f}", str(one["written"]), str(one["result"])] for name, one in rows]))
+    rows = [memory_row(name, fresh_process(__file__, arguments, name)) for name in bench.sides]
+    print(table(["", "peak memory, MB", "bytes written", "files at once, bytes", "result, bytes"], rows))
+
+
+def parser() -> argparse.ArgumentParser:
+    found = options(__doc__, repeats=6)
+    found.add_argument("--traces", type=Path, help="labelled traces; default: the reference's, where they are at hand")
+    found.add_argument("--tokens", type=int, default=8000, help="read of those, about (default: %(default)s)")
+    found.add_argument(
+        "--per-class", type=int, default=4, help="correct, and incorrect, ones of each question (default: %(default)s)"
+    )
+    found.add_argument("--questions", type=int, default=6, help="made-up ones, 4 traces each (default: %(default)s)")
+    found.add_argument("--words", type=int, default=150, help="words of a made-up completion (default: %(default)s)")
+    found.add_argument("--work", type=Path, default=CACHE, help="folder for the activations (default: .cache)")
+    return found
+
+
+def reading(bench: "Bench", repeats: int) -> None:
+    """Times of all sides that read traces, in turn; those that average must have found the same means."""
+    print(f"Reading {bench.about}:\n")
+    found: dict[str, object] = {}
+    times = in_turn({name: keeping(found, name, run) for name, run in bench.sides.items()}, repeats)
+    print(comparison(times, "decoder", budgets={"identify": BUDGET}))
+    one, other = times[TO_DISK], times["identify"]
+    walls, cpus = spread(ratios(one.wall, other.wall), 3), spread(ratios(one.cpu, other.cpu), 3)
+    print(f"{TO_DISK} / identify: wall {walls}, CPU {cpus}.")
+    stats, averaged = found["identify"], found[TO_DISK]
+    assert isinstance(stats, NeuronStats)
+    assert isinstance(averaged, Averaged)
+    print(f"Largest difference of their means: {difference(stats, averaged):.1e} of the layer's largest.\n")
+
+
+def keeping(found: dict[str, object], name: str, run: Callable[[], object]) -> Callable[[], None]:
+    def side() -> None:
+        found[name] = run()
+
+    return side
+
+
+@dataclass(frozen=True)
+class Averaged:
+    """Class means (L, M), and how many bytes lay on disk for them."""
+
+    correct: Array
+    incorrect: Array
+    file_bytes: int
+
+
+def difference(stats: NeuronStats, averaged: Averaged) -> float:
+    """How far the means are apart, relative to the largest of each layer."""
+    pairs = zip(stats.means(), (averaged.correct, averaged.incorrect), strict=True)
+    found = max(float((abs(one - other).max(1) / abs(other).max(1)).max()) for one, other in pairs)
+    if not found <= ROUNDING:
+        raise SystemExit(f"means: identify and {TO_DISK} differ by {found:.1e}; expected at most {ROUNDING:g}")
+    return found
 
 
 class Bench:
@@ -61,11 +131,13 @@ class Bench:
         folder = prepare(arguments)
         self.base = BaseModel.of(folder)
         self.model, self.tokenizer = load_model(folder, device="cpu")
-        self.traces = made_up(arguments.questions, arguments.words)
+        self.traces, self.about = traces_for(arguments, self.tokenizer, self.base)
+        self.work = arguments.work
         self.sides: dict[str, Callable[[], object]] = {
             "decoder": lambda: self.forward(decoder(self.model)),
             "with LM head": lambda: self.forward(self.model),
             "identify": self.identify,
+            TO_DISK: self.to_disk,
         }
 
     def identify(self) -> NeuronStats:
@@ -80,6 +152,38 @@ class Bench:
             for indices in batches([len(row) for row in rows], Reading().token_budget, MAX_ROWS):
                 ids, mask = right_pad([rows[index] for index in indices], torch.device("cpu"))
                 module(input_ids=ids, attention_mask=mask, use_cache=False)
+
+    def to_disk(self) -> Averaged:
+        """The reference's two passes: a file of activations for each trace, then their means by label."""
+        self.work.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=self.work) as folder:
+            files = [(trace, Path(folder) / str(number)) for number, trace in enumerate(self.traces)]
+            for trace, path in files:
+                self.write_activations(trace, path)
+            size = sum(path.stat().st_size for _, path in files)
+            correct, incorrect = (
+                self.mean_of_files([path for trace, path in files if trace.correct is label]) for label in (True, False)
+            )
+        return Averaged(correct, incorrect, size)
+
+    @torch.no_grad()
+    def write_activations(self, trace: Trace, path: Path) -> None:
+        prompt, completion = encode_trace(self.tokenizer, trace)
+        held: dict[int, torch.Tensor] = {}
+        with capture(self.model, range(self.base.layers), lambda layer, h_BTM: held.update({layer: h_BTM[0]})):
+            self.model(input_ids=torch.tensor([[*prompt, *completion]]), use_cache=False)
+        with path.open("wb") as file:
+            for layer in range(self.base.layers):
+                np.save(file, held[layer].numpy(), allow_pickle=False)
+
+    def mean_of_files(self, paths: Sequence[Path]) -> Array:
+        """(L, M) mean over files of the mean over tokens."""
+        total = torch.zeros(self.base.layers, self.base.mlp_size)
+        for path in paths:
+            with path.open("rb") as file:
+                for layer in range(self.base.layers):
+                    total[layer] += torch.from_numpy(np.load(file, allow_pickle=False)).mean(0)
+        return (total / len(paths)).numpy()
 
     def sample(self, *, recording: bool = False) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -103,13 +207,62 @@ class Bench:
             written = bytes_written()
             result = self.sides[side]()
         after = bytes_written()
-        size = 0
+        files = size = 0
+        if isinstance(result, Averaged):
+            files, size = result.file_bytes, result.correct.nbytes + result.incorrect.nbytes
         if isinstance(result, NeuronStats):
             with tempfile.TemporaryDirectory() as folder:
                 result.save(Path(folder) / "statistics.safetensors")
                 size = (Path(folder) / "statistics.safetensors").stat().st_size
         peak = memory.resident if memory.allocated is None else memory.allocated
-        return {"peak": peak, "written": None if None in (written, after) else after - written, "result": size}
+        difference = None if written is None or after is None else after - written
+        return {"peak": peak, "written": difference, "files": files, "result": size}
+
+
+def memory_row(name: str, one: dict[str, float | int | None]) -> list[str]:
+    return [name, f"{one['peak']:.0f}", *(str(one[key]) for key in ("written", "files", "result"))]
+
+
+def traces_for(
+    arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, base: BaseModel
+) -> tuple[list[Trace], str]:
+    """The traces to read, and words about them."""
+    if arguments.traces is None and not TRACES.is_file():
+        found = made_up(arguments.questions, arguments.words)
+        about = f"{len(found)} made-up traces of {sum(lengths(tokenizer, found).values())} tokens in all"
+        return found, f"{about} (real ones skipped: ../shared/data/traces is not there, and no --traces given)"
+    path = arguments.traces or TRACES
+    every = read_traces(path)
+    tokens = lengths(tokenizer, every)
+    found = shortest(balanced(every, 0, arguments.per_class), tokens, arguments)
+    read, all_of_them = sum(tokens[trace.id] for trace in found), sum(tokens.values())
+    whole = all_of_them * base.layers * base.mlp_size * 4 / 1e9
+    return found, (
+        f"{len(found)} traces of {path.name}, {read} tokens in all (all {len(every)} traces have {all_of_them}: "
+        f"{whole:.2g} GB of activations in float32)"
+    )
+
+
+def lengths(tokenizer: PreTrainedTokenizerBase, traces: Sequence[Trace]) -> dict[str, int]:
+    """Tokens of each trace."""
+    return {trace.id: sum(map(len, encode_trace(tokenizer, trace))) for trace in traces}
+
+
+def shortest(traces: Sequence[Trace], tokens: dict[str, int], arguments: argparse.Namespace) -> list[Trace]:
+    """Questions with a full number of traces, the shortest first, while they stay within the tokens; at least one.
+
+    Where every question has as many traces, the mean over traces is the mean over questions.
+    """
+    full = [group for group in by_question(traces).values() if len(group) == 2 * arguments.per_class]
+    kept: list[Trace] = []
+    for group in sorted(full, key=lambda group: sum(tokens[trace.id] for trace in group)):
+        if kept and sum(tokens[trace.id] for trace in [*kept, *group]) > arguments.tokens:
+            break
+        kept += group
+    if not kept:
+        count = arguments.per_class
+        raise SystemExit(f"traces: no question has {count} correct and {count} incorrect ones; lower --per-class")
+    return kept
 
 
 def made_up(questions: int, words: int) -> list[Trace]:
