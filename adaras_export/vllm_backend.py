@@ -37,7 +37,7 @@ class VllmBackend:
             )
         except (OSError, ValueError, RuntimeError) as error:  # what engines say of configurations, memory and kernels
             raise ArtifactError(
-                f"{model}: vLLM cannot load it ({first_line(error)}); expected an architecture and a size that it serves"
+                f"{model}: vLLM cannot load it ({first_line(error)}); expected a model that it serves"
             ) from error
 
     def arranged(self, questions: Sequence[Question]) -> Sequence[Question]:
