@@ -50,6 +50,7 @@ class CollectReport:
         resumed: traces that the file held before the run.
         blank: attempts of this run that gave no text; they make no trace.
         cut: traces of this run that the limit of tokens ended.
+        repeated: traces with the text of an earlier one of their question; many where a server does not sample.
         seconds: wall-clock time of the run.
     """
 
@@ -60,6 +61,7 @@ class CollectReport:
     resumed: int
     blank: int
     cut: int
+    repeated: int
     seconds: float
 
 
@@ -224,5 +226,6 @@ class _Run:
             resumed=resumed,
             blank=self.blank,
             cut=self.cut,
+            repeated=sum(len(group) - len({trace.completion for trace in group}) for group in groups.values()),
             seconds=seconds,
         )

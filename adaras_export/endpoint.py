@@ -185,7 +185,9 @@ class EndpointBackend:
         except self._openai.APIError as error:
             raise self._told(error) from error
         try:
-            return completion_of(answer.to_dict(warnings=False) if isinstance(answer, self._openai.BaseModel) else answer)
+            return completion_of(
+                answer.to_dict(warnings=False) if isinstance(answer, self._openai.BaseModel) else answer
+            )
         except ValueError as error:
             raise EndpointError(
                 f"{self._endpoint.url}: answered trace {attempt.id} with {error}; "

@@ -337,6 +337,7 @@ MISSING = {
     "verify, base": "verify {job}/steered --base {bad}/none",
 }
 TUNE = "tune {job}/validation.jsonl {on} --neurons {neurons} "
+SERVER = "collect {job}/test.jsonl {on} --endpoint http://127.0.0.1:9/v1 "
 EVAL = "eval {job}/test.jsonl {on} --rule {rule} "
 
 # Command line -> what its one line says.
@@ -434,6 +435,17 @@ WRONG = {
     EVAL + "--stop @@ --max-new-tokens 40": r"TraceError: stop '@@': no token of the tokenizer contains it",
     "collect {job}/test.jsonl {on} --attempts 0": r"TraceError: collect: 12 questions, 0 attempts",
     "collect {job}/test.jsonl {on} --temperature 0": r"TraceError: collect: 8 attempts at temperature 0",
+    "collect {job}/test.jsonl {on} --per-class 5": r"TraceError: collect: 5 correct and 5 incorrect attempts of 8",
+    "collect {job}/test.jsonl {on} --wanted 0": r"TraceError: collect: wanted is 0; expected 1 or more",
+    "collect {job}/test.jsonl {on} --backend tgi": r"UsageError: .*--backend tgi: expected one of: transformers, vllm",
+    "collect {job}/test.jsonl {on} --backend vllm --record {bad}/o": r"UsageError: .*--record: vLLM shows no activations",
+    "collect {job}/test.jsonl {on} --concurrency 2 --retries 1": r"UsageError: .*--concurrency, --retries: is for a server",
+    SERVER
+    + "--record {bad}/o --dtype bfloat16": r"UsageError: .*--record, --dtype: is for a model that is loaded here",
+    SERVER + "--api-key-env ADARAS_NO_KEY": r"UsageError: .*--api-key-env ADARAS_NO_KEY: there is no such",
+    SERVER + "--concurrency 0": r"EndpointError: endpoint http://127.0.0.1:9/v1: concurrency 0",
+    SERVER + "--temperature 0": r"TraceError: collect: 8 attempts at temperature 0",
+    SERVER: r"EndpointError: http://127.0.0.1:9/v1, model .*: cannot be reached .*; run again to go on",
     "collect {job}/test.jsonl {on} --top-p 2": r"TraceError: sampling: top_p 2.0",
     "export {rule} --base {model} --to floppy -o {bad}/out": r"ExportError: .*floppy.*expected one of: .*hf",
     "export {rule} {to} --calibration {traces}": r"ExportError: hf: has no option calibration",

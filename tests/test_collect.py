@@ -322,3 +322,10 @@ def test_prompts_of_similar_length_are_beside_each_other(run, tmp_path):
 def test_completions_that_reached_the_limit_are_counted(run, tmp_path):
     report = run()
     assert report.cut == sum(len(trace.completion) == 6 for trace in read_traces(tmp_path / "t.jsonl")) > 0
+
+
+def test_attempts_with_the_text_of_another_one_are_counted(run, tmp_path):
+    assert run(sampling=Sampling(1, temperature=0.01), name="few.jsonl").repeated > 10
+    report = run()
+    groups = by_question(read_traces(tmp_path / "t.jsonl")).values()
+    assert report.repeated == 20 - sum(len({trace.completion for trace in group}) for group in groups)

@@ -130,8 +130,12 @@ def collect(
     text = (
         f"{out}: {report.traces} traces of {report.questions} questions, {report.correct} correct, "
         f"{report.mixed_questions} questions with both outcomes ({report.resumed} traces were there, "
-        f"{report.cut} of the new ones cut off at {max_new_tokens} tokens, {report.seconds:.0f} s)"
+        f"{report.seconds:.0f} s)"
     )
+    if report.cut:
+        text += f"; {report.cut} of the new ones were cut off at {max_new_tokens} tokens"
+    if report.repeated:
+        text += f"; {report.repeated} have the text of another attempt"
     show(vars(report), text, as_json)
 
 
