@@ -127,7 +127,9 @@ def collect_from(  # noqa: PLR0913 - each is a decision of its own
     """
     started = time.perf_counter()
     _require_questions(questions, goal.attempts, batch_size)
-    plan = Plan(backend.arranged(questions), goal, batch_size, whole=backend.streams)
+    arranged = backend.arranged(questions)
+    # Where the first questions could be all that are asked, they must not be chosen by their length.
+    plan = Plan(arranged if goal.wanted is None else questions, goal, batch_size, whole=backend.streams)
     run = _Run(backend, check, Path(out), resume(Path(out), questions))
     resumed, done, seen = len(run.traces), 0, set[str]()
     tell = progress or _nobody

@@ -438,10 +438,9 @@ WRONG = {
     "collect {job}/test.jsonl {on} --per-class 5": r"TraceError: collect: 5 correct and 5 incorrect attempts of 8",
     "collect {job}/test.jsonl {on} --wanted 0": r"TraceError: collect: wanted is 0; expected 1 or more",
     "collect {job}/test.jsonl {on} --backend tgi": r"UsageError: .*--backend tgi: expected one of: transformers, vllm",
-    "collect {job}/test.jsonl {on} --backend vllm --record {bad}/o": r"UsageError: .*--record: vLLM shows no activations",
-    "collect {job}/test.jsonl {on} --concurrency 2 --retries 1": r"UsageError: .*--concurrency, --retries: is for a server",
-    SERVER
-    + "--record {bad}/o --dtype bfloat16": r"UsageError: .*--record, --dtype: is for a model that is loaded here",
+    "collect {job}/test.jsonl {on} --backend vllm --record {bad}/o": r"UsageError: .*--record: vLLM shows no",
+    "collect {job}/test.jsonl {on} --concurrency 2 --retries 1": r"UsageError: .*--concurrency, --retries: is for",
+    SERVER + "--record {bad}/o --dtype bfloat16": r"UsageError: .*--record, --dtype: is for a model",
     SERVER + "--api-key-env ADARAS_NO_KEY": r"UsageError: .*--api-key-env ADARAS_NO_KEY: there is no such",
     SERVER + "--concurrency 0": r"EndpointError: endpoint http://127.0.0.1:9/v1: concurrency 0",
     SERVER + "--temperature 0": r"TraceError: collect: 8 attempts at temperature 0",

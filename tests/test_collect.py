@@ -309,7 +309,7 @@ def test_statistics_of_full_classes_are_those_that_identify_reads(run, loaded, f
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
-def test_prompts_of_similar_length_are_beside_each_other(run, tmp_path):
+def test_prompts_of_similar_length_are_beside_each_other_unless_the_first_may_be_the_last(run, tmp_path):
     questions = [
         Question("long", "1+1+1+1+1=", "5"),
         Question("short", "1=", "1"),
@@ -317,6 +317,8 @@ def test_prompts_of_similar_length_are_beside_each_other(run, tmp_path):
     ]
     run(questions)
     assert [*by_question(read_traces(tmp_path / "t.jsonl"))] == ["short", "also long", "long"]
+    run(questions, name="wanted.jsonl", wanted=9)
+    assert [*by_question(read_traces(tmp_path / "wanted.jsonl"))] == ["long", "short", "also long"]
 
 
 def test_completions_that_reached_the_limit_are_counted(run, tmp_path):
