@@ -194,7 +194,7 @@ class EndpointBackend:
                 "expected a completion, of an address such as http://127.0.0.1:8000/v1"
             ) from error
 
-    def _told(self, error: Any) -> EndpointError:  # noqa: ANN401 - of an optional library
+    def _told(self, error: Any, about: str = "") -> EndpointError:  # noqa: ANN401 - of an optional library
         """An error of the client in one line: what was found, and what to do."""
         openai, endpoint = self._openai, self._endpoint
         status = error.status_code if isinstance(error, openai.APIStatusError) else 0
@@ -209,7 +209,7 @@ class EndpointBackend:
             remedy = _REMEDIES.get(status, "see what the server says about it")
         if endpoint.key:
             found = found.replace(endpoint.key, "***")
-        return EndpointError(f"{endpoint.url}, model {endpoint.model}: {found}; {remedy}; run again to go on")
+        return EndpointError(f"{endpoint.url}, model {endpoint.model}{about}: {found}; {remedy}; run again to go on")
 
 
 _REMEDIES = {

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 import adaras_export.demo
 from adaras_export import cli, neurons
+from adaras_export.cli.options import progress, rate_of
 from adaras_export.demo import planted
 from adaras_export.rule import Gate, NeuronSet, SteeringRule
 from adaras_export.statistics import NeuronStats
@@ -682,3 +684,20 @@ def test_an_interrupt_is_one_line_too(run, job, tmp_path, monkeypatch):
     status, out, err = run(*arguments("identify", job, tmp_path / "n"))
     assert (status, out) == (130, "")
     assert err.count("\n") <= 1
+
+
+@pytest.mark.parametrize(("per_second", "said"), [(None, ""), (0.0, ""), (12.34, "12.3/s"), (0.25, "4.0 s each")])
+def test_a_rate_is_told_in_words(per_second, said):
+    assert rate_of(per_second) == said
+
+
+def test_a_bar_on_a_terminal_shows_how_much_is_done_and_how_fast(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with progress() as bar:
+        tell = bar("sampling")
+        for done in (0, 10, 20):
+            tell(done, 40)
+            time.sleep(0.01)
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().err)
+    assert "20/40" in shown
+    assert re.search(r"\d/s", shown)

@@ -95,7 +95,7 @@ def test_a_request_is_tried_again_after_429_500_and_a_lost_connection(run, serve
         (401, r"answers 401 \(.*\); expected a valid key in the environment"),
         (404, r"answers 404 .* expected the name of a model that it serves"),
         (429, r"answers 429 .* lower --concurrency"),
-        (400, r"answers 400 .*; see what the server says"),
+        (400, r"trace q\d#0: answers 400 .*; see what the server says"),
         ({"choices": []}, r"answered trace q\d#\d with something without exactly one choice"),
         ({"choices": [{"message": {"content": 7}}]}, "with a content of type int"),
         ("page", "with something without exactly one choice; expected a completion, of an address such as"),
@@ -111,7 +111,7 @@ def test_what_cannot_be_mended_is_one_line_without_the_key(run, server, fault, m
 
 
 def test_a_model_that_is_not_served_is_named(run):
-    with pytest.raises(EndpointError, match=r"model other: answers 404 \(.*`other` does not exist"):
+    with pytest.raises(EndpointError, match=r"model other, trace q\d#\d: answers 404 \(.*`other` does not exist"):
         run(model="other")
 
 
@@ -146,6 +146,24 @@ def test_a_caller_that_fails_ends_the_requests_under_way(server):
     next(pieces)
     pieces.close()
     assert len(server.log) <= 4
+
+
+def test_whoever_wants_to_leave_need_not_wait_for_answers(run, server):
+    server.delay = 5
+
+    def leave(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, leave)
+    started = time.monotonic()
+    signal.setitimer(signal.ITIMER_REAL, 0.8)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert time.monotonic() - started < 4
 
 
 def _batch(backend, count):

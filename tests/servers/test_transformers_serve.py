@@ -132,5 +132,5 @@ def test_traces_of_a_served_teacher_are_read_by_another_model(ask, sums, teacher
 
 
 def test_a_model_that_the_server_cannot_find_is_one_line(ask, tmp_path):
-    with pytest.raises(EndpointError, match=r"model .*none: answers \d+ \("):
+    with pytest.raises(EndpointError, match=r"model .*none, trace .*: answers \d+ \("):
         ask(TALK, tmp_path / "none", Sampling(4), retries=0)
