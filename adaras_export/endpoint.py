@@ -183,7 +183,7 @@ class EndpointBackend:
             else:
                 answer = await client.chat.completions.create(messages=[dict(one) for one in prompt], **settings)
         except self._openai.APIError as error:
-            raise self._told(error) from error
+            raise self._told(error, f", trace {attempt.id}") from error
         try:
             return completion_of(
                 answer.to_dict(warnings=False) if isinstance(answer, self._openai.BaseModel) else answer
@@ -204,7 +204,7 @@ class EndpointBackend:
             reason = first_line(error.__cause__ or error)
             found, remedy = f"cannot be reached ({reason})", "expected a running server with OpenAI's interface"
         else:
-            message = " ".join(str(error.message).split())
+            message = " ".join(str(error.message).removeprefix(f"Error code: {status} - ").split())
             found = f"answers {status} ({message})" if status else f"answers with an error ({message})"
             remedy = _REMEDIES.get(status, "see what the server says about it")
         if endpoint.key:

@@ -42,6 +42,12 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *_):
         """Nothing on standard error."""
 
+    def handle_one_request(self):
+        try:
+            super().handle_one_request()
+        except ConnectionError:  # the client has left
+            self.close_connection = True
+
     def do_GET(self):
         self.answer(200, {"object": "list", "data": [{"id": self.server.state.model, "object": "model"}]})
 
