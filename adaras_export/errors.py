@@ -9,6 +9,7 @@ AdarasError
 ├── ExportError            a target cannot express the rule, or cannot be written
 ├── ParityError            an artifact does not behave like the rule
 ├── DistributionError      the processes that do a job together have lost each other
+├── EndpointError          a server of completions cannot be reached, refuses, or answers something else
 ├── MissingExtraError      an optional library is not installed
 └── BrokenInstallationError  a library or target does not work, or libraries exclude each other
 
@@ -66,6 +67,10 @@ class ParityError(AdarasError):
 
 class DistributionError(AdarasError):
     """The processes that do a job together have lost each other."""
+
+
+class EndpointError(AdarasError):
+    """A server of completions cannot be reached, refuses, or answers something else."""
 
 
 class MissingExtraError(AdarasError):

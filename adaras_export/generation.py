@@ -287,6 +287,11 @@ def complete_from(
     return [decode(tokenizer, ids) for ids in continue_ids(model, tokenizer, own, sampling, [""] * len(rows))]
 
 
+def row_seed(seed: int, key: str, bits: int = 63) -> int:
+    """The seed of one row; of 63 bits, so that torch takes it as a signed integer."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{key}".encode()).digest()[:8], "big") >> (64 - bits)
+
+
 def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop: str | None) -> list[int]:
     """Every token that ends a completion: EOS, and the tokens whose text contains ``stop``.
 
@@ -326,7 +331,7 @@ class _GumbelNoise(LogitsProcessor):
     """
 
     def __init__(self, seed: int, keys: Sequence[str], device: torch.device) -> None:
-        self.generators = [torch.Generator(device).manual_seed(_row_seed(seed, key)) for key in keys]
+        self.generators = [torch.Generator(device).manual_seed(row_seed(seed, key)) for key in keys]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # noqa: ARG002 - the protocol
         noise_BV = torch.empty_like(scores, dtype=torch.float32)
@@ -334,11 +339,6 @@ class _GumbelNoise(LogitsProcessor):
             row_V.exponential_(generator=generator)
         # A zero would become +inf, and NaN on a token that top-p put at -inf.
         return scores - noise_BV.clamp_min_(torch.finfo(torch.float32).tiny).log_()
-
-
-def _row_seed(seed: int, key: str) -> int:
-    """63 bits, so that torch takes it as a signed integer."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{key}".encode()).digest()[:8], "big") >> 1
 
 
 def _generate(

@@ -40,6 +40,12 @@ def _llama_server(driver):
     )
 
 
+def _transformers_serve():
+    folder = ROOT / ".venv-serve"
+    command = [folder / "bin" / "python", "-m", "transformers.cli.transformers", "serve"]
+    return Environment(command, folder / ".installed", "test-serve")
+
+
 RUNTIMES = {
     "onnxruntime": _python(".venv-runtimes", "run_onnxruntime.py"),
     "onnxruntime-gpu": _python(".venv-ort-gpu", "run_onnxruntime.py"),
@@ -51,6 +57,7 @@ RUNTIMES = {
     "page": _python(".venv-runtimes", "run_page.py"),
     "vllm": _vllm("run_vllm.py"),
     "vllm-server": _vllm("run_vllm_server.py"),
+    "transformers-serve": _transformers_serve(),
     "llamacpp": _python(".venv-llamacpp", "run_llamacpp.py"),
     "llama-server": _llama_server("run_llama_server.py"),
     "modelscan": Environment([ROOT / ".venv-scan" / "bin" / "modelscan"], ROOT / ".venv-scan" / ".installed", "test"),

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 import adaras_export.demo
 from adaras_export import cli, neurons
+from adaras_export.cli.options import progress, rate_of
 from adaras_export.demo import planted
 from adaras_export.rule import Gate, NeuronSet, SteeringRule
 from adaras_export.statistics import NeuronStats
@@ -365,6 +367,7 @@ MISSING = {
     "verify, base": "verify {job}/steered --base {bad}/none",
 }
 TUNE = "tune {job}/validation.jsonl {on} --neurons {neurons} "
+SERVER = "collect {job}/test.jsonl {on} --endpoint http://127.0.0.1:9/v1 "
 EVAL = "eval {job}/test.jsonl {on} --rule {rule} "
 
 # Command line -> what its one line says.
@@ -467,6 +470,16 @@ WRONG = {
     EVAL + "--stop @@ --max-new-tokens 40": r"TraceError: stop '@@': no token of the tokenizer contains it",
     "collect {job}/test.jsonl {on} --attempts 0": r"TraceError: collect: 12 questions, 0 attempts",
     "collect {job}/test.jsonl {on} --temperature 0": r"TraceError: collect: 8 attempts at temperature 0",
+    "collect {job}/test.jsonl {on} --per-class 5": r"TraceError: collect: 5 correct and 5 incorrect attempts of 8",
+    "collect {job}/test.jsonl {on} --wanted 0": r"TraceError: collect: wanted is 0; expected 1 or more",
+    "collect {job}/test.jsonl {on} --backend tgi": r"UsageError: .*--backend tgi: expected one of: transformers, vllm",
+    "collect {job}/test.jsonl {on} --backend vllm --record {bad}/o": r"UsageError: .*--record: vLLM shows no",
+    "collect {job}/test.jsonl {on} --concurrency 2 --retries 1": r"UsageError: .*--concurrency, --retries: is for",
+    SERVER + "--record {bad}/o --dtype bfloat16": r"UsageError: .*--record, --dtype: is for a model",
+    SERVER + "--api-key-env ADARAS_NO_KEY": r"UsageError: .*--api-key-env ADARAS_NO_KEY: there is no such",
+    SERVER + "--concurrency 0": r"EndpointError: endpoint http://127.0.0.1:9/v1: concurrency 0",
+    SERVER + "--temperature 0": r"TraceError: collect: 8 attempts at temperature 0",
+    SERVER: r"EndpointError: http://127.0.0.1:9/v1, model .*: cannot be reached .*; run again to go on",
     "collect {job}/test.jsonl {on} --top-p 2": r"TraceError: sampling: top_p 2.0",
     "export {rule} --base {model} --to floppy -o {bad}/out": r"ExportError: .*floppy.*expected one of: .*hf",
     "export {rule} {to} --calibration {traces}": r"ExportError: hf: has no option calibration",
@@ -704,3 +717,20 @@ def test_an_interrupt_is_one_line_too(run, job, tmp_path, monkeypatch):
     status, out, err = run(*arguments("identify", job, tmp_path / "n"))
     assert (status, out) == (130, "")
     assert err.count("\n") <= 1
+
+
+@pytest.mark.parametrize(("per_second", "said"), [(None, ""), (0.0, ""), (12.34, "12.3/s"), (0.25, "4.0 s each")])
+def test_a_rate_is_told_in_words(per_second, said):
+    assert rate_of(per_second) == said
+
+
+def test_a_bar_on_a_terminal_shows_how_much_is_done_and_how_fast(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with progress() as bar:
+        tell = bar("sampling")
+        for done in (0, 10, 20):
+            tell(done, 40)
+            time.sleep(0.01)
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().err)
+    assert "20/40" in shown
+    assert re.search(r"\d/s", shown)

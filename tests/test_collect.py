@@ -11,10 +11,13 @@ import torch
 from tokenizers import Tokenizer, decoders, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from adaras_export.collect import collect
+from adaras_export.collect import Recording, collect
 from adaras_export.errors import TraceError
 from adaras_export.generation import Sampling, load_model
-from adaras_export.traces import Question, read_traces
+from adaras_export.models import BaseModel
+from adaras_export.neurons import read_stats
+from adaras_export.statistics import NeuronStats
+from adaras_export.traces import Question, by_question, read_traces
 
 QUESTIONS = [Question(f"q{n}", f"{n}+{n}=", str(2 * n)) for n in range(5)]
 SAMPLING = Sampling(6, temperature=1.5, seed=3)
@@ -272,3 +275,59 @@ def test_a_place_that_cannot_be_written_is_told_before_anything_is_sampled(run, 
         with pytest.raises(TraceError, match="cannot be written"):
             run(name=name)
     hook.remove()
+
+
+def test_a_run_with_full_classes_ends_with_the_same_bytes_after_an_interruption_anywhere(run, tmp_path):
+    settings = {"attempts": 8, "per_class": 1, "batch_size": 3}
+    report = run(**settings)
+    whole = (tmp_path / "t.jsonl").read_bytes()
+    assert 10 <= report.traces < 40
+    assert report.mixed_questions == 5
+    for cut in (0, len(whole) // 5, len(whole) // 2, len(whole) - 9):
+        (tmp_path / "t.jsonl").write_bytes(whole[:cut])
+        run(**settings)
+        assert (tmp_path / "t.jsonl").read_bytes() == whole
+
+
+def test_with_full_classes_every_question_has_them_or_all_its_attempts(run, tmp_path):
+    run(attempts=6, per_class=2, batch_size=4)
+    groups = by_question(read_traces(tmp_path / "t.jsonl"))
+    for group in groups.values():
+        correct = sum(trace.correct for trace in group)
+        assert len(group) == 6 or (min(correct, len(group) - correct) >= 2 and len(group) in (4, 6))
+    assert len(groups) == 5
+
+
+def test_statistics_of_full_classes_are_those_that_identify_reads(run, loaded, folder, tmp_path):
+    base = BaseModel.of(folder)
+    run(attempts=8, per_class=1, batch_size=3, record=Recording(tmp_path / "stats", base))
+    recorded, read = NeuronStats.load(tmp_path / "stats"), read_stats(*loaded, read_traces(tmp_path / "t.jsonl"), base)
+    assert recorded.questions == read.questions
+    assert recorded.trace_count == read.trace_count
+    for name in ("correct_sum", "incorrect_sum", "difference_square_sum"):
+        found, expected = (torch.tensor(getattr(one, name)) for one in (recorded, read))
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_prompts_of_similar_length_are_beside_each_other_unless_the_first_may_be_the_last(run, tmp_path):
+    questions = [
+        Question("long", "1+1+1+1+1=", "5"),
+        Question("short", "1=", "1"),
+        Question("also long", "1+1+1+1=", "4"),
+    ]
+    run(questions)
+    assert [*by_question(read_traces(tmp_path / "t.jsonl"))] == ["short", "also long", "long"]
+    run(questions, name="wanted.jsonl", wanted=9)
+    assert [*by_question(read_traces(tmp_path / "wanted.jsonl"))] == ["long", "short", "also long"]
+
+
+def test_completions_that_reached_the_limit_are_counted(run, tmp_path):
+    report = run()
+    assert report.cut == sum(len(trace.completion) == 6 for trace in read_traces(tmp_path / "t.jsonl")) > 0
+
+
+def test_attempts_with_the_text_of_another_one_are_counted(run, tmp_path):
+    assert run(sampling=Sampling(1, temperature=0.01), name="few.jsonl").repeated > 10
+    report = run()
+    groups = by_question(read_traces(tmp_path / "t.jsonl")).values()
+    assert report.repeated == 20 - sum(len({trace.completion for trace in group}) for group in groups)

@@ -1,14 +1,15 @@
-"""`collect`: attempts at questions, checked."""
+"""`collect`: attempts at questions, checked; by a model in this process, vLLM, or a server."""
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from adaras_export.cli.options import (
     Check,
     Json,
-    Model,
     NewTokens,
     Out,
     Precision,
@@ -18,16 +19,25 @@ from adaras_export.cli.options import (
     in_a_folder,
     load_model,
     progress,
+    quiet_libraries,
+    require_choice,
     show,
     unescaped,
 )
 
+if TYPE_CHECKING:
+    from adaras_export.attempts import Backend
+    from adaras_export.generation import Sampling
+
+_KEY = "OPENAI_API_KEY"
+_SERVER = "Server"
+
 
 def collect(
     questions: Annotated[Path, typer.Argument(help="JSONL: id, prompt or question, answer.")],
-    model: Model,
+    model: Annotated[str, typer.Option("--model", "-m", help="Folder or Hub id; with --endpoint, the served name.")],
     out: Out,
-    attempts: Annotated[int, typer.Option(help="Completions per question.")] = 8,
+    attempts: Annotated[int, typer.Option(help="Completions per question, at most.")] = 8,
     temperature: Annotated[float, typer.Option(help="0 is greedy (one attempt).")] = 1.0,
     top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = 1.0,
     max_new_tokens: NewTokens = 512,
@@ -36,16 +46,52 @@ def collect(
     check: Check = None,
     batch_size: Rows = 32,
     wanted: Annotated[int | None, typer.Option(help="Stop at so many questions with both outcomes.")] = None,
+    per_class: Annotated[
+        int | None, typer.Option(help="No more attempts at a question with so many correct and so many incorrect.")
+    ] = None,
     record: Annotated[
         Path | None, typer.Option(help="Also record activation statistics into this file.", callback=in_a_folder)
     ] = None,
+    backend: Annotated[str, typer.Option(help="What runs the model here: transformers or vllm.")] = "transformers",
     dtype: Precision = "float32",
     revision: Revision = None,
+    endpoint: Annotated[
+        str | None,
+        typer.Option(help="Ask a server: what stands before /chat/completions.", rich_help_panel=_SERVER),
+    ] = None,
+    concurrency: Annotated[
+        int | None, typer.Option(help="Requests at a time. [default: 16]", rich_help_panel=_SERVER)
+    ] = None,
+    requests_per_minute: Annotated[
+        float | None, typer.Option(help="No more requests than that.", rich_help_panel=_SERVER)
+    ] = None,
+    retries: Annotated[
+        int | None, typer.Option(help="Of a request that failed. [default: 6]", rich_help_panel=_SERVER)
+    ] = None,
+    timeout: Annotated[
+        float | None, typer.Option(help="Seconds of one request. [default: 600]", rich_help_panel=_SERVER)
+    ] = None,
+    api_key_env: Annotated[
+        str | None,
+        typer.Option(help=f"Environment variable with the key. [default: {_KEY}]", rich_help_panel=_SERVER),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Sample several attempts at each question and check them. Goes on where it was interrupted."""
+    require_choice("backend", backend, ("transformers", "vllm"))
+    require_choice("dtype", dtype, ("float32", "bfloat16", "float16"))
+    server = {
+        "concurrency": concurrency,
+        "requests-per-minute": requests_per_minute,
+        "retries": retries,
+        "timeout": timeout,
+        "api-key-env": api_key_env,
+    }
+    local = {"record": record, "revision": revision, "backend": _unless(backend, "transformers")}
+    _require_fitting(endpoint, server, {**local, "dtype": _unless(dtype, "float32")}, backend)
+    from adaras_export.attempts import Goal
     from adaras_export.checkers import checker_for
-    from adaras_export.collect import Recording
+    from adaras_export.collect import Recording, collect_from, require_varied
     from adaras_export.collect import collect as run
     from adaras_export.generation import Sampling
     from adaras_export.models import BaseModel
@@ -54,25 +100,84 @@ def collect(
     read = read_questions(questions)
     chosen = checker_for(read, check)
     sampling = Sampling(max_new_tokens, temperature, top_p, seed, unescaped(stop))
-    loaded, tokenizer = load_model(model, revision, dtype)
-    recording = None if record is None else Recording(record, BaseModel.of(model, revision))
-    with progress() as bar:
-        report = run(
-            loaded,
-            tokenizer,
-            read,
-            out,
-            attempts=attempts,
-            sampling=sampling,
-            check=chosen,
-            batch_size=batch_size,
-            wanted=wanted,
-            record=recording,
-            progress=bar("sampling"),
+    if endpoint is not None or backend == "vllm":
+        require_varied(attempts, sampling)
+        goal = Goal(attempts, wanted, per_class)
+        made = (
+            _vllm(model, sampling, dtype, revision) if endpoint is None else _server(endpoint, model, sampling, server)
         )
+        with progress() as bar:
+            told = bar("sampling")
+            report = collect_from(made, read, out, goal, check=chosen, batch_size=batch_size, progress=told)
+    else:
+        loaded, tokenizer = load_model(model, revision, dtype)
+        recording = None if record is None else Recording(record, BaseModel.of(model, revision))
+        with progress() as bar:
+            report = run(
+                loaded,
+                tokenizer,
+                read,
+                out,
+                attempts=attempts,
+                sampling=sampling,
+                check=chosen,
+                batch_size=batch_size,
+                wanted=wanted,
+                per_class=per_class,
+                record=recording,
+                progress=bar("sampling"),
+            )
     text = (
         f"{out}: {report.traces} traces of {report.questions} questions, {report.correct} correct, "
         f"{report.mixed_questions} questions with both outcomes ({report.resumed} traces were there, "
         f"{report.seconds:.0f} s)"
     )
+    if report.cut:
+        text += f"; {report.cut} of the new ones were cut off at {max_new_tokens} tokens"
+    if report.repeated:
+        text += f"; {report.repeated} have the text of another attempt"
     show(vars(report), text, as_json)
+
+
+def _unless(value: str, default: str) -> str | None:
+    return None if value == default else value
+
+
+def _require_fitting(
+    endpoint: str | None, server: Mapping[str, object], local: Mapping[str, object], backend: str
+) -> None:
+    """Refuse options that nothing would read."""
+    if endpoint is None:
+        unread, reason = server, "is for a server; expected --endpoint with it"
+    else:
+        unread, reason = local, "is for a model that is loaded here; expected none of it with --endpoint"
+    if given := [f"--{name}" for name, value in unread.items() if value is not None]:
+        raise typer.BadParameter(f"{', '.join(given)}: {reason}")
+    if backend == "vllm" and local["record"] is not None:
+        raise typer.BadParameter("--record: vLLM shows no activations; run identify on the traces instead")
+
+
+def _server(endpoint: str, model: str, sampling: "Sampling", given: Mapping[str, Any]) -> "Backend":
+    from adaras_export.endpoint import Endpoint, EndpointBackend
+
+    named = given["api-key-env"]
+    key = os.environ.get(named or _KEY)
+    if named is not None and not key:
+        raise typer.BadParameter(
+            f"--api-key-env {named}: there is no such environment variable; expected the key in it"
+        )
+    pressed = {
+        "concurrency": given["concurrency"],
+        "per_minute": given["requests-per-minute"],
+        "retries": given["retries"],
+        "timeout": given["timeout"],
+    }
+    settings = {name: value for name, value in pressed.items() if value is not None}
+    return EndpointBackend(Endpoint(endpoint, model, key, **settings), sampling)
+
+
+def _vllm(model: str, sampling: "Sampling", dtype: Any, revision: str | None) -> "Backend":  # noqa: ANN401 - checked
+    from adaras_export.vllm_backend import VllmBackend
+
+    quiet_libraries()
+    return VllmBackend(model, sampling, dtype=dtype, revision=revision)

@@ -68,9 +68,17 @@ def _plain(value: Any) -> Any:  # noqa: ANN401 - JSON values, and what only look
 def progress() -> Iterator[Callable[[str], Callable[[int, int], None]]]:
     """Bars on standard error: ``bar(name)`` gives a callback of (done, total)."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
+    from rich.progress import TimeRemainingColumn as Remaining
+    from rich.text import Text
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    class Rate(ProgressColumn):
+        """Of the last half minute, so that what a run found already done is soon forgotten."""
+
+        def render(self, task: Task) -> Text:
+            return Text(rate_of(task.finished_speed or task.speed), style="progress.data.speed")
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), Remaining())
     console = Console(stderr=True)  # in a file or a pipe, bars are noise around the one line of an error
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
 
@@ -79,6 +87,13 @@ def progress() -> Iterator[Callable[[str], Callable[[int, int], None]]]:
             return lambda done, total: progress.update(task, completed=done, total=total)
 
         yield bar
+
+
+def rate_of(per_second: float | None) -> str:
+    """A rate in words: so many a second, or seconds for each where that is less than one."""
+    if not per_second:
+        return ""
+    return f"{per_second:.1f}/s" if per_second >= 1 else f"{1 / per_second:.1f} s each"
 
 
 def load_model(
