@@ -16,8 +16,9 @@ LLAMACPP := .venv-llamacpp
 LLAMA_SERVER := $(LLAMACPP)/server/bin/llama-server
 NODE := tests/runtimes/node
 PIP := -m pip install --quiet --disable-pip-version-check
-# Each test has one thread; a file stays with one process, which makes its models once.
-PARALLEL := -n 2 --dist loadfile
+# Each test has one thread; a file stays with one process, which makes its models once. Three for two cores, because
+# many tests wait for a process of their own.
+PARALLEL := -n 3 --dist loadfile
 
 .PHONY: demo demo-smollm2 test test-matrix test-runtimes test-vllm test-serve test-llamacpp quick check bench fuzz clean
 

@@ -417,7 +417,7 @@ WRONG = {
     "gate {traces} -m {model} -o {bad}": r"UsageError: .*'--out'.*is a folder; expected a file",
     "collect {job}/test.jsonl {on} --record {bad}/none/out": r"UsageError: .*'--record'.*its folder",
     # options
-    "identify {traces} {on} --ranking best": r"UsageError: .*--ranking best: expected one of: paper, absolute, cohen_d, t",
+    "identify {traces} {on} --ranking best": r"UsageError: .*--ranking best: expected one of: paper, absolute",
     "identify {traces} {on} --start now": r"UsageError: .*--start now: expected one of: last_prompt_token",
     "identify {traces} {on} --keep many": r"UsageError: .*'--keep'",
     "identify {traces} {on} --keep 9999": r"RuleError: neurons: 9999 wanted from layer 2 on",
