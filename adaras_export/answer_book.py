@@ -1,12 +1,13 @@
-"""Answers to the same questions under many ways to steer, asked for piece by piece and never twice.
+"""Answers to the same questions under many ways to steer, asked for piece by piece and never twice; figures, too.
 
 With a file, each batch is on disk before the next one starts: a run that was killed goes on there. Knows nothing of
 which ways are worth trying. N questions, n answers to each, B questions of a batch.
 """
 
 import json
+import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,10 +57,11 @@ class AnswerBook:
         self._rows = [encode_prompt(tokenizer, question.prompt) for question in exam.questions]
         self._tables: dict[str, Array] = {}
         self._seconds: dict[str, float] = {}
+        self._figures: dict[str, dict[int, Array]] = {}
         self._done = self._total = 0
         self._journal = None if journal is None else Journal(journal, _identity(model, exam))
-        for key, indices, values, seconds in self._journal.read(self._entry) if self._journal else ():
-            self._enter(key, indices, values, seconds)
+        if self._journal is not None:
+            self._journal.read(self._entry)
 
     def missing(self, ways: Sequence[Way], questions: Sequence[int]) -> int:
         """How many answers are not known."""
@@ -96,6 +98,26 @@ class AnswerBook:
         correct, tokens = table
         return Answers(correct == 1, tokens, tokens >= self._exam.sampling.max_new_tokens, self._seconds.get(key, 0.0))
 
+    def figures(self, key: str, compute: Callable[[Sequence[int]], Array], most: int | None = None) -> Array:
+        """Numbers of every question, (N, F), computed for one batch of indices at a time, where they are not known.
+
+        ``key`` differs where anything differs that they hang on, beside questions and model; ``most`` is how many
+        questions a batch may have.
+        """
+        exam, known = self._exam, self._figures.setdefault(key, {})
+        most = exam.max_rows if most is None else min(most, exam.max_rows)
+        done = 0
+        for batch in batches([len(row) for row in self._rows], exam.token_budget, most):
+            if not known.keys() >= {*batch}:
+                values = compute(batch)
+                if self._journal is not None:
+                    self._journal.append({"figures": key, "questions": batch, "values": values.tolist()})
+                known.update(zip(batch, values, strict=True))
+            done += len(batch)
+            if exam.progress is not None:
+                exam.progress(done, len(self._rows))
+        return np.stack([known[index] for index in range(len(self._rows))])
+
     def _prefilled(self, batch: Sequence[int]) -> tuple[Prefilled, float]:
         started = time.perf_counter()
         found = prefill(self._model, [self._rows[one] for one in batch], pad_id(self._tokenizer))
@@ -130,22 +152,35 @@ class AnswerBook:
         self._of(key)[:, list(indices)] = values
         self._seconds[key] = self._seconds.get(key, 0.0) + seconds
 
-    def _entry(self, record: Any) -> tuple[str, list[int], Array, float]:  # noqa: ANN401 - a JSON value
-        """One line of a journal."""
+    def _entry(self, record: Any) -> None:  # noqa: ANN401 - a JSON value
+        """Take over one line of a journal."""
         try:
-            return self._sound(record)
-        except (TypeError, KeyError, ValueError, OverflowError) as error:
+            if "figures" in record:
+                self._take_figures(record)
+            else:
+                self._enter(*self._sound(record))
+        except (TypeError, KeyError, ValueError, OverflowError, AttributeError) as error:
             raise UnreadableError("holds a line that is no verdicts") from error
 
-    def _sound(self, record: Mapping[str, Any]) -> tuple[str, list[int], Array, float]:
-        way, indices, seconds = record["way"], record["questions"], record["seconds"]
-        values = np.array([record["correct"], record["tokens"]])
-        plain = isinstance(way, str) and isinstance(indices, list) and isinstance(seconds, int | float)
-        if not plain or not all(type(one) is int and 0 <= one < len(self._rows) for one in indices):
+    def _take_figures(self, record: Mapping[str, Any]) -> None:
+        key, indices, values = record["figures"], record["questions"], np.array(record["values"], dtype=np.float64)
+        if not isinstance(key, str) or values.ndim != 2 or not np.isfinite(values).all():
             raise ValueError
+        self._figures.setdefault(key, {}).update(zip(self._indices(indices), values, strict=True))
+
+    def _indices(self, found: Any) -> list[int]:  # noqa: ANN401 - a JSON value
+        if not isinstance(found, list) or not all(type(one) is int and 0 <= one < len(self._rows) for one in found):
+            raise ValueError
+        return found
+
+    def _sound(self, record: Mapping[str, Any]) -> tuple[str, list[int], Array, float]:
+        way, indices, seconds = record["way"], self._indices(record["questions"]), record["seconds"]
+        values = np.array([record["correct"], record["tokens"]])
+        if not isinstance(way, str) or not isinstance(seconds, int | float):
+            raise TypeError
         if values.dtype != np.int64 or values.shape != (2, len(indices), self._exam.samples):
             raise ValueError
-        if values.min() < 0 or values[0].max() > 1 or not 0 <= seconds < float("inf"):
+        if values.min() < 0 or values[0].max() > 1 or not 0 <= seconds < math.inf:
             raise ValueError
         return way, indices, values, float(seconds)
 

@@ -14,12 +14,13 @@ import numpy as np
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from adaras_export.answer_book import AnswerBook
 from adaras_export.divergence import forced_logits, next_token_divergence
 from adaras_export.errors import RuleError
 from adaras_export.estimators import changed, difference
 from adaras_export.evaluate import Conduct, Evaluation, answered, reported
 from adaras_export.exam import Everywhere, Exam, Way, in_effect
-from adaras_export.generation import Prefilled, Sampling, batches, continue_ids, encode_prompt, pad_id, prefill
+from adaras_export.generation import Prefilled, Sampling, continue_ids, encode_prompt, pad_id, prefill
 from adaras_export.rule import SteeringRule
 from adaras_export.storage import Array
 from adaras_export.verdicts import (
@@ -65,7 +66,7 @@ def compare_arms(
     sheet = answered(model, tokenizer, rule, exam, names, conduct or Conduct())
     evaluation = reported(rule, exam, sheet)
     sampling = replace(exam.sampling, max_new_tokens=min(TOKENS, exam.sampling.max_new_tokens), temperature=0.0)
-    found = _Reader(model, tokenizer, rule, names, sampling).read_all(exam, sheet.fires)
+    found = _Reader(model, tokenizer, rule, names, sampling).read_all(exam, sheet.fires, sheet.book)
     comparison = _compared(names, evaluation.verdicts, found, sampling.max_new_tokens)
     verdict = f"{comparison.reference}: {evaluation.verdict} {comparison.sentence()}".rstrip()
     return replace(evaluation, verdict=verdict, comparison=comparison)
@@ -123,22 +124,19 @@ class _Reader:
     names: tuple[str, ...]
     sampling: Sampling
 
-    def read_all(self, exam: Exam, fires_N: Array) -> _Found:
-        """Batch by batch. The gate steers the questions that ``fires_N`` says."""
+    def read_all(self, exam: Exam, fires_N: Array, book: AnswerBook) -> _Found:
+        """Batch by batch, each kept in ``book``. The gate steers the questions that ``fires_N`` says."""
         rows = [encode_prompt(self.tokenizer, question.prompt) for question in exam.questions]
-        found = _Found(np.zeros(len(rows), dtype=int), {name: np.zeros((4, len(rows))) for name in self.names})
+
+        def read(indices: Sequence[int]) -> Array:
+            figures = self._read([rows[index] for index in indices], fires_N[list(indices)])
+            return np.array([[tokens, *(nat for name in self.names for nat in nats[name])] for tokens, nats in figures])
+
         most = max(1, _LOGITS // (self.sampling.max_new_tokens * int(self.model.config.vocab_size)))
-        done = 0
-        for indices in batches([len(row) for row in rows], exam.token_budget, min(most, exam.max_rows)):
-            figures = self._read([rows[index] for index in indices], fires_N[indices])
-            for index, (tokens, nats) in zip(indices, figures, strict=True):
-                found.tokens_N[index] = tokens
-                for name, four in nats.items():
-                    found.nats_4N[name][:, index] = four
-            done += len(indices)
-            if exam.progress is not None:
-                exam.progress(done, len(rows))
-        return found
+        key = f"divergences of {'/'.join(self.names)} {self.sampling.max_new_tokens} {self.rule.fingerprint}"
+        found_NF = book.figures(key, read, most)
+        nats = {name: found_NF[:, 1 + 4 * at : 5 + 4 * at].T for at, name in enumerate(self.names)}
+        return _Found(found_NF[:, 0], nats)
 
     def _read(self, batch: Sequence[list[int]], fires_B: Array) -> Iterator[tuple[int, dict[str, list[float]]]]:
         prompts = prefill(self.model, batch, pad_id(self.tokenizer))

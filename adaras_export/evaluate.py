@@ -26,7 +26,7 @@ from adaras_export.exam import Elsewhere, Everywhere, Way
 from adaras_export.exam import Exam as Exam  # for whoever evaluates
 from adaras_export.gate import gate_probabilities
 from adaras_export.rule import Gate, SteeringRule
-from adaras_export.storage import Array, replace_file
+from adaras_export.storage import Array, replace_file, sha256
 from adaras_export.traces import Question, digest
 from adaras_export.verdicts import Arm, Comparison, arms_table, require_statistics
 
@@ -163,12 +163,13 @@ def evaluate(
 
 @dataclass(frozen=True)
 class Sheet:
-    """What every arm answered, in the order of the record; and which questions the gate steers, (N,) bool."""
+    """What every arm answered, in the order of the record; which questions the gate steers, (N,) bool; the book."""
 
     arms: Mapping[str, Answers]
     run: frozenset[str]
     fires: Array
     about: Mapping[str, Any]
+    book: AnswerBook
 
     def column(self, name: str) -> dict[str, Array]:
         """One of the arrays of `Answers` by arm: (N,) where there is one answer to a question."""
@@ -211,7 +212,7 @@ def answered(
     found, fires = {name: book.answers(way) for name, way in ways.items()}, np.ones(len(exam.questions), dtype=bool)
     run = {name for name in found if lead != "gated" or name in ("off", *names)}
     if rule.gate is not None and lead == "gated":
-        fires = gate_fires(model, tokenizer, rule.gate, exam)
+        fires = gate_fires(model, tokenizer, rule.gate, exam, book)
         gated = {"gated": found["always"], **{name: found[name] for name in controls}}
         found |= {name: _where(fires, answers, found["off"]) for name, answers in gated.items()}
     order = ["off", *sorted(names, key=_ORDER.index), *controls]
@@ -223,7 +224,7 @@ def answered(
             book.ask([way])
         arms[way.name] = book.answers(way)
         run.add(way.name)
-    return Sheet(arms, frozenset(run), fires, _about(model, rule, exam, conduct))
+    return Sheet(arms, frozenset(run), fires, _about(model, rule, exam, conduct), book)
 
 
 _ORDER = ("always", "gated", "everywhere")
@@ -282,10 +283,16 @@ def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, exam: Exa
     return np.array([book.answers(way).correct[:, 0] for way in ways])
 
 
-def gate_fires(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, gate: Gate, exam: Exam) -> Array:
-    """Which questions the gate would steer, (N,) bool."""
-    prompts = [question.prompt for question in exam.questions]
-    fires: Array = gate_probabilities(model, tokenizer, gate, prompts) < gate.threshold
+def gate_fires(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, gate: Gate, exam: Exam, book: AnswerBook
+) -> Array:
+    """Which questions the gate would steer, (N,) bool; their probabilities are kept in ``book``."""
+
+    def probabilities(indices: Sequence[int]) -> Array:
+        prompts = [exam.questions[index].prompt for index in indices]
+        return gate_probabilities(model, tokenizer, gate, prompts)[:, None]
+
+    fires: Array = book.figures(f"gate {sha256(gate.to_bytes())}", probabilities)[:, 0] < gate.threshold
     return fires
 
 

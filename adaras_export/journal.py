@@ -6,14 +6,13 @@ The first line says what the others are about. Knows nothing of what they hold.
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from adaras_export import foreign
 from adaras_export.errors import TraceError
 from adaras_export.foreign import UnreadableError
 from adaras_export.storage import append
 
-_T = TypeVar("_T")
 _KIND = "answers"
 _HEAD = b'{"kind": "answers", "of": "'
 
@@ -25,8 +24,8 @@ class Journal:
         self._path, self._identity = path, identity
         self._head = b""  # what the first line appended must be preceded by
 
-    def read(self, entry: Callable[[Any], _T]) -> list[_T]:
-        """What ``entry`` makes of every line; cuts off an unfinished last one.
+    def read(self, entry: Callable[[Any], None]) -> None:
+        """Give every line to ``entry``; cuts off an unfinished last one.
 
         Raises:
             TraceError: the file is of another run, holds what ``entry`` raises `UnreadableError` for, or cannot be
@@ -37,14 +36,14 @@ class Journal:
             lines = content[: content.rfind(b"\n") + 1].splitlines()  # a crash may leave the last one unfinished
             if lines or not _HEAD.startswith(content[: len(_HEAD)]):
                 self._require_own(foreign.parsed(lines[0] if lines else content))
-            found = [entry(foreign.parsed(line)) for line in lines[1:]]
+            for line in lines[1:]:
+                entry(foreign.parsed(line))
         except UnreadableError as error:
             raise TraceError(f"{self._path}: {error}; expected the journal of an earlier run, or no file") from error
         if content:
             self._cut(len(b"".join(line + b"\n" for line in lines)))
         if not lines:
             self._head = json.dumps({"kind": _KIND, "of": self._identity}).encode() + b"\n"
-        return found
 
     def _require_own(self, head: Any) -> None:  # noqa: ANN401 - a JSON value
         if not isinstance(head, dict) or head.get("kind") != _KIND or head.get("of") != self._identity:

@@ -77,8 +77,8 @@ def tune(  # noqa: PLR0913 - one decision of the researcher each
     maker = _RuleMaker(rankings, gate, base, (*used, *(digest(question.prompt) for question in exam.questions)))
     maker.require_possible(space)
     proposals = proposer(space, search)
-    fires = np.ones(len(exam.questions), bool) if gate is None else gate_fires(model, tokenizer, gate, exam)
     book = AnswerBook(model, tokenizer, exam, None if journal is None else Path(journal))
+    fires = np.ones(len(exam.questions), bool) if gate is None else gate_fires(model, tokenizer, gate, exam, book)
     return _Tuning(space, search, maker, _GatedBook(book, fires), len(exam.questions)).run(proposals)
 
 

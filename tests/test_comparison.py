@@ -122,6 +122,14 @@ def test_the_order_of_the_arms_does_not_matter(arms, whole, rule, run):
     assert untimed(run(rule(), arms)) == untimed(whole)
 
 
+def test_divergences_are_not_read_again(whole, rule, run, tmp_path, monkeypatch):
+    journal = tmp_path / "journal"
+    found = run(rule(), journal=journal)
+    assert found.comparison == whole.comparison
+    monkeypatch.setattr(comparison, "forced_logits", lambda *_: pytest.fail("read"))
+    assert run(rule(), journal=journal).as_record() == found.as_record()
+
+
 def untimed(evaluation):
     return evaluation.as_record() | {"seconds": 0}
 

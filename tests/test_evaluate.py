@@ -314,3 +314,9 @@ def test_a_journal_of_another_model_is_refused(rule, run, exam, stock, tokenizer
     next(other.parameters()).data[0] += 1
     with pytest.raises(TraceError, match="delete it to begin again"):
         AnswerBook(other, tokenizer, exam, tmp_path / "journal")
+
+
+def test_the_gates_pass_is_not_run_again(rule, run, tmp_path, monkeypatch):
+    whole = run(rule(), random_seeds=(), journal=tmp_path / "journal").as_record()
+    monkeypatch.setattr("adaras_export.evaluate.gate_probabilities", lambda *_: pytest.fail("read"))
+    assert run(rule(), random_seeds=(), journal=tmp_path / "journal").as_record() == whole
