@@ -1,8 +1,8 @@
 """The causal effect of every neuron on whether completions come out right: one gradient per question.
 
 For a question, margin(c) = mean log p(correct completions) - mean log p(incorrect completions), teacher-forced, with
-a constant c (L, M) added to h at the steered tokens; its gradient at c = 0 is what this module computes. Goes beyond
-the paper, whose ranking is a difference of means (see `rankings`).
+a constant c (L, M) added to h at the steered tokens; its gradient, at c = 0 unless another point is asked for, is what
+this module computes. Goes beyond the paper, whose ranking is a difference of means (see `rankings`).
 
 Long completions are exact, too: layers are run again in the backward pass instead of being remembered, and logits are
 made of a few tokens at a time. Whatever the weights are, the gradient is summed up in float32.
@@ -27,6 +27,7 @@ from adaras_export import models
 from adaras_export.activations import behind
 from adaras_export.generation import Prefilled
 from adaras_export.rule import Start
+from adaras_export.storage import Array
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ def margin_gradients(
     start: Start,
     *,
     longest: int = 4096,
+    at: Array | None = None,
 ) -> Tensor:
     """The part of each completion in the gradient of its question's margin, (B, L, M) float32 on the CPU.
 
@@ -56,6 +58,7 @@ def margin_gradients(
         prompts: prefilled; they stay as they are.
         completions: B of them.
         start: the first steered token.
+        at: where the gradient is taken, c (L, M); None: 0, no steering.
         longest: where completions have more tokens, the activations of one layer are in memory at a time.
     """
     device = prompts.ids.device
@@ -67,7 +70,7 @@ def margin_gradients(
     if start == "first_generated_token":
         steered_BT[:, 0] = 0
     recomputing = _recomputing(model, inputs) if ids_BT.shape[1] > longest else nullcontext(inputs)
-    with _offsets(model, steered_BT) as offsets_B1M, torch.enable_grad(), recomputing as inputs:
+    with _offsets(model, steered_BT, at) as offsets_B1M, torch.enable_grad(), recomputing as inputs:
         log_p_BT = _log_probabilities(model, inputs, min(longest, _HEAD_TOKENS)) * own_BT[:, 1:]
         weights_B = torch.tensor([completion.weight for completion in completions], device=device)
         gradients = torch.autograd.grad((log_p_BT.sum(1) * weights_B).sum(), offsets_B1M)
@@ -140,8 +143,8 @@ class _UnchangingCache(DynamicCache):
 
 
 @contextmanager
-def _offsets(model: nn.Module, steered_BT: Tensor) -> Iterator[list[Tensor]]:
-    """Zeros (B, 1, M) per layer that take part in the forward pass; no weight asks for a gradient meanwhile."""
+def _offsets(model: nn.Module, steered_BT: Tensor, at: Array | None) -> Iterator[list[Tensor]]:
+    """Constants (B, 1, M) per layer that take part in the forward pass; no weight asks for a gradient meanwhile."""
     _, layers, mlp_size, _ = models.sizes_of(model)
     steered_BT1 = steered_BT.unsqueeze(-1)
     offsets = []
@@ -152,14 +155,9 @@ def _offsets(model: nn.Module, steered_BT: Tensor) -> Iterator[list[Tensor]]:
         for layer in range(layers):
             down = models.down_projection(model, layer)
             weight = next(down.parameters())
-            offset = torch.zeros(
-                len(steered_BT),
-                1,
-                mlp_size,
-                dtype=torch.promote_types(weight.dtype, torch.float32),
-                device=weight.device,
-                requires_grad=True,
-            )
+            kind: dict[str, Any] = {"dtype": torch.promote_types(weight.dtype, torch.float32), "device": weight.device}
+            point_M = torch.zeros(mlp_size, **kind) if at is None else torch.tensor(at[layer], **kind)
+            offset = point_M.repeat(len(steered_BT), 1, 1).requires_grad_()
 
             def add(_module: nn.Module, args: tuple[Tensor, ...], offset: Tensor = offset) -> tuple[Tensor, ...]:
                 return (args[0] + (offset * steered_BT1.to(offset)).to(args[0].dtype), *args[1:])

@@ -24,6 +24,7 @@ from adaras_export.rankings import rank_by_difference as rank_by_difference
 from adaras_export.reading import Job, Part, Question, digest_of, mixed, plan
 from adaras_export.rule import NeuronSet, Ranking, Start
 from adaras_export.statistics import AttributionStats, Contrast, NeuronStats, is_first_half, with_question
+from adaras_export.storage import Array
 from adaras_export.traces import Trace, by_question, digest
 
 Margin = Literal["sum", "mean"]
@@ -60,9 +61,12 @@ def read_attribution(  # noqa: PLR0913 - one decision of the researcher each
     *,
     start: Start = "last_prompt_token",
     margin: Margin = "sum",
+    at: Array | None = None,
     reading: Reading | None = None,
 ) -> AttributionStats:
-    """The gradient of every mixed question's margin, summed up.
+    """The gradient of every mixed question's margin, summed up; ``at`` as in `attribution.margin_gradients`.
+
+    Averages over several points on the way to a rule's own constants are integrated gradients.
 
     Raises:
         TraceError: no question has both outcomes, or a gradient is not finite.
@@ -81,7 +85,7 @@ def read_attribution(  # noqa: PLR0913 - one decision of the researcher each
         lengths = [len(completion.ids) + 1 for completion in completions]
         for indices in batches(lengths, reading.token_budget // 4, MAX_ROWS):
             batch = [completions[index] for index in indices]
-            parts = margin_gradients(model, prompts, batch, start, longest=reading.chunk_tokens).numpy()
+            parts = margin_gradients(model, prompts, batch, start, longest=reading.chunk_tokens, at=at).numpy()
             np.add.at(gradients, [completion.prompt_row for completion in batch], parts)
         for question, gradient in zip(chunk, gradients, strict=True):
             stats = stats.update(digest(question[0].prompt), gradient)

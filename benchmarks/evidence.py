@@ -9,7 +9,7 @@ goes on where it was. Writes results.json, and a table for docs/evidence.md to s
 
 import json
 from argparse import Namespace
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from adaras_export.generation import Sampling, load_model
 from adaras_export.neurons import Reading, read_attribution, read_stats
 from adaras_export.rankings import Refinement, rank
 from adaras_export.statistics import AttributionStats
-from adaras_export.traces import Question, read_questions, read_traces, write_questions
+from adaras_export.traces import Question, Trace, by_question, read_questions, read_traces, write_questions
 
 SIZES = {"identify": 400, "validation": 300, "test": 500}
 NEURONS = 50
@@ -49,6 +49,7 @@ class Setting:
     refinement: Refinement = PLAIN
     draws: int = 0
     part: str = "test"
+    gradients: str = "plain"
 
 
 # Deviations are those over answer tokens, about twice those over all tokens behind the shared examples, in which an
@@ -65,6 +66,9 @@ REFINEMENTS = (
     Setting("shrunk", "attribution", 0.15, refinement=Refinement(shrink=True), part="validation"),
     Setting("agreeing", "attribution", 0.15, refinement=Refinement(agree=True), part="validation"),
     Setting("5 of a layer", "attribution", 0.15, refinement=Refinement(per_layer=5), part="validation"),
+    Setting("margin per token", "attribution", 0.15, part="validation", gradients="per token"),
+    Setting("half of the attempts right", "attribution", 0.15, part="validation", gradients="informative"),
+    Setting("gradients on the way", "attribution", 0.15, part="validation", gradients="integrated"),
     Setting("half the strength", "attribution", 0.075, part="validation"),
     Setting("twice the strength", "attribution", 0.3, part="validation"),
     Setting("absolute, 0.3", "absolute", 0.3, part="validation"),
@@ -125,15 +129,38 @@ class Trial:
 
     def read(self) -> tuple[NeuronStats, AttributionStats]:
         """Sums over the traces, read once."""
-        paths = [self.work / f"{name}.safetensors" for name in ("stats_completion", "attribution")]
-        traces, given = read_traces(self.work / "traces.jsonl"), (self.model, self.tokenizer)
-        if not paths[0].is_file():
-            read_stats(*given, traces, self.base, reading=Reading(8192, tokens="completion")).save(paths[0])
-        if not paths[1].is_file():
-            read_attribution(*given, traces, self.base, reading=Reading(8192)).save(paths[1])
-        return NeuronStats.load(paths[0]), AttributionStats.load(paths[1])
+        path = self.work / "stats_completion.safetensors"
+        if not path.is_file():
+            traces, how = read_traces(self.work / "traces.jsonl"), Reading(8192, tokens="completion")
+            read_stats(self.model, self.tokenizer, traces, self.base, reading=how).save(path)
+        return NeuronStats.load(path), self.gradients("attribution")
+
+    def gradients(self, name: str, chosen: list[Trace] | None = None, **how: Any) -> AttributionStats:
+        """Of all traces, or of the chosen ones; kept under that name."""
+        path = self.work / f"{name}.safetensors"
+        if not path.is_file():
+            traces = read_traces(self.work / "traces.jsonl") if chosen is None else chosen
+            read_attribution(self.model, self.tokenizer, traces, self.base, reading=Reading(8192), **how).save(path)
+        return AttributionStats.load(path)
+
+    def refined(self, kind: str, read: tuple[NeuronStats, AttributionStats]) -> AttributionStats:
+        """Gradients of log p per token; of questions of which half the attempts are right; or averaged on the way."""
+        if kind == "per token":
+            return self.gradients("attribution-per-token", margin="mean")
+        if kind == "informative":
+            groups = by_question(read_traces(self.work / "traces.jsonl")).values()
+            half = [one for one in groups if 2 * sum(trace.correct for trace in one) == len(one)]
+            return self.gradients("attribution-informative", [trace for group in half for trace in group])
+        rule, point = self.rule(SETTINGS[0], read), np.zeros((self.base.layers, self.base.mlp_size))
+        point[rule.neurons.layer, rule.neurons.index] = rule.strength * rule.neurons.delta
+        ways = [self.gradients(f"attribution-at-{part:g}", at=part * point) for part in (0.5, 1.0)]
+        total = sum(one.gradient_sum for one in (read[1], *ways)) / 3
+        return replace(read[1], gradient_sum=total, rests={})
 
     def rule(self, setting: Setting, read: tuple[NeuronStats, AttributionStats]) -> SteeringRule:
+        """The setting's neurons at its strength."""
+        if setting.gradients != "plain":
+            read = read[0], self.refined(setting.gradients, read)
         how = {"ranking": setting.ranking, "min_layer": setting.min_layer, "refinement": setting.refinement}
         return SteeringRule(rank(*read, keep=NEURONS, **how), setting.strength, self.base)
 

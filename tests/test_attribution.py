@@ -177,6 +177,39 @@ def test_long_completions_have_the_gradients_of_short_ones(name, stock, monkeypa
     assert torch.equal(again, expected)
 
 
+def test_the_gradient_at_another_point_is_that_of_the_steered_model(double):
+    """Against central differences around it."""
+    model, at = double["qwen3"], np.random.default_rng(0).normal(size=(tiny.LAYERS, tiny.MLP_SIZE)) * 0.1
+    prompts = prefill(model, PROMPTS, 0)
+    found = margin_gradients(model, prompts, COMPLETIONS[:1], "last_prompt_token", at=at)[0]
+    plain = margin_gradients(model, prompts, COMPLETIONS[:1], "last_prompt_token")[0]
+    assert float((found - plain).abs().max()) > 1e-3 * float(plain.abs().max())
+    layer, index = np.unravel_index(int(found.abs().argmax()), found.shape)
+    ends = [total_log_p(model, at, (layer, index), step) for step in (1e-5, -1e-5)]
+    assert 0.5 * (ends[0] - ends[1]) / 2e-5 == pytest.approx(float(found[layer, index]), rel=1e-4)
+
+
+@torch.no_grad()
+def total_log_p(model, at, place, step):
+    """log p of the first completion with ``at`` added everywhere from the last prompt token on, and a step to one."""
+    moved = at.copy()
+    moved[place] += step
+    first, handles = len(PROMPTS[0]) - 1, []
+    for layer, down in enumerate(oracle.down_projections(model)):
+
+        def add(_module, args, layer=layer):
+            h = args[0].clone()
+            h[:, first:] += torch.tensor(moved[layer])
+            return (h,)
+
+        handles.append(down.register_forward_pre_hook(add))
+    ids = torch.tensor([[*PROMPTS[0], *COMPLETIONS[0].ids]])
+    logits = model(ids, use_cache=False).logits[0].log_softmax(-1)
+    for handle in handles:
+        handle.remove()
+    return sum(float(logits[first + n, id_]) for n, id_ in enumerate(COMPLETIONS[0].ids))
+
+
 def test_bfloat16_weights_sum_up_in_float32(stock):
     """Symptom that this would show: sums over thousands of tokens that stop growing."""
     model = copy.deepcopy(stock["qwen3"]).bfloat16()
