@@ -242,7 +242,7 @@ def _read_gguf(folder: Path) -> None:
 def _read_runner_settings(folder: Path) -> None:
     onnx_runner._chat_template(folder)
     config = storage.read_json(folder / "config.json")
-    assert all(isinstance(end, int) for end in onnx_runner._ends(folder, config))
+    assert all(isinstance(end, int) for end in onnx_runner.ends_of(folder, config))
 
 
 def _template_seeds() -> list[bytes]:
