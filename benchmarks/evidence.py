@@ -40,14 +40,13 @@ _SHOTS = 4
 
 @dataclass(frozen=True)
 class Setting:
-    """A rule: 50 neurons of a ranking, at a strength in units of its deltas; random draws for the main one."""
+    """A rule: 50 neurons of a ranking, at a strength in units of its deltas."""
 
     name: str
     ranking: str
     strength: float
     min_layer: int = 0
     refinement: Refinement = PLAIN
-    draws: int = 0
     part: str = "test"
     gradients: str = "plain"
 
@@ -55,7 +54,7 @@ class Setting:
 # Deviations are those over answer tokens, about twice those over all tokens behind the shared examples, in which an
 # earlier trial had 0.3.
 SETTINGS = (
-    Setting("attribution, all layers, 0.15", "attribution", 0.15, draws=20),
+    Setting("attribution, all layers, 0.15", "attribution", 0.15),
     Setting("sign flipped", "attribution", -0.15),
     Setting("attribution, upper half, 0.2", "attribution", 0.2, min_layer=15),
     Setting("paper, all layers, 0.3", "paper", 0.3),
@@ -123,6 +122,9 @@ class Trial:
             write_questions(self.work / f"{name}.jsonl", questions)
 
     def traces(self) -> dict[str, Any]:
+        """Sampled, unless they have been read already: attempts that gave no text would be tried again."""
+        if (self.work / "stats_completion.safetensors").is_file():
+            return {}
         how = {"attempts": ATTEMPTS, "sampling": self.sampled, "check": self.check, "batch_size": 128}
         asked = read_questions(self.work / "identify.jsonl")
         return vars(collect(self.model, self.tokenizer, asked, self.work / "traces.jsonl", **how))
@@ -179,6 +181,7 @@ def main() -> None:
     parser.add_argument(
         "--transfer", type=Path, action="append", default=[], help="folder of another run, whose rule is tried"
     )
+    parser.add_argument("--draws", type=int, default=20, help="random controls of the first rule (default: 20)")
     parser.add_argument("--refinements", action="store_true", help="compare refinements, on validation questions")
     arguments = parser.parse_args()
     folder = common.prepare(arguments)
@@ -193,7 +196,10 @@ def main() -> None:
         )
         rules[f"{settings[0].name}, of {other.name}"] = trial.rule(settings[0], parts)
     main_rule = rules[settings[0].name]
-    draws = {f"random {seed}": random_control(trial.model, main_rule, seed) for seed in range(settings[0].draws)}
+    draws = {
+        f"random {seed}": random_control(trial.model, main_rule, seed)
+        for seed in range(0 if arguments.refinements else arguments.draws)
+    }
     book = trial.book(settings[0].part)
     book.ask([None, *rules.values(), *draws.values()])
     told = {name: book.answers(rule).correct[:, 0] for name, rule in {"off": None, **rules, **draws}.items()}
