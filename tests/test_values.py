@@ -172,7 +172,7 @@ def test_values_of_different_kinds_are_not_equal():
         ({"layer": [1, 1], "index": [5, 5]}, r"neuron \(layer:index\) \[1:5\] given more than once"),
         ({"score": [np.nan, 0.0]}, "score holds NaN or infinity"),
         ({"score": [1.0]}, "lengths differ"),
-        ({"ranking": "best"}, "ranking is 'best'; expected one of: given, paper, attribution"),
+        ({"ranking": "best"}, "ranking is 'best'; expected one of: given, paper, absolute, cohen_d, t"),
     ],
 )
 def test_a_bad_neuron_set_is_not_born(changes, message):
