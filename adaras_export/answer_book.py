@@ -134,13 +134,13 @@ class AnswerBook:
                 own = self._prefilled(batch)[0] if plain is None or isinstance(way, Everywhere) else plain
                 rows_of = [place for place in range(len(batch)) for _ in range(exam.samples)]
                 found = continue_ids(self._model, self._tokenizer, own.repeated(rows_of), exam.sampling, keys)
-        seconds = read_in + time.perf_counter() - started
+        seconds = round(read_in + time.perf_counter() - started, 4)  # as a journal has it
         answers = [exam.questions[index].answer for index in batch for _ in range(exam.samples)]
         texts = [decode(self._tokenizer, ids) for ids in found]
         correct = [int(bool(exam.check(text, one))) for text, one in zip(texts, answers, strict=True)]
         values = np.array([correct, [len(ids) for ids in found]]).reshape(2, len(batch), exam.samples)
         if self._journal is not None:
-            record = {"way": key_of(way), "questions": list(batch), "seconds": round(seconds, 4)}
+            record = {"way": key_of(way), "questions": list(batch), "seconds": seconds}
             self._journal.append(record | {"correct": values[0].tolist(), "tokens": values[1].tolist()})
         self._enter(key_of(way), batch, values, seconds)
 
@@ -193,7 +193,6 @@ def _is_plain(way: Way) -> bool:
 def _identity(model: PreTrainedModel, exam: Exam) -> str:
     """What the verdicts in a file hang on, beside the ways to steer."""
     questions = [[one.id, digest(one.prompt), one.answer] for one in exam.questions]
-    check = getattr(exam.check, "__name__", type(exam.check).__name__)
     first = [one.detach().flatten()[:8].float().tolist() for one in model.parameters() if not one.is_meta]
-    of = [questions, check, exam.samples, vars(exam.sampling), str(model.dtype), first]
+    of = [questions, exam.checker, exam.samples, vars(exam.sampling), str(model.dtype), first]
     return sha256(json.dumps(of).encode())[:16]

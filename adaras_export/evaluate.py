@@ -273,16 +273,6 @@ def reported(rule: SteeringRule, exam: Exam, sheet: Sheet) -> Evaluation:
     )
 
 
-def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, exam: Exam, ways: Sequence[Way]) -> Array:
-    """Which questions are answered correctly under each way of steering, (len(ways), N) bool; of one answer each.
-
-    Prompts are prefilled once per batch: only `Everywhere` changes anything before the last prompt token.
-    """
-    book = AnswerBook(model, tokenizer, exam)
-    book.ask(ways)
-    return np.array([book.answers(way).correct[:, 0] for way in ways])
-
-
 def gate_fires(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, gate: Gate, exam: Exam, book: AnswerBook
 ) -> Array:

@@ -36,7 +36,6 @@ class Exam:
         task: the task of that benchmark, where somebody says so.
         samples: answers to each question (n).
         name: of the question set, where it has one.
-        checker: the name of ``check``, where it has one.
     """
 
     questions: Sequence[Question]
@@ -49,7 +48,6 @@ class Exam:
     task: str | None = None
     samples: int = 1
     name: str | None = None
-    checker: str | None = None
 
     def __post_init__(self) -> None:
         if not self.questions:
@@ -62,6 +60,12 @@ class Exam:
             raise TraceError(f"exam: {self.samples} answers to each question; expected one or more")
         if self.samples > 1 and self.sampling.temperature == 0:
             raise TraceError(f"exam: {self.samples} answers at temperature 0 are equal; expected one, or a temperature")
+
+    @property
+    def checker(self) -> str:
+        """The name of ``check``."""
+        name: str = getattr(self.check, "__name__", type(self.check).__name__)
+        return name
 
     def keys(self, index: int) -> list[str]:
         """What the random numbers of every answer to a question hang on, beside the seed."""

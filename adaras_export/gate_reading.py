@@ -4,7 +4,6 @@ Knows nothing of labels. N prompts, T tokens, L layers, M MLP neurons, F feature
 memory does not grow with prompts, and a run that was killed reads what it lacks.
 """
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from adaras_export.activations import Reading, batches_of, read, token_means
 from adaras_export.errors import TraceError
 from adaras_export.kept_rows import KeptRows, keep_rows
 from adaras_export.models import BaseModel
-from adaras_export.storage import Array
+from adaras_export.storage import Array, sha256
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ def tokens_file(partial: Path) -> Path:
 
 
 def _digest(value: Any) -> str:  # noqa: ANN401 - a JSON value
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+    return sha256(json.dumps(value).encode())
 
 
 def features_by_batch(

@@ -274,19 +274,6 @@ def prefill(model: PreTrainedModel, rows: Sequence[Sequence[int]], pad_id: int) 
     return Prefilled(ids_BT, mask_BT, cache)
 
 
-def complete_from(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prefilled: Prefilled,
-    sampling: Sampling,
-) -> list[str]:
-    """What greedy `complete` gives for the prefilled prompts; ``prefilled`` stays as it is."""
-    assert sampling.temperature == 0
-    rows = range(len(prefilled.ids))
-    own = prefilled.repeated(rows)
-    return [decode(tokenizer, ids) for ids in continue_ids(model, tokenizer, own, sampling, [""] * len(rows))]
-
-
 def row_seed(seed: int, key: str, bits: int = 63) -> int:
     """The seed of one row; of 63 bits, so that torch takes it as a signed integer."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{key}".encode()).digest()[:8], "big") >> (64 - bits)

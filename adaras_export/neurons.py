@@ -264,6 +264,7 @@ def identify(  # noqa: PLR0913 - one decision of the researcher each
         TraceError: the traces do not allow a contrast, or the statistics are of other questions.
         RuleError: too few neurons, or statistics of another model.
     """
+    refinement.require_of(ranking)  # before the work, not after it
     require_room(base, keep, min_layer, refinement.per_layer)
     reading = reading or Reading()
     if stats is not None:

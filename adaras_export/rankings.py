@@ -47,6 +47,15 @@ class Refinement:
                 "expected 1 or more, and a rate above 0, at most 1"
             )
 
+    def require_of(self, ranking: Ranking) -> None:
+        """Refuse what is another ranking's.
+
+        Raises:
+            RuleError: it is.
+        """
+        if (self.shrink or self.agree) and ranking != "attribution":
+            raise RuleError(f"ranking: {ranking} is not shrunk, and agrees with itself; expected attribution")
+
 
 _PLAIN = Refinement()
 
@@ -67,8 +76,7 @@ def rank(
             needs, or a refinement that is another ranking's.
         TraceError: a class has no traces.
     """
-    if (refinement.shrink or refinement.agree) and ranking != "attribution":
-        raise RuleError(f"ranking: {ranking} is not shrunk, and agrees with itself; expected attribution")
+    refinement.require_of(ranking)
     if ranking == "attribution":
         if attribution is None:
             raise RuleError(

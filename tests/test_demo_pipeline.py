@@ -7,11 +7,12 @@ from dataclasses import replace
 
 import pytest
 
+from adaras_export.answer_book import AnswerBook
 from adaras_export.checkers import last_number
 from adaras_export.cli import main
 from adaras_export.demo import pipeline, smollm2
 from adaras_export.errors import ExportError, MissingExtraError
-from adaras_export.evaluate import Exam, answer
+from adaras_export.evaluate import Exam
 from adaras_export.generation import Sampling, load_model
 from adaras_export.models import BaseModel
 from adaras_export.rule import NeuronSet, SteeringRule
@@ -159,6 +160,8 @@ def test_smollm2_unpacks_to_an_ordinary_model_that_is_right_about_half_of_the_ti
     assert (base.family, base.layers, base.mlp_size, base.hidden_size) == ("llama", 30, 1536, 576)
     questions = smollm2.splits({"test": 32}, seed=7)["test"]
     exam = Exam(questions, last_number, Sampling(12, stop="\n"), max_rows=32)
-    (right,) = answer(*load_model(folder, device="cpu"), exam, [None])
+    book = AnswerBook(*load_model(folder, device="cpu"), exam)
+    book.ask([None])
+    right = book.answers(None).correct[:, 0]
     assert 0.3 < right.mean() < 0.8
     assert smollm2.unpack(folder) == folder

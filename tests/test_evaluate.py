@@ -14,7 +14,7 @@ from adaras_export import models
 from adaras_export.answer_book import AnswerBook
 from adaras_export.conclusions import conclusion
 from adaras_export.errors import MissingExtraError, RuleError, TraceError
-from adaras_export.evaluate import Conduct, Exam, answer, evaluate, random_control
+from adaras_export.evaluate import Conduct, Exam, evaluate, random_control
 from adaras_export.gate import gate_probabilities
 from adaras_export.generation import Sampling, complete, complete_ids, decode, encode_prompt
 from adaras_export.reports import reading
@@ -143,7 +143,7 @@ def test_the_record_holds_every_verdict_by_question(rule, run):
 def test_progress_reaches_every_answer_of_every_arm(rule, exam, stock, tokenizer):
     told = []
     watched = replace(exam, progress=lambda done, total: told.append((done, total)))
-    answer(stock["qwen3"], tokenizer, watched, [None, rule()])
+    AnswerBook(stock["qwen3"], tokenizer, watched).ask([None, rule()])
     assert told[-1] == (30, 30)
     assert len(told) == 8
 

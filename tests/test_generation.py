@@ -14,8 +14,8 @@ from adaras_export.generation import (
     _GumbelNoise,
     batches,
     complete,
-    complete_from,
     complete_ids,
+    continue_ids,
     decode,
     encode_prompt,
     encode_trace,
@@ -340,18 +340,25 @@ def test_completions_that_exceed_the_context_are_refused(model, tokenizer, rows)
     assert complete(model, tokenizer, rows, Sampling(17), PROMPTS)
 
 
+def from_prefilled(model, tokenizer, prefilled, sampling):
+    """Texts that go on from a copy of the cache."""
+    rows = range(len(prefilled.ids))
+    found = continue_ids(model, tokenizer, prefilled.repeated(rows), sampling, [""] * len(rows))
+    return [decode(tokenizer, ids) for ids in found]
+
+
 def test_completing_from_a_prefilled_cache_equals_completing_at_once(model, tokenizer, rows):
     prefilled = prefill(model, rows, pad_id(tokenizer))
     expected = complete(model, tokenizer, rows, Sampling(12), PROMPTS)
     for _ in range(2):
-        assert complete_from(model, tokenizer, prefilled, Sampling(12)) == expected
+        assert from_prefilled(model, tokenizer, prefilled, Sampling(12)) == expected
         assert prefilled.cache.get_seq_length() == max(len(row) for row in rows) - 1
 
 
 def test_a_prompt_of_one_token_needs_no_prefill(model, tokenizer, rows):
     prefilled = prefill(model, rows[2:], pad_id(tokenizer))
     expected = complete(model, tokenizer, rows[2:], Sampling(5), PROMPTS[2:])
-    assert complete_from(model, tokenizer, prefilled, Sampling(5)) == expected
+    assert from_prefilled(model, tokenizer, prefilled, Sampling(5)) == expected
 
 
 def test_sampling_leaves_the_callers_model_and_the_global_random_state_alone(model, tokenizer, rows):

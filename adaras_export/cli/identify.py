@@ -162,9 +162,9 @@ def _refinement(ranking: str, per_layer: int | None, fdr: float, *, shrink: bool
     from adaras_export.rankings import RANKINGS, Refinement
 
     require_choice("ranking", ranking, RANKINGS)
-    if (shrink or agree) and ranking != "attribution":
-        raise typer.BadParameter(f"--{'shrink' if shrink else 'agree'}: is of --ranking attribution; found {ranking}")
-    return Refinement(per_layer, fdr, shrink, agree)
+    refinement = Refinement(per_layer, fdr, shrink, agree)
+    refinement.require_of(ranking)  # type: ignore[arg-type]  # checked above
+    return refinement
 
 
 def _shares_of(shard: str) -> tuple[int, int]:

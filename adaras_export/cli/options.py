@@ -131,8 +131,7 @@ def exam_of(questions: Path, check: str | None, sampling: "Sampling", rows: int)
     from adaras_export.traces import read_questions
 
     read = read_questions(questions)
-    chosen = checker_for(read, check)
-    return Exam(read, chosen, sampling, rows, name=questions.stem, checker=check or getattr(chosen, "__name__", None))
+    return Exam(read, checker_for(read, check), sampling, rows, name=questions.stem)
 
 
 def unescaped(option: str | None) -> str | None:
