@@ -1,5 +1,8 @@
 """Session-wide tiny models, and a guard that no test leaves anything behind on them."""
 
+import functools
+import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -15,6 +18,7 @@ os.environ["HF_MODULES_CACHE"] = str(_CACHE / "modules")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import artifacts  # noqa: E402
+import filelock  # noqa: E402
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import tiny  # noqa: E402
@@ -130,6 +134,45 @@ def told_everywhere(rules, stock):
 def exported(rules, folders, stock, tmp_path_factory):
     """The folder of an export, by name of `artifacts.EXPORTS`. Read only."""
     return tiny.Lazy(lambda name: artifacts.write(name, rules, folders, stock, tmp_path_factory.mktemp(name)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def plain_graphs_are_made_once(tmp_path_factory):
+    """torch takes twenty seconds for the smallest plain graph: each is made once and copied, by all processes.
+
+    Keyed by every weight and setting of the model. ``plain_graph.__wrapped__`` makes one anew.
+    """
+    if importlib.util.find_spec("onnx_ir") is None:
+        yield
+        return
+    from adaras_export.exporters import onnx_graph
+
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    make = onnx_graph.plain_graph
+
+    @functools.wraps(make)
+    def made_once(model, out):
+        done = root / f"plain-{_weights_and_settings(model)}"
+        with filelock.FileLock(f"{done}.lock"):
+            if not done.is_dir():
+                new = tmp_path_factory.mktemp("plain")
+                make(model, new / out.name)
+                new.rename(done)
+        shutil.copytree(done, out.parent, dirs_exist_ok=True)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(onnx_graph, "plain_graph", made_once)
+        yield
+
+
+def _weights_and_settings(model):
+    settings = model.config.to_dict() | {"_name_or_path": "", "attention": model.config._attn_implementation}
+    found = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, value in model.state_dict().items():
+        found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        found.update(value.reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 @pytest.fixture(scope="session")

@@ -29,12 +29,12 @@ def opened(written):
 
 @pytest.fixture(scope="session")
 def plain(tmp_path_factory):
-    """The plain ONNX graph of a base, by name; the slow part of an export to `onnx`, so it is made once."""
-    from adaras_export.exporters.onnx_graph import plain_graph
+    """The plain ONNX graph of a base, by name."""
+    from adaras_export.exporters import onnx_graph
 
     def make(name):
         out = tmp_path_factory.mktemp("plain") / "model.onnx"
-        plain_graph(tiny.build_model(name), out)
+        onnx_graph.plain_graph(tiny.build_model(name), out)
         return out
 
     return tiny.Lazy(make)

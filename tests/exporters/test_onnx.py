@@ -446,6 +446,7 @@ def test_what_torch_cannot_export_is_one_line_and_nothing_is_left(rules, folders
     def fail(*_, **__):
         raise torch.onnx.errors.OnnxExporterError("no such operator\nand forty more lines")
 
+    monkeypatch.setattr(onnx_graph, "plain_graph", onnx_graph.plain_graph.__wrapped__)
     monkeypatch.setattr(torch.onnx, "export", fail)
     with pytest.raises(ExportError, match=r"torch cannot export it to ONNX \(no such operator\)$"):
         export(rules[GATED], base=folders["qwen3"], to="onnx", out=tmp_path / "out")
