@@ -19,6 +19,7 @@ PIP := -m pip install --quiet --disable-pip-version-check
 # Each test has one thread; a file stays with one process, which makes its models once. Three for two cores, because
 # many tests wait for a process of their own.
 PARALLEL := -n 3 --dist loadfile
+HERE := --ignore tests/runtimes --ignore tests/servers
 
 .PHONY: demo demo-smollm2 test test-matrix test-runtimes test-vllm test-serve test-llamacpp quick check bench fuzz clean
 
@@ -30,15 +31,16 @@ demo-smollm2: $(SMOLLM2)  ## the same on SmolLM2-135M-Instruct, from a PyPI whee
 	rm -rf demo-smollm2-out
 	$(BIN)/adaras-export demo --model smollm2 --out demo-smollm2-out
 
+# The slow ones run on more models what the quick ones run on one; traced, they would take twice as long.
 test: $(SMOLLM2) $(SCAN)/.installed  ## every test, the notebook included
-	mkdir -p build
-	$(BIN)/python -m pytest $(PARALLEL) --ignore tests/runtimes --ignore tests/servers --cov --cov-report=term:skip-covered \
-		--modes=build/modes-5.json
+	mkdir -p build && rm -f build/modes-5.json
+	$(BIN)/python -m pytest $(PARALLEL) $(HERE) -m "not slow" --cov --cov-report=term:skip-covered --modes=build/modes-5.json
+	$(BIN)/python -m pytest $(PARALLEL) $(HERE) -m slow --modes=build/modes-5.json
 	$(BIN)/python -m pytest --nbmake --nbmake-timeout=600 notebooks
 
 # The exports under the older Transformers, and beside the quantisers and lm-eval, which slow every other process down.
 test-matrix: $(INSTALLED) $(OLDER)/.installed $(PEERS)/.installed
-	mkdir -p build
+	mkdir -p build && rm -f build/modes-4.json
 	test -f build/modes-5.json || $(BIN)/python -m pytest $(PARALLEL) tests/exporters --modes=build/modes-5.json
 	$(OLDER)/bin/python -m pytest $(PARALLEL) tests/exporters tests/test_models.py tests/test_runtime.py tests/test_steering.py \
 		-m "not (onnx and slow)" --modes=build/modes-4.json
@@ -64,7 +66,7 @@ test-llamacpp: $(SMOLLM2) $(LLAMACPP)/.installed $(LLAMA_SERVER)
 	$(BIN)/python -m pytest tests/servers/test_llamacpp*.py --require-runtimes
 
 quick: $(INSTALLED)  ## the tests that need neither SmolLM2, ONNX nor patience
-	$(BIN)/python -m pytest $(PARALLEL) --ignore tests/runtimes --ignore tests/servers -m "not slow and not onnx"
+	$(BIN)/python -m pytest $(PARALLEL) $(HERE) -m "not slow and not onnx"
 
 check: $(INSTALLED)  ## style, types, layers
 	$(BIN)/ruff format --check .

@@ -40,15 +40,7 @@ def pytest_unconfigure():
 def pytest_addoption(parser):
     parser.addoption("--require-runtimes", action="store_true", help="fail where tests/runtimes and servers would skip")
     parser.addoption("--update-golden", action="store_true", help="write the files below tests/golden anew")
-    parser.addoption("--modes", metavar="FILE", type=Path, help="write what became of every mode, for tests/modes.py")
-
-
-def pytest_collection_modifyitems(config, items):
-    """Slow tests run on more models what quick ones run on one: untraced, they take a quarter less time."""
-    if config.pluginmanager.hasplugin("_cov"):
-        for item in items:
-            if item.get_closest_marker("slow"):
-                item.add_marker("no_cover")
+    parser.addoption("--modes", metavar="FILE", type=Path, help="add what became of every mode, for tests/modes.py")
 
 
 @pytest.fixture
@@ -77,9 +69,13 @@ def pytest_runtest_logreport(report):
 
 
 def pytest_sessionfinish(session):
-    if session.config.option.modes is not None and not hasattr(session.config, "workerinput"):  # pytest-xdist's
-        found = {"transformers": transformers.__version__, "modes": _MODES}
-        session.config.option.modes.write_text(json.dumps(found, indent=1) + "\n")
+    path = session.config.option.modes
+    if path is None or hasattr(session.config, "workerinput"):  # pytest-xdist's
+        return
+    modes = json.loads(path.read_text())["modes"] if path.is_file() else {}
+    for mode, families in _MODES.items():
+        modes[mode] = modes.get(mode, {}) | families
+    path.write_text(json.dumps({"transformers": transformers.__version__, "modes": modes}, indent=1) + "\n")
 
 
 @pytest.fixture(scope="session")

@@ -56,8 +56,13 @@ def main() -> None:
         command = "" if error.ctx is None else f"; see {error.ctx.command_path} --help"
         _fail("UsageError", error.format_message().rstrip(".") + command, 2)
     except typer.Abort:
-        _fail("Aborted", "nothing more was written", 130)
+        _fail("Aborted", "nothing more was written", _INTERRUPTED)
+    if status == _INTERRUPTED:  # Typer says nothing
+        _fail("Interrupted", "run the same again; collect, identify, gate, tune and eval go on where they were", status)
     sys.exit(status)
+
+
+_INTERRUPTED = 130
 
 
 # What Typer raises for a wrong command line: click's, or that of its own copy of click in later versions.
