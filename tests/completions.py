@@ -53,7 +53,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         state = self.server.state
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        length = int(self.headers["Content-Length"])
+        if len(sent := self.rfile.read(length)) < length:
+            raise ConnectionError("the client has left")
+        body = json.loads(sent)
         with state.lock:
             state.log.append((time.monotonic(), self.path, body, self.headers["Authorization"]))
             state.working += 1
