@@ -64,7 +64,6 @@ def main() -> None:
 
 _INTERRUPTED = 130
 
-
 # What Typer raises for a wrong command line: click's, or that of its own copy of click in later versions.
 _USAGE_ERROR: Any = typer.BadParameter.__base__
 

@@ -34,6 +34,18 @@ each_precision = pytest.mark.parametrize("precision", BITS)
 pytestmark = pytest.mark.onnx
 
 
+@pytest.fixture(autouse=True)
+def from_float32(monkeypatch):
+    """In a test, integers are made of the exact weights; `half` is made before."""
+    make = onnx_graph.plain_graph
+
+    def checked(model, out):
+        assert model.dtype == torch.float32
+        make(model, out)
+
+    monkeypatch.setattr(onnx_graph, "plain_graph", checked)
+
+
 def exporter(precision, **options):
     return EXPORTER.commissioned(Commission("base", options={"precision": precision, **options}))
 
