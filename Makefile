@@ -23,7 +23,7 @@ HERE := --ignore tests/runtimes --ignore tests/servers
 
 .PHONY: demo demo-smollm2 test test-matrix test-runtimes test-vllm test-serve test-llamacpp quick check bench fuzz clean
 
-demo: $(INSTALLED)  ## the whole job on the embedded synthetic model, about a minute
+demo: $(INSTALLED)  ## the whole job on the embedded synthetic model, about two minutes
 	rm -rf demo-out
 	$(BIN)/adaras-export demo --out demo-out
 

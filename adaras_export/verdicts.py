@@ -195,12 +195,18 @@ def require_statistics() -> ModuleType:
 
 
 def arms_table(arms: Sequence[Arm]) -> str:
-    """Arms for a person, one line each."""
-    width = max(len(arm.name) for arm in arms)
+    """Arms for a person, one line each; where there are several draws of random neurons, one line for all of these."""
+    draws = [arm for arm in arms if arm.name.startswith("random")]
+    alone = arms if len(draws) < 2 else [arm for arm in arms if arm not in draws]
+    together = f"{len(draws)} random"
+    width = max(len(together), *(len(arm.name) for arm in alone))
     head = f"{'':{width}}  accuracy   95 % interval     fixed  broken  McNemar p"
     lines = [
         f"{arm.name:{width}}  {arm.accuracy:7.1%}   {arm.low:6.1%} - {arm.high:6.1%}  {arm.fixed:5d}  {arm.broken:6d}  "
         f"{arm.p_value:9.2g}"
-        for arm in arms
+        for arm in alone
     ]
+    if len(draws) > 1:
+        least, most = (pick(arm.accuracy for arm in draws) for pick in (min, max))
+        lines.append(f"{together:{width}}  {least:7.1%} to {most:.1%}")
     return "\n".join([head, *lines])

@@ -9,6 +9,7 @@ goes on where it was. Writes results.json, and a table for docs/evidence.md to s
 
 import json
 from argparse import Namespace
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,20 +23,24 @@ from adaras_export.checkers import last_number
 from adaras_export.collect import collect
 from adaras_export.conclusions import holm, rank_p_value
 from adaras_export.demo import smollm2
+from adaras_export.errors import TraceError
 from adaras_export.estimators import compared, difference
-from adaras_export.evaluate import random_control
+from adaras_export.evaluate import gate_fires, random_control
 from adaras_export.exam import Exam
+from adaras_export.gate import GateReport, train_gate
 from adaras_export.generation import Sampling, load_model
 from adaras_export.neurons import Reading, read_attribution, read_stats
 from adaras_export.rankings import Refinement, rank
 from adaras_export.statistics import AttributionStats
+from adaras_export.storage import Array
 from adaras_export.traces import Question, Trace, by_question, read_questions, read_traces, write_questions
 
 SIZES = {"identify": 400, "validation": 300, "test": 500}
 NEURONS = 50
 ATTEMPTS = 4
 PLAIN = Refinement()
-_SHOTS = 4
+SHOTS = 4
+BENCHMARKS = Path(__file__).resolve().parents[2] / "shared/data/questions"
 
 
 @dataclass(frozen=True)
@@ -45,18 +50,23 @@ class Setting:
     name: str
     ranking: str
     strength: float
-    min_layer: int = 0
+    upper: bool = False
     refinement: Refinement = PLAIN
     part: str = "test"
     gradients: str = "plain"
 
+
+RANDOM = "random "
+UPPER = "attribution, upper half, 0.2"
+"""What a gate can be put in front of: the layers below it are unsteered, and the same pass reads them."""
+GATED = f"{UPPER}, gated"
 
 # Deviations are those over answer tokens, about twice those over all tokens behind the shared examples, in which an
 # earlier trial had 0.3.
 SETTINGS = (
     Setting("attribution, all layers, 0.15", "attribution", 0.15),
     Setting("sign flipped", "attribution", -0.15),
-    Setting("attribution, upper half, 0.2", "attribution", 0.2, min_layer=15),
+    Setting(UPPER, "attribution", 0.2, upper=True),
     Setting("paper, all layers, 0.3", "paper", 0.3),
     Setting("paper, all layers, 3", "paper", 3.0),
 )
@@ -74,12 +84,15 @@ REFINEMENTS = (
     Setting("Cohen's d, 0.3", "cohen_d", 0.3, part="validation"),
 )
 
-GYM: dict[str, tuple[dict[str, Any], int]] = {  # settings of the task, and tokens of an answer
-    "chain_sum": ({"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}, 8),
-    "lcm": ({"min_numbers": 2, "max_numbers": 2, "min_value": 1, "max_value": 50}, 8),
-    "gcd": ({"min_numbers": 2, "max_numbers": 2, "min_value": 1, "max_value": 60}, 6),
-    "letter_counting": ({"min_words": 3, "max_words": 5}, 6),
+SUMS = {"min_digits": 1, "max_digits": 2}
+TASKS: dict[str, tuple[str, dict[str, Any]]] = {  # of reasoning-gym, and its settings
+    "chain_sum": ("chain_sum", {"min_terms": 2, "max_terms": 2, **SUMS}),
+    "chain_sum_3": ("chain_sum", {"min_terms": 3, "max_terms": 3, **SUMS}),
+    "lcm": ("lcm", {"min_numbers": 2, "max_numbers": 2, "min_value": 1, "max_value": 50}),
+    "gcd": ("gcd", {"min_numbers": 2, "max_numbers": 2, "min_value": 1, "max_value": 60}),
+    "letter_counting": ("letter_counting", {"min_words": 3, "max_words": 5}),
 }
+TOKENS = {"mulw": 12, "gcd": 6, "letter_counting": 6}  # of an answer; of the other tasks 8
 
 
 def first_line(completion: str, answer: str) -> bool:
@@ -91,13 +104,16 @@ def questions_of(task: str, seed: int) -> dict[str, list[Question]]:
     """Disjoint parts; fewer where a task has not so many distinct questions."""
     if task == "mulw":
         return smollm2.splits(SIZES, seed=100 + seed)
+    if task == "gsm8k":
+        return benchmark(task, seed)
     import reasoning_gym
 
-    settings, _ = GYM[task]
-    shown = reasoning_gym.create_dataset(task, size=_SHOTS, seed=12345, **settings)
-    shots = "".join(f"Question: {one['question'].strip()}\nAnswer: {one['answer']}\n\n" for one in shown)
+    name, settings = TASKS[task]
+    drawn = reasoning_gym.create_dataset(name, size=SHOTS, seed=12345, **settings)
+    shots = shown((one["question"], one["answer"]) for one in drawn)
     total = sum(SIZES.values())
-    made = reasoning_gym.create_dataset(task, size=6 * total, seed=1000 + seed, **settings)
+    # Entry i of a seed is entry i - 1 of the next seed: seeds are far apart.
+    made = reasoning_gym.create_dataset(name, size=6 * total, seed=1001 + 1_000_000 * (seed - 1), **settings)
     distinct: dict[str, Question] = {}
     for number, one in enumerate(made):
         prompt = f"{shots}Question: {one['question'].strip()}\nAnswer:"
@@ -109,13 +125,39 @@ def questions_of(task: str, seed: int) -> dict[str, list[Question]]:
     }
 
 
+def benchmark(task: str, seed: int) -> dict[str, list[Question]]:
+    """Of the files of a benchmark: no question that finds neurons is of its test set."""
+    files = {"identify": "train", "validation": "validation", "test": "test"}
+    rows = {
+        part: [json.loads(line) for line in (BENCHMARKS / f"{task}_{name}.jsonl").read_text("utf-8").splitlines()]
+        for part, name in files.items()
+    }
+    shots = shown((one["question"], one["answer"]) for one in rows["validation"][:SHOTS])
+    del rows["validation"][:SHOTS]
+    draw = np.random.default_rng(seed)
+    return {
+        part: [
+            Question(
+                f"{task}-{part}-{one['id']}", f"{shots}Question: {one['question'].strip()}\nAnswer:", one["answer"]
+            )
+            for one in (rows[part][place] for place in draw.permutation(len(rows[part]))[:size])
+        ]
+        for part, size in SIZES.items()
+    }
+
+
+def shown(pairs: Iterable[tuple[str, Any]]) -> str:
+    """Worked examples."""
+    return "".join(f"Question: {question.strip()}\nAnswer: {answer}\n\n" for question, answer in pairs)
+
+
 class Trial:
     """Everything of one task and seed, in a folder."""
 
     def __init__(self, arguments: Namespace, model: Any, tokenizer: Any, base: BaseModel) -> None:
         self.model, self.tokenizer, self.base, self.work = model, tokenizer, base, arguments.work
-        tokens = 12 if arguments.task == "mulw" else GYM[arguments.task][1]
-        self.check = last_number if arguments.task == "mulw" else first_line
+        tokens = TOKENS.get(arguments.task, 8)
+        self.check = first_line if arguments.task in TASKS else last_number
         self.greedy, self.sampled = Sampling(tokens, stop="\n"), Sampling(tokens, temperature=1.0, stop="\n")
         self.work.mkdir(parents=True, exist_ok=True)
         for name, questions in questions_of(arguments.task, arguments.seed).items():
@@ -163,19 +205,32 @@ class Trial:
         """The setting's neurons at its strength."""
         if setting.gradients != "plain":
             read = read[0], self.refined(setting.gradients, read)
-        how = {"ranking": setting.ranking, "min_layer": setting.min_layer, "refinement": setting.refinement}
+        lowest = self.base.layers // 2 if setting.upper else 0
+        how = {"ranking": setting.ranking, "min_layer": lowest, "refinement": setting.refinement}
         return SteeringRule(rank(*read, keep=NEURONS, **how), setting.strength, self.base)
 
-    def book(self, part: str) -> AnswerBook:
-        exam = Exam(
-            read_questions(self.work / f"{part}.jsonl"), self.check, self.greedy, max_rows=128, token_budget=40000
+    def gate(self, rule: SteeringRule) -> GateReport:
+        """Trained on the questions of the traces; reads the layers below the rule's."""
+        traces = read_traces(self.work / "traces.jsonl")
+        below = min(rule.layers())
+        return train_gate(
+            self.model, self.tokenizer, traces, self.base, below_layer=below, partial=self.work / "gate-partial"
         )
-        return AnswerBook(self.model, self.tokenizer, exam, self.work / f"answers-{part}.jsonl")
+
+    def exam(self, part: str) -> Exam:
+        questions = read_questions(self.work / f"{part}.jsonl")
+        return Exam(questions, self.check, self.greedy, max_rows=128, token_budget=40000)
+
+    def answers(self, part: str, ways: dict[str, SteeringRule | None]) -> tuple[AnswerBook, dict[str, Array]]:
+        """Verdicts under each way, (N,) bool, and the book that holds them."""
+        book = AnswerBook(self.model, self.tokenizer, self.exam(part), self.work / f"answers-{part}.jsonl")
+        book.ask([*ways.values()])
+        return book, {name: book.answers(way).correct[:, 0] for name, way in ways.items()}
 
 
 def main() -> None:
     parser = common.options(__doc__ or "", repeats=1)
-    parser.add_argument("task", choices=("mulw", *GYM))
+    parser.add_argument("task", choices=("mulw", *TASKS, "gsm8k"))
     parser.add_argument("--seed", type=int, default=1, help="of the questions")
     parser.add_argument("--work", type=Path, required=True, help="folder of everything that is made")
     parser.add_argument(
@@ -197,22 +252,33 @@ def main() -> None:
         rules[f"{settings[0].name}, of {other.name}"] = trial.rule(settings[0], parts)
     main_rule = rules[settings[0].name]
     draws = {
-        f"random {seed}": random_control(trial.model, main_rule, seed)
+        f"{RANDOM}{seed}": random_control(trial.model, main_rule, seed)
         for seed in range(0 if arguments.refinements else arguments.draws)
     }
-    book = trial.book(settings[0].part)
-    book.ask([None, *rules.values(), *draws.values()])
-    told = {name: book.answers(rule).correct[:, 0] for name, rule in {"off": None, **rules, **draws}.items()}
-    report(arguments, told, list(rules), {"collected": collected, "split_half_cosine": read[1].split_half_cosine()})
+    part = settings[0].part
+    book, told = trial.answers(part, {"off": None, **rules, **draws})
+    about = {"collected": collected, "split_half_cosine": read[1].split_half_cosine()}
+    print(f"{arguments.task}, seed {arguments.seed}: {len(told['off'])} questions; {json.dumps(about, default=str)}\n")
+    if UPPER in rules:
+        try:
+            gate = trial.gate(rules[UPPER])
+        except TraceError as error:  # too few questions of either label
+            print(f"No gate: {error}\n")
+        else:
+            fires = gate_fires(trial.model, trial.tokenizer, gate.gate, trial.exam(part), book)
+            told[GATED] = np.where(fires, told[UPPER], told["off"])
+            about |= {"gate": gate.as_record(), "steered": float(fires.mean())}
+            print(f"Gate: {gate.line()}. It steers {fires.mean():.0%} of the test questions.\n")
+    report(arguments, told, about)
 
 
-def report(arguments: Namespace, told: dict[str, Any], tested: list[str], about: dict[str, Any]) -> None:
+def report(arguments: Namespace, told: dict[str, Array], about: dict[str, Any]) -> None:
     """A Markdown table, and the same with every figure as JSON."""
+    tested = [name for name in told if name != "off" and not name.startswith(RANDOM)]
     arms = {name: compared(name, values, told["off"]) for name, values in told.items()}
     adjusted = dict(zip(tested, holm([arms[name].p_value for name in tested]), strict=True))
-    random = [arms[name].accuracy for name in arms if name.startswith("random ")]
+    random = [arms[name].accuracy for name in arms if name.startswith(RANDOM)]
     rank_p = rank_p_value(arms[tested[0]].accuracy, random) if random else None
-    print(f"{arguments.task}, seed {arguments.seed}: {len(told['off'])} questions; {json.dumps(about, default=str)}\n")
     print(
         "| 50 neurons | accuracy | against off, 95 % interval | fixed / broken | p | Holm |\n|---|---|---|---|---|---|"
     )

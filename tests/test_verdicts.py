@@ -60,6 +60,12 @@ def test_the_table_has_a_line_for_every_arm():
     assert len({len(line) for line in lines[1:]}) == 1
 
 
+def test_several_random_draws_have_a_line_together():
+    draws = [arm(f"random {seed}", accuracy) for seed, accuracy in enumerate((0.52, 0.47, 0.55))]
+    assert arms_table([OFF, GAIN, *draws]).splitlines()[3].split() == ["3", "random", "47.0%", "to", "55.0%"]
+    assert "random 0" in arms_table([OFF, GAIN, draws[0]])
+
+
 def verdicts(both, fixed, broken, neither):
     """Two arrays of verdicts with these counts."""
     arm = [True] * both + [True] * fixed + [False] * broken + [False] * neither

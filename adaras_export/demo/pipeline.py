@@ -69,7 +69,7 @@ def planted_task(_out: Path) -> Task:
             "paper": (-30.0, -10.0, -3.0, -1.0, 1.0, 3.0, 10.0, 30.0),
             "attribution": (-4.0, -2.0, -1.0, -0.3, 0.3, 1.0, 2.0, 4.0),
         },
-        random_controls=5,
+        random_controls=20,
         remark="SYNTHETIC: a small model with planted careful and careless modes. No evidence about real models.",
     )
 
