@@ -78,6 +78,7 @@ def collect(  # noqa: PLR0913 - each is a decision of its own
     wanted: int | None = None,
     per_class: int | None = None,
     record: Recording | None = None,
+    name: str | None = None,
     progress: Progress | None = None,
 ) -> CollectReport:
     """Append ``attempts`` checked completions per question to the JSONL file ``out``.
@@ -85,24 +86,35 @@ def collect(  # noqa: PLR0913 - each is a decision of its own
     Trace ids are ``question#attempt``, attempts from 0. Batches hold prompts of similar length, attempts at a question
     together, and each is on disk before the next one starts. What the file holds already is kept; with unchanged
     arguments it ends as if the run had never been interrupted. `Goal` says what ``wanted`` and ``per_class`` stop.
+    ``name`` is the model's: each trace says who wrote it.
 
     With ``record``, the activations that sampling produces anyway are summed up per question with both
     outcomes, and saved as `NeuronStats`: what `identify` would read from the file, without a pass of its own.
     Traces that were there before are read once.
 
     Raises:
-        TraceError: contradictory arguments, a file of other questions, or one that cannot be read
-            or written.
+        TraceError: contradictory arguments, a file of other questions or of another model's name, or one that cannot
+            be read or written.
     """
     _require_questions(questions, attempts, batch_size)
     require_varied(attempts, sampling)
     goal = Goal(attempts, wanted, per_class)
     backend = LocalBackend(model, tokenizer, sampling, batch_size, None if record is None else {})
     if record is None or backend.means is None:
-        return collect_from(backend, questions, out, goal, check=check, batch_size=batch_size, progress=progress)
+        return collect_from(
+            backend, questions, out, goal, check=check, batch_size=batch_size, name=name, progress=progress
+        )
     ledger = Ledger(model, tokenizer, NeuronStats.empty(record.base), backend.means)
     report = collect_from(
-        backend, questions, out, goal, check=check, batch_size=batch_size, finished=ledger.close, progress=progress
+        backend,
+        questions,
+        out,
+        goal,
+        check=check,
+        batch_size=batch_size,
+        finished=ledger.close,
+        name=name,
+        progress=progress,
     )
     ledger.stats.save(record.path)
     return report
@@ -117,6 +129,7 @@ def collect_from(  # noqa: PLR0913 - each is a decision of its own
     check: Checker,
     batch_size: int,
     finished: Finished | None = None,
+    name: str | None = None,
     progress: Progress | None = None,
 ) -> CollectReport:
     """The same from any backend. Every piece of completions is on disk before the next one is looked at.
@@ -130,7 +143,7 @@ def collect_from(  # noqa: PLR0913 - each is a decision of its own
     arranged = backend.arranged(questions)
     # Where the first questions could be all that are asked, they must not be chosen by their length.
     plan = Plan(arranged if goal.wanted is None else questions, goal, batch_size, whole=backend.streams)
-    run = _Run(backend, check, Path(out), resume(Path(out), questions))
+    run = _Run(backend, check, Path(out), resume(Path(out), questions, name), name)
     resumed, done, seen = len(run.traces), 0, set[str]()
     tell = progress or _nobody
     for batch in plan.batches():
@@ -185,6 +198,7 @@ class _Run:
     check: Checker
     out: Path
     traces: dict[str, Trace]
+    name: str | None
     blank: int = 0
     cut: int = 0
 
@@ -208,6 +222,7 @@ class _Run:
                 prompt=attempt.question.prompt,
                 completion=completion.text,
                 correct=self.check(completion.text, attempt.question.answer),
+                model=self.name,
             )
             for attempt, completion in piece
             if completion.text.strip()

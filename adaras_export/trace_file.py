@@ -30,11 +30,12 @@ def append_traces(out: Path, traces: Sequence[Trace]) -> None:
         raise _unwritable(out, error) from error
 
 
-def resume(out: Path, questions: Sequence[Question]) -> dict[str, Trace]:
+def resume(out: Path, questions: Sequence[Question], model: str | None = None) -> dict[str, Trace]:
     """The traces that the file holds, by id; the file is made if there is none, a broken last line is mended.
 
     Raises:
-        TraceError: it cannot be read or written, is no file of traces, or is one of other questions.
+        TraceError: it cannot be read or written, is no file of traces, or is one of other
+            questions or of another ``model``.
     """
     try:
         if out.is_file():
@@ -51,6 +52,10 @@ def resume(out: Path, questions: Sequence[Question]) -> dict[str, Trace]:
             raise TraceError(
                 f"{out}: trace {trace.id} has another prompt than question {trace.question_id}; "
                 "expected a file of the same questions, or a new one"
+            )
+        if model is not None and trace.model not in (None, model):
+            raise TraceError(
+                f"{out}: trace {trace.id} was written by {trace.model}; expected one of {model}, or a new file"
             )
     return {trace.id: trace for trace in traces}
 

@@ -53,6 +53,9 @@ class Question:
 class Trace:
     """One attempt at a question: what was asked, what was written, and whether it was right.
 
+    Attributes:
+        model: the name of the model that wrote it, where the file says so.
+
     Raises:
         TraceError: an empty text, a prompt of another form, or a label that is not a boolean.
     """
@@ -62,6 +65,7 @@ class Trace:
     prompt: Prompt
     completion: str
     correct: bool
+    model: str | None = None
 
     def __post_init__(self) -> None:
         _require_text("trace", "id", self.id)
@@ -71,6 +75,8 @@ class Trace:
         _require_text(subject, "completion", self.completion)
         if not isinstance(self.correct, bool):
             raise TraceError(f"{subject}: correct is {reprlib.repr(self.correct)}; expected true or false")
+        if self.model is not None:
+            _require_text(subject, "model", self.model)
 
 
 def read_traces(path: str | Path) -> list[Trace]:
@@ -151,7 +157,8 @@ def write_questions(path: str | Path, questions: Sequence[Question]) -> None:
 
 def trace_line(trace: Trace) -> str:
     """One JSON object in a fixed key order, without the line end."""
-    return _line(trace, ("id", "question_id", "prompt", "completion", "correct"))
+    named = () if trace.model is None else ("model",)
+    return _line(trace, ("id", "question_id", "prompt", "completion", "correct", *named))
 
 
 def question_line(question: Question) -> str:
@@ -302,6 +309,7 @@ def _trace_of(row: dict[str, Any]) -> Trace:
         prompt=row["prompt"],
         completion=row["completion"],
         correct=row["correct"],
+        model=row.get("model"),
     )
 
 

@@ -202,6 +202,24 @@ def test_a_file_of_other_questions_is_refused_and_left_as_it_is(run, tmp_path):
     assert (tmp_path / "t.jsonl").read_bytes() == before
 
 
+def test_a_file_of_another_model_is_refused_and_left_as_it_is(loaded, tmp_path):
+    def go(name):
+        return collect(
+            *loaded, QUESTIONS, path, attempts=2, sampling=SAMPLING, check=has_even_sum, batch_size=6, name=name
+        )
+
+    path = tmp_path / "t.jsonl"
+    go("teacher")
+    before = path.read_bytes()
+    assert {trace.model for trace in read_traces(path)} == {"teacher"}
+    with pytest.raises(
+        TraceError, match=r"t\.jsonl: trace q0#0 was written by teacher; expected one of pupil, or a new"
+    ):
+        go("pupil")
+    assert path.read_bytes() == before
+    assert go("teacher").resumed == len(before.splitlines())
+
+
 @pytest.mark.parametrize("content", ["no trace at all", "# a text\n", '{"other": 1}\n', '{"id": 1}'])
 def test_a_file_that_is_not_ours_is_refused_and_left_as_it_is(run, tmp_path, content):
     path = tmp_path / "t.jsonl"

@@ -45,7 +45,7 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str
 prompts = texts | st.lists(st.fixed_dictionaries({"role": texts, "content": texts}), min_size=1, max_size=3)
 
 
-@given(st.lists(st.tuples(prompts, texts, st.booleans()), min_size=1, max_size=5))
+@given(st.lists(st.tuples(prompts, texts, st.booleans(), st.none() | texts), min_size=1, max_size=5))
 @settings(max_examples=50, derandomize=True, deadline=None)
 def test_written_traces_are_read_as_they_were(tmp_path_factory, rows):
     path = tmp_path_factory.mktemp("traces") / "t.jsonl"

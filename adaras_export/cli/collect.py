@@ -100,6 +100,7 @@ def collect(
     read = read_questions(questions)
     chosen = checker_for(read, check)
     sampling = Sampling(max_new_tokens, temperature, top_p, seed, unescaped(stop))
+    name = Path(model).resolve().name if endpoint is None and Path(model).is_dir() else model
     if endpoint is not None or backend == "vllm":
         require_varied(attempts, sampling)
         goal = Goal(attempts, wanted, per_class)
@@ -108,7 +109,7 @@ def collect(
         )
         with progress() as bar:
             told = bar("sampling")
-            report = collect_from(made, read, out, goal, check=chosen, batch_size=batch_size, progress=told)
+            report = collect_from(made, read, out, goal, check=chosen, batch_size=batch_size, name=name, progress=told)
     else:
         loaded, tokenizer = load_model(model, revision, dtype)
         recording = None if record is None else Recording(record, BaseModel.of(model, revision))
@@ -125,6 +126,7 @@ def collect(
                 wanted=wanted,
                 per_class=per_class,
                 record=recording,
+                name=name,
                 progress=bar("sampling"),
             )
     text = (
