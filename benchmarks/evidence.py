@@ -26,12 +26,12 @@ from adaras_export.demo import smollm2
 from adaras_export.errors import TraceError
 from adaras_export.estimators import compared, difference
 from adaras_export.evaluate import gate_fires, random_control
-from adaras_export.exam import Exam
+from adaras_export.exam import Everywhere, Exam, Way
 from adaras_export.gate import GateReport, train_gate
 from adaras_export.generation import Sampling, load_model
 from adaras_export.neurons import Reading, read_attribution, read_stats
 from adaras_export.rankings import Refinement, rank
-from adaras_export.statistics import AttributionStats
+from adaras_export.statistics import AttributionStats, Tokens
 from adaras_export.storage import Array
 from adaras_export.traces import Question, Trace, by_question, read_questions, read_traces, write_questions
 
@@ -45,15 +45,17 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "shared/data/questions"
 
 @dataclass(frozen=True)
 class Setting:
-    """A rule: 50 neurons of a ranking, at a strength in units of its deltas."""
+    """A rule: neurons of a ranking, at a strength in units of its deltas; a start "everywhere" steers every token."""
 
     name: str
     ranking: str
     strength: float
     upper: bool = False
     refinement: Refinement = PLAIN
-    part: str = "test"
     gradients: str = "plain"
+    count: int = NEURONS
+    tokens: Tokens = "completion"
+    start: str = "last_prompt_token"
 
 
 RANDOM = "random "
@@ -71,17 +73,30 @@ SETTINGS = (
     Setting("paper, all layers, 3", "paper", 3.0),
 )
 REFINEMENTS = (
-    Setting("attribution as it is", "attribution", 0.15, part="validation"),
-    Setting("shrunk", "attribution", 0.15, refinement=Refinement(shrink=True), part="validation"),
-    Setting("agreeing", "attribution", 0.15, refinement=Refinement(agree=True), part="validation"),
-    Setting("5 of a layer", "attribution", 0.15, refinement=Refinement(per_layer=5), part="validation"),
-    Setting("margin per token", "attribution", 0.15, part="validation", gradients="per token"),
-    Setting("half of the attempts right", "attribution", 0.15, part="validation", gradients="informative"),
-    Setting("gradients on the way", "attribution", 0.15, part="validation", gradients="integrated"),
-    Setting("half the strength", "attribution", 0.075, part="validation"),
-    Setting("twice the strength", "attribution", 0.3, part="validation"),
-    Setting("absolute, 0.3", "absolute", 0.3, part="validation"),
-    Setting("Cohen's d, 0.3", "cohen_d", 0.3, part="validation"),
+    Setting("attribution as it is", "attribution", 0.15),
+    Setting("shrunk", "attribution", 0.15, refinement=Refinement(shrink=True)),
+    Setting("agreeing", "attribution", 0.15, refinement=Refinement(agree=True)),
+    Setting("5 of a layer", "attribution", 0.15, refinement=Refinement(per_layer=5)),
+    Setting("margin per token", "attribution", 0.15, gradients="per token"),
+    Setting("half of the attempts right", "attribution", 0.15, gradients="informative"),
+    Setting("gradients on the way", "attribution", 0.15, gradients="integrated"),
+    Setting("half the strength", "attribution", 0.075),
+    Setting("twice the strength", "attribution", 0.3),
+    Setting("20 neurons", "attribution", 0.15, count=20),
+    Setting("20 neurons, twice the strength", "attribution", 0.3, count=20),
+    Setting("100 neurons", "attribution", 0.15, count=100),
+    Setting("100 neurons, half the strength", "attribution", 0.075, count=100),
+    Setting("deviations over all tokens", "attribution", 0.3, tokens="all"),
+    Setting("from the first generated token on", "attribution", 0.15, start="first_generated_token"),
+    Setting("every token", "attribution", 0.15, start="everywhere"),
+    Setting("absolute, 0.3", "absolute", 0.3),
+    Setting("Cohen's d, 0.3", "cohen_d", 0.3),
+    Setting("paper, 3", "paper", 3.0),
+    Setting("paper, -3", "paper", -3.0),
+    Setting("paper, 10", "paper", 10.0),
+    Setting("paper, -10", "paper", -10.0),
+    Setting("paper, all tokens, 3", "paper", 3.0, tokens="all"),
+    Setting("paper, all tokens, 10", "paper", 10.0, tokens="all"),
 )
 
 SUMS = {"min_digits": 1, "max_digits": 2}
@@ -171,11 +186,11 @@ class Trial:
         asked = read_questions(self.work / "identify.jsonl")
         return vars(collect(self.model, self.tokenizer, asked, self.work / "traces.jsonl", **how))
 
-    def read(self) -> tuple[NeuronStats, AttributionStats]:
+    def read(self, tokens: Tokens = "completion") -> tuple[NeuronStats, AttributionStats]:
         """Sums over the traces, read once."""
-        path = self.work / "stats_completion.safetensors"
+        path = self.work / f"stats_{tokens}.safetensors"
         if not path.is_file():
-            traces, how = read_traces(self.work / "traces.jsonl"), Reading(8192, tokens="completion")
+            traces, how = read_traces(self.work / "traces.jsonl"), Reading(8192, tokens=tokens)
             read_stats(self.model, self.tokenizer, traces, self.base, reading=how).save(path)
         return NeuronStats.load(path), self.gradients("attribution")
 
@@ -203,25 +218,30 @@ class Trial:
 
     def rule(self, setting: Setting, read: tuple[NeuronStats, AttributionStats]) -> SteeringRule:
         """The setting's neurons at its strength."""
+        if setting.tokens != "completion":
+            read = self.read(setting.tokens)
         if setting.gradients != "plain":
             read = read[0], self.refined(setting.gradients, read)
         lowest = self.base.layers // 2 if setting.upper else 0
         how = {"ranking": setting.ranking, "min_layer": lowest, "refinement": setting.refinement}
-        return SteeringRule(rank(*read, keep=NEURONS, **how), setting.strength, self.base)
+        start = "last_prompt_token" if setting.start == "everywhere" else setting.start
+        return SteeringRule(rank(*read, keep=setting.count, **how), setting.strength, self.base, start=start)
 
-    def gate(self, rule: SteeringRule) -> GateReport:
-        """Trained on the questions of the traces; reads the layers below the rule's."""
-        traces = read_traces(self.work / "traces.jsonl")
-        below = min(rule.layers())
-        return train_gate(
-            self.model, self.tokenizer, traces, self.base, below_layer=below, partial=self.work / "gate-partial"
-        )
+    def way(self, setting: Setting, read: tuple[NeuronStats, AttributionStats]) -> Way:
+        rule = self.rule(setting, read)
+        return Everywhere(rule) if setting.start == "everywhere" else rule
+
+    def gate(self) -> GateReport:
+        """Trained on the questions of the traces; reads the lower half of the layers."""
+        traces, partial = read_traces(self.work / "traces.jsonl"), self.work / "gate-partial"
+        below = self.base.layers // 2
+        return train_gate(self.model, self.tokenizer, traces, self.base, below_layer=below, partial=partial)
 
     def exam(self, part: str) -> Exam:
         questions = read_questions(self.work / f"{part}.jsonl")
         return Exam(questions, self.check, self.greedy, max_rows=128, token_budget=40000)
 
-    def answers(self, part: str, ways: dict[str, SteeringRule | None]) -> tuple[AnswerBook, dict[str, Array]]:
+    def answers(self, part: str, ways: dict[str, Way]) -> tuple[AnswerBook, dict[str, Array]]:
         """Verdicts under each way, (N,) bool, and the book that holds them."""
         book = AnswerBook(self.model, self.tokenizer, self.exam(part), self.work / f"answers-{part}.jsonl")
         book.ask([*ways.values()])
@@ -243,25 +263,25 @@ def main() -> None:
     trial = Trial(arguments, *load_model(folder), BaseModel.of(folder))
     collected, read = trial.traces(), trial.read()
     settings = REFINEMENTS if arguments.refinements else SETTINGS
-    rules = {setting.name: trial.rule(setting, read) for setting in settings}
+    rules: dict[str, Way] = {setting.name: trial.way(setting, read) for setting in settings}
     for other in () if arguments.refinements else arguments.transfer:
         parts = (
             NeuronStats.load(other / "stats_completion.safetensors"),
             AttributionStats.load(other / "attribution.safetensors"),
         )
         rules[f"{settings[0].name}, of {other.name}"] = trial.rule(settings[0], parts)
-    main_rule = rules[settings[0].name]
+    first = trial.rule(settings[0], read)
     draws = {
-        f"{RANDOM}{seed}": random_control(trial.model, main_rule, seed)
+        f"{RANDOM}{seed}": random_control(trial.model, first, seed)
         for seed in range(0 if arguments.refinements else arguments.draws)
     }
-    part = settings[0].part
+    part = "validation" if arguments.refinements else "test"
     book, told = trial.answers(part, {"off": None, **rules, **draws})
     about = {"collected": collected, "split_half_cosine": read[1].split_half_cosine()}
     print(f"{arguments.task}, seed {arguments.seed}: {len(told['off'])} questions; {json.dumps(about, default=str)}\n")
     if UPPER in rules:
         try:
-            gate = trial.gate(rules[UPPER])
+            gate = trial.gate()
         except TraceError as error:  # too few questions of either label
             print(f"No gate: {error}\n")
         else:
