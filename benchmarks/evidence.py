@@ -3,13 +3,14 @@
     python benchmarks/evidence.py chain_sum --seed 1 --work evidence/chain_sum-1
     python benchmarks/evidence.py mulw --seed 2 --work evidence/mulw-2 --transfer evidence/chain_sum-1
 
-Settings stand below, fixed before any test question is answered, and the test questions are answered once. Killed, it
-goes on where it was. Writes results.json, and a table for docs/evidence.md to standard output.
+Settings stand below, fixed before any test question is answered, or with `--settings tuned` are the best of a grid on
+validation questions. The test questions are answered once. Killed, it goes on where it was. Writes SETTINGS.json, and
+tables for docs/evidence.md to standard output.
 """
 
 import json
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -59,18 +60,15 @@ class Setting:
 
 
 RANDOM = "random "
-UPPER = "attribution, upper half, 0.2"
-"""What a gate can be put in front of: the layers below it are unsteered, and the same pass reads them."""
-GATED = f"{UPPER}, gated"
 
 # Deviations are those over answer tokens, about twice those over all tokens behind the shared examples, in which an
 # earlier trial had 0.3.
-SETTINGS = (
-    Setting("attribution, all layers, 0.15", "attribution", 0.15),
+FIXED = (
+    Setting("attribution, 50 at 0.15", "attribution", 0.15),
     Setting("sign flipped", "attribution", -0.15),
-    Setting(UPPER, "attribution", 0.2, upper=True),
-    Setting("paper, all layers, 0.3", "paper", 0.3),
-    Setting("paper, all layers, 3", "paper", 3.0),
+    Setting("attribution, upper half, 50 at 0.2", "attribution", 0.2, upper=True),
+    Setting("paper, 50 at 0.3", "paper", 0.3),
+    Setting("paper, 50 at 3", "paper", 3.0),
 )
 REFINEMENTS = (
     Setting("attribution as it is", "attribution", 0.15),
@@ -98,6 +96,21 @@ REFINEMENTS = (
     Setting("paper, all tokens, 3", "paper", 3.0, tokens="all"),
     Setting("paper, all tokens, 10", "paper", 10.0, tokens="all"),
 )
+
+
+def grid(ranking: str, counts: Sequence[int], strengths: Sequence[float]) -> list[Setting]:
+    return [
+        Setting(f"{ranking}, {count} at {strength:g}", ranking, strength, count=count)
+        for count in counts
+        for strength in strengths
+    ]
+
+
+GRIDS = {
+    "attribution": grid("attribution", (50, 100, 200, 400), (0.15, 0.3, 0.6, 1.2)),
+    "paper": grid("paper", (50, 200), (-30, -10, -3, 3, 10, 30)),
+}
+
 
 SUMS = {"min_digits": 1, "max_digits": 2}
 TASKS: dict[str, tuple[str, dict[str, Any]]] = {  # of reasoning-gym, and its settings
@@ -210,7 +223,7 @@ class Trial:
             groups = by_question(read_traces(self.work / "traces.jsonl")).values()
             half = [one for one in groups if 2 * sum(trace.correct for trace in one) == len(one)]
             return self.gradients("attribution-informative", [trace for group in half for trace in group])
-        rule, point = self.rule(SETTINGS[0], read), np.zeros((self.base.layers, self.base.mlp_size))
+        rule, point = self.rule(REFINEMENTS[0], read), np.zeros((self.base.layers, self.base.mlp_size))
         point[rule.neurons.layer, rule.neurons.index] = rule.strength * rule.neurons.delta
         ways = [self.gradients(f"attribution-at-{part:g}", at=part * point) for part in (0.5, 1.0)]
         total = sum(one.gradient_sum for one in (read[1], *ways)) / 3
@@ -241,11 +254,32 @@ class Trial:
         questions = read_questions(self.work / f"{part}.jsonl")
         return Exam(questions, self.check, self.greedy, max_rows=128, token_budget=40000)
 
-    def answers(self, part: str, ways: dict[str, Way]) -> tuple[AnswerBook, dict[str, Array]]:
-        """Verdicts under each way, (N,) bool, and the book that holds them."""
-        book = AnswerBook(self.model, self.tokenizer, self.exam(part), self.work / f"answers-{part}.jsonl")
-        book.ask([*ways.values()])
-        return book, {name: book.answers(way).correct[:, 0] for name, way in ways.items()}
+    def book(self, part: str) -> AnswerBook:
+        return AnswerBook(self.model, self.tokenizer, self.exam(part), self.work / f"answers-{part}.jsonl")
+
+    def tuned(self, read: tuple[NeuronStats, AttributionStats]) -> tuple[Setting, ...]:
+        """Of each ranking the setting that is best on validation questions; of equal ones the weaker."""
+        told, best = {}, {}
+        book = self.book("validation")
+        for ranking, settings in GRIDS.items():
+            found = verdicts(book, {"off": None, **{setting.name: self.way(setting, read) for setting in settings}})
+            best[ranking] = best_of(settings, found)
+            told |= found
+        print(f"On {len(told['off'])} validation questions:\n\n{report(told)[0]}\n")
+        ours = best["attribution"]
+        flipped = replace(ours, name="sign flipped", strength=-ours.strength)
+        return ours, flipped, replace(ours, name=f"upper half, {ours.name}", upper=True), best["paper"]
+
+
+def best_of(settings: Sequence[Setting], told: dict[str, Array]) -> Setting:
+    """With the most right answers; of equal ones that which adds least."""
+    return max(settings, key=lambda one: (told[one.name].mean(), -abs(one.strength) * one.count))
+
+
+def verdicts(book: AnswerBook, ways: dict[str, Way]) -> dict[str, Array]:
+    """Under each way, (N,) bool."""
+    book.ask([*ways.values()])
+    return {name: book.answers(way).correct[:, 0] for name, way in ways.items()}
 
 
 def main() -> None:
@@ -257,63 +291,81 @@ def main() -> None:
         "--transfer", type=Path, action="append", default=[], help="folder of another run, whose rule is tried"
     )
     parser.add_argument("--draws", type=int, default=20, help="random controls of the first rule (default: 20)")
-    parser.add_argument("--refinements", action="store_true", help="compare refinements, on validation questions")
+    parser.add_argument(
+        "--settings",
+        choices=("fixed", "tuned", "refinements"),
+        default="fixed",
+        help="tuned: chosen on validation questions; refinements: compared there, no test (default: %(default)s)",
+    )
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the model")
     arguments = parser.parse_args()
     folder = common.prepare(arguments)
-    trial = Trial(arguments, *load_model(folder), BaseModel.of(folder))
+    trial = Trial(arguments, *load_model(folder, dtype=arguments.dtype), BaseModel.of(folder))
     collected, read = trial.traces(), trial.read()
-    settings = REFINEMENTS if arguments.refinements else SETTINGS
-    rules: dict[str, Way] = {setting.name: trial.way(setting, read) for setting in settings}
-    for other in () if arguments.refinements else arguments.transfer:
+    about: dict[str, Any] = {"collected": collected, "split_half_cosine": read[1].split_half_cosine()}
+    print(f"{arguments.task}, seed {arguments.seed}: {json.dumps(about, default=str)}\n")
+    if arguments.settings == "refinements":
+        ways = {"off": None, **{setting.name: trial.way(setting, read) for setting in REFINEMENTS}}
+        told = verdicts(trial.book("validation"), ways)
+    else:
+        settings = FIXED if arguments.settings == "fixed" else trial.tuned(read)
+        told, own = tested(trial, read, settings, arguments)
+        about |= own
+    text, figures = report(told)
+    print(f"On {len(told['off'])} questions:\n\n{text}")
+    (arguments.work / f"{arguments.settings}.json").write_text(json.dumps({**figures, **about}, indent=1, default=str))
+
+
+def tested(
+    trial: Trial, read: tuple[NeuronStats, AttributionStats], settings: Sequence[Setting], arguments: Namespace
+) -> tuple[dict[str, Array], dict[str, Any]]:
+    """Verdicts on the test questions, and what is known of the gate. The first setting has the random controls."""
+    rules = {setting.name: trial.rule(setting, read) for setting in settings}
+    first, upper = settings[0], next(setting.name for setting in settings if setting.upper)
+    for other in arguments.transfer:
         parts = (
             NeuronStats.load(other / "stats_completion.safetensors"),
             AttributionStats.load(other / "attribution.safetensors"),
         )
-        rules[f"{settings[0].name}, of {other.name}"] = trial.rule(settings[0], parts)
-    first = trial.rule(settings[0], read)
-    draws = {
-        f"{RANDOM}{seed}": random_control(trial.model, first, seed)
-        for seed in range(0 if arguments.refinements else arguments.draws)
-    }
-    part = "validation" if arguments.refinements else "test"
-    book, told = trial.answers(part, {"off": None, **rules, **draws})
-    about = {"collected": collected, "split_half_cosine": read[1].split_half_cosine()}
-    print(f"{arguments.task}, seed {arguments.seed}: {len(told['off'])} questions; {json.dumps(about, default=str)}\n")
-    if UPPER in rules:
-        try:
-            gate = trial.gate()
-        except TraceError as error:  # too few questions of either label
-            print(f"No gate: {error}\n")
-        else:
-            fires = gate_fires(trial.model, trial.tokenizer, gate.gate, trial.exam(part), book)
-            told[GATED] = np.where(fires, told[UPPER], told["off"])
-            about |= {"gate": gate.as_record(), "steered": float(fires.mean())}
-            print(f"Gate: {gate.line()}. It steers {fires.mean():.0%} of the test questions.\n")
-    report(arguments, told, about)
+        rules[f"{first.name}, of {other.name}"] = trial.rule(first, parts)
+    for seed in range(arguments.draws):
+        rules[f"{RANDOM}{seed}"] = random_control(trial.model, rules[first.name], seed)
+    book = trial.book("test")
+    told = verdicts(book, {"off": None, **rules})
+    try:
+        gate = trial.gate()
+    except TraceError as error:  # too few questions of either label
+        print(f"No gate: {error}\n")
+        return told, {}
+    fires = gate_fires(trial.model, trial.tokenizer, gate.gate, trial.exam("test"), book)
+    told[f"{upper}, gated"] = np.where(fires, told[upper], told["off"])
+    print(f"Gate: {gate.line()}. It steers {fires.mean():.0%} of the test questions.\n")
+    return told, {"gate": gate.as_record(), "steered": float(fires.mean())}
 
 
-def report(arguments: Namespace, told: dict[str, Array], about: dict[str, Any]) -> None:
-    """A Markdown table, and the same with every figure as JSON."""
-    tested = [name for name in told if name != "off" and not name.startswith(RANDOM)]
+def report(told: dict[str, Array]) -> tuple[str, dict[str, Any]]:
+    """A Markdown table, and its figures. Holm's correction is over all rules but random ones."""
+    names = [name for name in told if name != "off" and not name.startswith(RANDOM)]
     arms = {name: compared(name, values, told["off"]) for name, values in told.items()}
-    adjusted = dict(zip(tested, holm([arms[name].p_value for name in tested]), strict=True))
+    adjusted = dict(zip(names, holm([arms[name].p_value for name in names]), strict=True))
     random = [arms[name].accuracy for name in arms if name.startswith(RANDOM)]
-    rank_p = rank_p_value(arms[tested[0]].accuracy, random) if random else None
-    print(
-        "| 50 neurons | accuracy | against off, 95 % interval | fixed / broken | p | Holm |\n|---|---|---|---|---|---|"
-    )
-    print(f"| off | {arms['off'].accuracy:.1%} | | | | |")
-    for name in tested:
+    rank_p = rank_p_value(arms[names[0]].accuracy, random) if random else None
+    lines = [
+        "| rule | accuracy | against off, 95 % interval | fixed / broken | p | Holm |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines.append(f"| off | {arms['off'].accuracy:.1%} | | | | |")
+    for name in names:
         arm, gap = arms[name], difference(told[name], told["off"])
-        print(
+        lines.append(
             f"| {name} | {arm.accuracy:.1%} | {100 * gap.value:+.1f} ({100 * gap.low:+.1f} to {100 * gap.high:+.1f}) | "
             f"{arm.fixed} / {arm.broken} | {arm.p_value:.2g} | {adjusted[name]:.2g} |"
         )
     if random:
-        print(f"| {len(random)} random draws | {min(random):.1%} to {max(random):.1%} | | | rank {rank_p:.2g} | |")
-    figures = {"arms": [vars(arm) for arm in arms.values()], "holm": adjusted, "rank_p": rank_p, **about}
-    name = "refinements.json" if arguments.refinements else "results.json"
-    (arguments.work / name).write_text(json.dumps(figures, indent=1, default=str) + "\n")
+        lines.append(
+            f"| {len(random)} random draws | {min(random):.1%} to {max(random):.1%} | | | rank {rank_p:.2g} | |"
+        )
+    return "\n".join(lines), {"arms": [vars(arm) for arm in arms.values()], "holm": adjusted, "rank_p": rank_p}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""The benchmarks of identifying and steering run on a tiny model, and end where what they compare is not the same."""
+"""The benchmarks of identifying and steering run on a tiny model, and end where what they compare is not the same.
+
+Questions of the evidence are dealt so that none that makes a rule tests it.
+"""
 
 import gc
 import importlib
@@ -8,12 +11,15 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 from transformers.utils import logging
 
+from adaras_export.traces import digest
+
 FOLDER = Path(__file__).parents[1] / "benchmarks"
-NAMES = ("common", "decode", "identify", "steer")
+NAMES = ("common", "decode", "evidence", "identify", "steer")
 TEXTS = [(f"{n}+{n}=", f"{attempt}: {2 * n}", attempt < 4) for n in (1, 2, 3) for attempt in range(8)]
 
 
@@ -96,3 +102,29 @@ def test_hooks_that_do_not_steer_as_the_rule_says_end_the_benchmark(scripts, fla
     monkeypatch.setitem(scripts["steer"].WAYS, "hook per neuron", lambda _model, _rule: nullcontext())
     with pytest.raises(SystemExit, match=r"3 neurons, batch 1: logits are apart by .*'hook per neuron': 0"):
         scripts["steer"].main()
+
+
+@pytest.mark.parametrize("task", ["mulw", "chain_sum", "gsm8k"])
+def test_no_question_of_the_evidence_is_in_two_parts_and_seeds_differ(scripts, task):
+    evidence = scripts["evidence"]
+    if task == "gsm8k" and not evidence.BENCHMARKS.is_dir():
+        pytest.skip("the reference's data is not here")
+    first, second = (evidence.questions_of(task, seed) for seed in (1, 2))
+    prompts = [digest(question.prompt) for part in first.values() for question in part]
+    assert {name: len(part) for name, part in first.items()} == evidence.SIZES
+    assert len(set(prompts)) == len(prompts) == 1200
+    others = {digest(question.prompt) for part in second.values() for question in part}
+    assert len(others & {*prompts}) < 600  # of neighbouring seeds of reasoning-gym nearly all would be
+
+
+def test_of_equally_good_settings_of_the_evidence_the_weaker_is_tested(scripts):
+    evidence = scripts["evidence"]
+    told = {"off": [0, 0, 1], "attribution, 100 at 0.3": [1, 1, 1], "attribution, 200 at 0.6": [1, 1, 1]}
+    found = evidence.best_of(
+        evidence.GRIDS["attribution"],
+        {
+            name: np.array(told.get(name, [0, 0, 1]))
+            for name in ["off", *(one.name for one in evidence.GRIDS["attribution"])]
+        },
+    )
+    assert found.name == "attribution, 100 at 0.3"
