@@ -197,8 +197,8 @@ def require_statistics() -> ModuleType:
 def arms_table(arms: Sequence[Arm]) -> str:
     """Arms for a person, one line each; where there are several draws of random neurons, one line for all of these."""
     draws = [arm for arm in arms if arm.name.startswith("random")]
-    alone = arms if len(draws) < 2 else [arm for arm in arms if arm not in draws]
-    together = f"{len(draws)} random"
+    together = f"{len(draws)} random" if len(draws) > 1 else ""
+    alone = [arm for arm in arms if arm not in draws] if together else arms
     width = max(len(together), *(len(arm.name) for arm in alone))
     head = f"{'':{width}}  accuracy   95 % interval     fixed  broken  McNemar p"
     lines = [
@@ -206,7 +206,7 @@ def arms_table(arms: Sequence[Arm]) -> str:
         f"{arm.p_value:9.2g}"
         for arm in alone
     ]
-    if len(draws) > 1:
+    if together:
         least, most = (pick(arm.accuracy for arm in draws) for pick in (min, max))
         lines.append(f"{together:{width}}  {least:7.1%} to {most:.1%}")
     return "\n".join([head, *lines])

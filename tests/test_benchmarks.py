@@ -118,13 +118,7 @@ def test_no_question_of_the_evidence_is_in_two_parts_and_seeds_differ(scripts, t
 
 
 def test_of_equally_good_settings_of_the_evidence_the_weaker_is_tested(scripts):
-    evidence = scripts["evidence"]
-    told = {"off": [0, 0, 1], "attribution, 100 at 0.3": [1, 1, 1], "attribution, 200 at 0.6": [1, 1, 1]}
-    found = evidence.best_of(
-        evidence.GRIDS["attribution"],
-        {
-            name: np.array(told.get(name, [0, 0, 1]))
-            for name in ["off", *(one.name for one in evidence.GRIDS["attribution"])]
-        },
-    )
-    assert found.name == "attribution, 100 at 0.3"
+    grid = scripts["evidence"].GRIDS["attribution"]
+    told = {one.name: np.zeros(3) for one in grid}
+    told |= {f"attribution, {best}": np.ones(3) for best in ("100 at 0.6", "100 at 0.3", "400 at 0.15")}
+    assert scripts["evidence"].best_of(grid, told).name == "attribution, 100 at 0.3"
