@@ -10,10 +10,10 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from adaras_export.card_text import code, plain
-from adaras_export.conclusions import is_random, judge, lead_of
+from adaras_export.conclusions import judge, lead_of
 from adaras_export.errors import ArtifactError
 from adaras_export.models import is_hub_id
-from adaras_export.verdicts import RULE_ARMS, Arm, Comparison, Estimate, Gap
+from adaras_export.verdicts import RULE_ARMS, Arm, Comparison, Estimate, Gap, is_random
 
 
 @dataclass(frozen=True)

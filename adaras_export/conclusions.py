@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from adaras_export.estimators import detectable_from
-from adaras_export.verdicts import RULE_ARMS, Arm
+from adaras_export.verdicts import RULE_ARMS, Arm, is_random
 
 Outcome = Literal["unchanged", "harm", "uncontrolled", "flipped", "controls", "few draws", "gain"]
 
@@ -147,11 +147,6 @@ def in_points(difference: float) -> str:
 def lead_of(names: Sequence[str]) -> str:
     """The way to run the rule that its controls are steered like: the one nearest to the paper's."""
     return next(name for name in RULE_ARMS if name in names)
-
-
-def is_random(name: str) -> bool:
-    """Whether an arm of that name is a random-neuron control."""
-    return name.startswith("random")
 
 
 def adjusted_of(arms: Sequence[Arm]) -> dict[str, float]:

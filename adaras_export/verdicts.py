@@ -194,9 +194,14 @@ def require_statistics() -> ModuleType:
     return require("scipy.stats", "identify", "comparing verdicts")
 
 
+def is_random(name: str) -> bool:
+    """Whether an arm of that name is a random-neuron control."""
+    return name.startswith("random")
+
+
 def arms_table(arms: Sequence[Arm]) -> str:
     """Arms for a person, one line each; where there are several draws of random neurons, one line for all of these."""
-    draws = [arm for arm in arms if arm.name.startswith("random")]
+    draws = [arm for arm in arms if is_random(arm.name)]
     together = f"{len(draws)} random" if len(draws) > 1 else ""
     alone = [arm for arm in arms if arm not in draws] if together else arms
     width = max(len(together), *(len(arm.name) for arm in alone))

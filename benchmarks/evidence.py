@@ -35,6 +35,7 @@ from adaras_export.rankings import Refinement, rank
 from adaras_export.statistics import AttributionStats, Tokens
 from adaras_export.storage import Array
 from adaras_export.traces import Question, Trace, by_question, read_questions, read_traces, write_questions
+from adaras_export.verdicts import is_random
 
 SIZES = {"identify": 400, "validation": 300, "test": 500}
 NEURONS = 50
@@ -58,8 +59,6 @@ class Setting:
     tokens: Tokens = "completion"
     start: str = "last_prompt_token"
 
-
-RANDOM = "random "
 
 # Deviations are those over answer tokens, about twice those over all tokens behind the shared examples, in which an
 # earlier trial had 0.3.
@@ -144,7 +143,7 @@ def questions_of(task: str, seed: int) -> dict[str, list[Question]]:
     made = reasoning_gym.create_dataset(name, size=6 * total, seed=1001 + 1_000_000 * (seed - 1), **settings)
     distinct: dict[str, Question] = {}
     for number, one in enumerate(made):
-        prompt = f"{shots}Question: {one['question'].strip()}\nAnswer:"
+        prompt = shots + asked(one["question"])
         distinct.setdefault(prompt, Question(f"{task}-{seed}-{number}", prompt, str(one["answer"])))
     found = list(distinct.values())[:total]
     ends = np.cumsum([int(size * len(found) / total) for size in SIZES.values()])
@@ -165,9 +164,7 @@ def benchmark(task: str, seed: int) -> dict[str, list[Question]]:
     draw = np.random.default_rng(seed)
     return {
         part: [
-            Question(
-                f"{task}-{part}-{one['id']}", f"{shots}Question: {one['question'].strip()}\nAnswer:", one["answer"]
-            )
+            Question(f"{task}-{part}-{one['id']}", shots + asked(one["question"]), one["answer"])
             for one in (rows[part][place] for place in draw.permutation(len(rows[part]))[:size])
         ]
         for part, size in SIZES.items()
@@ -176,7 +173,11 @@ def benchmark(task: str, seed: int) -> dict[str, list[Question]]:
 
 def shown(pairs: Iterable[tuple[str, Any]]) -> str:
     """Worked examples."""
-    return "".join(f"Question: {question.strip()}\nAnswer: {answer}\n\n" for question, answer in pairs)
+    return "".join(f"{asked(question)} {answer}\n\n" for question, answer in pairs)
+
+
+def asked(question: str) -> str:
+    return f"Question: {question.strip()}\nAnswer:"
 
 
 class Trial:
@@ -329,7 +330,7 @@ def tested(
         )
         rules[f"{first.name}, of {other.name}"] = trial.rule(first, parts)
     for seed in range(arguments.draws):
-        rules[f"{RANDOM}{seed}"] = random_control(trial.model, rules[first.name], seed)
+        rules[f"random {seed}"] = random_control(trial.model, rules[first.name], seed)
     book = trial.book("test")
     told = verdicts(book, {"off": None, **rules})
     try:
@@ -345,10 +346,10 @@ def tested(
 
 def report(told: dict[str, Array]) -> tuple[str, dict[str, Any]]:
     """A Markdown table, and its figures. Holm's correction is over all rules but random ones."""
-    names = [name for name in told if name != "off" and not name.startswith(RANDOM)]
+    names = [name for name in told if name != "off" and not is_random(name)]
     arms = {name: compared(name, values, told["off"]) for name, values in told.items()}
     adjusted = dict(zip(names, holm([arms[name].p_value for name in names]), strict=True))
-    random = [arms[name].accuracy for name in arms if name.startswith(RANDOM)]
+    random = [arms[name].accuracy for name in arms if is_random(name)]
     rank_p = rank_p_value(arms[names[0]].accuracy, random) if random else None
     lines = [
         "| rule | accuracy | against off, 95 % interval | fixed / broken | p | Holm |",

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from adaras_export.conclusions import Judgement, adjusted_of, holm, is_random, judge
+from adaras_export.conclusions import Judgement, adjusted_of, holm, judge
 from adaras_export.errors import ArtifactError
 from adaras_export.estimators import (
     bootstrap_mean,
@@ -21,7 +21,7 @@ from adaras_export.estimators import (
     per_question,
 )
 from adaras_export.reports.reading import Recorded
-from adaras_export.verdicts import RULE_ARMS, Arm, Estimate
+from adaras_export.verdicts import RULE_ARMS, Arm, Estimate, is_random
 
 Role = Literal["off", "rule", "flipped", "random", "other"]
 
