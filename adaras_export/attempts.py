@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from adaras_export.errors import TraceError
-from adaras_export.traces import Question
+from adaras_export.traces import Question, Settings
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,10 @@ class Completion:
 
 class Backend(Protocol):
     """Something that completes prompts."""
+
+    @property
+    def settings(self) -> Settings:
+        """What its completions hang on, beside the prompt and the model: of a file, all have the same."""
 
     @property
     def streams(self) -> bool:

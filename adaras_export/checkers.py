@@ -154,6 +154,12 @@ def checker_for(questions: Sequence[Question], name: str | None = None) -> Check
     return checker(name or (named[0] if named else "last_number"))
 
 
+def name_of(check: Checker) -> str:
+    """The name under which files and reports know it."""
+    name: str = getattr(check, "__name__", type(check).__name__)
+    return name
+
+
 def _math_verify_library() -> ModuleType:
     return require("math_verify", "eval", "checking answers by their mathematics")
 

@@ -10,18 +10,19 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from adaras_export.attempts import Attempt, Backend, Completion, Goal, Plan
-from adaras_export.checkers import Checker
+from adaras_export.checkers import Checker, name_of
 from adaras_export.errors import TraceError
 from adaras_export.generation import Sampling
 from adaras_export.local_backend import Ledger, LocalBackend
 from adaras_export.models import BaseModel
 from adaras_export.statistics import NeuronStats
-from adaras_export.trace_file import append_traces, resume
-from adaras_export.traces import Question, Trace, by_question
+from adaras_export.trace_file import append_traces, claimed, resume
+from adaras_export.traces import Question, Settings, Trace, by_question
 
 Progress = Callable[[int, int], None]
 """Of attempts done and attempts in all."""
@@ -48,6 +49,7 @@ class CollectReport:
         questions: questions that have a trace.
         mixed_questions: questions that have correct and incorrect traces.
         resumed: traces that the file held before the run.
+        unlabelled: traces that do not say with which settings they were sampled.
         blank: attempts of this run that gave no text; they make no trace.
         cut: traces of this run that the limit of tokens ended.
         repeated: traces with the text of an earlier one of their question; many where a server does not sample.
@@ -59,10 +61,20 @@ class CollectReport:
     questions: int
     mixed_questions: int
     resumed: int
+    unlabelled: int
     blank: int
     cut: int
     repeated: int
     seconds: float
+
+    def lacks(self) -> str | None:
+        """Why the file cannot be contrasted within its questions; None where it can."""
+        if not self.correct or self.correct == self.traces:
+            kind, others = ("correct", "easier") if not self.correct else ("incorrect", "harder")
+            return f"no trace is {kind}, so identify and gate cannot use the file; ask {others} questions"
+        if not self.mixed_questions:
+            return "no question has both outcomes, so identify cannot contrast them; sample more attempts"
+        return None
 
 
 def collect(  # noqa: PLR0913 - each is a decision of its own
@@ -79,6 +91,7 @@ def collect(  # noqa: PLR0913 - each is a decision of its own
     per_class: int | None = None,
     record: Recording | None = None,
     name: str | None = None,
+    revision: str | None = None,
     progress: Progress | None = None,
 ) -> CollectReport:
     """Append ``attempts`` checked completions per question to the JSONL file ``out``.
@@ -86,36 +99,26 @@ def collect(  # noqa: PLR0913 - each is a decision of its own
     Trace ids are ``question#attempt``, attempts from 0. Batches hold prompts of similar length, attempts at a question
     together, and each is on disk before the next one starts. What the file holds already is kept; with unchanged
     arguments it ends as if the run had never been interrupted. `Goal` says what ``wanted`` and ``per_class`` stop.
-    ``name`` is the model's: each trace says who wrote it.
+    ``name`` and ``revision`` are the model's: each trace says who wrote it, and with which settings.
 
     With ``record``, the activations that sampling produces anyway are summed up per question with both
     outcomes, and saved as `NeuronStats`: what `identify` would read from the file, without a pass of its own.
     Traces that were there before are read once.
 
     Raises:
-        TraceError: contradictory arguments, a file of other questions or of another model's name, or one that cannot
-            be read or written.
+        TraceError: contradictory arguments, a file of other questions, settings or another model's name, one that
+            another process writes, or one that cannot be read or written.
     """
     _require_questions(questions, attempts, batch_size)
     require_varied(attempts, sampling)
     goal = Goal(attempts, wanted, per_class)
     backend = LocalBackend(model, tokenizer, sampling, batch_size, None if record is None else {})
+    how: dict[str, Any] = {"check": check, "batch_size": batch_size, "progress": progress}
+    how |= {"name": name, "revision": revision}
     if record is None or backend.means is None:
-        return collect_from(
-            backend, questions, out, goal, check=check, batch_size=batch_size, name=name, progress=progress
-        )
+        return collect_from(backend, questions, out, goal, **how)
     ledger = Ledger(model, tokenizer, NeuronStats.empty(record.base), backend.means)
-    report = collect_from(
-        backend,
-        questions,
-        out,
-        goal,
-        check=check,
-        batch_size=batch_size,
-        finished=ledger.close,
-        name=name,
-        progress=progress,
-    )
+    report = collect_from(backend, questions, out, goal, finished=ledger.close, **how)
     ledger.stats.save(record.path)
     return report
 
@@ -130,6 +133,7 @@ def collect_from(  # noqa: PLR0913 - each is a decision of its own
     batch_size: int,
     finished: Finished | None = None,
     name: str | None = None,
+    revision: str | None = None,
     progress: Progress | None = None,
 ) -> CollectReport:
     """The same from any backend. Every piece of completions is on disk before the next one is looked at.
@@ -143,28 +147,16 @@ def collect_from(  # noqa: PLR0913 - each is a decision of its own
     arranged = backend.arranged(questions)
     # Where the first questions could be all that are asked, they must not be chosen by their length.
     plan = Plan(arranged if goal.wanted is None else questions, goal, batch_size, whole=backend.streams)
-    run = _Run(backend, check, Path(out), resume(Path(out), questions, name), name)
-    resumed, done, seen = len(run.traces), 0, set[str]()
-    tell = progress or _nobody
-    for batch in plan.batches():
-        for left in run.fill(batch):
-            tell(done + len(batch) - left, plan.total)
-        done += len(batch)
-        for attempt in batch:
-            seen.add(attempt.question.id)
-            if attempt.id in run.traces:
-                plan.count(attempt.question.id, correct=run.traces[attempt.id].correct)
-        if finished is not None:
-            finished(plan.over(batch), run.traces)
-    if finished is not None:
-        finished(seen, run.traces)
-    if goal.per_class is not None:
-        tell(done, plan.total)  # the last questions may have been spared attempts
-    return run.report(resumed, time.perf_counter() - started)
+    settings = {**backend.settings, "check": name_of(check), "revision": revision}
+    with claimed(Path(out)):
+        held = resume(Path(out), questions, name, settings)
+        run = _Run(backend, check, Path(out), held, name, settings, resumed=len(held))
+        run.complete(plan, progress or _nobody, finished or _nobody)
+    return run.report(time.perf_counter() - started)
 
 
-def _nobody(done: int, total: int) -> None:
-    """Progress that nobody looks at."""
+def _nobody(_one: object, _other: object) -> None:
+    """What is done, where nobody looks at it."""
 
 
 def _require_questions(questions: Sequence[Question], attempts: int, batch_size: int) -> None:
@@ -199,8 +191,26 @@ class _Run:
     out: Path
     traces: dict[str, Trace]
     name: str | None
+    settings: Settings
+    resumed: int
     blank: int = 0
     cut: int = 0
+
+    def complete(self, plan: Plan, progress: Progress, finished: Finished) -> None:
+        """Batch by batch, what the plan says and the file lacks."""
+        done, seen = 0, set[str]()
+        for batch in plan.batches():
+            for left in self.fill(batch):
+                progress(done + len(batch) - left, plan.total)
+            done += len(batch)
+            for attempt in batch:
+                seen.add(attempt.question.id)
+                if attempt.id in self.traces:
+                    plan.count(attempt.question.id, correct=self.traces[attempt.id].correct)
+            finished(plan.over(batch), self.traces)
+        finished(seen, self.traces)
+        if plan.goal.per_class is not None:
+            progress(done, plan.total)  # the last questions may have been spared attempts
 
     def fill(self, batch: Sequence[Attempt]) -> Iterator[int]:
         """Complete what is missing of a batch; after each piece, how many are still to come."""
@@ -223,6 +233,7 @@ class _Run:
                 completion=completion.text,
                 correct=self.check(completion.text, attempt.question.answer),
                 model=self.name,
+                settings=self.settings,
             )
             for attempt, completion in piece
             if completion.text.strip()
@@ -232,7 +243,7 @@ class _Run:
         self.blank += len(piece) - len(fresh)
         self.cut += sum(completion.cut for _, completion in piece if completion.text.strip())
 
-    def report(self, resumed: int, seconds: float) -> CollectReport:
+    def report(self, seconds: float) -> CollectReport:
         traces = list(self.traces.values())
         groups = by_question(traces)
         return CollectReport(
@@ -240,7 +251,8 @@ class _Run:
             correct=sum(trace.correct for trace in traces),
             questions=len(groups),
             mixed_questions=sum(len({trace.correct for trace in group}) == 2 for group in groups.values()),
-            resumed=resumed,
+            resumed=self.resumed,
+            unlabelled=sum(trace.settings is None for trace in traces),
             blank=self.blank,
             cut=self.cut,
             repeated=sum(len(group) - len({trace.completion for trace in group}) for group in groups.values()),

@@ -16,8 +16,8 @@ from urllib.parse import urlsplit
 
 from adaras_export.attempts import Attempt, Completion
 from adaras_export.errors import EndpointError, first_line, require
-from adaras_export.generation import Sampling, row_seed
-from adaras_export.traces import Question
+from adaras_export.generation import Sampling, row_seed, sampled_by
+from adaras_export.traces import Question, Settings
 
 _SEED_BITS = 31
 """What every server takes: llama.cpp reads 32 bits, and JavaScript rounds more than 53."""
@@ -85,6 +85,11 @@ class EndpointBackend:
         self._endpoint, self._sampling = endpoint, sampling
         self._pace = _Pace(endpoint.per_minute)
         self._greeted = False
+
+    @property
+    def settings(self) -> Settings:
+        """The sampling; a server does not tell its precision and its chat template."""
+        return sampled_by("server", self._sampling)
 
     def arranged(self, questions: Sequence[Question]) -> Sequence[Question]:
         """The questions as they are: the server makes its own batches."""

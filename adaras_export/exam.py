@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel
 
 from adaras_export import models
-from adaras_export.checkers import Checker
+from adaras_export.checkers import Checker, name_of
 from adaras_export.errors import TraceError
 from adaras_export.generation import Sampling
 from adaras_export.rule import SteeringRule
@@ -64,8 +64,7 @@ class Exam:
     @property
     def checker(self) -> str:
         """The name of ``check``."""
-        name: str = getattr(self.check, "__name__", type(self.check).__name__)
-        return name
+        return name_of(self.check)
 
     def keys(self, index: int) -> list[str]:
         """What the random numbers of every answer to a question hang on, beside the seed."""

@@ -9,6 +9,7 @@ B rows of a batch, T prompt tokens with padding, V vocabulary.
 
 import copy
 import hashlib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ from transformers import (
 from adaras_export import buildable
 from adaras_export.errors import ArtifactError, TraceError, first_line, require
 from adaras_export.models import fetch
+from adaras_export.storage import sha256
 from adaras_export.traces import Prompt, Trace
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -129,6 +131,19 @@ def load_model(
     if device_map is None:
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return model.eval(), tokenizer
+
+
+def sampled_by(
+    backend: str, sampling: Sampling, *, dtype: str | None = None, template: str | None = None
+) -> dict[str, str | int | float | None]:
+    """What completions hang on beside prompt and model, as traces record it; None is not known."""
+    return {"backend": backend, **vars(sampling), "dtype": dtype, "template": template}
+
+
+def template_digest(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The chat template in 16 hex digits of its SHA-256; None without one."""
+    template = tokenizer.chat_template
+    return None if template is None else sha256(json.dumps(template, sort_keys=True).encode())[:16]
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:

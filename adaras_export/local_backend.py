@@ -11,10 +11,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from adaras_export.activations import Reading, Recorder, recording, trace_means
 from adaras_export.attempts import Attempt, Completion
-from adaras_export.generation import Sampling, continue_ids, decode, encode_prompt, end_ids, pad_id, prefill
+from adaras_export.generation import (
+    Sampling,
+    continue_ids,
+    decode,
+    encode_prompt,
+    end_ids,
+    pad_id,
+    prefill,
+    sampled_by,
+    template_digest,
+)
 from adaras_export.statistics import NeuronStats, with_question
 from adaras_export.storage import Array
-from adaras_export.traces import Question, Trace, by_question
+from adaras_export.traces import Question, Settings, Trace, by_question
 
 _SORTED_BATCHES = 16
 """Questions are put in order of length within so many batches: all at once, the first ones would be the short ones."""
@@ -34,6 +44,12 @@ class LocalBackend:
     means: dict[str, Array] | None = None
     streams: bool = field(default=False, init=False)
     _prompts: dict[str, tuple[int, ...]] = field(default_factory=dict, init=False)
+
+    @property
+    def settings(self) -> Settings:
+        """The sampling, the precision and the chat template."""
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        return sampled_by("transformers", self.sampling, dtype=dtype, template=template_digest(self.tokenizer))
 
     def arranged(self, questions: Sequence[Question]) -> Sequence[Question]:
         """Prompts of similar length beside each other; the order stays where all have one length.

@@ -224,6 +224,17 @@ def fetch(path_or_id: str | Path, revision: str | None = None) -> Path:
         return Path(snapshot_download(str(path_or_id), revision=revision, allow_patterns=patterns))
 
 
+def version_of(path_or_id: str | Path, revision: str | None = None) -> str:
+    """What tells two models of one name apart: the commit of a Hub id, the fingerprint of a folder's tensors.
+
+    Raises:
+        HubError: there is neither.
+        ArtifactError: the folder has no tensors.
+    """
+    folder = fetch(path_or_id, revision)
+    return tensor_fingerprint(folder)[:16] if folder == Path(path_or_id) else folder.name
+
+
 def is_hub_id(text: str) -> bool:
     """Whether the Hub could have a repository of this name."""
     from huggingface_hub.errors import HFValidationError

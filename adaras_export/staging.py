@@ -5,7 +5,6 @@ lock of a process that died is free, so the next one to come takes the workshop 
 """
 
 import errno
-import fcntl
 import os
 import shutil
 import stat
@@ -15,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from adaras_export.errors import AdarasError, ExportError
+from adaras_export.locks import locked
 from adaras_export.storage import link_or_copy
 
 _SUFFIX, _LOCK, _STAGE, _DONE = ".adaras-export", "lock", "stage-", "done"
@@ -112,30 +112,12 @@ def _claim(workshop: Path) -> int | None:
         if workshop.is_symlink():  # or what lies where it points to would be cleared
             raise OSError(errno.ELOOP, f"{workshop} is a symbolic link")
         try:
-            lock = os.open(workshop / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+            return locked(workshop / _LOCK)
         except FileNotFoundError:  # who held it has just left, and the workshop went with it
             continue
         except OSError:
             _remove_empty(workshop)
             raise
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock)
-            return None
-        except OSError:
-            os.close(lock)
-            raise
-        if _is_there(lock, workshop / _LOCK):
-            return lock
-        os.close(lock)  # the lock of a file that its last holder has removed keeps nobody out
-
-
-def _is_there(lock: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(lock), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 def _clear(*folders: Path) -> None:

@@ -3,16 +3,19 @@
 Knows nothing of how traces are made.
 """
 
+import json
 import os
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from adaras_export import foreign
 from adaras_export.errors import TraceError
 from adaras_export.foreign import UnreadableError
+from adaras_export.locks import locked
 from adaras_export.storage import append
-from adaras_export.traces import Question, Trace, digest, read_traces, trace_line
+from adaras_export.traces import Question, Settings, Trace, digest, read_traces, trace_line
 
 _LINE_START = b'{"id": '
 
@@ -30,17 +33,39 @@ def append_traces(out: Path, traces: Sequence[Trace]) -> None:
         raise _unwritable(out, error) from error
 
 
-def resume(out: Path, questions: Sequence[Question], model: str | None = None) -> dict[str, Trace]:
-    """The traces that the file holds, by id; the file is made if there is none, a broken last line is mended.
+@contextmanager
+def claimed(out: Path) -> Iterator[None]:
+    """The file is written by this process alone; made if there is none, and gone again if nothing was written.
 
     Raises:
-        TraceError: it cannot be read or written, is no file of traces, or is one of other
-            questions or of another ``model``.
+        TraceError: another process writes it, or it cannot be written.
+    """
+    try:
+        lock = locked(out)
+    except OSError as error:
+        raise _unwritable(out, error) from error
+    if lock is None:
+        raise TraceError(f"{out}: another process is writing it; wait for its end, or choose another file")
+    try:
+        yield
+    finally:
+        if out.is_file() and out.stat().st_size == 0:
+            out.unlink()
+        os.close(lock)
+
+
+def resume(
+    out: Path, questions: Sequence[Question], model: str | None = None, settings: Settings | None = None
+) -> dict[str, Trace]:
+    """The traces that a claimed file holds, by id; a broken last line is mended.
+
+    Raises:
+        TraceError: it cannot be read or written, is no file of traces, or holds one of a question that is not given,
+            of another ``model``, or of other ``settings``.
     """
     try:
         if out.is_file():
             _mend_last_line(out)
-        out.open("ab").close()  # fails now, not after the first batch
     except OSError as error:
         raise _unwritable(out, error) from error
     if not out.is_file() or out.stat().st_size == 0:
@@ -48,16 +73,38 @@ def resume(out: Path, questions: Sequence[Question], model: str | None = None) -
     traces = read_traces(out)
     prompts = {question.id: digest(question.prompt) for question in questions}
     for trace in traces:
-        if prompts.get(trace.question_id, digest(trace.prompt)) != digest(trace.prompt):
-            raise TraceError(
-                f"{out}: trace {trace.id} has another prompt than question {trace.question_id}; "
-                "expected a file of the same questions, or a new one"
-            )
+        _require_question(out, trace, prompts)
         if model is not None and trace.model not in (None, model):
             raise TraceError(
                 f"{out}: trace {trace.id} was written by {trace.model}; expected one of {model}, or a new file"
             )
+        if trace.settings is not None and settings is not None:
+            _require_settings(out, trace, trace.settings, settings)
     return {trace.id: trace for trace in traces}
+
+
+def _require_question(out: Path, trace: Trace, prompts: Mapping[str, str]) -> None:
+    if trace.question_id not in prompts:
+        raise TraceError(
+            f"{out}: holds question {trace.question_id}, which is not among the {len(prompts)} given; expected all "
+            "that it holds, and new ones if you like; or choose a new file"
+        )
+    if prompts[trace.question_id] != digest(trace.prompt):
+        raise TraceError(
+            f"{out}: trace {trace.id} has another prompt than question {trace.question_id}; "
+            "expected a file of the same questions, or a new one"
+        )
+
+
+def _require_settings(out: Path, trace: Trace, found: Settings, given: Settings) -> None:
+    """Traces of two settings in one file would be contrasted for what the settings do."""
+    other = [name for name in dict.fromkeys((*found, *given)) if found.get(name) != given.get(name)]
+    if other:
+        told = ", ".join(f"{name} {json.dumps(found.get(name))} (now {json.dumps(given.get(name))})" for name in other)
+        raise TraceError(
+            f"{out}: trace {trace.id} was sampled with {told}; expected the same settings; give those of the file, "
+            "or choose a new file"
+        )
 
 
 def _mend_last_line(out: Path) -> None:

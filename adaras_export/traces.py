@@ -10,7 +10,7 @@ import math
 import reprlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from functools import partial
 from itertools import accumulate, combinations, pairwise
@@ -24,6 +24,9 @@ from adaras_export.storage import replace_file
 
 Prompt = str | Sequence[Mapping[str, str]]
 """Raw text, or chat messages that hold a role and a content each."""
+
+Settings = Mapping[str, str | int | float | bool | None]
+"""How a completion was sampled and checked, by name."""
 
 _T = TypeVar("_T")
 
@@ -55,9 +58,10 @@ class Trace:
 
     Attributes:
         model: the name of the model that wrote it, where the file says so.
+        settings: how it was sampled and checked, where the file says so.
 
     Raises:
-        TraceError: an empty text, a prompt of another form, or a label that is not a boolean.
+        TraceError: an empty text, a prompt or settings of another form, or a label that is not a boolean.
     """
 
     id: str
@@ -66,6 +70,7 @@ class Trace:
     completion: str
     correct: bool
     model: str | None = None
+    settings: Settings | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
         _require_text("trace", "id", self.id)
@@ -77,6 +82,8 @@ class Trace:
             raise TraceError(f"{subject}: correct is {reprlib.repr(self.correct)}; expected true or false")
         if self.model is not None:
             _require_text(subject, "model", self.model)
+        if self.settings is not None:
+            object.__setattr__(self, "settings", _checked_settings(subject, self.settings))
 
 
 def read_traces(path: str | Path) -> list[Trace]:
@@ -108,19 +115,20 @@ def read_questions(path: str | Path) -> list[Question]:
     """The questions of a JSONL file, in file order.
 
     A ``prompt`` is taken as it is (text stays raw text), a ``question`` becomes the one user
-    message of a chat. Some of the reference's files give one id to different questions: such ids
-    get ``@`` and the digest of the prompt appended.
+    message of a chat. The reference's AIME files give some ids to the questions of two years: where
+    all rows of an id name their year, it gets ``@`` and the digest of the prompt appended.
 
     Raises:
-        TraceError: with path:line of the first line that is not a question or repeats one; with the
+        TraceError: with path:line of the first line that is not a question or repeats the id of one; with the
             path, where the file has no line.
     """
     rows = list(_parsed(path, _question_of))
-    shared = Counter(question.id for _, (question, _) in rows)
+    years = Counter(question.id for _, (question, has_year) in rows if has_year)
+    undated = {question.id for _, (question, has_year) in rows if not has_year}
     lines: dict[str, int] = {}
     questions: list[Question] = []
-    for line, (question, is_reference) in rows:
-        if is_reference and shared[question.id] > 1:
+    for line, (question, _) in rows:
+        if question.id not in undated and years[question.id] > 1:
             question = replace(question, id=f"{question.id}@{digest(question.prompt)}")
         _claim(lines, f"question {question.id}", path, line)
         questions.append(question)
@@ -157,8 +165,8 @@ def write_questions(path: str | Path, questions: Sequence[Question]) -> None:
 
 def trace_line(trace: Trace) -> str:
     """One JSON object in a fixed key order, without the line end."""
-    named = () if trace.model is None else ("model",)
-    return _line(trace, ("id", "question_id", "prompt", "completion", "correct", *named))
+    known = [name for name in ("model", "settings") if getattr(trace, name) is not None]
+    return _line(trace, ("id", "question_id", "prompt", "completion", "correct", *known))
 
 
 def question_line(question: Question) -> str:
@@ -310,11 +318,12 @@ def _trace_of(row: dict[str, Any]) -> Trace:
         completion=row["completion"],
         correct=row["correct"],
         model=row.get("model"),
+        settings=row.get("settings"),
     )
 
 
 def _question_of(row: dict[str, Any]) -> tuple[Question, bool]:
-    """The question, and whether the line has the reference's form."""
+    """The question, and whether the line is one of the reference's that name a year."""
     if "prompt" in row and "question" in row:
         raise TraceError("has both prompt and question; expected one of them")
     is_reference = "question" in row
@@ -323,7 +332,7 @@ def _question_of(row: dict[str, Any]) -> tuple[Question, bool]:
     if isinstance(answer, int | Decimal) and not isinstance(answer, bool):
         answer = str(answer)
     prompt = [{"role": "user", "content": row["question"]}] if is_reference else row["prompt"]
-    return Question(_identifier(row, "id"), prompt, answer, row.get("check")), is_reference
+    return Question(_identifier(row, "id"), prompt, answer, row.get("check")), is_reference and "year" in row
 
 
 def _require_keys(row: Mapping[str, Any], keys: Sequence[str]) -> None:
@@ -369,6 +378,15 @@ def _checked_message(subject: str, message: object) -> Mapping[str, str]:
     for key in ("role", "content"):
         _require_text(subject, f"message {key}", message[key])
     return {"role": message["role"], "content": message["content"]}
+
+
+def _checked_settings(subject: str, settings: object) -> Settings:
+    """Settings of their own, so that nobody else can change them; fractions as numbers again."""
+    if not isinstance(settings, Mapping) or not all(
+        isinstance(value, str | int | float | Decimal | None) for value in settings.values()
+    ):
+        raise TraceError(f"{subject}: settings are {reprlib.repr(settings)}; expected names with a text or number each")
+    return {name: float(value) if isinstance(value, Decimal) else value for name, value in settings.items()}
 
 
 def _line(value: object, keys: Sequence[str]) -> str:

@@ -10,9 +10,9 @@ from typing import Any
 from adaras_export import buildable
 from adaras_export.attempts import Attempt, Completion
 from adaras_export.errors import ArtifactError, TraceError, first_line, require
-from adaras_export.generation import Dtype, Sampling, encode_prompt, row_seed
+from adaras_export.generation import Dtype, Sampling, encode_prompt, row_seed, sampled_by, template_digest
 from adaras_export.models import fetch
-from adaras_export.traces import Question
+from adaras_export.traces import Question, Settings
 
 
 class VllmBackend:
@@ -27,7 +27,7 @@ class VllmBackend:
 
     def __init__(self, model: str, sampling: Sampling, *, dtype: Dtype, revision: str | None = None) -> None:
         self._vllm: Any = require("vllm", "vllm", "the backend vllm")
-        self._sampling = sampling
+        self._sampling, self._dtype = sampling, dtype
         self._prompts: dict[str, list[int]] = {}
         folder = fetch(model, revision)
         buildable.require(folder)
@@ -39,6 +39,12 @@ class VllmBackend:
             raise ArtifactError(
                 f"{model}: vLLM cannot load it ({first_line(error)}); expected a model that it serves"
             ) from error
+
+    @property
+    def settings(self) -> Settings:
+        """The sampling, the precision and the chat template."""
+        template = template_digest(self._engine.get_tokenizer())
+        return sampled_by("vllm", self._sampling, dtype=self._dtype, template=template)
 
     def arranged(self, questions: Sequence[Question]) -> Sequence[Question]:
         """The questions as they are: the engine makes its own batches.

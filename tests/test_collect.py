@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from adaras_export.generation import Sampling, load_model
 from adaras_export.models import BaseModel
 from adaras_export.neurons import read_stats
 from adaras_export.statistics import NeuronStats
-from adaras_export.traces import Question, by_question, read_traces
+from adaras_export.traces import Question, by_question, read_traces, write_traces
 
 QUESTIONS = [Question(f"q{n}", f"{n}+{n}=", str(2 * n)) for n in range(5)]
 SAMPLING = Sampling(6, temperature=1.5, seed=3)
@@ -135,10 +136,13 @@ def progress(done, total):
             file.write(b'{"id": "q3#0", "ques')
         os.kill(os.getpid(), signal.SIGKILL)
 
+def has_even_sum(completion, answer):
+    return sum(completion.encode()) % 2 == 0
+
 questions = [Question(f"q{n}", f"{n}+{n}=", str(2 * n)) for n in range(5)]
 collect(
     *load_model(sys.argv[1], device="cpu"), questions, sys.argv[2], attempts=4,
-    sampling=Sampling(6, temperature=1.5, seed=3), check=lambda text, answer: sum(text.encode()) % 2 == 0,
+    sampling=Sampling(6, temperature=1.5, seed=3), check=has_even_sum,
     batch_size=6, progress=progress,
 )
 """
@@ -196,10 +200,103 @@ def test_more_attempts_later_keep_the_first_ones(run, tmp_path):
 def test_a_file_of_other_questions_is_refused_and_left_as_it_is(run, tmp_path):
     run()
     before = (tmp_path / "t.jsonl").read_bytes()
-    others = [Question("q1", "something else", "1")]
-    with pytest.raises(TraceError, match=r"trace q1#0 has another prompt than question q1"):
-        run(questions=others)
+    for others, message in (
+        ([QUESTIONS[0], Question("q1", "something else", "1"), *QUESTIONS[2:]], "trace q1#0 has another prompt than q"),
+        (QUESTIONS[1:], "holds question q0, which is not among the 4 given; expected all that it holds"),
+        ([Question("test", "1=", "1")], "holds question q0, which is not among the 1 given"),
+    ):
+        with pytest.raises(TraceError, match=message):
+            run(questions=others)
+        assert (tmp_path / "t.jsonl").read_bytes() == before
+
+
+def test_new_questions_beside_those_of_the_file_are_added(run, tmp_path):
+    run(questions=QUESTIONS[:2])
+    before = (tmp_path / "t.jsonl").read_bytes()
+    report = run()
+    assert (report.resumed, report.traces, report.questions) == (8, 20, 5)
+    assert (tmp_path / "t.jsonl").read_bytes().startswith(before)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sampling": Sampling(2, temperature=1.5, seed=3)}, r"max_new_tokens 6 \(now 2\); expected the same settings"),
+        ({"sampling": Sampling(6, 0.1, 0.5, seed=3)}, r"temperature 1.5 \(now 0.1\), top_p 1.0 \(now 0.5\);"),
+        ({"sampling": Sampling(6, 1.5, seed=3, stop="\n")}, r'stop null \(now "\\n"\)'),
+        ({"check": lambda completion, answer: True}, r'check "has_even_sum" \(now "<lambda>"\)'),
+        ({"revision": "beef"}, r'revision null \(now "beef"\)'),
+    ],
+)
+@pytest.mark.parametrize("attempts", [4, 5])
+def test_a_file_of_other_settings_is_refused_by_their_names_also_where_it_is_complete(
+    run, tmp_path, changes, message, attempts
+):
+    """Traces of two limits of tokens made 10 of 17 "both outcomes" that were whole against cut off."""
+    run()
+    before = (tmp_path / "t.jsonl").read_bytes()
+    with pytest.raises(TraceError, match=rf"t\.jsonl: trace q0#0 was sampled with {message}"):
+        run(attempts=attempts, **changes)
     assert (tmp_path / "t.jsonl").read_bytes() == before
+
+
+def test_precision_and_template_are_settings_too(loaded, run, tmp_path, monkeypatch):
+    run()
+    (settings,) = {tuple(trace.settings.items()) for trace in read_traces(tmp_path / "t.jsonl")}
+    assert dict(settings) == {
+        "backend": "transformers",
+        **vars(SAMPLING),
+        "dtype": "float32",
+        "template": None,
+        "check": "has_even_sum",
+        "revision": None,
+    }
+    monkeypatch.setattr(loaded[1], "chat_template", "{{ messages }}")
+    with pytest.raises(TraceError, match=r'template null \(now "[0-9a-f]{16}"\)'):
+        run()
+
+
+def test_a_file_of_an_earlier_version_is_gone_on_with_and_its_unknown_settings_are_counted(run, tmp_path):
+    """Until this version, traces did not say how they were sampled."""
+    path = tmp_path / "t.jsonl"
+    run(attempts=2)
+    write_traces(path, [replace(trace, settings=None) for trace in read_traces(path)])
+    assert b"settings" not in path.read_bytes()
+    report = run()
+    assert (report.traces, report.resumed, report.unlabelled) == (20, 10, 10)
+    with pytest.raises(TraceError, match="max_new_tokens 6"):
+        run(sampling=Sampling(7, temperature=1.5, seed=3))
+
+
+def test_of_two_runs_into_one_file_the_second_is_refused_in_one_line(run, tmp_path):
+    """Both ended with status 0 and wrote every trace: the file had each twice, and no reader took it."""
+
+    def again(done, total):
+        with pytest.raises(TraceError, match=r"t\.jsonl: another process is writing it; wait for its end"):
+            run()
+
+    assert run(progress=again).traces == 20
+    assert run().resumed == 20, "the lock goes with the run"
+
+
+def test_a_run_that_writes_nothing_leaves_no_file(run, tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        run(check=lambda completion, answer: 1 // 0)
+    assert not (tmp_path / "t.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("verdict", "said"),
+    [
+        (lambda completion, answer: False, "no trace is correct, so identify and gate cannot use the file; ask easier"),
+        (lambda completion, answer: True, "no trace is incorrect, so identify and gate cannot use the file; ask hard"),
+        (lambda completion, answer: answer == "0", "no question has both outcomes, so identify cannot contrast them"),
+        (has_even_sum, None),
+    ],
+)
+def test_a_file_that_cannot_be_contrasted_is_told(run, verdict, said):
+    found = run(check=verdict).lacks()
+    assert found is said or found.startswith(said)
 
 
 def test_a_file_of_another_model_is_refused_and_left_as_it_is(loaded, tmp_path):

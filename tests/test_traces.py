@@ -118,7 +118,9 @@ def test_every_question_of_the_reference_that_has_an_answer_is_read():
 
 def test_one_id_for_two_questions_of_the_reference_becomes_two_ids(tmp_path):
     """Nine ids of the reference's AIME_train.jsonl stand for two different questions each."""
-    first, second = ({"id": 82, "question": text, "answer": 1} for text in ("a?", "b?"))
+    first, second = (
+        {"id": 82, "question": text, "answer": 1, "year": year} for text, year in (("a?", 1988), ("b?", 2024))
+    )
     questions = read_questions(jsonl(tmp_path / "q.jsonl", first, second))
     assert [item.id for item in questions] == [f"82@{digest(item.prompt)}" for item in questions]
     assert questions[0].id != questions[1].id
@@ -195,7 +197,9 @@ def test_a_line_that_is_not_utf8_is_named(tmp_path):
         ({"id": 1, "prompt": "a"}, "has no answer"),
         ({"id": 1, "prompt": "a", "answer": True}, "answer is True; expected non-empty text"),
         ({"id": 9, "prompt": "a", "answer": "1"}, "question 9 was already on line 1"),
-        ({"id": 9, "question": "z", "answer": "1"}, "question 9@.* was already on line 1"),
+        ({"id": 9, "question": "z", "answer": "1"}, "question 9 was already on line 1; expected unique ids"),
+        ({"id": 9, "question": "another?", "answer": "1"}, "question 9 was already on line 1; expected unique ids"),
+        ({"id": 9, "question": "another?", "answer": "1", "year": 2024}, "question 9 was already on line 1"),
     ],
 )
 def test_a_bad_question_is_named_with_path_and_number(tmp_path, row, message):

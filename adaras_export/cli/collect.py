@@ -27,6 +27,7 @@ from adaras_export.cli.options import (
 
 if TYPE_CHECKING:
     from adaras_export.attempts import Backend
+    from adaras_export.collect import CollectReport
     from adaras_export.generation import Sampling
 
 _KEY = "OPENAI_API_KEY"
@@ -94,7 +95,7 @@ def collect(
     from adaras_export.collect import Recording, collect_from, require_varied
     from adaras_export.collect import collect as run
     from adaras_export.generation import Sampling
-    from adaras_export.models import BaseModel
+    from adaras_export.models import BaseModel, version_of
     from adaras_export.traces import read_questions
 
     read = read_questions(questions)
@@ -109,7 +110,9 @@ def collect(
         )
         with progress() as bar:
             told = bar("sampling")
-            report = collect_from(made, read, out, goal, check=chosen, batch_size=batch_size, name=name, progress=told)
+            version = version_of(model, revision) if endpoint is None else None
+            how: dict[str, Any] = {"batch_size": batch_size, "name": name, "revision": version, "progress": told}
+            report = collect_from(made, read, out, goal, check=chosen, **how)
     else:
         loaded, tokenizer = load_model(model, revision, dtype)
         recording = None if record is None else Recording(record, BaseModel.of(model, revision))
@@ -127,10 +130,16 @@ def collect(
                 per_class=per_class,
                 record=recording,
                 name=name,
+                revision=version_of(model, revision),
                 progress=bar("sampling"),
             )
+    show(vars(report), f"{out}: {_told(report, max_new_tokens)}", as_json)
+
+
+def _told(report: "CollectReport", max_new_tokens: int) -> str:
+    """What the file holds, and what to look at."""
     text = (
-        f"{out}: {report.traces} traces of {report.questions} questions, {report.correct} correct, "
+        f"{report.traces} traces of {report.questions} questions, {report.correct} correct, "
         f"{report.mixed_questions} questions with both outcomes ({report.resumed} traces were there, "
         f"{report.seconds:.0f} s)"
     )
@@ -138,7 +147,14 @@ def collect(
         text += f"; {report.cut} of the new ones were cut off at {max_new_tokens} tokens"
     if report.repeated:
         text += f"; {report.repeated} have the text of another attempt"
-    show(vars(report), text, as_json)
+    if report.unlabelled and report.unlabelled < report.traces:
+        text += (
+            f"; {report.unlabelled} of an earlier version do not say how they were sampled: whether limit of tokens, "
+            "temperature, template, checker and revision were those of the others is not known"
+        )
+    if lack := report.lacks():
+        text += f"; {lack}"
+    return text
 
 
 def _unless(value: str, default: str) -> str | None:
