@@ -51,7 +51,8 @@ class AnswerBook:
         """``journal`` is the file to append to and to go on from.
 
         Raises:
-            TraceError: the file is of other questions or settings of generation, or cannot be read or written.
+            TraceError: the file is of other questions or settings of generation, is written by another process, or
+                cannot be read or written.
         """
         self._model, self._tokenizer, self._exam = model, tokenizer, exam
         self._rows = [encode_prompt(tokenizer, question.prompt) for question in exam.questions]
@@ -62,6 +63,11 @@ class AnswerBook:
         self._journal = None if journal is None else Journal(journal, _identity(model, exam))
         if self._journal is not None:
             self._journal.read(self._entry)
+
+    def close(self) -> None:
+        """Let other processes write the journal."""
+        if self._journal is not None:
+            self._journal.close()
 
     def missing(self, ways: Sequence[Way], questions: Sequence[int]) -> int:
         """How many answers are not known."""
@@ -109,7 +115,7 @@ class AnswerBook:
         done = 0
         for batch in batches([len(row) for row in self._rows], exam.token_budget, most):
             if not known.keys() >= {*batch}:
-                values = compute(batch)
+                values = compute(batch).astype(np.float64)  # as a journal has them
                 if self._journal is not None:
                     self._journal.append({"figures": key, "questions": batch, "values": values.tolist()})
                 known.update(zip(batch, values, strict=True))

@@ -63,10 +63,10 @@ def compare_arms(
         MissingExtraError: SciPy is not installed.
     """
     names = arms_of(rule, arms)
-    sheet = answered(model, tokenizer, rule, exam, names, conduct or Conduct())
-    evaluation = reported(rule, exam, sheet)
     sampling = replace(exam.sampling, max_new_tokens=min(TOKENS, exam.sampling.max_new_tokens), temperature=0.0)
-    found = _Reader(model, tokenizer, rule, names, sampling).read_all(exam, sheet.fires, sheet.book)
+    with answered(model, tokenizer, rule, exam, names, conduct or Conduct()) as sheet:
+        evaluation = reported(rule, exam, sheet)
+        found = _Reader(model, tokenizer, rule, names, sampling).read_all(exam, sheet.fires, sheet.book)
     comparison = _compared(names, evaluation.verdicts, found, sampling.max_new_tokens)
     verdict = f"{comparison.reference}: {evaluation.verdict} {comparison.sentence()}".rstrip()
     return replace(evaluation, verdict=verdict, comparison=comparison)

@@ -7,8 +7,8 @@ N questions, n answers to each, K neurons, D model width.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from adaras_export.estimators import compared, difference
 from adaras_export.exam import Elsewhere, Everywhere, Way
 from adaras_export.exam import Exam as Exam  # for whoever evaluates
 from adaras_export.gate import gate_probabilities
+from adaras_export.gate_judging import is_below
 from adaras_export.rule import Gate, SteeringRule
 from adaras_export.storage import Array, replace_file, sha256
 from adaras_export.traces import Question, digest
@@ -158,7 +159,8 @@ def evaluate(
         MissingExtraError: SciPy is not installed.
     """
     names = ("always",) if rule.gate is None else ("gated", "always")
-    return reported(rule, exam, answered(model, tokenizer, rule, exam, names, conduct or Conduct()))
+    with answered(model, tokenizer, rule, exam, names, conduct or Conduct()) as sheet:
+        return reported(rule, exam, sheet)
 
 
 @dataclass(frozen=True)
@@ -177,6 +179,7 @@ class Sheet:
         return {arm: table[:, 0] if table.shape[1] == 1 else table for arm, table in tables.items()}
 
 
+@contextmanager
 def answered(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -184,7 +187,7 @@ def answered(
     exam: Exam,
     names: Sequence[str],
     conduct: Conduct,
-) -> Sheet:
+) -> Iterator[Sheet]:
     """Answers under no steering, the named ways to run the rule, the controls and the artifacts.
 
     Controls are steered as the first name of `RULE_ARMS` among ``names`` is, so that they differ from it in nothing
@@ -198,6 +201,19 @@ def answered(
     require_statistics()  # before the work, not after it
     if not conduct.allow_seen:
         require_fresh(exam.questions, rule.questions)
+    with closing(AnswerBook(model, tokenizer, exam, conduct.journal)) as book:
+        yield _sheet(model, tokenizer, rule, exam, names, conduct, book)
+
+
+def _sheet(  # noqa: PLR0913 - what `answered` is given, and the book
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rule: SteeringRule,
+    exam: Exam,
+    names: Sequence[str],
+    conduct: Conduct,
+    book: AnswerBook,
+) -> Sheet:
     lead = lead_of(names)
     controls = {"flipped": rule.with_strength(-rule.strength)}
     controls |= {f"random {seed}": random_control(model, rule, seed) for seed in conduct.random_seeds}
@@ -205,7 +221,6 @@ def answered(
     if "everywhere" in names:
         ways["everywhere"] = Everywhere(rule)
     ways |= {name: Everywhere(one) if lead == "everywhere" else one for name, one in controls.items()}
-    book = AnswerBook(model, tokenizer, exam, conduct.journal)
     others = len(conduct.artifacts) * len(exam.questions) * exam.samples
     book.expect(book.missing([*ways.values()], range(len(exam.questions))) + others)
     book.ask([*ways.values()])
@@ -282,8 +297,7 @@ def gate_fires(
         prompts = [exam.questions[index].prompt for index in indices]
         return gate_probabilities(model, tokenizer, gate, prompts)[:, None]
 
-    fires: Array = book.figures(f"gate {sha256(gate.to_bytes())}", probabilities)[:, 0] < gate.threshold
-    return fires
+    return is_below(book.figures(f"gate {sha256(gate.to_bytes())}", probabilities)[:, 0], gate.threshold)
 
 
 def random_control(model: PreTrainedModel, rule: SteeringRule, seed: int) -> SteeringRule:

@@ -4,6 +4,7 @@ Knows neither how settings are proposed (search.py) nor how they are reported (t
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -77,9 +78,9 @@ def tune(  # noqa: PLR0913 - one decision of the researcher each
     maker = _RuleMaker(rankings, gate, base, (*used, *(digest(question.prompt) for question in exam.questions)))
     maker.require_possible(space)
     proposals = proposer(space, search)
-    book = AnswerBook(model, tokenizer, exam, None if journal is None else Path(journal))
-    fires = np.ones(len(exam.questions), bool) if gate is None else gate_fires(model, tokenizer, gate, exam, book)
-    return _Tuning(space, search, maker, _GatedBook(book, fires), len(exam.questions)).run(proposals)
+    with closing(AnswerBook(model, tokenizer, exam, None if journal is None else Path(journal))) as book:
+        fires = np.ones(len(exam.questions), bool) if gate is None else gate_fires(model, tokenizer, gate, exam, book)
+        return _Tuning(space, search, maker, _GatedBook(book, fires), len(exam.questions)).run(proposals)
 
 
 @dataclass(frozen=True)

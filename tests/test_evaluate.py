@@ -1,6 +1,7 @@
 """Paired arms, their statistics and their controls, against real generation and brute force."""
 
 import copy
+import json
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
@@ -310,6 +311,7 @@ def test_a_journal_of_another_model_is_refused(rule, run, exam, stock, tokenizer
     run(rule(), journal=tmp_path / "journal")
     book = AnswerBook(stock["qwen3"], tokenizer, exam, tmp_path / "journal")
     assert not book.missing([None], range(15))
+    book.close()
     other = copy.deepcopy(stock["qwen3"])
     next(other.parameters()).data[0] += 1
     with pytest.raises(TraceError, match="delete it to begin again"):
@@ -320,3 +322,17 @@ def test_the_gates_pass_is_not_run_again(rule, run, tmp_path, monkeypatch):
     whole = run(rule(), random_seeds=(), journal=tmp_path / "journal").as_record()
     monkeypatch.setattr("adaras_export.evaluate.gate_probabilities", lambda *_: pytest.fail("read"))
     assert run(rule(), random_seeds=(), journal=tmp_path / "journal").as_record() == whole
+
+
+def test_a_resumed_run_decides_on_the_edge_of_the_threshold_as_the_fresh_one_did(rule, run, tmp_path):
+    """Fresh, p and the threshold were compared in float32; from a journal, in float64: the edge went to the other side.
+
+    The threshold here is the next float64 above some p, and as a float32 equal to it: that question is not steered.
+    """
+    run(rule(), random_seeds=(), journal=tmp_path / "first")
+    lines = [json.loads(line) for line in (tmp_path / "first").read_bytes().splitlines()]
+    found = np.sort([value for line in lines if "figures" in line for (value,) in line["values"]])
+    gate = replace(rule().gate, threshold=float(np.nextafter(found[5], 1)))
+    edge = replace(rule(), gate=gate)
+    for _ in ("fresh", "resumed"):
+        assert run(edge, random_seeds=(), journal=tmp_path / "second").steered_share == 5 / 15

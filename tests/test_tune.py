@@ -14,6 +14,7 @@ from adaras_export.errors import ArtifactError, MissingExtraError, RuleError, Tr
 from adaras_export.evaluate import Exam
 from adaras_export.gate import gate_probabilities
 from adaras_export.generation import Sampling, complete, encode_prompt
+from adaras_export.journal import Journal
 from adaras_export.rule import SteeringRule
 from adaras_export.search import Search, Span
 from adaras_export.steering import steered
@@ -274,24 +275,16 @@ def test_a_journal_that_was_cut_anywhere_ends_as_the_whole_one(share, run, compl
 
 
 def untimed(content):
-    """A journal without the seconds that each batch took."""
-    return [json.loads(line) | {"seconds": 0} for line in content.splitlines()]
+    """A journal without the seconds that each batch took, and the seals over them."""
+    return [json.loads(line) | {"seconds": 0, "seal": ""} for line in content.splitlines()]
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"my notes", r"j.jsonl: is not JSON.*expected the journal of an earlier run"),
+        (b"my notes", r"j.jsonl:1: is not JSON.*expected the journal of an earlier run"),
         (b'{"kind": "traces"}\n', "is of other questions, another checker or other options"),
-        (b"{head}[1, 2]\n", "holds a line that is no verdicts"),
-        (
-            b'{head}{"way": "off", "questions": [99], "correct": [[1]], "tokens": [[1]], "seconds": 0}\n',
-            "holds a line that is no verdicts",
-        ),
-        (
-            b'{head}{"way": "off", "questions": [1], "correct": [["yes"]], "tokens": [[1]], "seconds": 0}\n',
-            "holds a line that is no verdicts",
-        ),
+        (b"{head}[1, 2]\n", "j.jsonl:2: is not as it was written"),
     ],
 )
 def test_a_file_that_is_no_journal_of_this_run_is_refused_and_left_alone(content, message, run, tmp_path):
@@ -302,6 +295,18 @@ def test_a_file_that_is_no_journal_of_this_run_is_refused_and_left_alone(content
     with pytest.raises(TraceError, match=message):
         run(["x"] * 10, journal=path, **FEW)
     assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("changes", [{"questions": [99]}, {"correct": [["yes"]]}, {"seconds": -1}, {"way": 1}])
+def test_a_whole_line_that_is_no_verdicts_is_refused(changes, run, tmp_path):
+    run(["x"] * 10, journal=tmp_path / "j.jsonl", **FEW)
+    head = json.loads((tmp_path / "j.jsonl").read_bytes().splitlines()[0])
+    line = {"way": "off", "questions": [1], "correct": [[1]], "tokens": [[1]], "seconds": 0}
+    other = Journal(tmp_path / "other", head["of"])
+    other.append(line | changes)
+    other.close()
+    with pytest.raises(TraceError, match="other:2: holds a line that is no verdicts"):
+        run(["x"] * 10, journal=tmp_path / "other", **FEW)
 
 
 def test_a_journal_of_other_answers_is_refused(run, tmp_path):
