@@ -26,9 +26,10 @@ from adaras_export.exam import Elsewhere, Everywhere, Way
 from adaras_export.exam import Exam as Exam  # for whoever evaluates
 from adaras_export.gate import gate_probabilities
 from adaras_export.gate_judging import is_below
+from adaras_export.question_identity import is_known, parts_of
 from adaras_export.rule import Gate, SteeringRule
 from adaras_export.storage import Array, replace_file, sha256
-from adaras_export.traces import Question, digest
+from adaras_export.traces import Question
 from adaras_export.verdicts import Arm, Comparison, arms_table, require_statistics
 
 OpenArtifact = Callable[[], AbstractContextManager[Elsewhere]]
@@ -200,7 +201,7 @@ def answered(
     """
     require_statistics()  # before the work, not after it
     if not conduct.allow_seen:
-        require_fresh(exam.questions, rule.questions)
+        require_fresh(exam.questions, rule.questions, "give others, or say --allow-seen and do not call it a test")
     with closing(AnswerBook(model, tokenizer, exam, conduct.journal)) as book:
         yield _sheet(model, tokenizer, rule, exam, names, conduct, book)
 
@@ -348,8 +349,8 @@ def _norm(model: PreTrainedModel, layer: int, index: Array, delta: Array) -> flo
     return float((with_them - without).norm())
 
 
-def require_fresh(questions: Sequence[Question], used: Sequence[str]) -> None:
-    """Refuse questions whose digests are among the used ones.
+def require_fresh(questions: Sequence[Question], used: Sequence[str], remedy: str) -> None:
+    """Refuse questions that are among the used ones, in whatever form; ``remedy`` is what the caller can do about it.
 
     Raises:
         TraceError: names the first of them.
@@ -357,11 +358,11 @@ def require_fresh(questions: Sequence[Question], used: Sequence[str]) -> None:
     if seen := seen_before(questions, used):
         raise TraceError(
             f"questions: {len(seen)} of {len(questions)} were used before, to find neurons, gate or strength "
-            f"(first: {seen[0]}); expected fresh ones; give others, or say --allow-seen and do not call it a test"
+            f"(first: {seen[0]}); expected fresh ones; {remedy}"
         )
 
 
 def seen_before(questions: Sequence[Question], used: Sequence[str]) -> list[str]:
-    """Ids of the questions whose digests are among the used ones."""
-    known = set(used)
-    return [question.id for question in questions if digest(question.prompt) in known]
+    """Ids of the questions that are among the used ones, in whatever form they were asked."""
+    digests = parts_of(used)
+    return [question.id for question in questions if is_known(question.prompt, digests)]

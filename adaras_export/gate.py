@@ -30,6 +30,7 @@ from adaras_export.gate_selection import f_scores as f_scores
 from adaras_export.generation import encode_prompt
 from adaras_export.kept_rows import KeptRows
 from adaras_export.models import BaseModel
+from adaras_export.question_identity import identity
 from adaras_export.rule import Gate
 from adaras_export.runtime.steering_adaras import SteeringGate
 from adaras_export.steering import gate_module
@@ -102,7 +103,7 @@ def train_gate(  # noqa: PLR0913 - one decision of the researcher each
             fitted = fit_attention(
                 training, wanted, lambda places: read.tokens(places // base.mlp_size, places % base.mlp_size), seed
             )
-        names = tuple(digest(prompt) for prompt in prompts)
+        names = tuple(identity(prompt) for prompt in prompts)
         layer, index = fitted.places // base.mlp_size, fitted.places % base.mlp_size
         gate = Gate(layer, index, **fitted.weights, threshold=0.5, base=base, questions=names)
         p_correct = _probabilities(gate, fitted, means, validation)

@@ -18,6 +18,7 @@ from adaras_export.attribution import WeightedCompletion, margin_gradients
 from adaras_export.errors import RuleError, TraceError
 from adaras_export.generation import batches, encode_prompt, encode_trace, pad_id, prefill
 from adaras_export.models import BaseModel
+from adaras_export.question_identity import identity
 from adaras_export.rankings import Refinement, rank, require_room
 from adaras_export.rankings import rank_by_attribution as rank_by_attribution  # for whoever ranks by way of this module
 from adaras_export.rankings import rank_by_difference as rank_by_difference
@@ -88,7 +89,7 @@ def read_attribution(  # noqa: PLR0913 - one decision of the researcher each
             parts = margin_gradients(model, prompts, batch, start, longest=reading.chunk_tokens, at=at).numpy()
             np.add.at(gradients, [completion.prompt_row for completion in batch], parts)
         for question, gradient in zip(chunk, gradients, strict=True):
-            stats = stats.update(digest(question[0].prompt), gradient)
+            stats = stats.update(identity(question[0].prompt), gradient)
     return stats
 
 
@@ -369,9 +370,10 @@ def require_of(stats: NeuronStats, traces: Sequence[Trace], base: BaseModel, rea
 def _require_questions(stats: NeuronStats, traces: Sequence[Trace]) -> None:
     groups = by_question(traces).values()
     expected = {digest(group[0].prompt) for group in mixed(list(groups))}
-    if stats.contrast == "within_question" and expected != {*stats.questions}:
+    found = {one.partition(".")[0] for one in stats.questions}  # earlier versions wrote the prompt's digest alone
+    if stats.contrast == "within_question" and expected != found:
         raise TraceError(
-            f"statistics: {len(expected ^ {*stats.questions})} questions are in the statistics or the traces only; "
+            f"statistics: {len(expected ^ found)} questions are in the statistics or the traces only; "
             "expected the file that collect --record wrote with these traces"
         )
 

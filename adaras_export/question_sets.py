@@ -20,12 +20,8 @@ from adaras_export import foreign
 from adaras_export.code_answers import called_names
 from adaras_export.errors import HubError, TraceError, first_line, require
 from adaras_export.foreign import UnreadableError
+from adaras_export.question_identity import BOXED, COMPLETE, SOLVE, TAGGED, TEST
 from adaras_export.traces import Question, digest, question_line, read_questions
-
-BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
-COMPLETE = "Complete the following Python function. Give the whole function in one ```python block."
-SOLVE = "Solve the following task in Python. Give the whole program in one ```python block."
-TAGGED = "Give the final answer between <answer> and </answer>."
 
 Row = Mapping[str, Any]
 
@@ -80,7 +76,7 @@ def _mbpp(row: Row) -> tuple[str, str]:
     if not names:
         raise TraceError(f"test {tests[0]!r}: calls no function")
     setup = "\n".join(row.get("test_imports") or [row.get("test_setup_code") or ""])
-    asked = f"{row.get('text') or _text(row, 'prompt')}\nYour code should pass this test:\n{tests[0]}"
+    asked = f"{row.get('text') or _text(row, 'prompt')}\n{TEST}\n{tests[0]}"
     test = row.get("test") or "\n".join([setup, *tests])
     return asked, json.dumps({"entry_point": names[0], "test": test})
 

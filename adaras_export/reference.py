@@ -1,14 +1,18 @@
-"""Files of the reference code (github.com/cat-sk/AdaRAS), read without it."""
+"""Files of the reference code (github.com/cat-sk/AdaRAS), read without it; and what its neurons were found with."""
 
 import csv
 import io
+import json
 import math
 from collections.abc import Mapping, Sequence
+from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from adaras_export import foreign
 from adaras_export.errors import RuleError
 from adaras_export.foreign import UnreadableError
+from adaras_export.storage import sha256
 
 _COLUMNS = ("overall_neuron_index", "layer", "neuron_index_in_layer", "weight")
 
@@ -39,6 +43,26 @@ def neuron_rows(path: Path) -> list[tuple[int, int, float]]:
     if not rows:
         raise RuleError(f"{path}: has no rows; expected one neuron a row")
     return rows
+
+
+def questions_of(rows: Sequence[tuple[int, int, float]]) -> tuple[str, ...]:
+    """Identities of the questions that these neurons were found with, where they are a published set that we know.
+
+    A set is known again by its first ten neurons, whatever its file is called. Empty for all others.
+    """
+    first = first_neurons(rows)
+    return tuple(one for entry in published().values() if entry["first_neurons"] == first for one in entry["questions"])
+
+
+def first_neurons(rows: Sequence[tuple[int, int, float]]) -> str:
+    """16 hex digits over layer and index of the first ten neurons."""
+    return sha256(json.dumps([[layer, index] for layer, index, _ in rows[:10]]).encode())[:16]
+
+
+def published() -> dict[str, Any]:
+    """By the name of a set: `first_neurons`, and identities of the questions of the traces that it was found with."""
+    found: dict[str, Any] = json.loads(files("adaras_export").joinpath("published_sets.json").read_text())
+    return found
 
 
 def _require_columns(path: Path, found: Sequence[str]) -> None:

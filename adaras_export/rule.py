@@ -51,7 +51,7 @@ class NeuronSet(Value):
         score: (K,) what the ranking sorted by.
         ranking: how the neurons were chosen; "given" for neurons from elsewhere.
         base: the model that they belong to; None where it is not known.
-        questions: digests of the questions that they were found with.
+        questions: identities of the questions that they were found with (`question_identity`); as all below.
     """
 
     layer: Array
@@ -108,15 +108,16 @@ class NeuronSet(Value):
         """Neurons that the reference code published (`top_200.csv`), in the order of the file.
 
         Columns: overall_neuron_index (= layer * M + index), layer, neuron_index_in_layer, weight (= delta);
-        others are ignored.
+        others are ignored. Of some published sets the questions are known (`reference.questions_of`).
 
         Raises:
             RuleError: a column is missing, a row is not of that form or contradicts itself (path:line),
                 or the file has fewer than ``top`` rows.
         """
-        layer, index, delta = zip(*reference.neuron_rows(Path(path)), strict=True)
+        rows = reference.neuron_rows(Path(path))
+        layer, index, delta = (np.array(column) for column in zip(*rows, strict=True))
         try:
-            neurons = cls(layer=np.array(layer), index=np.array(index), delta=np.array(delta), base=base)
+            neurons = cls(layer, index, delta, base=base, questions=reference.questions_of(rows))
         except RuleError as error:
             raise RuleError(f"{path}: {error}") from error
         return neurons if top is None else neurons.top(top)
@@ -175,7 +176,7 @@ class Gate(Value):
         output_bias: ().
         threshold: in [0, 1].
         base: the model whose activations it reads; None where it is not known.
-        questions: digests of the questions that it was trained and calibrated on.
+        questions: identities of the questions that it was trained and calibrated on.
     """
 
     layer: Array
@@ -251,7 +252,7 @@ class SteeringRule(Value):
             generated one. "first_generated_token" leaves the prompt alone. Defined over tokens, not calls.
         gate: None steers every sequence.
         base: the model that the rule belongs to.
-        questions: digests of all questions that neurons, gate and strength were fitted on; an honest
+        questions: identities of all questions that neurons, gate and strength were fitted on; an honest
             evaluation uses none of them.
     """
 

@@ -13,8 +13,9 @@ import numpy as np
 from adaras_export import exact
 from adaras_export.errors import RuleError, TraceError
 from adaras_export.models import BaseModel
+from adaras_export.question_identity import identity
 from adaras_export.storage import Array
-from adaras_export.traces import Trace, digest
+from adaras_export.traces import Trace
 from adaras_export.values import Value, check_choice, check_count, check_version, freeze, set_questions
 
 Contrast = Literal["within_question", "unpaired"]
@@ -141,8 +142,8 @@ def _none() -> Array:
 
 
 def is_first_half(question: str) -> bool:
-    """Whether a question, by its digest, is in the first of two halves."""
-    return int(question, 16) % 2 == 1
+    """Whether a question, by the digest of its prompt, is in the first of two halves."""
+    return int(question.partition(".")[0], 16) % 2 == 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,7 +156,7 @@ class NeuronStats(_Sums):
 
     Attributes:
         base: the model whose activations these are.
-        questions: digests of the questions that went in.
+        questions: identities of the questions that went in.
         correct_sum: (L, M) sum over questions of the mean over correct traces.
         incorrect_sum: the same over incorrect traces.
         difference_square_sum: (L, M) sum over questions of their squared difference.
@@ -267,7 +268,7 @@ def with_question(stats: NeuronStats, question: Sequence[Trace], means: Mapping[
     shape = (0, stats.base.layers, stats.base.mlp_size)
     parts = [[means[trace.id] for trace in question if trace.correct is label] for label in (True, False)]
     correct, incorrect = (np.stack(part) if part else np.zeros(shape, np.float32) for part in parts)
-    return stats.update(digest(question[0].prompt), correct, incorrect)
+    return stats.update(identity(question[0].prompt), correct, incorrect)
 
 
 @dataclass(frozen=True, eq=False)
@@ -276,7 +277,7 @@ class AttributionStats(_Sums):
 
     Attributes:
         base: the model.
-        questions: digests of the questions that went in.
+        questions: identities of the questions that went in.
         gradient_sum: (L, M) sum over questions of d margin / d c.
         gradient_square_sum: (L, M) sum of its square.
         first_half_sum: (L, M) the sum over one half of the questions, chosen by their digest.

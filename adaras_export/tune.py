@@ -17,10 +17,10 @@ from adaras_export.errors import TraceError
 from adaras_export.evaluate import gate_fires, require_fresh
 from adaras_export.exam import Exam
 from adaras_export.models import BaseModel
+from adaras_export.question_identity import identity
 from adaras_export.rule import Gate, NeuronSet, Start, SteeringRule
 from adaras_export.search import Proposer, Search, Setting, Space, Span, proposer, rungs
 from adaras_export.storage import Array
-from adaras_export.traces import digest
 from adaras_export.tune_report import Trial, TuneReport
 from adaras_export.verdicts import compare, require_statistics
 
@@ -72,10 +72,10 @@ def tune(  # noqa: PLR0913 - one decision of the researcher each
         raise TraceError(f"tune: {exam.samples} answers to each question; expected one, of more questions")
     rankings = {"": neurons} if isinstance(neurons, NeuronSet) else dict(neurons)
     used = [one for ranking in rankings.values() for one in ranking.questions]
-    require_fresh(exam.questions, (*used, *(gate.questions if gate else ())))
+    require_fresh(exam.questions, (*used, *(gate.questions if gate else ())), "give others")
     starts: Sequence[Start] = (start,) if isinstance(start, str) else start
     space = Space(tuple(rankings), counts, strengths, starts)
-    maker = _RuleMaker(rankings, gate, base, (*used, *(digest(question.prompt) for question in exam.questions)))
+    maker = _RuleMaker(rankings, gate, base, (*used, *(identity(question.prompt) for question in exam.questions)))
     maker.require_possible(space)
     proposals = proposer(space, search)
     with closing(AnswerBook(model, tokenizer, exam, None if journal is None else Path(journal))) as book:

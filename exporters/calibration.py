@@ -14,6 +14,7 @@ from adaras_export.errors import TraceError
 from adaras_export.exporters.base import Written
 from adaras_export.generation import encode_prompt, load_model
 from adaras_export.parity import Check
+from adaras_export.question_identity import identity
 from adaras_export.rule import SteeringRule
 from adaras_export.storage import Array
 from adaras_export.traces import Prompt, Trace
@@ -90,7 +91,7 @@ def calibrated(rule: SteeringRule, base: Path, artifact: Judge, asked: Prompts) 
             )  # fmt: skip
         return Written(rule, (Check(AGREEMENT, before, None, f"of {count} {asked.source}"),))
     threshold = _threshold(p_correct, asked, was_steered)
-    questions = (*own.questions, *(traces.digest(prompt) for prompt in asked.prompts))
+    questions = (*own.questions, *(identity(prompt) for prompt in asked.prompts))
     after = float(((p_correct < threshold) == was_steered).mean())
     detail = f"of {count} {asked.source}; {before:.3g} with threshold {own.threshold:.6g} instead of {threshold:.6g}"
     fitted = replace(rule, gate=replace(own, threshold=threshold, questions=questions))

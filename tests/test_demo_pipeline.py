@@ -15,6 +15,7 @@ from adaras_export.errors import ExportError, MissingExtraError
 from adaras_export.evaluate import Exam
 from adaras_export.generation import Sampling, load_model
 from adaras_export.models import BaseModel
+from adaras_export.question_identity import identity
 from adaras_export.rule import NeuronSet, SteeringRule
 from adaras_export.traces import digest, read_questions, read_traces
 
@@ -71,7 +72,7 @@ def test_the_job_exports_the_ranking_that_validation_prefers_and_verifies_it(sum
 
 @pytest.mark.slow
 def test_the_job_evaluates_on_questions_that_no_stage_has_seen(summary):
-    test = {digest(question.prompt) for question in read_questions(summary.out / "test.jsonl")}
+    test = {identity(question.prompt) for question in read_questions(summary.out / "test.jsonl")}
     for one in summary.candidates.values():
         assert not test & set(one.tuned.rule.questions)
         assert one.evaluation.ids == tuple(question.id for question in summary.task.questions["test"])

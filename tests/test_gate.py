@@ -28,7 +28,8 @@ from adaras_export.gate import (
 )
 from adaras_export.gate_judging import brier, cross_fitted, rates
 from adaras_export.neurons import Reading
-from adaras_export.traces import Trace, digest, split
+from adaras_export.question_identity import identity
+from adaras_export.traces import Trace, split
 from adaras_export.verdicts import Estimate
 
 sklearn_selection = pytest.importorskip("sklearn.feature_selection")
@@ -227,7 +228,7 @@ def test_two_ids_of_one_prompt_are_one_question(train, trained):
 
 def test_the_gate_remembers_all_its_questions_and_its_base(trained, bases):
     gate = trained["logistic"].gate
-    assert gate.questions == tuple(sorted({digest(trace.prompt) for trace in planted()}))
+    assert gate.questions == tuple(sorted({identity(trace.prompt) for trace in planted()}))
     assert gate.base == bases["qwen3"]
 
 

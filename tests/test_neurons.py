@@ -24,8 +24,9 @@ from adaras_export.neurons import (
     read_attribution,
     read_stats,
 )
+from adaras_export.question_identity import identity
 from adaras_export.statistics import AttributionStats, NeuronStats, with_question
-from adaras_export.traces import Trace, by_question, digest
+from adaras_export.traces import Trace, by_question
 
 CHAT = [{"role": "user", "content": "4+4"}]
 TRACES = [
@@ -89,7 +90,7 @@ def test_the_papers_ranking_equals_its_formula(stock, tokenizer, bases, by_hand)
     assert neurons.layer.min() >= 1
     assert neurons.ranking == "paper"
     assert neurons.base == bases["qwen3"]
-    assert neurons.questions == tuple(sorted(digest(t.prompt) for t in TRACES if t.id in ("a1", "b1", "c1")))
+    assert neurons.questions == tuple(sorted(identity(t.prompt) for t in TRACES if t.id in ("a1", "b1", "c1")))
 
 
 def test_unpaired_traces_all_weigh_the_same(stock, tokenizer, bases, by_hand):
@@ -200,7 +201,7 @@ def test_a_model_with_a_nan_weight_is_refused_by_question_and_layer(stock, token
     broken = copy.deepcopy(stock["qwen3"])
     with torch.no_grad():
         broken.model.layers[2].mlp.up_proj.weight[0, 0] = float("nan")
-    with pytest.raises(TraceError, match=rf"question {digest('1+1=')}: activations of layers \[2, 3\] are NaN"):
+    with pytest.raises(TraceError, match=rf"question {identity('1+1=')}: activations of layers \[2, 3\] are NaN"):
         read_stats(broken, tokenizer, TRACES, bases["qwen3"])
     with pytest.raises(TraceError, match=r"gradient is NaN or infinite; load the model in float32"):
         read_attribution(broken, tokenizer, TRACES, bases["qwen3"])

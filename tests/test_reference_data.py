@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,14 @@ import pytest
 import torch
 
 from adaras_export.demo import smollm2
+from adaras_export.errors import TraceError
+from adaras_export.evaluate import require_fresh, seen_before
 from adaras_export.generation import load_model
 from adaras_export.models import BaseModel
 from adaras_export.neurons import Reading, identify, read_stats
+from adaras_export.question_identity import BOXED, identity
 from adaras_export.rule import NeuronSet, SteeringRule
-from adaras_export.traces import by_question, read_traces
+from adaras_export.traces import Question, by_question, read_traces
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 QWEN3 = BaseModel("Qwen/Qwen3-1.7B", "qwen3", layers=28, mlp_size=6144, hidden_size=2048)
@@ -187,3 +191,18 @@ def test_the_published_neurons_load_and_make_a_rule(name, tmp_path):
     assert len(rule.neurons) == 50
     assert SteeringRule.load(saved(rule, tmp_path / "rule")) == rule
     assert NeuronSet.from_reference_csv(path, top=50, base=QWEN3) == neurons.top(50)
+
+
+@pytest.mark.parametrize(("name", "questions"), [("gsm8k", "gsm8k_train"), ("humaneval", "HumanEval_split_train")])
+def test_published_neurons_know_their_questions_in_every_file_of_them(name, questions):
+    """The traces and the question files wrap them differently: they had no digest in common."""
+    neurons = NeuronSet.from_reference_csv(SHARED / "rcn" / f"{name}_qwen3-1.7b_top200.csv", top=50)
+    traces = read_traces(SHARED / "traces" / f"{name}_qwen3-32b.jsonl")
+    assert neurons.questions == tuple(sorted({identity(trace.prompt) for trace in traces}))
+    lines = (SHARED / "questions" / f"{questions}.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [Question(str(number), json.loads(line)["question"], "1") for number, line in enumerate(lines)]
+    for before, behind in (("", ""), ("", f"\n\n{BOXED}"), ("```python\n", "```")):
+        asked = [replace(one, prompt=[{"role": "user", "content": before + one.prompt + behind}]) for one in rows]
+        assert len(seen_before(asked, neurons.questions)) == 15
+        with pytest.raises(TraceError, match=r"15 of \d+ were used before"):
+            require_fresh(asked, neurons.questions, "give others")

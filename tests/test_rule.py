@@ -1,5 +1,6 @@
 """The rule: identity, validity, order, and the neurons that the reference published."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
+from adaras_export import reference
 from adaras_export.errors import ArtifactError, RuleError
 from adaras_export.models import BaseModel
 from adaras_export.rule import NeuronSet, SteeringRule
@@ -221,6 +223,24 @@ def test_the_published_neuron_sets_load(task):
 
 
 HEAD = "overall_neuron_index,layer,neuron_index_in_layer,weight\n"
+
+
+def test_of_a_published_set_the_questions_are_known_whatever_its_file_is_called(tmp_path, monkeypatch):
+    """Rules of published neurons knew no questions, so that nothing was seen before."""
+    rows = [(layer, 7 * layer, 0.5) for layer in range(12)]
+    known = {"first_neurons": reference.first_neurons(rows), "questions": ["b.c", "a.d"]}
+    monkeypatch.setattr(reference, "published", lambda: {"a set": known})
+    for kept, expected in ((rows, ("a.d", "b.c")), (rows[:10], ("a.d", "b.c")), (rows[1:], ()), (rows[::-1], ())):
+        lines = [f"{100 * layer + index},{layer},{index},{delta}\n" for layer, index, delta in kept]
+        (tmp_path / "mine.csv").write_text(HEAD + "".join(lines))
+        assert NeuronSet.from_reference_csv(tmp_path / "mine.csv", top=4).questions == expected
+
+
+def test_what_is_shipped_of_published_sets_are_digests():
+    for name, known in reference.published().items():
+        assert re.fullmatch("[0-9a-f]{16}", known["first_neurons"]), name
+        assert len({*known["questions"]}) == 15
+        assert all(re.fullmatch(r"[0-9a-f]{16}\.[0-9a-f]{16}", one) for one in known["questions"])
 
 
 @pytest.mark.parametrize(

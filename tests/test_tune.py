@@ -15,6 +15,7 @@ from adaras_export.evaluate import Exam
 from adaras_export.gate import gate_probabilities
 from adaras_export.generation import Sampling, complete, encode_prompt
 from adaras_export.journal import Journal
+from adaras_export.question_identity import identity
 from adaras_export.rule import SteeringRule
 from adaras_export.search import Search, Span
 from adaras_export.steering import steered
@@ -73,7 +74,7 @@ def test_the_planted_best_setting_wins(count, strength, start, run, completions,
     report = run([text or "nothing" for text in completions(best)], start=start)
     assert (report.chosen.count, report.chosen.strength, report.chosen.arm.accuracy) == (count, strength, 1)
     assert report.beats_off
-    assert report.rule == replace(best, questions=tuple(digest(prompt) for prompt in PROMPTS))
+    assert report.rule == replace(best, questions=tuple(identity(prompt) for prompt in PROMPTS))
 
 
 def test_every_setting_is_tried_and_compared_with_no_steering(run, completions, bases):
@@ -133,17 +134,19 @@ def test_the_report_tells_every_arm_and_the_rule(run, completions, bases):
 
 @pytest.mark.parametrize("part", ["neurons", "gate"])
 def test_validation_questions_that_found_neurons_or_gate_are_refused(part, run, gate):
-    seen = (digest(PROMPTS[2]), digest(PROMPTS[7]))
+    seen = (digest(PROMPTS[2]), identity(f"Question: {PROMPTS[7]}\nThinking process:"))
     parts = {"neurons": tiny.make_neurons(), "gate": gate}
     parts[part] = replace(parts[part], questions=seen)
-    with pytest.raises(TraceError, match=r"questions: 2 of 10 were used before.*first: q2"):
+    with pytest.raises(
+        TraceError, match=r"questions: 2 of 10 were used before.*first: q2\); expected fresh ones; give others$"
+    ):
         run(["x"] * 10, **parts)
 
 
 def test_the_rule_remembers_the_questions_of_every_stage(run, gate):
     neurons = replace(tiny.make_neurons(), questions=("a" * 16,))
     rule = run(["x"] * 10, neurons=neurons, gate=replace(gate, questions=("b" * 16,))).rule
-    assert set(rule.questions) == {"a" * 16, "b" * 16, *map(digest, PROMPTS)}
+    assert set(rule.questions) == {"a" * 16, "b" * 16, *map(identity, PROMPTS)}
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,9 @@ from adaras_export.exporters.base import Commission
 from adaras_export.exporters.onnx import EXPORTER, GRAPH
 from adaras_export.gate import agreeing_threshold, gate_probabilities, youden_threshold
 from adaras_export.parity import compare, rehearse
+from adaras_export.question_identity import identity
 from adaras_export.rule import SteeringRule
-from adaras_export.traces import Question, Trace, digest, write_questions, write_traces
+from adaras_export.traces import Question, Trace, write_questions, write_traces
 
 CAUSAL, LATER = ("causal", "last_prompt_token"), ("later", "first_generated_token")
 GATED, TIED = ("qwen3", *CAUSAL), ("qwen2", *CAUSAL)
@@ -374,7 +375,7 @@ def test_labelled_prompts_give_the_threshold_of_youdens_j_on_the_rounded_model(j
     report = calibrated(rules[GATED], folders, tmp_path / "out", tmp_path / "traces.jsonl")
     rule = SteeringRule.load(report.path / "rule.safetensors")
     assert rule.gate.threshold == youden_threshold(judged[1], labels) != rules[GATED].gate.threshold
-    assert {digest(prompt) for prompt in PROMPTS} <= set(rule.questions), "an evaluation must not use them"
+    assert {identity(prompt) for prompt in PROMPTS} <= set(rule.questions), "an evaluation must not use them"
     require_delivered(report, rule, rules[GATED])
 
 
