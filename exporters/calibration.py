@@ -12,6 +12,7 @@ from typing import Protocol
 from adaras_export import gate, traces
 from adaras_export.errors import TraceError
 from adaras_export.exporters.base import Written
+from adaras_export.gate_judging import is_below
 from adaras_export.generation import encode_prompt, load_model
 from adaras_export.parity import Check
 from adaras_export.question_identity import identity
@@ -79,10 +80,10 @@ def calibrated(rule: SteeringRule, base: Path, artifact: Judge, asked: Prompts) 
     own = rule.gate
     assert own is not None
     model, tokenizer = load_model(base)
-    was_steered = gate.gate_probabilities(model, tokenizer, own, asked.prompts) < own.threshold
+    was_steered = is_below(gate.gate_probabilities(model, tokenizer, own, asked.prompts), own.threshold)
     del model
     p_correct = artifact.p_correct([encode_prompt(tokenizer, prompt) for prompt in asked.prompts])
-    before, count = float(((p_correct < own.threshold) == was_steered).mean()), len(p_correct)
+    before, count = float((is_below(p_correct, own.threshold) == was_steered).mean()), len(p_correct)
     if not asked.calibrates:
         if before < 1:
             logger.warning(
@@ -92,7 +93,7 @@ def calibrated(rule: SteeringRule, base: Path, artifact: Judge, asked: Prompts) 
         return Written(rule, (Check(AGREEMENT, before, None, f"of {count} {asked.source}"),))
     threshold = _threshold(p_correct, asked, was_steered)
     questions = (*own.questions, *(identity(prompt) for prompt in asked.prompts))
-    after = float(((p_correct < threshold) == was_steered).mean())
+    after = float((is_below(p_correct, threshold) == was_steered).mean())
     detail = f"of {count} {asked.source}; {before:.3g} with threshold {own.threshold:.6g} instead of {threshold:.6g}"
     fitted = replace(rule, gate=replace(own, threshold=threshold, questions=questions))
     return Written(fitted, (Check(AGREEMENT, after, None, detail),))

@@ -3,6 +3,7 @@
 import copy
 import importlib
 import json
+import math
 import pickle
 import threading
 
@@ -286,6 +287,18 @@ def test_the_package_computes_what_its_copies_compute(name, rule, packaged, told
     assert found == [answer["steered"] for answer in told[key]]
     # One row: Transformers 4.57 gives padded rows wrong positions when it prefills in chunks, with any model.
     require_answers(greedy(packaged[key], tiny.PROMPTS[3:], prefill_chunk_size=4), told[key][3:])
+
+
+def test_on_the_edge_of_the_threshold_the_told_decision_is_the_one_that_was_made(packaged, monkeypatch):
+    """p and threshold were compared in float32 to steer and in float64 to tell: here p is below in the latter only."""
+    model = packaged[("qwen3", *CAUSAL)]
+    greedy(model, tiny.PROMPTS[3:])
+    ((p, _),) = model.steering.last_decisions
+    monkeypatch.setattr(model.steering, "threshold", math.nextafter(p, 1))
+    found = greedy(model, tiny.PROMPTS[3:])
+    assert model.steering.last_decisions == [(p, False)]
+    with model.steering.off():
+        assert torch.equal(greedy(model, tiny.PROMPTS[3:]).logits[0], found.logits[0])
 
 
 @pytest.mark.parametrize("rule", [CAUSAL, LATER])

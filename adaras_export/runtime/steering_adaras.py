@@ -204,7 +204,9 @@ class Steering:
     def last_decisions(self) -> list[tuple[float, bool]]:
         """(p(correct), steered) of each row of what this thread's last generate() gave; empty without a gate."""
         dials, judged = THREAD.last
-        return [] if judged is None or dials is not self else [(p, p < self.threshold) for p in judged.tolist()]
+        if judged is None or dials is not self:
+            return []
+        return [*zip(judged.tolist(), (judged < self.threshold).tolist(), strict=True)]  # in float32, as it is decided
 
 
 class Step:
