@@ -94,7 +94,7 @@ def tune(
         found.save(report)
     found.rule.save(out)
     journal.unlink(missing_ok=True)
-    show(found.as_record(), f"{found.table()}\n{out}: {found.line()}", as_json)
+    show(found.as_record(), f"{found.table()}\n{out}: {found.line()}{_blind(rankings)}", as_json)
 
 
 def _rankings(files: list[Path], base: "BaseModel") -> "NeuronSet | dict[str, NeuronSet]":
@@ -110,6 +110,13 @@ def _rankings(files: list[Path], base: "BaseModel") -> "NeuronSet | dict[str, Ne
     if len({*names}) < len(names):
         raise typer.BadParameter(f"--neurons {', '.join(names)}: a file is given twice; expected different ones")
     return read[0] if len(read) == 1 else dict(zip(names, read, strict=True))
+
+
+def _blind(rankings: "NeuronSet | dict[str, NeuronSet]") -> str:
+    """A sentence where the rule will not know all questions that made it."""
+    if all(one.questions for one in (rankings.values() if isinstance(rankings, dict) else [rankings])):
+        return ""
+    return "; the neurons do not say with which questions they were found: neither tune nor eval can refuse those"
 
 
 def _strengths_of(text: str) -> "list[float] | Span":
