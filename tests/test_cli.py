@@ -481,6 +481,7 @@ WRONG = {
     SERVER + "--temperature 0": r"TraceError: collect: 8 attempts at temperature 0",
     SERVER: r"EndpointError: http://127.0.0.1:9/v1, model .*: cannot be reached .*; run again to go on",
     "collect {job}/test.jsonl {on} --top-p 2": r"TraceError: sampling: top_p 2.0",
+    "collect {job}/test.jsonl -m {model} -o {traces}": r"TraceError: .*traces.jsonl: holds question .* not among the",
     "export {rule} --base {model} --to floppy -o {bad}/out": r"ExportError: .*floppy.*expected one of: .*hf",
     "export {rule} {to} --calibration {traces}": r"ExportError: hf: has no option calibration",
     "export {rule} --base {model} --to onnx -o {bad}/out --calibration {traces}": r"ExportError: .* with fp32",
@@ -618,8 +619,9 @@ def test_a_reference_csv_can_be_tuned(job, run, tmp_path):
     header = "overall_neuron_index,layer,neuron_index_in_layer,weight"
     (tmp_path / "top_200.csv").write_text("\n".join([header, *lines]))
     args = ["tune", job / "validation.jsonl", "-m", MODEL, "--neurons", tmp_path / "top_200.csv", *TOKENS]
-    status, _, err = run(*args, "--counts", "5,20", "--strengths", "0.3", "-o", tmp_path / "r")
+    status, out, err = run(*args, "--counts", "5,20", "--strengths", "0.3", "-o", tmp_path / "r")
     assert (status, err) == (0, "")
+    assert out.endswith("which questions they were found: neither tune nor eval can refuse those\n")
     assert SteeringRule.load(tmp_path / "r").neurons.ranking == "given"
 
 
