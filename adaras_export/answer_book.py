@@ -60,7 +60,7 @@ class AnswerBook:
         self._seconds: dict[str, float] = {}
         self._figures: dict[str, dict[int, Array]] = {}
         self._done = self._total = 0
-        self._journal = None if journal is None else Journal(journal, _identity(model, exam))
+        self._journal = None if journal is None else Journal(journal, _identity(model, exam, self._rows))
         if self._journal is not None:
             self._journal.read(self._entry)
 
@@ -196,9 +196,10 @@ def _is_plain(way: Way) -> bool:
     return not isinstance(way, Everywhere | Elsewhere)
 
 
-def _identity(model: PreTrainedModel, exam: Exam) -> str:
+def _identity(model: PreTrainedModel, exam: Exam, rows: Sequence[Sequence[int]]) -> str:
     """What the verdicts in a file hang on, beside the ways to steer."""
-    questions = [[one.id, digest(one.prompt), one.answer] for one in exam.questions]
+    # The ids of a prompt hang on the tokenizer and the chat template, too.
+    questions = [[one.id, digest(one.prompt), row, one.answer] for one, row in zip(exam.questions, rows, strict=True)]
     first = [one.detach().flatten()[:8].float().tolist() for one in model.parameters() if not one.is_meta]
     of = [questions, exam.checker, exam.samples, vars(exam.sampling), str(model.dtype), first]
     return sha256(json.dumps(of).encode())[:16]

@@ -67,14 +67,20 @@ class CollectReport:
     repeated: int
     seconds: float
 
-    def lacks(self) -> str | None:
-        """Why the file cannot be contrasted within its questions; None where it can."""
+    def cautions(self) -> list[str]:
+        """What keeps the file from being contrasted, or makes a contrast doubtful."""
+        found = []
+        if self.unlabelled:
+            found.append(
+                f"{self.unlabelled} traces of an earlier version do not say how they were sampled: whether limit of "
+                "tokens, temperature, template, checker and revision were those of this run is not known"
+            )
         if not self.correct or self.correct == self.traces:
             kind, others = ("correct", "easier") if not self.correct else ("incorrect", "harder")
-            return f"no trace is {kind}, so identify and gate cannot use the file; ask {others} questions"
-        if not self.mixed_questions:
-            return "no question has both outcomes, so identify cannot contrast them; sample more attempts"
-        return None
+            found.append(f"no trace is {kind}, so identify and gate cannot use the file; ask {others} questions")
+        elif not self.mixed_questions:
+            found.append("no question has both outcomes, so identify cannot contrast them; sample more attempts")
+        return found
 
 
 def collect(  # noqa: PLR0913 - each is a decision of its own

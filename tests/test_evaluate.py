@@ -319,6 +319,10 @@ def test_a_journal_of_another_model_is_refused(rule, run, exam, stock, tokenizer
     next(other.parameters()).data[0] += 1
     with pytest.raises(TraceError, match="delete it to begin again"):
         AnswerBook(other, tokenizer, exam, tmp_path / "journal")
+    templated = copy.deepcopy(tokenizer)
+    templated.chat_template = f"{tokenizer.chat_template}!"
+    with pytest.raises(TraceError, match="delete it to begin again"):
+        AnswerBook(stock["qwen3"], templated, exam, tmp_path / "journal")
 
 
 def test_the_gates_pass_is_not_run_again(rule, run, tmp_path, monkeypatch):

@@ -105,12 +105,12 @@ def collect(
     if endpoint is not None or backend == "vllm":
         require_varied(attempts, sampling)
         goal = Goal(attempts, wanted, per_class)
+        version = version_of(model, revision) if endpoint is None else None
         made = (
             _vllm(model, sampling, dtype, revision) if endpoint is None else _server(endpoint, model, sampling, server)
         )
         with progress() as bar:
             told = bar("sampling")
-            version = version_of(model, revision) if endpoint is None else None
             how: dict[str, Any] = {"batch_size": batch_size, "name": name, "revision": version, "progress": told}
             report = collect_from(made, read, out, goal, check=chosen, **how)
     else:
@@ -147,14 +147,7 @@ def _told(report: "CollectReport", max_new_tokens: int) -> str:
         text += f"; {report.cut} of the new ones were cut off at {max_new_tokens} tokens"
     if report.repeated:
         text += f"; {report.repeated} have the text of another attempt"
-    if report.unlabelled and report.unlabelled < report.traces:
-        text += (
-            f"; {report.unlabelled} of an earlier version do not say how they were sampled: whether limit of tokens, "
-            "temperature, template, checker and revision were those of the others is not known"
-        )
-    if lack := report.lacks():
-        text += f"; {lack}"
-    return text
+    return "; ".join([text, *report.cautions()])
 
 
 def _unless(value: str, default: str) -> str | None:
