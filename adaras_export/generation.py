@@ -14,6 +14,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +28,7 @@ from transformers import (
     Cache,
     DynamicCache,
     GenerationConfig,
+    GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
@@ -42,6 +44,10 @@ from adaras_export.storage import sha256
 from adaras_export.traces import Prompt, Trace
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+
+_NAMES = signature(GenerationMixin.prepare_inputs_for_generation).parameters
+CACHE = "cache" if "cache" in _NAMES else "past_key_values"
+"""What this Transformers calls the KV cache that a model is called with; 5.24 changed it."""
 
 
 @dataclass(frozen=True)
@@ -259,7 +265,7 @@ def continue_ids(
     inputs = {
         "input_ids": prefilled.ids,
         "attention_mask": prefilled.mask,
-        "past_key_values": prefilled.cache,
+        CACHE: prefilled.cache,
     }
     return _generate(model, tokenizer, inputs, sampling, keys)
 
@@ -282,9 +288,9 @@ def prefill(model: PreTrainedModel, rows: Sequence[Sequence[int]], pad_id: int) 
             input_ids=ids_BT[:, :-1],
             attention_mask=past_BT,
             position_ids=(past_BT.cumsum(1) - 1).clamp(min=0),
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,  # nobody reads them; all would be T * V numbers a row
+            **{CACHE: cache},
         )
     return Prefilled(ids_BT, mask_BT, cache)
 
