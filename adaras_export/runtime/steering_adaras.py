@@ -147,7 +147,7 @@ class SteeringState:
 
 _ROWS: dict[str, Callable[[Tensor, Any], Tensor]] = {
     "reorder_cache": lambda rows, index: rows.index_select(0, index.to(rows.device)),
-    "batch_select_indices": lambda rows, index: rows[index],
+    "batch_select_indices": lambda rows, index: rows[index.to(rows.device) if isinstance(index, Tensor) else index],
     "batch_repeat_interleave": lambda rows, repeats: rows.repeat_interleave(repeats, dim=0),
 }
 
