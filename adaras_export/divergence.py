@@ -29,6 +29,8 @@ def forced_logits(model: PreTrainedModel, prompts: Prefilled, texts: Sequence[Se
     prompt ends where it would in `generate`.
     """
     own = prompts.repeated(range(len(prompts.ids)))
-    with here(scope=Scope(models.decoder(model), own.ids.shape[1])):
+    scope = Scope(models.decoder(model), own.ids.shape[1])
+    scope.place = 1, None  # the cache lacks the prompt's last token
+    with here(scope=scope):
         logits_BSV: Tensor = model(**behind(own, texts)).logits
     return logits_BSV
