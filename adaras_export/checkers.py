@@ -8,7 +8,8 @@ since it would make every completion incorrect.
 import re
 import reprlib
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from decimal import MAX_EMAX, MAX_PREC, MIN_EMIN, Context, Decimal
 from importlib.metadata import version
 from itertools import zip_longest
@@ -150,45 +151,57 @@ def checker_for(questions: Sequence[Question], name: str | None = None) -> Check
 def _require_readable(name: str, questions: Sequence[Question]) -> None:
     """Refuse an answer that the checker cannot read, before anything is sampled."""
     distinct = list({question.answer: question for question in reversed(questions)}.values())[::-1]
+    for question in distinct:
+        with _placed(question):
+            _require_form(name, question.answer)
+    if name not in _SCORED:
+        return
     for start in range(0, len(distinct), _AT_ONCE):
         some = distinct[start : start + _AT_ONCE]
-        said = sandbox.scorer(name).notes([one.answer for one in some], _READING) if name in _SCORED else []
+        said = sandbox.scorer(name).notes([one.answer for one in some], _READING)
         for question, note in zip_longest(some, said):
-            _require_accepted(name, question, note)
+            with _placed(question):
+                _require_read(name, question.answer, note)
 
 
-def _require_accepted(name: str, question: Question, said: Sequence[Any] | None) -> None:
+@contextmanager
+def _placed(question: Question) -> Iterator[None]:
     try:
-        _accept(name, question.answer, said)
+        yield
     except TraceError as error:
         raise TraceError(f"{question.place or f'question {question.id}'}: {error}") from error
 
 
-def _accept(name: str, answer: str, said: Sequence[Any] | None) -> None:
-    """Refuse an answer by its form, or by what the scorer says of it; None where that has come to no end."""
-    shown = f"answer {reprlib.repr(answer)}"
-    if name in _FORMS:
-        _FORMS[name](answer)
-    if name not in _SCORED:
-        return
+def _require_form(name: str, answer: str) -> None:
+    """What an answer shows without a library."""
+    forms: dict[str, Callable[[str], object]] = {
+        "last_number": _whole_number,
+        "code": problem_of,
+        "reasoning_gym": _task_place,
+    }
+    if name in forms:
+        forms[name](answer)
+
+
+def _require_read(name: str, answer: str, said: Sequence[Any] | None) -> None:
+    """Refuse an answer by what the scorer said of it; None where that came to no end."""
     if said is None:
-        raise TraceError(f"{shown}: checker {name} failed to read it within its limits; expected a simpler one")
+        found = f"checker {name} failed to read it within its limits"
+        raise TraceError(f"answer {reprlib.repr(answer)}: {found}; expected a simpler one")
     kind, note = said
     if kind == "refused":
-        raise TraceError(f"{shown}: {note}")
+        raise TraceError(f"answer {reprlib.repr(answer)}: {note}")
     if name == "reasoning_gym" and digest(note) != (place := _task_place(answer))["digest"]:
-        task = place["task"]
+        entry = f"{place['task']} {place['index']} of seed {place['seed']}"
         found = f"reasoning-gym {version('reasoning-gym')} makes another question"
-        remedy = f"run: adaras-export questions reasoning-gym:{task}"
-        raise TraceError(f"{task} {place['index']} of seed {place['seed']}: {found}; {remedy}")
+        raise TraceError(f"{entry}: {found}; run: adaras-export questions reasoning-gym:{place['task']}")
 
 
 def _scored(name: str, completion: str, answer: str) -> bool:
     """The verdict of a scorer, which works on the completion in the sandbox."""
-    if name in _FORMS:
-        _FORMS[name](answer)
+    _require_form(name, answer)
     said, correct = sandbox.scorer(name).score(completion, answer)
-    _accept(name, answer, said)
+    _require_read(name, answer, said)
     return correct
 
 
@@ -242,11 +255,3 @@ def _value(match: re.Match[str]) -> _Ratio | None:
 
 def _equal(one: _Ratio, other: _Ratio) -> bool:
     return _EXACT.compare(_EXACT.multiply(one[0], other[1]), _EXACT.multiply(other[0], one[1])) == 0
-
-
-# What an answer's form shows, without its library.
-_FORMS: dict[str, Callable[[str], object]] = {
-    "last_number": _whole_number,
-    "code": problem_of,
-    "reasoning_gym": _task_place,
-}

@@ -81,7 +81,7 @@ def problem_of(answer: str) -> dict[str, Any]:
     if not isinstance(problem, dict):
         raise TraceError("answer: expected a JSON object with tests")
     forms = [form for form in _NEEDED if form in problem]
-    if len(forms) != 1 or any(key not in problem for key in _NEEDED[forms[0]]) or not problem[forms[0]]:
+    if len(forms) != 1 or any(problem.get(key) is None for key in _NEEDED[forms[0]]) or not problem[forms[0]]:
         raise TraceError("answer: expected one of test, base_input (with canonical_solution), functional and stdin")
     for key, (fits, expected) in _FIELDS.items():
         if problem.get(key) is not None and not fits(problem[key]):

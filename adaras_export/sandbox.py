@@ -1,4 +1,4 @@
-"""Run code that nobody has read: a process of its own, without rights, with limits, killed as a group.
+"""Run code that nobody has read: a process of its own, without rights, with limits, ended in time.
 
 Knows no benchmark. What contains it is listed in docs/questions.md; where the machine or the kernel does not offer
 that, nothing is run. What comes out of the sandbox stays JSON here: values that are made of it could cost us seconds.
@@ -153,7 +153,7 @@ class Scorer:
         return [json.loads(line) for line in self._said(answers, None, limits or Limits())]
 
     def score(self, completion: str, answer: str, limits: Limits | None = None) -> tuple[list[Any] | None, bool]:
-        """What is said of the answer, as in `notes`, if it came to that, and whether the completion is correct by it."""
+        """What is said of the answer, as in `notes`, if it came to that, and whether the completion is correct."""
         said = self._said([answer], completion, limits or Limits())
         return json.loads(said[0]) if said else None, said[1:] == [b'["scored", true]']
 
@@ -186,7 +186,7 @@ def _scorer(name: str, process: int) -> Scorer:  # noqa: ARG001 - a part of the 
 
 @contextmanager
 def _process(job: dict[str, Any], limits: Limits) -> "Iterator[subprocess.Popen[bytes]]":
-    """A worker at its job, killed with its group at the end of the context."""
+    """A worker at its job, which ends with the context."""
     process = _started()
     try:
         _send(process, job | asdict(limits))
@@ -209,17 +209,17 @@ def _started() -> "subprocess.Popen[bytes]":
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
-    if process.poll() is None:  # else its number may be another process's by now
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass  # it has ended; nothing of its group is left
-    process.wait()
+    """Tell the worker by closing its pipes; it kills its child and waits for it, so that nothing is left to others."""
     _pipe(process.stdout).close()
     try:
         _pipe(process.stdin).close()
     except BrokenPipeError:
         pass  # it ended before it read everything
+    try:
+        process.wait(10)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def _send(process: "subprocess.Popen[bytes]", job: dict[str, Any]) -> None:

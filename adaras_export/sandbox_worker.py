@@ -77,7 +77,7 @@ def _read(length: int) -> bytes:
     while len(read) < length:
         piece = os.read(0, length - len(read))
         if not piece:
-            sys.exit(0)
+            os._exit(0)
         read += piece
     return bytes(read)
 
