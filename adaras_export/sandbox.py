@@ -20,8 +20,8 @@ from functools import lru_cache
 from typing import Any
 
 from adaras_export.errors import BrokenInstallationError
-from adaras_export.sandbox_filter import MACHINES
 
+_MACHINES = ("x86_64", "aarch64")  # libseccomp knows more, of which some have the flags of `clone` in another argument
 _BEGIN = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from adaras_export.sandbox_worker import main; main()"
 )
@@ -52,8 +52,8 @@ def require_sandbox() -> None:
     """
     found = f"{platform.system()} {platform.machine()}"
     remedy = "check these answers elsewhere"
-    if platform.system() != "Linux" or platform.machine() not in MACHINES:
-        expected = " or ".join(MACHINES)
+    if platform.system() != "Linux" or platform.machine() not in _MACHINES:
+        expected = " or ".join(_MACHINES)
         raise BrokenInstallationError(
             f"sandbox: this is {found}; such answers are checked on Linux {expected}; {remedy}"
         )
@@ -164,9 +164,12 @@ class Scorer:
                 _send(self._process, job | asdict(limits))
                 (length,) = struct.unpack(">Q", _pipe(self._process.stdout).read(8))
                 said: bytes = _pipe(self._process.stdout).read(length)
-            except (SandboxFailure, struct.error) as error:
+            except BaseException as error:
                 _scorer.cache_clear()
-                raise BrokenInstallationError(f"checker {self._name}: its process ended; run this again") from error
+                _end(self._process)  # an interruption may have left half a reply, which the next one would read
+                if isinstance(error, SandboxFailure | struct.error | ValueError):
+                    raise BrokenInstallationError(f"checker {self._name}: its process ended; run this again") from error
+                raise
         return said.splitlines()
 
     def _close(self) -> None:

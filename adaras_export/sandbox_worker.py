@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from adaras_export import sandbox_jobs
-from adaras_export.sandbox_filter import confine
+from adaras_export.sandbox_filter import confine, hide
 from adaras_export.sandbox_scorers import SCORERS
 
 _MOST_THREADS = 128
@@ -31,6 +31,7 @@ _GO_ON = 1
 
 def main() -> None:
     """Do the one job that comes, or, where answers are scored, each one that comes; each in a child."""
+    hide()
     job = _job()
     sys.setrecursionlimit(20_000 if job["mode"] == "program" else 5_000)
     sys.set_int_max_str_digits(0)

@@ -204,6 +204,55 @@ def test_a_sleeper_dies_with_whoever_asked():
     assert ended(process)
 
 
+def test_memory_and_environment_of_a_plain_users_processes_cannot_be_read():
+    """Root without capabilities is refused by itself; a plain user is where neither Yama nor Landlock is in the kernel."""
+    if ctypes.CDLL(None).syscall(444, None, ctypes.c_size_t(0), 1) < 1:
+        pytest.skip("this kernel has no Landlock")
+    root = os.geteuid() == 0
+    command = ["/usr/bin/python3" if root else sys.executable, "-B", "-c"]
+    plain = {"user": 65534, "group": 65534, "extra_groups": [], "cwd": "/"} if root else {}
+    script = f"""
+import sys, os
+sys.path.append({str(Path(sandbox.__file__).parents[1])!r})
+from adaras_export.sandbox import SandboxFailure, output_of
+assert output_of("print('ran')", "") == "ran\\n"
+for process in (os.getpid(), "' + str(__import__('os').getppid()) + '"):
+    for what in ("mem", "environ"):
+        try: print(process, what, output_of(f"open('/proc/{{process}}/{{what}}', 'rb')", ""))
+        except SandboxFailure: pass
+"""
+    if subprocess.run([*command, "import sys; assert sys.version_info >= (3, 10)"], check=False, **plain).returncode:
+        pytest.skip("this machine has no Python that a plain user can run")
+    done = subprocess.run([*command, script], capture_output=True, text=True, check=False, **plain)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+
+
+def test_an_interrupted_scoring_leaves_no_reply_to_the_next_one(monkeypatch):
+    """Ctrl-C in a notebook: the reply to the first completion would be the second one's verdict."""
+    first = scorer("regex")
+    monkeypatch.setattr(first, "_process", Interrupted(first._process))
+    with pytest.raises(KeyboardInterrupt):
+        first.score("a", "a")
+    assert scorer("regex").score("b", "a") == (["read", None], False)
+
+
+class Interrupted:
+    """A process whose output is waited for in vain."""
+
+    def __init__(self, process):
+        self._process = process
+        self.stdout = self
+
+    def read(self, length):
+        raise KeyboardInterrupt
+
+    def close(self):
+        self._process.stdout.close()
+
+    def __getattr__(self, name):
+        return getattr(self._process, name)
+
+
 def number(reply):
     return int(reply[1][1], 16)
 
