@@ -20,6 +20,7 @@ from adaras_export.sandbox_data import encoded
 
 _FENCED = re.compile(r"^```[^\n`]*\n(.*?)(?:^```|\Z)", re.MULTILINE | re.DOTALL)
 _LONGEST_PROGRAM = 64 << 10
+_MOST_CUTS = 20  # more than a handful only where text is made so that each line is another error
 
 
 def code(completion: str, answer: str) -> bool:
@@ -57,15 +58,26 @@ def solution_of(completion: str, prompt: str, entry_point: str) -> str | None:
 
 
 def _longest_program(prompt: str, text: str) -> str | None:
+    """The prompt and the text, up to the last line up to which it is Python."""
     lines = text.splitlines()[:500]
-    for count in range(len(lines), 0, -1):
-        program = prompt + "\n".join(lines[:count])
+    for _ in range(_MOST_CUTS):
+        if not lines:
+            break
+        program = prompt + "\n".join(lines)
         try:
             ast.parse(program)
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            del lines[_first_wrong(error, prompt, len(lines)) :]
             continue
         return program
     return None
+
+
+def _first_wrong(error: Exception, prompt: str, count: int) -> int:
+    """Which of so many lines behind the prompt has the error, from 0: whatever holds that line has the error too."""
+    if not isinstance(error, SyntaxError) or error.lineno is None:
+        return count - 1
+    return max(0, min(count, error.lineno - prompt.count("\n")) - 1)
 
 
 def problem_of(answer: str) -> dict[str, Any]:

@@ -60,7 +60,7 @@ class _Comparison(ctypes.Structure):
 
 
 class _Filter:
-    """A filter of libseccomp; what it does with a call of another machine's form is to end the process."""
+    """A filter of libseccomp. A call in another machine's form (32 bits, x32) ends the process."""
 
     def __init__(self, otherwise: int) -> None:
         self._library = ctypes.CDLL("libseccomp.so.2")
@@ -132,7 +132,7 @@ def hide() -> None:
 
 
 def _separate(libc: ctypes.CDLL) -> None:
-    """A Landlock domain that allows no change of a file, and hides the memory of every process outside; if there is one.
+    """A Landlock domain, if there is such: no change of a file, and the memory of every process outside is closed.
 
     Without it, a plain user's processes can read each other's memory, unless Yama forbids it.
     """

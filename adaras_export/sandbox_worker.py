@@ -16,7 +16,7 @@ import socket
 import struct
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +84,9 @@ def _read(length: int) -> bytes:
 
 
 def _write(content: bytes) -> None:
-    while content:
-        content = content[os.write(1, content) :]
+    rest = memoryview(content)
+    while rest:
+        rest = rest[os.write(1, rest) :]
 
 
 def _forked(job: dict[str, Any], output: int | None = None) -> "_Child | None":
@@ -120,7 +121,7 @@ class _Child:
     number: int
     end: int
     listeners: list[int]
-    said: bytes = b""
+    said: bytearray = field(default_factory=bytearray)
 
     def ended_well(self, seconds: float, output: int | None = None, most: int = 0) -> bool:
         """Wait for its end, at most so long; ``said`` is what it wrote, for whoever reads it, up to so much."""

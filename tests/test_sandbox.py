@@ -205,7 +205,7 @@ def test_a_sleeper_dies_with_whoever_asked():
 
 
 def test_memory_and_environment_of_a_plain_users_processes_cannot_be_read():
-    """Root without capabilities is refused by itself; a plain user is where neither Yama nor Landlock is in the kernel."""
+    """The kernel refuses root without capabilities by itself, but a plain user only by Yama or Landlock."""
     if ctypes.CDLL(None).syscall(444, None, ctypes.c_size_t(0), 1) < 1:
         pytest.skip("this kernel has no Landlock")
     root = os.geteuid() == 0
