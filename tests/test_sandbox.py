@@ -7,7 +7,6 @@ import platform
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -146,14 +145,10 @@ __import__("os")._exit(0)
     assert 100 < int(output_of(source, "", Limits(wall_seconds=25))) <= 256
 
 
-def message_queue():
-    """One of System V, which other processes may have, with its removal."""
-    libc = ctypes.CDLL(None)
-    return libc.msgget(0, 0o1666), libc
-
-
 def test_a_message_does_not_reach_a_queue_of_others():
-    queue, libc = message_queue()
+    """One of System V: whoever knows its number may write to it, and messages stay."""
+    libc = ctypes.CDLL(None)
+    queue = libc.msgget(0, 0o1666)
     try:
         source = f"{CALL}call(69, {queue}, ctypes.create_string_buffer(b'\\1' + bytes(15)), 8, 0)"
         with pytest.raises(SandboxFailure, match=r"^failed$"):
@@ -163,24 +158,23 @@ def test_a_message_does_not_reach_a_queue_of_others():
 
 
 def test_a_test_is_in_no_file():
+    """A solution without any knowledge passed by reading what the test's process had been given."""
     search = """
+import re, tempfile
 from pathlib import Path
-import tempfile
 def f():
     for path in [*Path(tempfile.gettempdir()).glob("adaras-*/*"), *Path("/proc").glob("[0-9]*/cmdline")]:
         try:
-            if b"the hidden word" in path.read_bytes(): return "the hidden word"
+            if found := re.search(rb"f\\(\\) == (\\d+)", path.read_bytes()): return int(found[1])
         except OSError: pass
 """
     with solution(search) as solved:
-        assert not passes(solved, "assert f() == 'the hidden word'", "", ["f"])
+        assert not passes(solved, "assert f() == 785301946", "", ["f"])
 
 
-def test_no_folder_and_no_process_stays_behind():
-    before = set(Path(tempfile.gettempdir()).glob("adaras-sandbox-*"))
+def test_no_process_stays_behind():
     with solution("import os\ndef f(): return os.getpid()") as solved:
         process = number(solved.reply("f", encoded([], [])))
-        assert set(Path(tempfile.gettempdir()).glob("adaras-sandbox-*")) <= before
     with pytest.raises(ProcessLookupError):
         os.kill(process, 0)
 
@@ -211,19 +205,20 @@ def test_memory_and_environment_of_a_plain_users_processes_cannot_be_read():
     root = os.geteuid() == 0
     command = ["/usr/bin/python3" if root else sys.executable, "-B", "-c"]
     plain = {"user": 65534, "group": 65534, "extra_groups": [], "cwd": "/"} if root else {}
-    script = f"""
-import sys, os
-sys.path.append({str(Path(sandbox.__file__).parents[1])!r})
+    found = (
+        f"import sys, os; sys.path.append({str(Path(sandbox.__file__).parents[1])!r})\nimport adaras_export.sandbox\n"
+    )
+    if subprocess.run([*command, found], capture_output=True, check=False, **plain).returncode:
+        pytest.skip("a plain user cannot read this checkout, or has no Python from 3.10 on")
+    script = """
 from adaras_export.sandbox import SandboxFailure, output_of
 assert output_of("print('ran')", "") == "ran\\n"
 for process in (os.getpid(), "' + str(__import__('os').getppid()) + '"):
     for what in ("mem", "environ"):
-        try: print(process, what, output_of(f"open('/proc/{{process}}/{{what}}', 'rb')", ""))
+        try: print(process, what, output_of(f"open('/proc/{process}/{what}', 'rb')", ""))
         except SandboxFailure: pass
 """
-    if subprocess.run([*command, "import sys; assert sys.version_info >= (3, 10)"], check=False, **plain).returncode:
-        pytest.skip("this machine has no Python that a plain user can run")
-    done = subprocess.run([*command, script], capture_output=True, text=True, check=False, **plain)
+    done = subprocess.run([*command, found + script], capture_output=True, text=True, check=False, **plain)
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
 
 
