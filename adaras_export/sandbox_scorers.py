@@ -55,8 +55,8 @@ class Mathematics:
         self._library.parse(r"$\frac{1}{2}$")
 
     def read(self, answer: str) -> tuple[Any, None]:
-        """The expressions of LaTeX, with or without dollar signs."""
-        expected = self._library.parse(answer if "$" in answer else f"${answer}$")
+        """The expressions of LaTeX, with or without dollar signs around it; one behind a backslash is a currency's."""
+        expected = self._library.parse(answer if re.search(r"(?<!\\)\$", answer) else f"${answer}$")
         if not expected:
             raise UnreadableAnswer("holds no mathematical expression; expected LaTeX")
         return expected, None

@@ -103,6 +103,7 @@ def test_math_verify_compares_by_mathematics():
     pytest.importorskip("math_verify")
     assert math_verify(r"Hence $x = \frac{2}{4}$.", r"\frac{1}{2}")
     assert math_verify(r"so \boxed{0.5}", r"$\frac12$")
+    assert math_verify(r"so \boxed{32348}", r"\$32,\!348")  # as of MATH-500
     assert not math_verify(r"so \boxed{0.6}", r"\frac{1}{2}")
     assert not math_verify("I give up", "3")
 
