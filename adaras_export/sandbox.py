@@ -170,7 +170,7 @@ class Scorer:
                 if isinstance(error, SandboxFailure | struct.error | ValueError):
                     raise BrokenInstallationError(f"checker {self._name}: its process ended; run this again") from error
                 raise
-        return said.splitlines()
+        return said.split(b"\n")[:-1]  # whole lines: the process may have been killed within one
 
     def _close(self) -> None:
         if os.getpid() == self._owner:  # else this is a fork, which has the same handlers
