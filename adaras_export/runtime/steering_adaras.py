@@ -5,8 +5,8 @@ predicts a failure, a constant vector is added to the output of some MLPs, from 
 first generated one) on. That vector is strength * W_down[:, idx] @ delta: what adding strength * delta to the
 neurons idx before the down projection amounts to. Opens no file, starts no process, uses no network.
 
-What belongs to sequences (what the gate has seen of them, and p(correct)) rides on their KV cache; what belongs to one forward
-pass is thread-local; the modules hold weights only. So calls on one model object may run at the same time.
+What belongs to sequences (what the gate has seen of them, and p(correct)) rides on their KV cache; what belongs to
+one forward pass is thread-local; the modules hold weights only. So calls on one model object may run at the same time.
 
 B sequences, T tokens of this call, D model width, F gate features, H gate width. Layers are 0-based.
 """
