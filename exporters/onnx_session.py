@@ -8,15 +8,26 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedTokenizerBase
+from transformers.utils.generic import ModelOutput
 
 from adaras_export import storage
 from adaras_export.errors import ArtifactError, ExportError, first_line
 from adaras_export.exporters.onnx_graph import STRENGTH, THRESHOLD
-from adaras_export.generation import Sampling, left_pad, pad_id, stop_ids
+from adaras_export.generation import CACHE, Sampling, left_pad, pad_id, stop_ids
 from adaras_export.onnx_runner import ends_of
 from adaras_export.parity import Check, Mode, Play, Tolerance, play_model
 from adaras_export.storage import Array
+
+
+class _GraphCache(Cache):
+    """What a call of the graph hands to the next one, as a KV cache, and p(correct) on it."""
+
+    steering_state: Any = None
+
+    def __init__(self, tensors: dict[str, Array]) -> None:
+        super().__init__(layers=[])
+        self.tensors = tensors
 
 
 class SteeredGraph:
@@ -69,10 +80,10 @@ class SteeredGraph:
         judged = torch.cat(probability) if self.gated else None
         return Play(torch.cat(logits), torch.cat(tokens), judged)
 
-    def __call__(self, *, past_key_values: Any, use_cache: bool, **tokens: Tensor) -> Any:  # noqa: ANN401, ARG002
-        """One call, as of a model of Transformers."""
-        batch = len(tokens["input_ids"])
-        past = self._empty(batch) if past_key_values is None else past_key_values.tensors
+    def __call__(self, *, use_cache: bool, **tokens: Any) -> Any:  # noqa: ANN401, ARG002
+        """One call, as of a model of Transformers, which names the cache as the installed version does."""
+        batch, cache = len(tokens["input_ids"]), tokens.pop(CACHE)
+        past = self._empty(batch) if cache is None else cache.tensors
         wanted = {name: value.numpy() for name, value in tokens.items() if name in self.inputs}
         feeds = wanted | past | self.dials
         try:
@@ -82,11 +93,11 @@ class SteeredGraph:
         found = dict(zip(self.outputs, outputs, strict=True))
         logits = torch.from_numpy(found.pop("logits"))
         tensors = {name.replace("present.", "past_key_values."): value for name, value in found.items()}
-        cache = SimpleNamespace(tensors=tensors)
+        cache = _GraphCache(tensors)
         if self.gated:
             value = tensors[max((name for name in tensors if name.endswith(".value")), key=_layer_of)]
             cache.steering_state = SimpleNamespace(probability=torch.from_numpy(value[:, 0, 0, 0]))
-        return SimpleNamespace(logits=logits, past_key_values=cache)
+        return ModelOutput({"logits": logits, CACHE: cache})  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def answer(
@@ -112,8 +123,8 @@ class SteeredGraph:
         while not all(ended) and len(found[0]) < most:
             positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
             tokens = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-            outputs = self(**tokens, past_key_values=cache, use_cache=True)
-            cache, ids = outputs.past_key_values, outputs.logits[:, -1].argmax(-1, keepdim=True)
+            outputs = self(**tokens, **{CACHE: cache}, use_cache=True)
+            cache, ids = outputs[CACHE], outputs.logits[:, -1].argmax(-1, keepdim=True)
             mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
             for row, id_ in enumerate(ids[:, 0].tolist()):
                 ended[row] |= id_ in ends
@@ -127,7 +138,7 @@ class SteeredGraph:
             ids = torch.tensor([row])
             tokens = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
             tokens["position_ids"] = torch.arange(len(row)).unsqueeze(0)
-            cache = self(**tokens, past_key_values=None, use_cache=True).past_key_values
+            cache = self(**tokens, **{CACHE: None}, use_cache=True)[CACHE]
             found[position] = cache.steering_state.probability.item()
         return found
 
