@@ -256,8 +256,8 @@ def _refuse_loss(rule: SteeringRule, exporter: Exporter, accepted: Sequence[str]
     dropped = description.dropped(rule, exporter)
     if refused := [feature for feature in dropped if feature not in accepted]:
         raise ExportError(
-            f"{exporter.name}: cannot express {', '.join(refused)}; drop it with --accept-loss {','.join(refused)}, "
-            "or choose target hf"
+            f"{exporter.name}: cannot express {', '.join(refused)}; drop it with --accept-loss "
+            f"{','.join(sorted({*accepted, *refused}))}, or choose target hf"
         )
     return dropped
 

@@ -584,9 +584,9 @@ class Gateless(HuggingFaceExporter):
 
 def test_a_loss_is_refused_unless_it_is_accepted_by_name(rules, folders, tmp_path, monkeypatch):
     monkeypatch.setattr(delivery.exporters, "load", lambda _: Gateless())
-    for accepted in ((), ("start",)):
+    for accepted, union in (((), "gate"), (("start",), "gate,start")):
         with pytest.raises(
-            ExportError, match="gateless: cannot express gate; drop it with --accept-loss gate, or choose"
+            ExportError, match=f"gateless: cannot express gate; drop it with --accept-loss {union}, or choose target hf"
         ):
             export(rules[KEY], base=folders["llama"], to="gateless", out=tmp_path / "o", accept_loss=accepted)
     assert names_of(tmp_path) == []
