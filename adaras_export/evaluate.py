@@ -197,7 +197,7 @@ def answered(
     """
     require_statistics()  # before the work, not after it
     if not conduct.allow_seen:
-        require_fresh(exam.questions, rule.questions)
+        require_fresh(exam.questions, rule.questions, "give others, or say --allow-seen and do not call it a test")
     lead = lead_of(names)
     controls = {"flipped": rule.with_strength(-rule.strength)}
     controls |= {f"random {seed}": random_control(model, rule, seed) for seed in conduct.random_seeds}
@@ -334,8 +334,8 @@ def _norm(model: PreTrainedModel, layer: int, index: Array, delta: Array) -> flo
     return float((with_them - without).norm())
 
 
-def require_fresh(questions: Sequence[Question], used: Sequence[str]) -> None:
-    """Refuse questions whose digests are among the used ones.
+def require_fresh(questions: Sequence[Question], used: Sequence[str], remedy: str) -> None:
+    """Refuse questions whose digests are among the used ones; ``remedy`` is what the caller can do about it.
 
     Raises:
         TraceError: names the first of them.
@@ -343,7 +343,7 @@ def require_fresh(questions: Sequence[Question], used: Sequence[str]) -> None:
     if seen := seen_before(questions, used):
         raise TraceError(
             f"questions: {len(seen)} of {len(questions)} were used before, to find neurons, gate or strength "
-            f"(first: {seen[0]}); expected fresh ones; give others, or say --allow-seen and do not call it a test"
+            f"(first: {seen[0]}); expected fresh ones; {remedy}"
         )
 
 

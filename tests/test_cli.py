@@ -448,6 +448,7 @@ WRONG = {
     TUNE + "--strengths 1:0.5 --trials 3": r"RuleError: strengths 1:0.5: no range; expected two numbers",
     TUNE + "--strengths 1:2": r"RuleError: tune: a range of strengths is no grid; expected a number of trials",
     TUNE + "--strengths 1:2:3": r"UsageError: Invalid value: --strengths 1:2:3: expected LOW:HIGH",
+    TUNE + "--strengths 1:": r"UsageError: Invalid value: --strengths 1:: expected LOW:HIGH",
     TUNE + "--report trials.csv": r"UsageError: Invalid value: --report .csv: expected one of: .json, .md",
     TUNE + "--neurons {neurons}": r"UsageError: Invalid value: --neurons .*: a file is given twice",
     TUNE + "--strengths 0,1": r"RuleError: tune: .*expected numbers other than 0",
@@ -573,7 +574,7 @@ def test_a_missing_library_names_the_extra_to_install(module, stage, job, refuse
     monkeypatch.setitem(sys.modules, module, None)
     line = refused(*arguments(stage, job, tmp_path / "out"))
     assert line.startswith("MissingExtraError: ")
-    assert line.endswith("run: pip install 'adaras-export[identify]'")
+    assert line.endswith("run: pip install 'scikit-learn>=1.5' 'scipy>=1.13'")
     assert not (tmp_path / "out").exists()
 
 
@@ -581,7 +582,7 @@ def test_the_math_verify_checker_names_its_extra(job, refused, tmp_path, monkeyp
     monkeypatch.setitem(sys.modules, "math_verify", None)
     line = refused(*arguments("tune", job, tmp_path / "out"), "--check", "math_verify")
     assert "needs math_verify" in line
-    assert "adaras-export[eval]" in line
+    assert "'math-verify>=0.7'" in line
 
 
 def test_seen_questions_can_be_allowed_by_name(job, run, tmp_path):

@@ -118,7 +118,10 @@ def _strengths_of(text: str) -> "list[float] | Span":
 
     if ":" not in text:
         return numbers_of("strengths", text)
-    ends = numbers_of("strengths", text.replace(":", ","))
-    if len(ends) != 2:
-        raise typer.BadParameter(f"--strengths {text}: expected LOW:HIGH, or numbers with commas between them")
-    return Span(*ends)
+    try:
+        low, high = map(float, text.split(":"))
+    except ValueError as error:
+        raise typer.BadParameter(
+            f"--strengths {text}: expected LOW:HIGH, or numbers with commas between them"
+        ) from error
+    return Span(low, high)
