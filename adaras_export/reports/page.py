@@ -22,6 +22,7 @@ from adaras_export.reports.blocks import (
     Strong,
     Table,
     Verdict,
+    visible_lines,
 )
 
 
@@ -29,7 +30,7 @@ def page(report: Report) -> str:
     """The whole page."""
     style = files("adaras_export.reports").joinpath("page.css").read_text()
     body = "\n".join(_block(block) for block in report.blocks)
-    return f"""<!doctype html>
+    whole = f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -48,6 +49,7 @@ def page(report: Report) -> str:
 </body>
 </html>
 """
+    return visible_lines(whole)
 
 
 @singledispatch
