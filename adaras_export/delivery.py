@@ -95,6 +95,7 @@ def export(  # noqa: PLR0913 - one job with the options that the command line ha
             source=origin,
             base_tensors=base_tensors,
             base_card=description.base_card(folder),
+            chat_template=description.has_chat_template(folder),
             parity=parity,
             files={},
             tensors=tuple(exporter.disclosed(stage, base_tensors)),
