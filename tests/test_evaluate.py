@@ -125,9 +125,9 @@ def test_the_batch_size_changes_no_verdict(rule, run, exam):
 
 
 def test_the_example_of_a_record_is_a_question_that_was_set_right_and_that_a_card_can_ask():
-    long, first, chat = Question("l", "x" * 999, ""), Question("f", "1 + 1", ""), QUESTIONS[-1]
+    long, first, chat = Question("l", "x" * 999, "x"), Question("f", "1 + 1", "x"), QUESTIONS[-1]
     rows = {"off": np.array([0, 0, 0], bool), "always": np.array([1, 0, 1], bool)}
-    assert _example([long, first, chat], rows) == chat.prompt
+    assert _example([long, first, chat], rows) == [{"role": "user", "content": "4+4"}]
     assert _example([long, first, chat], {**rows, "always": rows["off"]}) == "1 + 1"
     assert _example([long], {name: values[:1] for name, values in rows.items()}) is None
 
@@ -147,7 +147,7 @@ def test_the_record_holds_every_verdict_by_question(rule, run):
     assert record["questions"] == 15
     won = [one.prompt for one, right, off in zip(QUESTIONS, *map(found.verdicts.get, ("gated", "off")), strict=True)
            if right > off]  # fmt: skip
-    assert record["example"] == [*won, QUESTIONS[0].prompt][0]
+    assert record["example"] in [*won, QUESTIONS[0].prompt][:1]
     assert [arm["name"] for arm in record["arms"]] == [arm.name for arm in found.arms]
 
 
