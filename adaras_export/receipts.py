@@ -127,8 +127,9 @@ def read(folder: Path) -> Receipt:
         ArtifactError: there is none, or it is damaged, or of another version.
     """
     path = folder / RECEIPT_FILE
-    if path.exists() and not path.is_file():
-        raise ArtifactError(f"{path}: is no file; expected a JSON object")
+    if not path.is_file():
+        found = f"{path}: is no file" if path.exists() else f"{folder}: is no exported folder, it has no {RECEIPT_FILE}"
+        raise ArtifactError(f"{found}; expected what adaras-export export wrote")
     record = storage.read_json(path)
     if (found := record.pop("version", None)) != _VERSION:
         raise ArtifactError(f"{path}: receipt of version {found}; expected {_VERSION}; export again")
