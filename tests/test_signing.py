@@ -252,7 +252,7 @@ def test_a_folder_that_is_not_as_its_receipt_says_is_not_signed(exported, keys, 
     (folder / "config.json").write_text("{}")
     with pytest.raises(ArtifactError, match=r"files changed: config.json; expected the files of its receipt only"):
         signing.sign(folder, keys / "p256.pem")
-    with pytest.raises(ArtifactError, match=r"receipt.json: .*expected a JSON object"):
+    with pytest.raises(ArtifactError, match=r"is no exported folder, it has no receipt.json"):
         signing.sign(keys, keys / "p256.pem")
 
 
