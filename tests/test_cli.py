@@ -511,6 +511,7 @@ WRONG = {
         r"TraceError: .*malformed.jsonl:2: is not JSON"
     ),
     "card {bad}": r"ArtifactError: .*receipt.json",
+    "card {job}/steered --repository steered": r"UsageError: .*--repository steered: could be on no Hub; expected USER",
     "card {job}/steered --evaluation {bad}/other.json": r"ExportError: .*evaluates rule another",
     "card {job}/steered --dataset [x](y)": r"ExportError: datasets: .* could be on no Hub; expected USER/NAME",
     EVAL + "--dataset a/b/c": r"TraceError: dataset 'a/b/c': is no Hub id; expected USER/NAME",

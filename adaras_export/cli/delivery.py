@@ -137,8 +137,10 @@ def card(
     as_json: Json = False,
 ) -> None:
     """Write the model card of an exported folder anew, and its receipt; nothing else of it changes."""
-    from adaras_export import receipts
+    from adaras_export import models, receipts
 
+    if repository is not None and not ("/" in repository and models.is_hub_id(repository)):
+        raise typer.BadParameter(f"--repository {repository}: could be on no Hub; expected USER/NAME")
     before = receipts.read(folder).files
     from adaras_export import delivery
 
