@@ -81,7 +81,7 @@ def collect(
     ] = None,
     api_key_env: Annotated[
         str | None,
-        typer.Option(help="Environment variable with the key.", show_default=f"{_KEY}", rich_help_panel=_SERVER),
+        typer.Option(help="Environment variable with the key.", show_default=_KEY, rich_help_panel=_SERVER),
     ] = None,
     as_json: Json = False,
 ) -> None:
