@@ -2,8 +2,8 @@
 
 Reads a list of jobs as JSON, each {"chromium", "folder", "asks"}; an ask is {"prompt", "tokens"} and, where wanted,
 "times" (of the rule's strength), "always" (whatever the gate says) and "stop" (at the first token). Prints for each job
-{"loaded", "prompt", "answers", "requests", "complaints"}, the first two of which are what the page says and proposes when
-it has loaded the model.
+{"loaded", "prompt", "answers", "requests", "complaints"}, the first two of which are what the page says and proposes
+when it has loaded the model.
 """
 
 import json
