@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from adaras_export.errors import printable, visible
+from adaras_export.errors import printable
 
 Tone = Literal["good", "bad", "plain", "quiet", "good-1", "good-2", "good-3", "bad-1", "bad-2", "bad-3"]
 
@@ -121,8 +121,3 @@ class Report:
 
     title: str
     blocks: Sequence[Block]
-
-
-def visible_lines(text: str) -> str:
-    """A whole report with what cannot be seen in it escaped, wherever a foreign name stands; line ends stay."""
-    return "\n".join(map(visible, text.split("\n")))

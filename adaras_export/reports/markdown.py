@@ -21,14 +21,13 @@ from adaras_export.reports.blocks import (
     Strong,
     Table,
     Verdict,
-    visible_lines,
 )
 
 
 def markdown(report: Report) -> str:
     """The whole text."""
     parts = [f"# {plain(report.title)}", *(_block(block) for block in report.blocks)]
-    return visible_lines("\n\n".join(part for part in parts if part) + "\n")
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 @singledispatch

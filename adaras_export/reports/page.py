@@ -8,6 +8,7 @@ from functools import singledispatch
 from html import escape
 from importlib.resources import files
 
+from adaras_export.errors import visible
 from adaras_export.reports.blocks import (
     Beside,
     Block,
@@ -22,7 +23,6 @@ from adaras_export.reports.blocks import (
     Strong,
     Table,
     Verdict,
-    visible_lines,
 )
 
 
@@ -49,7 +49,7 @@ def page(report: Report) -> str:
 </body>
 </html>
 """
-    return visible_lines(whole)
+    return "\n".join(map(visible, whole.split("\n")))  # foreign names stand in attributes, too
 
 
 @singledispatch

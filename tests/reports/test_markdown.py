@@ -32,10 +32,6 @@ def test_the_tables_have_as_many_cells_in_every_line(hostile):
         assert {bars(line) for line in table} == {bars(table[0])}
 
 
-def test_all_of_it_can_be_seen(hostile):
-    assert all(line.isprintable() for line in markdown(hostile).split("\n"))
-
-
 def words(text):
     """Figures and words of a text in their order, without marks."""
     return re.findall(r"\w+(?:\.\w+)*", html.unescape(text))
