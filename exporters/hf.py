@@ -35,6 +35,7 @@ from adaras_export.exporters.checkpoint import (
     stores,
     strange_names,
     tokenised_differently,
+    tokenizer_classes,
     unknown_files,
     vectors,
     write_index,
@@ -135,7 +136,11 @@ def write_repository(out: Path, base: Path, config: dict[str, Any], code: dict[s
     for name, content in code.items():
         (out / name).write_bytes(content)
     copy_companions(base, out)
-    name_tokenizer_class(base, out)
+    for name in (classes := _tokenizer_classes(base, code)):
+        name_tokenizer_class(out, name)
+        if len(classes) == 1 or all(check.ok for check in _tokenizer_checks(out, base, trust_remote_code=False)):
+            return
+    name_tokenizer_class(out, classes[0])  # none opens the base's tokenizer, as the checks will tell
 
 
 def repository_checks(folder: Path, base: Path, config: dict[str, Any], code: dict[str, bytes]) -> list[Check]:
@@ -147,7 +152,7 @@ def repository_checks(folder: Path, base: Path, config: dict[str, Any], code: di
         Check.empty("code files that are not the library's", strange),
         Check.empty("config entries that differ", settings),
     ]
-    changed = changed_companions(folder, base)
+    changed = changed_companions(folder, base, _tokenizer_classes(base, code))
     carried = Check.empty("files of the base that differ", changed)
     # Opening a tokenizer may run code, and a damaged one may not open.
     trusted = all(check.ok for check in (*trust, carried))
@@ -258,6 +263,12 @@ def _strange_code(folder: Path, own: dict[str, bytes]) -> list[str]:
     if tokenizer.exists() and "auto_map" in storage.read_json(tokenizer):
         pointers.append("tokenizer_config.json:auto_map")
     return [*changed, *(name for name in names if name not in own), *pointers]
+
+
+def _tokenizer_classes(base: Path, code: dict[str, bytes]) -> list[str]:
+    """Which classes the tokenizer may have: with our config classes, which have the base's model_type, that of the base."""
+    classes = tokenizer_classes(base)
+    return classes[:1] if code else classes
 
 
 def _tokenizer_checks(folder: Path, base: Path, *, trust_remote_code: bool) -> list[Check]:

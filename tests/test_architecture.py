@@ -188,7 +188,7 @@ def test_a_payload_file_defines_the_classes_of_its_family(family):
     classes = {node.name: ast.unparse(node) for node in tree.body if isinstance(node, ast.ClassDef)}
     stem = next(name for name in classes if name.endswith("Config")).removesuffix("Config")
     assert {f"{stem}Config", f"{stem}Model", f"{stem}ForCausalLM"} < set(classes)
-    assert f"model_type = 'adaras_{family}'" in classes[f"{stem}Config"]
+    assert f"model_type = OwnModelType('adaras_{family}')" in classes[f"{stem}Config"]
 
 
 def test_every_target_loads_under_its_own_name():

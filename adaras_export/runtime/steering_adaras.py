@@ -304,6 +304,22 @@ def finish_step(step: Step, cache: Cache | None, outputs: Any) -> None:
             one.steering_state = step.state  # type: ignore[attr-defined]
 
 
+class OwnModelType:
+    """The ``model_type`` of a configuration's class, which config.json has; each configuration itself has its base's.
+
+    By the latter Transformers 5 chooses the tokenizer's class, whatever tokenizer_config.json says of some families.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, config: Any, owner: type) -> str:
+        return self.name if config is None else self.name.removeprefix("adaras_")
+
+    def __set__(self, config: Any, name: str) -> None:
+        """Transformers sets what config.json says."""
+
+
 class SteeredMLP:
     """Mix-in for an MLP: its forward hands h and the untouched down projection to `steered_down`."""
 
