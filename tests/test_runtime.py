@@ -3,6 +3,7 @@
 import copy
 import importlib
 import json
+import pickle
 import threading
 
 import numpy as np
@@ -35,9 +36,9 @@ def random_features(seed, batch=2, tokens=6):
 def test_pooling_in_pieces_equals_pooling_at_once(seed, cut):
     module, features, prompt = gate_module(tiny.make_gate()), random_features(seed), torch.ones(2, 6, dtype=torch.bool)
     whole, parts = SteeringState(), SteeringState()
-    whole.see(module, features, prompt)
-    parts.see(module, features[:, :cut], prompt[:, :cut])
-    parts.see(module, features[:, cut:], prompt[:, cut:])
+    whole.see(module, features, prompt, 0)
+    parts.see(module, features[:, :cut], prompt[:, :cut], 0)
+    parts.see(module, features[:, cut:], prompt[:, cut:], cut)
     assert torch.allclose(whole.probability, parts.probability, atol=1e-6)  # sums of 6 terms in another order
 
 
@@ -45,43 +46,95 @@ def test_pooling_in_pieces_equals_pooling_at_once(seed, cut):
 def test_padding_does_not_change_the_verdict(seed, padding):
     module, features = gate_module(tiny.make_gate()), random_features(seed, batch=1)
     state, padded = SteeringState(), SteeringState()
-    state.see(module, features[:, padding:], torch.ones(1, 6 - padding, dtype=torch.bool))
-    padded.see(module, features, torch.arange(6)[None] >= padding)
+    state.see(module, features[:, padding:], torch.ones(1, 6 - padding, dtype=torch.bool), 0)
+    padded.see(module, features, torch.arange(6)[None] >= padding, 0)
     assert torch.allclose(state.probability, padded.probability, atol=1e-6)
 
 
 def test_zero_attention_weights_pool_by_the_mean():
     module, features = SteeringGate(5, 2), random_features(1)
-    weighted, weight = module.pool(features, torch.ones(2, 6))
-    assert torch.allclose(weighted / weight, features.mean(1), atol=1e-6)
+    module.hidden_weight.copy_(random_features(2)[0, :2])
+    values, weights, _ = module(None, (features, torch.ones(2, 6)))
+    assert torch.allclose(values.sum(1) / weights.sum(1, keepdim=True), features.mean(1) @ module.hidden_weight.T)
 
 
-def test_a_gate_computes_in_float32_whatever_it_is_given(module):
+@pytest.mark.parametrize("cast", [False, True])
+def test_a_gate_computes_in_float32_whatever_it_is_given(cast, module):
     features = random_features(0)
-    exact = module.pool(features.bfloat16().float(), torch.ones(2, 6))
-    for one, other in zip(module.pool(features.bfloat16(), torch.ones(2, 6)), exact, strict=True):
+    exact = module(None, (features.bfloat16().float(), torch.ones(2, 6)))
+    with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+        found = module(None, (features.bfloat16(), torch.ones(2, 6)))
+    for one, other in zip(found, exact, strict=True):
         assert one.dtype == torch.float32
         assert torch.equal(one, other)
 
 
 def test_large_activations_do_not_overflow_the_pooling(module):
-    state = SteeringState()
-    state.see(module, random_features(0) * 1e6, torch.ones(2, 6, dtype=torch.bool))
+    state = state_of(module, random_features(0) * 1e6)
     assert torch.isfinite(state.probability).all()
 
 
-def test_all_beams_of_a_sequence_share_its_verdict(module):
+def state_of(module, features_BTF):
     state = SteeringState()
-    state.see(module, random_features(0), torch.ones(2, 6, dtype=torch.bool))
-    one, two = state.probability.tolist()
-    assert state.probability_of(6).tolist() == [one, one, one, two, two, two]
-    with pytest.raises(ValueError, match="the KV cache belongs to 2 sequences; the batch has 3"):
-        state.probability_of(3)
+    state.see(module, features_BTF, torch.ones(features_BTF.shape[:2], dtype=torch.bool), 0)
+    return state
 
 
-def test_a_verdict_before_the_prompt_is_refused():
+def test_a_batch_of_another_size_is_refused(module):
+    with pytest.raises(ValueError, match="the KV cache belongs to 2 sequences; the batch has 6"):
+        state_of(module, random_features(0)).probability_of(module, 6)
+
+
+def test_a_verdict_before_the_prompt_is_refused(module):
     with pytest.raises(ValueError, match="the gate has not seen the prompt"):
-        SteeringState().probability_of(1)
+        SteeringState().probability_of(module, 1)
+
+
+@pytest.mark.parametrize("columns", [1, 4, 6])
+def test_the_gate_forgets_the_columns_that_a_cache_loses(columns, module):
+    features = random_features(3)
+    state = state_of(module, features)
+    state.crop(columns)
+    expected = state_of(module, features[:, :columns]).probability
+    assert torch.allclose(state.probability_of(module, 2), expected, atol=1e-6)
+    state.see(module, features[:, columns : columns + 1], torch.ones(2, 1, dtype=torch.bool), columns)
+    expected = state_of(module, torch.cat([features[:, :columns], features[:, columns : columns + 1]], 1)).probability
+    assert torch.allclose(state.probability, expected, atol=1e-6)
+
+
+def test_generated_tokens_between_two_turns_do_not_count(module):
+    first, second = random_features(4), random_features(5)
+    state = state_of(module, first)
+    state.see(module, second, torch.ones(2, 6, dtype=torch.bool), 6 + 3)
+    assert torch.allclose(state.probability, state_of(module, torch.cat([first, second], 1)).probability, atol=1e-6)
+    state.crop(8)  # two of the three generated ones are left
+    assert torch.allclose(state.probability_of(module, 2), state_of(module, first).probability, atol=1e-6)
+
+
+ROWS = {
+    "reorder_cache": (torch.tensor([1, 0]), [1, 0]),
+    "batch_select_indices": (torch.tensor([1]), [1]),
+    "batch_repeat_interleave": (2, [0, 0, 1, 1]),
+}
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [lambda cache: cache, copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))],  # noqa: S301
+)
+@pytest.mark.parametrize("operation", ROWS)
+def test_verdicts_follow_the_rows_of_the_cache(operation, copied, module):
+    original, (argument, order) = DynamicCache(), ROWS[operation]
+    original.update(torch.ones(2, 1, 6, 4), torch.zeros(2, 1, 6, 4), 0)
+    original.steering_state = state_of(module, random_features(0))
+    runtime.follow(original)
+    cache, before = copied(original), original.steering_state.probability.clone()
+    getattr(cache, operation)(argument)
+    assert torch.equal(cache.steering_state.probability, before[order])
+    cache.crop(-2)
+    expected = state_of(module, random_features(0)[order, :4]).probability
+    assert torch.allclose(cache.steering_state.probability_of(module, len(order)), expected, atol=1e-6)
+    assert cache is original or original.steering_state.seen[1].shape[1] == 6
 
 
 LAST, FIRST = "last_prompt_token", "first_generated_token"
