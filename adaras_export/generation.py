@@ -13,6 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +27,7 @@ from transformers import (
     Cache,
     DynamicCache,
     GenerationConfig,
+    GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
@@ -40,6 +42,10 @@ from adaras_export.models import fetch
 from adaras_export.traces import Prompt, Trace
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+
+_NAMES = signature(GenerationMixin.prepare_inputs_for_generation).parameters
+CACHE = "cache" if "cache" in _NAMES else "past_key_values"
+"""What this Transformers calls the KV cache that a model is called with; 5.24 changed it."""
 
 
 @dataclass(frozen=True)
@@ -244,7 +250,7 @@ def continue_ids(
     inputs = {
         "input_ids": prefilled.ids,
         "attention_mask": prefilled.mask,
-        "past_key_values": prefilled.cache,
+        CACHE: prefilled.cache,
     }
     return _generate(model, tokenizer, inputs, sampling, keys)
 
@@ -267,9 +273,9 @@ def prefill(model: PreTrainedModel, rows: Sequence[Sequence[int]], pad_id: int) 
             input_ids=ids_BT[:, :-1],
             attention_mask=past_BT,
             position_ids=(past_BT.cumsum(1) - 1).clamp(min=0),
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,  # nobody reads them; all would be T * V numbers a row
+            **{CACHE: cache},
         )
     return Prefilled(ids_BT, mask_BT, cache)
 

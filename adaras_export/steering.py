@@ -53,7 +53,7 @@ def steered(model: nn.Module, rule: SteeringRule) -> Iterator[nn.Module]:
     _check(model, rule)
     decoder = models.decoder(model)
     with ExitStack() as undo:
-        hooks = _Hooks(decoder, rule, next(model.parameters()).device)
+        hooks = _Hooks(decoder, rule, models.input_device(model))
         for handle in hooks.attach():
             undo.callback(handle.remove)
         for layer in hooks.layers:

@@ -12,10 +12,10 @@ import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import greedy, require_answers
-from transformers import DynamicCache
+from tiny import CACHE, greedy, require_answers
+from transformers import DynamicCache, GenerationMixin
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.qwen3.modeling_qwen3 import eager_attention_forward
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Model, eager_attention_forward
 
 from adaras_export.exporters.hf import EXPORTER
 from adaras_export.runtime import steering_adaras as runtime
@@ -244,7 +244,7 @@ def test_a_cache_that_was_filled_without_the_gate_is_refused_only_where_there_is
     cache = DynamicCache()
     cache.update(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4), 0)
     arguments = {
-        "past_key_values": cache,
+        CACHE: cache,
         "input_ids": torch.zeros(1, 1, dtype=torch.int64),
         "inputs_embeds": None,
         "attention_mask": None,
@@ -295,7 +295,7 @@ def test_the_package_switches_off_and_refuses_as_its_copies_do(rule, packaged, s
         assert torch.equal(model(torch.tensor([[1, 2]])).logits, stock["qwen3"](torch.tensor([[1, 2]])).logits)
         cache = model(torch.tensor([[1, 2]]), use_cache=True).past_key_values
     with torch.no_grad(), pytest.raises(ValueError, match="filled without the gate"):
-        model(torch.tensor([[7]]), past_key_values=cache)
+        model(torch.tensor([[7]]), **{CACHE: cache})
     with pytest.raises(NotImplementedError, match="continuous batching"):
         model.init_continuous_batching()
 
@@ -317,7 +317,7 @@ def test_the_package_keeps_a_later_gate_from_judging_prompt_and_answer_behind_a_
     with torch.no_grad():
         cache = model(torch.tensor([[1, 2]]), use_cache=True, steering_start=9).past_key_values
         with pytest.raises(ValueError, match="needs the prompt in calls of its own"):
-            model(torch.tensor([[3, 4, 5]]), past_key_values=cache, steering_start=1)
+            model(torch.tensor([[3, 4, 5]]), steering_start=1, **{CACHE: cache})
 
 
 def test_the_package_gives_no_decisions_without_a_gate(packaged, told):
@@ -332,3 +332,54 @@ def test_the_package_gives_no_decisions_without_a_gate(packaged, told):
         logits, cache = model(ids, use_cache=True, return_dict=False)[:2]
     assert int(logits[0, -1].argmax()) == told[key][2]["ids"][0]
     assert cache.steering_state.probability is None
+
+
+# What Transformers does not show
+
+
+def call(**arguments):
+    return {"input_ids": torch.zeros(1, 1, dtype=torch.int64), **arguments}
+
+
+class OtherCache:
+    """A KV cache that is no `Cache`."""
+
+
+UNSEEN = {
+    "an attention mask of more columns": (
+        call(attention_mask=torch.ones(1, 5)),
+        "has 5 columns, the call 1, and no KV",
+    ),
+    "a cache of another kind": (call(kv=OtherCache()), "OtherCache: is no KV cache that steering knows"),
+    "two caches": (call(cache=DynamicCache(), other=DynamicCache()), "two KV caches in one call"),
+    "half a packed call": (call(cu_seq_lens_q=torch.tensor([0, 1])), "does not show where its prompts end"),
+    "the other half": (call(logits_indices=torch.tensor([0])), "does not show where its prompts end"),
+}
+
+
+@pytest.mark.parametrize("case", UNSEEN)
+def test_what_steering_cannot_see_is_an_error(case):
+    arguments, message = UNSEEN[case]
+    with pytest.raises(ValueError, match=message):
+        runtime.begin_step(torch.nn.Module(), None, dials_of(LAST), arguments)
+
+
+def test_a_cache_is_found_under_any_name():
+    cache = DynamicCache()
+    assert runtime.cache_of({"first": torch.zeros(1), "whatever": cache, "the same": cache}) is cache
+
+
+def test_a_decoder_whose_arguments_have_other_names_is_refused(packaged, monkeypatch):
+    model = packaged[("qwen3", *CAUSAL)]
+    monkeypatch.setattr(Qwen3Model, "forward", lambda self, input_ids, mask, position_ids, inputs_embeds: None)
+    refusal = r"has no parameter attention_mask, which steering reads"
+    with torch.random.fork_rng(), pytest.raises(NotImplementedError, match=refusal):
+        type(model)(model.config)
+
+
+def test_a_generate_whose_arguments_have_other_names_is_refused(packaged, monkeypatch):
+    model = packaged[("qwen3", *CAUSAL)]
+    monkeypatch.setattr(GenerationMixin, "generate", lambda self, prompts, **how: None)
+    refusal = "has no parameter inputs, generation_config"
+    with torch.random.fork_rng(), pytest.raises(NotImplementedError, match=refusal):
+        type(model)(model.config)

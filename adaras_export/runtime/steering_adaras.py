@@ -81,7 +81,8 @@ class SteeringGate(nn.Module):
         they are prompt tokens, (B, T). A linear layer follows the pooling, so it keeps H values instead of F.
         """
         kept = [] if seen is None else [seen]
-        with torch.autocast(self.output_weight.device.type, enabled=False):
+        kind = self.output_weight.device.type
+        with torch.autocast("cpu" if kind == "meta" else kind, enabled=False):
             if more is not None:
                 features_BTF, prompt_BT = more[0].to(self.attention_weight), more[1]
                 score_BT = torch.tanh(features_BTF @ self.attention_weight + self.attention_bias)
