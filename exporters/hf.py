@@ -266,7 +266,7 @@ def _strange_code(folder: Path, own: dict[str, bytes]) -> list[str]:
 
 
 def _tokenizer_classes(base: Path, code: dict[str, bytes]) -> list[str]:
-    """Which classes the tokenizer may have: with our config classes, which have the base's model_type, that of the base."""
+    """Which classes the tokenizer may have: the base's own, where code of ours gives configs the base's model_type."""
     classes = tokenizer_classes(base)
     return classes[:1] if code else classes
 
