@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from adaras_export import models, storage
+from adaras_export import models, payload_history, storage
 from adaras_export.disclosure import Disclosed
 from adaras_export.exporters import hf_words as words
 from adaras_export.exporters.base import Commission, Exporter, Feature, Generating, Written, stock_reference
@@ -80,6 +80,11 @@ class HuggingFaceExporter:
         write_repository(out, base, steered_config(config, rule), payload(rule.base.family))
         return Written(rule)
 
+    def refresh(self, folder: Path, rule: SteeringRule, base: Path) -> None:
+        """As `Refreshing` says."""
+        config = steered_config(storage.read_json(base / "config.json"), rule)
+        refresh_repository(folder, base, config, payload(rule.base.family))
+
     def inspect(self, folder: Path, rule: SteeringRule, base: Path) -> Sequence[Check]:
         """As `Exporter` says."""
         expected = steered_config(storage.read_json(base / "config.json"), rule)
@@ -143,13 +148,21 @@ def write_repository(out: Path, base: Path, config: dict[str, Any], code: dict[s
     name_tokenizer_class(out, classes[0])  # none opens the base's tokenizer, as the checks will tell
 
 
+def refresh_repository(folder: Path, base: Path, config: dict[str, Any], code: dict[str, bytes]) -> None:
+    """Write code, config and the tokenizer's class anew, as `write_repository` writes them; other files stay."""
+    for name, content in code.items():
+        storage.replace_file(folder / name, content)
+    write_json(folder / "config.json", config)
+    name_tokenizer_class(folder, tokenizer_classes(base)[0])
+
+
 def repository_checks(folder: Path, base: Path, config: dict[str, Any], code: dict[str, bytes]) -> list[Check]:
     """Compare what `write_repository` wrote; code and config come first."""
     strange = _strange_code(folder, code)
     found = storage.read_json(folder / "config.json")
     settings = differing_keys(found, config)
     trust = [
-        Check.empty("code files that are not the library's", strange),
+        payload_history.check("code files that are not the library's", folder, strange),
         Check.empty("config entries that differ", settings),
     ]
     changed = changed_companions(folder, base, _tokenizer_classes(base, code))

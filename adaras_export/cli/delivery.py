@@ -1,4 +1,4 @@
-"""From a rule to an artifact that others can trust: `export`, `verify`, `card`, `sign`, `push`."""
+"""From a rule to an artifact that others can trust: `export`, `verify`, `refresh`, `card`, `sign`, `push`."""
 
 import sys
 from collections.abc import Callable
@@ -94,6 +94,24 @@ def verify(
     show(record, text, as_json)
     if not report.ok:
         raise ParityError(f"{folder}: {len(report.failed())} of {len(report.checks)} checks failed")
+
+
+def refresh(
+    folder: Annotated[Path, typer.Argument(help="An exported folder, of target hf or hf-thin.")],
+    base: Annotated[str | None, typer.Option(help="The base model, if it moved since the export.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Give an exported folder of an earlier version the code of this one, and verify it; its weights stay."""
+    from adaras_export import delivery, receipts
+
+    quiet_libraries()
+    before = receipts.read(folder).files
+    report = delivery.refresh(folder, base)
+    changed = sorted(name for name, found in report.files.items() if before.get(name) != found)
+    receipt = _receipt_hash(folder)
+    record = {"path": str(folder), "changed": changed, "parity": report.parity.as_record(), "receipt": receipt}
+    written = f"written: {', '.join(changed)}" if changed else "as it was"
+    show(record, f"{_checks(report.parity)}\n{folder}: {written}\nreceipt {receipt}", as_json)
 
 
 def card(
