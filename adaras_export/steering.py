@@ -35,6 +35,7 @@ from adaras_export.runtime.steering_adaras import (
     require_generation,
     scope_of,
     tokens_of,
+    unshared,
 )
 from adaras_export.storage import Array
 
@@ -223,7 +224,11 @@ def announcing(original: Any, after: Callable[..., None] | None = None, **inner:
             scope.place = place
         return prepared
 
+    def init_continuous_batching(self: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        return unshared(original.init_continuous_batching(self, *args, **kwargs))
+
     inner |= {"generate": generate, "prepare_inputs_for_generation": prepare}
+    inner |= {"init_continuous_batching": init_continuous_batching}
     inner |= {"__module__": original.__module__, "_is_steered": True}
     return type(original.__name__, (original,), inner)
 

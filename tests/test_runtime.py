@@ -111,6 +111,12 @@ def test_generated_tokens_between_two_turns_do_not_count(module):
     assert torch.allclose(state.probability_of(module, 2), state_of(module, first).probability, atol=1e-6)
 
 
+def test_a_cache_that_lost_judged_columns_unseen_is_refused(module):
+    state = state_of(module, random_features(0))
+    with pytest.raises(ValueError, match=r"lost 2 columns that the gate has judged; remove them with crop\(\)"):
+        state.see(module, random_features(1), torch.ones(2, 6, dtype=torch.bool), 4)
+
+
 ROWS = {
     "reorder_cache": (torch.tensor([1, 0]), [1, 0]),
     "batch_select_indices": (torch.tensor([1]), [1]),
@@ -169,8 +175,8 @@ def test_a_prompt_ends_with_its_last_valid_token(mask, last):
     [
         (4, LAST, [1, 1, 1, 1], [0, 0, 0, 1]),  # the prompt ends here; its last token is steered
         (4, FIRST, [1, 1, 1, 1], None),
-        (2, LAST, [1, 1, 0, 0], [0, 1, 1, 1]),  # the prompt ended inside this call
-        (2, FIRST, [1, 1, 0, 0], [0, 0, 1, 1]),
+        (2, LAST, [1, 1], [0, 1, 1, 1]),  # the prompt ended inside this call: the gate reads no further
+        (2, FIRST, [1, 1], [0, 0, 1, 1]),
         (0, LAST, None, [1, 1, 1, 1]),  # it ended before
         (9, LAST, [1, 1, 1, 1], None),  # it goes on later
         (5, LAST, [1, 1, 1, 1], None),  # the next call begins with its last token
@@ -348,7 +354,7 @@ class OtherCache:
 UNSEEN = {
     "an attention mask of more columns": (
         call(attention_mask=torch.ones(1, 5)),
-        "has 5 columns, the call 1, and no KV",
+        "1 of 5 columns, and no KV cache that steering knows",
     ),
     "a cache of another kind": (call(kv=OtherCache()), "OtherCache: is no KV cache that steering knows"),
     "two caches": (call(cache=DynamicCache(), other=DynamicCache()), "two KV caches in one call"),
@@ -372,7 +378,7 @@ def test_a_cache_is_found_under_any_name():
 def test_a_decoder_whose_arguments_have_other_names_is_refused(packaged, monkeypatch):
     model = packaged[("qwen3", *CAUSAL)]
     monkeypatch.setattr(Qwen3Model, "forward", lambda self, input_ids, mask, position_ids, inputs_embeds: None)
-    refusal = r"has no parameter attention_mask, which steering reads"
+    refusal = r"has no attention_mask in .*, which steering reads"
     with torch.random.fork_rng(), pytest.raises(NotImplementedError, match=refusal):
         type(model)(model.config)
 
@@ -380,6 +386,6 @@ def test_a_decoder_whose_arguments_have_other_names_is_refused(packaged, monkeyp
 def test_a_generate_whose_arguments_have_other_names_is_refused(packaged, monkeypatch):
     model = packaged[("qwen3", *CAUSAL)]
     monkeypatch.setattr(GenerationMixin, "generate", lambda self, prompts, **how: None)
-    refusal = "has no parameter inputs, generation_config"
+    refusal = "has no inputs, generation_config in"
     with torch.random.fork_rng(), pytest.raises(NotImplementedError, match=refusal):
         type(model)(model.config)

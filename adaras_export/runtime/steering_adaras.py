@@ -5,8 +5,8 @@ predicts a failure, a constant vector is added to the output of some MLPs, from 
 first generated one) on. That vector is strength * W_down[:, idx] @ delta: what adding strength * delta to the
 neurons idx before the down projection amounts to. Opens no file, starts no process, uses no network.
 
-What belongs to sequences (the gate's sums and its verdict) rides on their KV cache; what belongs to one forward
-pass is thread-local; the modules hold weights only. So calls on one model object may run at the same time.
+What belongs to sequences (what the gate has seen of them, and p(correct)) rides on their KV cache; what belongs to
+one forward pass is thread-local; the modules hold weights only. So calls on one model object may run at the same time.
 
 B sequences, T tokens of this call, D model width, F gate features, H gate width. Layers are 0-based.
 """
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import GenerationMixin, PreTrainedModel, __version__, modeling_utils
+from transformers import GenerationMixin, PreTrainedModel, modeling_utils
 from transformers.cache_utils import Cache
 
 try:
@@ -112,11 +112,14 @@ class SteeringState:
 
     def see(self, gate: SteeringGate, features_BTF: Tensor, prompt_BT: Tensor, columns: int | None) -> None:
         """Take further columns into account, which come behind ``columns`` of the cache (None: behind those seen)."""
-        if self.seen is not None and columns is not None and (gap := columns - self.seen[1].shape[1]) > 0:
-            value_BTH, weight_BT = self.seen  # generated tokens lie between: they have no weight
-            self.seen = (nn.functional.pad(value_BTH, (0, 0, 0, gap)), nn.functional.pad(weight_BT, (0, gap)))
+        if self.seen is not None and columns is not None:
+            value_BTH, weight_BT = self.seen
+            if (gap := columns - weight_BT.shape[1]) < 0:
+                raise ValueError(f"the KV cache lost {-gap} columns that the gate has judged; remove them with crop()")
+            # Generated tokens lie between: they have no weight.
+            self.seen = nn.functional.pad(value_BTH, (0, 0, 0, gap)), nn.functional.pad(weight_BT, (0, gap))
         value_BTH, weight_BT, self.probability = gate(self.seen, (features_BTF, prompt_BT))
-        self.seen = (value_BTH, weight_BT)
+        self.seen = value_BTH, weight_BT
 
     def crop(self, columns: int) -> None:
         """Forget all columns behind the first ``columns``; the gate judges anew when it is asked."""
@@ -144,16 +147,16 @@ class SteeringState:
 
 _ROWS: dict[str, Callable[[Tensor, Any], Tensor]] = {
     "reorder_cache": lambda rows, index: rows.index_select(0, index.to(rows.device)),
-    "batch_select_indices": lambda rows, index: rows[index],
+    "batch_select_indices": lambda rows, index: rows[index.to(rows.device) if isinstance(index, Tensor) else index],
     "batch_repeat_interleave": lambda rows, repeats: rows.repeat_interleave(repeats, dim=0),
 }
 
 
 def follow(cache: Cache) -> None:
     """Let the state that rides on a KV cache change with it: its columns with crop(), its rows with the others."""
-    for name in ("crop", *_ROWS):
-        if name not in vars(cache) and hasattr(cache, name):
-            setattr(cache, name, partial(_changed, cache, name))
+    for name in ("crop", *_ROWS) if not hasattr(cache, "steering_follows") else ():
+        setattr(cache, name, partial(_changed, cache, name))
+    cache.steering_follows = True  # type: ignore[attr-defined]
 
 
 def _changed(cache: Any, name: str, argument: Any) -> None:
@@ -211,8 +214,8 @@ class Steering:
 class Step:
     """One forward pass: collects the gate's features, then says how much each token is steered.
 
-    ``prompt_BT`` marks the prompt tokens that the gate is still to judge, ``steered_BT`` (or broadcastable to it) those
-    to steer; None is none.
+    ``prompt_BT`` marks the prompt tokens that the gate is still to judge, up to the last column that may have one;
+    ``steered_BT`` (or broadcastable to it) marks those to steer; None is none.
     """
 
     def __init__(
@@ -242,8 +245,10 @@ class Step:
             start = valid_BT.shape[1] - valid_BT.flip(1).int().argmax(1, keepdim=True)
         first = start - int(self.dials.start == "last_prompt_token")
         column_T = torch.arange(valid_BT.shape[1], device=valid_BT.device)
-        if isinstance(start, Tensor) or start > 0:
+        if isinstance(start, Tensor):
             self.prompt_BT = valid_BT & (column_T < start)
+        elif start > 0:
+            self.prompt_BT = valid_BT[:, :start]
         if isinstance(first, Tensor) or first < valid_BT.shape[1]:
             self.steered_BT = valid_BT & (column_T >= first)
 
@@ -262,17 +267,14 @@ class Step:
     def read(self, hidden_BTM: Tensor, index_f: Tensor) -> None:
         """Take one layer's gate features, in the order of the layers."""
         if self.prompt_BT is not None:
-            self._features.append(hidden_BTM.detach().index_select(-1, index_f))
+            self._features.append(hidden_BTM[:, : self.prompt_BT.shape[1]].detach().index_select(-1, index_f))
 
     def settle(self) -> None:
         """Let the gate judge what was read."""
         if self.gate is None or self.prompt_BT is None:
             return
         if sum(features.shape[-1] for features in self._features) != self.gate.attention_weight.shape[0]:
-            raise ValueError(
-                "the gate reads layers that this call leaves out; expected all layers: no assistant_early_exit at or "
-                "below the gate's highest layer, and the config's own num_hidden_layers"
-            )
+            raise ValueError("the gate reads layers that this call leaves out, as assistant_early_exit does; run them")
         with torch.no_grad():  # or a layer that is computed again would lack what was saved here
             self.state.see(self.gate, torch.cat(self._features, dim=-1), self.prompt_BT, self.columns)
         self._features, self.prompt_BT = [], None  # what is computed again for a gradient is not read again
@@ -335,11 +337,8 @@ def parameter_names(function: Callable[..., Any], required: tuple[str, ...] = DE
     """
     found = signature(function).parameters.values()
     names = tuple(one.name for one in found if one.kind is Parameter.POSITIONAL_OR_KEYWORD and one.name != "self")
-    if missing := [name for name in required if name not in names]:
-        raise NotImplementedError(
-            f"{function.__qualname__} of Transformers {__version__} has no parameter {', '.join(missing)}, which "
-            "steering reads; expected a version that this code was tested with"
-        )
+    if missing := ", ".join(name for name in required if name not in names):
+        raise NotImplementedError(f"this Transformers has no {missing} in {function.__name__}(), which steering reads")
     return names
 
 
@@ -376,8 +375,7 @@ def require_whole(tokens: Tensor, mask: Any) -> None:
     """Refuse a call without KV cache whose attention mask says that there are earlier tokens."""
     if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] > tokens.shape[1]:
         raise ValueError(
-            f"the attention mask has {mask.shape[1]} columns, the call {tokens.shape[1]}, and no KV cache that "
-            "steering knows holds the rest"
+            f"{tokens.shape[1]} of {mask.shape[1]} columns, and no KV cache that steering knows has the rest"
         )
 
 
@@ -410,7 +408,7 @@ def preview(step: Step, forward: Callable[..., Any], arguments: dict[str, Any]) 
     """
     if step.prompt_BT is None or step.steered_BT is None:
         return
-    if not (step.steered_BT & ~step.prompt_BT).any():
+    if not step.steered_BT.any():  # such a gate begins with the first generated token
         step.steered_BT = None
         return
     if step.columns:
@@ -636,14 +634,25 @@ class SteeredGeneration(_Steered, GenerationMixin):
         """As in Transformers, but no request re-uses another's KV cache, where other tokens may have been steered.
 
         Raises:
-            NotImplementedError: there is a gate; packed requests carry no state for its verdict.
+            NotImplementedError: there is a gate, and packed requests carry no state for its verdict; or as `unshared`.
         """
         if self.steered_decoder.steering_gate is not None:
             raise NotImplementedError("continuous batching is not supported by a model with a gate; use generate()")
-        manager = super().init_continuous_batching(*args, **kwargs)
-        if (settings := getattr(manager, "continuous_batching_config", None)) is not None:  # 4.57 has none
-            settings.allow_block_sharing = False
-        return manager
+        return unshared(super().init_continuous_batching(*args, **kwargs))
+
+
+def unshared(manager: Any) -> Any:
+    """A manager of continuous batching whose requests share no KV blocks.
+
+    Raises:
+        NotImplementedError: this Transformers does not show how to forbid that.
+    """
+    settings: Any = getattr(manager, "continuous_batching_config", None)
+    if conversion_mapping:  # Transformers 4 shares none
+        if not hasattr(settings, "allow_block_sharing"):
+            raise NotImplementedError("this Transformers has no allow_block_sharing to switch off; use generate()")
+        settings.allow_block_sharing = False
+    return manager
 
 
 class Scope:
@@ -714,9 +723,9 @@ def place_of(
     # Version 5 drops a mask without padding; version 4 does not count the padding in a static cache.
     columns = columns_in(cache) if mask is None else mask.shape[1] - tokens.shape[1]
     if cache is not None:
-        if not columns:
-            cache.steering_state = None  # type: ignore[attr-defined]  # the caller's cache was reset, which a compiled graph cannot see
         follow(cache)
+        if not columns:  # the caller's cache was reset, which a compiled graph cannot see
+            cache.steering_state = None  # type: ignore[attr-defined]
     if scope is None or (scope.prompt_width <= columns and tokens.shape[1] == 1):
         return None, None
     return scope.prompt_width - columns, valid_tokens(mask, tokens)
