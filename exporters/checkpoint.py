@@ -270,5 +270,5 @@ def holds(path: Path, content: bytes) -> bool:
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write JSON as all files of an artifact have it."""
-    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-    storage.replace_file(path, text.encode())  # not written into: another name of the file may be in another folder
+    path.unlink(missing_ok=True)  # not written into: it may be a link to a file of another folder
+    path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -432,10 +432,7 @@ def finish_step(step: Step, outputs: Any) -> None:
 
 
 class OwnModelType:
-    """The ``model_type`` of a configuration's class, which config.json has; each configuration itself has its base's.
-
-    By the latter Transformers 5 chooses the tokenizer's class, whatever tokenizer_config.json says of some families.
-    """
+    """The model_type of a config's class. A config itself has its base's: Transformers 5 takes the tokenizer by that."""
 
     def __init__(self, name: str) -> None:
         self.name = name
