@@ -292,7 +292,9 @@ def _tokenizer_checks(folder: Path, base: Path, *, trust_remote_code: bool) -> l
 
     ours = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     theirs = AutoTokenizer.from_pretrained(base)
-    return [Check("sample texts that are tokenised differently", tokenised_differently(theirs, ours), 0)]
+    differing = tokenised_differently(theirs, ours)
+    remedy = "where the base names no tokenizer_class, name the one that is meant" if differing else ""
+    return [Check("sample texts that are tokenised differently", differing, 0, remedy)]
 
 
 def _weight_map(base: Path, tensors: Mapping[str, Array]) -> dict[str, str]:

@@ -432,7 +432,7 @@ def finish_step(step: Step, outputs: Any) -> None:
 
 
 class OwnModelType:
-    """The model_type of a config's class. A config itself has its base's: Transformers 5 takes the tokenizer by that."""
+    """The model_type of a config's class. A config itself has its base's: Transformers 5 picks tokenizers by that."""
 
     def __init__(self, name: str) -> None:
         self.name = name
