@@ -148,7 +148,7 @@ def test_the_loader_of_hf_thin_is_held_to_a_list_of_its_own(source):
 def test_nothing_runs_code_from_data(path):
     names = {*called(path)}
     forbidden = {"eval", "exec", "compile", "__import__", "torch.load", "pickle.load", "pickle.loads", "joblib.load"}
-    if path.name == "sandbox_worker.py":  # its purpose, after it gave up its rights: docs/decisions/026
+    if path.name == "sandbox_jobs.py":  # its purpose, after it gave up its rights: docs/decisions/026
         forbidden -= {"exec", "compile"}
     assert not names & forbidden
     assert not {
