@@ -293,7 +293,10 @@ def _tokenizer_checks(folder: Path, base: Path, *, trust_remote_code: bool) -> l
     ours = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     theirs = AutoTokenizer.from_pretrained(base)
     differing = tokenised_differently(theirs, ours)
-    remedy = "where the base names no tokenizer_class, name the one that is meant" if differing else ""
+    open_question = differing and "tokenizer_class" not in storage.read_json(base / "tokenizer_config.json")
+    remedy = (
+        "the base's tokenizer_config.json has no tokenizer_class; name the one that is meant" if open_question else ""
+    )
     return [Check("sample texts that are tokenised differently", differing, 0, remedy)]
 
 

@@ -157,3 +157,12 @@ def test_a_repository_without_code_names_what_opens_the_tokenizer_of_the_base(tm
     theirs, ours = opened(base), opened(tmp_path / "out")
     assert [theirs[key] for key in ("ids", "special", "chat")] == [ours[key] for key in ("ids", "special", "chat")]
     assert all(check.ok for check in repository_checks(tmp_path / "out", base, config, {}))
+
+
+@pytest.mark.skipif(transformers.__version__ < "5", reason="Transformers 4 opens the class that is written")
+def test_a_class_that_no_name_stands_for_is_refused_with_what_to_do(tmp_path):
+    base = write_base(tmp_path / "base", "llama", "metaspace", {}, first=False)
+    out = exported(base, "llama", tmp_path / "out")
+    checks = repository_checks(out, base, json.loads((out / "config.json").read_text()), payload("llama"))
+    (failed,) = [check for check in checks if not check.ok]
+    assert failed.detail == "the base's tokenizer_config.json has no tokenizer_class; name the one that is meant"
