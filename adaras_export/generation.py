@@ -155,6 +155,12 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
     return list(ids)
 
 
+def room(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> int:
+    """How many tokens the model's context has left behind the longest of these prompts."""
+    longest = max((len(encode_prompt(tokenizer, prompt)) for prompt in prompts), default=0)
+    return int(model.config.max_position_embeddings) - longest
+
+
 def encode_trace(tokenizer: PreTrainedTokenizerBase, trace: Trace) -> tuple[list[int], list[int]]:
     """Token ids of the prompt and of the completion, which is encoded alone and gets no EOS.
 

@@ -70,6 +70,11 @@ def test_every_public_name_is_there():
         adaras_export.nothing  # noqa: B018
 
 
+def test_dir_shows_the_public_names_and_nothing_else():
+    """Symptom: `dir` showed Any, TYPE_CHECKING and importlib, so that pressing tab completed nothing."""
+    assert [name for name in dir(adaras_export) if not name.startswith("_")] == sorted(adaras_export.__all__)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_payload_of_an_export_is_short_enough_to_be_read(family):
     """What people trust with trust_remote_code must be readable in one sitting: under 475 lines.
