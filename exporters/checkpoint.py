@@ -163,19 +163,16 @@ _TOKENIZER_SETTINGS = "tokenizer_config.json"
 
 
 def tokenizer_classes(base: Path) -> list[str]:
-    """The class of a base's tokenizer, as Transformers 4 finds it, and what else may open the same one in version 5.
+    """The class of a base's tokenizer, as Transformers 4 finds it, then others that may open the same one in version 5.
 
-    That one goes by the config's model_type as well, which an artifact may not have. All have names of version 4, since
-    5 understands those.
+    Version 5 goes by the config's model_type, too, which an artifact may not have. All are names of version 4: 5 knows
+    them.
     """
     path, config = base / _TOKENIZER_SETTINGS, storage.read_json(base / "config.json")
     settings = storage.read_json(path) if path.exists() else {}
     family = models.family_of(config, str(base)).tokenizer
-    return [
-        settings.get("tokenizer_class") or config.get("tokenizer_class") or family,
-        family,
-        "PreTrainedTokenizerFast",
-    ]
+    named = settings.get("tokenizer_class") or config.get("tokenizer_class")
+    return [named or family, family, "PreTrainedTokenizerFast"]
 
 
 def name_tokenizer_class(out: Path, name: str) -> None:

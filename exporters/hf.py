@@ -141,11 +141,9 @@ def write_repository(out: Path, base: Path, config: dict[str, Any], code: dict[s
     for name, content in code.items():
         (out / name).write_bytes(content)
     copy_companions(base, out)
-    for name in (classes := _tokenizer_classes(base, code)):
-        name_tokenizer_class(out, name)
-        if len(classes) == 1 or all(check.ok for check in _tokenizer_checks(out, base, trust_remote_code=False)):
-            return
-    name_tokenizer_class(out, classes[0])  # none opens the base's tokenizer, as the checks will tell
+    classes = _tokenizer_classes(base, code)
+    fitting = classes if code else (name for name in classes if _opens_alike(out, base, name))
+    name_tokenizer_class(out, next(iter(fitting), classes[0]))  # if none fits, the checks will tell
 
 
 def refresh_repository(folder: Path, base: Path, config: dict[str, Any], code: dict[str, bytes]) -> None:
@@ -284,6 +282,12 @@ def _tokenizer_classes(base: Path, code: dict[str, bytes]) -> list[str]:
     return classes[:1] if code else classes
 
 
+def _opens_alike(out: Path, base: Path, name: str) -> bool:
+    """Whether a repository without code has the base's tokenizer if it names this class."""
+    name_tokenizer_class(out, name)
+    return all(check.ok for check in _tokenizer_checks(out, base, trust_remote_code=False))
+
+
 def _tokenizer_checks(folder: Path, base: Path, *, trust_remote_code: bool) -> list[Check]:
     """Whether both folders give the same token ids; a base without a tokenizer has nothing to compare."""
     if not (base / "tokenizer_config.json").exists():
@@ -293,11 +297,9 @@ def _tokenizer_checks(folder: Path, base: Path, *, trust_remote_code: bool) -> l
     ours = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     theirs = AutoTokenizer.from_pretrained(base)
     differing = tokenised_differently(theirs, ours)
-    open_question = differing and "tokenizer_class" not in storage.read_json(base / "tokenizer_config.json")
-    remedy = (
-        "the base's tokenizer_config.json has no tokenizer_class; name the one that is meant" if open_question else ""
-    )
-    return [Check("sample texts that are tokenised differently", differing, 0, remedy)]
+    unnamed = "tokenizer_class" not in storage.read_json(base / "tokenizer_config.json")
+    remedy = "the base's tokenizer_config.json has no tokenizer_class; name the one that is meant"
+    return [Check("sample texts that are tokenised differently", differing, 0, remedy if differing and unnamed else "")]
 
 
 def _weight_map(base: Path, tensors: Mapping[str, Array]) -> dict[str, str]:

@@ -126,15 +126,19 @@ def verify(
 
 
 def refresh(
-    folder: Annotated[Path, typer.Argument(help="An exported folder, of target hf or hf-thin.")],
+    folder: Exported,
     base: Annotated[str | None, typer.Option(help="The base model, if it moved since the export.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Give an exported folder of an earlier version the code of this one, and verify it; its weights stay."""
-    from adaras_export import delivery, receipts
+    """Give an export to hf or hf-thin of an earlier version the code of this one, and verify it; its weights stay."""
+    from adaras_export import receipts
+
+    before = receipts.read(folder).files  # refuses what is no export before torch is imported
+    if base is not None:
+        require_model(base, None)
+    from adaras_export import delivery
 
     quiet_libraries()
-    before = receipts.read(folder).files
     report = delivery.refresh(folder, base)
     changed = sorted(name for name, found in report.files.items() if before.get(name) != found)
     receipt = _receipt_hash(folder)
