@@ -13,6 +13,7 @@ SCAN := .venv-scan
 VLLM := .venv-vllm
 SERVE := .venv-serve
 LLAMACPP := .venv-llamacpp
+NEWEST := .venv-newest
 LLAMA_SERVER := $(LLAMACPP)/server/bin/llama-server
 NODE := tests/runtimes/node
 PIP := -m pip install --quiet --disable-pip-version-check
@@ -21,7 +22,7 @@ PIP := -m pip install --quiet --disable-pip-version-check
 PARALLEL := -n 3 --dist loadfile
 HERE := --ignore tests/runtimes --ignore tests/servers
 
-.PHONY: demo demo-smollm2 test test-matrix test-runtimes test-vllm test-serve test-llamacpp quick check bench fuzz clean
+.PHONY: demo demo-smollm2 test test-matrix test-runtimes test-newest test-vllm test-serve test-llamacpp quick check bench fuzz clean
 
 demo: $(INSTALLED)  ## the whole job on the embedded synthetic model, about two minutes
 	rm -rf demo-out
@@ -52,6 +53,23 @@ test-matrix: $(INSTALLED) $(OLDER)/.installed $(PEERS)/.installed
 test-runtimes: $(INSTALLED) $(OLDER)/.installed $(RUNTIMES)/.installed $(ORT_GPU)/.installed $(NODE)/node_modules/.installed \
 		$(LLAMACPP)/.installed
 	$(BIN)/python -m pytest tests/runtimes --require-runtimes
+
+# Exports, steering in memory and PEFT against the oracle, with the newest releases that the registry serves today: only
+# torch and pytest are pinned. Installed anew each time and without our own upper bounds, which are what was tested.
+# Deprecations are told and fail nothing.
+test-newest:
+	test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)
+	grep -E '^(torch|pytest|pytest-xdist)==' constraints.txt > $(NEWEST)/pins.txt
+	$(NEWEST)/bin/python $(PIP) --upgrade --upgrade-strategy eager --constraint $(NEWEST)/pins.txt torch transformers peft \
+		huggingface_hub onnx onnx-ir onnxscript onnxruntime safetensors numpy typer rich scikit-learn scipy pytest \
+		pytest-xdist filelock hypothesis
+	$(NEWEST)/bin/python $(PIP) --no-deps --editable .
+	@versions=$$($(NEWEST)/bin/python -m pip freeze | grep -E '^(transformers|peft|onnxruntime|huggingface_hub)==' | xargs); \
+	echo "NEWEST: $$versions"; \
+	$(NEWEST)/bin/python -m pytest $(PARALLEL) -m "not slow" -W default::FutureWarning -W default::DeprecationWarning \
+		tests/test_steering.py tests/exporters/test_hf.py tests/exporters/test_tokenizers.py tests/exporters/test_peft.py \
+		tests/exporters/test_peft_adaptive.py tests/exporters/test_onnx.py \
+		&& echo "NEWEST: ok with $$versions" || { echo "NEWEST: FAILED with $$versions"; exit 1; }
 
 # Static artifacts in vLLM, and traces collected with it, on the CPU: 3.5 GB of it.
 test-vllm: $(INSTALLED) $(VLLM)/.installed
@@ -88,8 +106,8 @@ fuzz: $(INSTALLED) $(FUZZ)/.installed  ## every reader of foreign files, guided 
 		-rss_limit_mb=2048 -max_len=8192 -print_final_stats=1
 
 clean:
-	rm -rf $(VENV) $(OLDER) $(PEERS) $(RUNTIMES) $(ORT_GPU) $(FUZZ) $(SCAN) $(VLLM) $(SERVE) $(LLAMACPP) $(NODE)/node_modules .cache build dist \
-		demo-out demo-smollm2-out
+	rm -rf $(VENV) $(OLDER) $(PEERS) $(RUNTIMES) $(ORT_GPU) $(FUZZ) $(SCAN) $(VLLM) $(SERVE) $(LLAMACPP) $(NEWEST) \
+		$(NODE)/node_modules .cache build dist demo-out demo-smollm2-out
 
 # torch comes from constraints.txt, which pins a CPU build; see there for other hardware.
 $(INSTALLED): pyproject.toml constraints.txt

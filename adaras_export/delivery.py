@@ -12,9 +12,10 @@ from typing import Any, get_args
 from adaras_export import description, exporters, integrity, models, receipts, storage
 from adaras_export.checks import Check, ParityReport
 from adaras_export.errors import ArtifactError, ExportError, ParityError, first_line
-from adaras_export.exporters.base import Commission, Exporter, Feature
+from adaras_export.exporters.base import Commission, Exporter, Feature, Refreshing
 from adaras_export.models import BaseModel
 from adaras_export.parity import Artifact, compare, rehearse
+from adaras_export.payload_history import known
 from adaras_export.receipts import EVALUATION_FILE, RULE_FILE, SIGNATURE_FILE, Receipt
 from adaras_export.rule import SteeringRule
 from adaras_export.staging import revised, staged
@@ -126,10 +127,7 @@ def recard(
     receipts.read(folder)  # refuses what is no export, before a copy is made of it
     with revised(folder) as stage:
         receipt = receipts.read_whole(folder)
-        if (folder / SIGNATURE_FILE).exists():
-            raise ExportError(
-                f"{folder}: is signed, and a new card would break that; remove {SIGNATURE_FILE}, sign again"
-            )
+        _refuse_signed(folder)
         rule = SteeringRule.load(folder / RULE_FILE)
         named = tuple(receipt.datasets if datasets is None else datasets)
         if strange := [name for name in named if not models.is_hub_id(name)]:
@@ -138,6 +136,40 @@ def recard(
             storage.replace_file(stage / EVALUATION_FILE, description.evaluation_of(Path(evaluation), rule))
         renamed = replace(receipt, repository=repository or receipt.repository, datasets=named)
         return description.describe(stage, renamed, exporter_of(receipt), rule)
+
+
+def refresh(path: str | Path, base: str | Path | None = None) -> ExportReport:
+    """Give an exported folder of an earlier version the code and settings of this one, and verify it anew.
+
+    Its weights stay as they are, and the files that share them. Earlier code is replaced and never run.
+
+    Args:
+        path: the folder, of target hf or hf-thin.
+        base: the base model, where it is no longer at the place that the receipt names.
+
+    Raises:
+        ArtifactError: the folder is no export, its files are not those of its receipt, or the base cannot be found.
+        ExportError: it is signed, its code was never this library's, or its target carries none.
+        ParityError: with the new code it does not behave like its rule; then nothing was changed.
+    """
+    folder = Path(path)
+    exporter = exporter_of(receipts.read(folder))
+    if not isinstance(exporter, Refreshing):
+        raise ExportError(f"{folder}: target {exporter.name} carries no code that could be refreshed; export again")
+    with revised(folder) as stage:
+        receipt = receipts.read_whole(folder)
+        _refuse_signed(folder)
+        if foreign := [name for name in receipt.files if name.endswith(".py") and not known(folder, name)]:
+            raise ExportError(f"{folder}: {', '.join(foreign)}: was never code of this library; export again")
+        place = _Place.of(folder, receipt, base)
+        exporter.refresh(stage, place.rule, place.base)
+        parity = _verified(exporter.commissioned(place.commission), stage, place.rule, place.base)
+        if not parity.ok:
+            found = "; ".join(check.line().strip() for check in parity.failed())
+            raise ParityError(f"{folder}: not refreshed: {found}; export again")
+        renewed = replace(receipt, parity=parity, versions=receipts.current_versions())
+        files = description.describe(stage, renewed, exporter, place.rule).files
+    return ExportReport(folder, receipt.target, dict(files), tuple(receipt.drops), parity)
 
 
 def verify(
@@ -191,6 +223,11 @@ def open_artifact(path: str | Path, base: str | Path | None = None) -> tuple[Art
     place = _Place.of(folder, recorded, base)
     _require_own(folder, exporter.inspect(folder, place.rule, place.base))
     return exporter.commissioned(place.commission).load(folder), place.rule, recorded
+
+
+def _refuse_signed(folder: Path) -> None:
+    if (folder / SIGNATURE_FILE).exists():
+        raise ExportError(f"{folder}: is signed, and a new card would break that; remove {SIGNATURE_FILE}, sign again")
 
 
 def _require_own(folder: Path, checks: Sequence[Check]) -> None:

@@ -10,7 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from adaras_export import receipts, storage
+from adaras_export import payload_history, receipts, storage
 from adaras_export.checks import Check, ParityReport
 from adaras_export.errors import AdarasError, ArtifactError
 from adaras_export.receipts import RECEIPT_FILE, RULE_FILE, SIGNATURE_FILE, Receipt
@@ -73,7 +73,7 @@ def content_checks(folder: Path, receipt: Receipt) -> list[Check]:
         *checks,
         *_rule_checks(folder, receipt),
         Check("checks that failed by the receipt itself", len(failed), 0, "; ".join(failed)),
-        Check.empty("code, or pointers to code, that are not this library's", strange),
+        payload_history.check("code, or pointers to code, that are not this library's", folder, strange),
     ]
 
 

@@ -38,6 +38,7 @@ class Family:
         transposed: whether its weight is stored (M, D), as GPT-2's Conv1D does, instead of (D, M).
         sizes: the keys of config.json for L, M and D.
         mlp_ratio: M / D where the config says null for M.
+        tokenizer: the tokenizer's class where a checkpoint leaves that to its model_type: what Transformers 4 opens.
     """
 
     model_type: str
@@ -48,6 +49,7 @@ class Family:
     transposed: bool = False
     sizes: tuple[str, str, str] = ("num_hidden_layers", "intermediate_size", "hidden_size")
     mlp_ratio: int | None = None
+    tokenizer: str = "LlamaTokenizer"
 
     @property
     def payload(self) -> str:
@@ -65,15 +67,15 @@ class Family:
 _TABLE = (
     Family("llama", "Llama"),
     Family("mistral", "Mistral"),
-    Family("qwen2", "Qwen2"),
-    Family("qwen3", "Qwen3"),
-    Family("gemma2", "Gemma2"),
-    Family("gemma3_text", "Gemma3"),
-    Family("olmo2", "Olmo2"),
-    Family("granite", "Granite"),
-    Family("smollm3", "SmolLM3"),
+    Family("qwen2", "Qwen2", tokenizer="Qwen2Tokenizer"),
+    Family("qwen3", "Qwen3", tokenizer="Qwen2Tokenizer"),
+    Family("gemma2", "Gemma2", tokenizer="GemmaTokenizer"),
+    Family("gemma3_text", "Gemma3", tokenizer="GemmaTokenizer"),
+    Family("olmo2", "Olmo2", tokenizer="GPTNeoXTokenizer"),
+    Family("granite", "Granite", tokenizer="GPT2Tokenizer"),
+    Family("smollm3", "SmolLM3", tokenizer="PreTrainedTokenizerFast"),
     Family("phi3", "Phi3"),
-    Family("gpt_neox", "GPTNeoX", decoder="gpt_neox", down="mlp.dense_4h_to_h"),
+    Family("gpt_neox", "GPTNeoX", decoder="gpt_neox", down="mlp.dense_4h_to_h", tokenizer="GPTNeoXTokenizer"),
     Family(
         "gpt2",
         "GPT2",
@@ -83,6 +85,7 @@ _TABLE = (
         transposed=True,
         sizes=("n_layer", "n_inner", "n_embd"),
         mlp_ratio=4,
+        tokenizer="GPT2Tokenizer",
     ),
 )
 FAMILIES = {family.model_type: family for family in _TABLE}

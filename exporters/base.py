@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -156,6 +156,15 @@ class Exporter(Protocol):
 
     def limits(self) -> Sequence[str]:
         """What the format cannot do, and what goes wrong in silence; a sentence or two each."""
+        ...
+
+
+@runtime_checkable
+class Refreshing(Protocol):
+    """An exporter whose artifacts carry code of this library, which a later version may have mended."""
+
+    def refresh(self, folder: Path, rule: SteeringRule, base: Path) -> None:
+        """Replace code and settings of an artifact by those that `write` writes today; its tensors stay."""
         ...
 
 

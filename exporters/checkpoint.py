@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -132,14 +132,14 @@ def opened(folder: str | Path, **how: Any) -> tuple[Any, list[str]]:
     return model.eval(), sorted(f"{key} {name}" for key, names in report.items() for name in names)
 
 
-def changed_companions(folder: Path, base: Path) -> list[str]:
-    """Files carried from the base that are not as they were there; the tokenizer's class may have been added."""
+def changed_companions(folder: Path, base: Path, tokenizers: Collection[str] = ()) -> list[str]:
+    """Files carried from the base that are not as they were there; one of these tokenizer classes may be named."""
     changed = {name for name, source in companions(base).items() if not same_content(folder / name, source)}
-    settings = "tokenizer_config.json"
-    if settings in changed and (folder / settings).exists():
-        found, expected = (storage.read_json(path / settings) for path in (folder, base))
-        if found == {"tokenizer_class": found.get("tokenizer_class"), **expected}:
-            changed.remove(settings)
+    if _TOKENIZER_SETTINGS in changed and (folder / _TOKENIZER_SETTINGS).exists():
+        found, expected = (storage.read_json(path / _TOKENIZER_SETTINGS) for path in (folder, base))
+        name = found.get("tokenizer_class")
+        if name in tokenizers and found == {**expected, "tokenizer_class": name}:
+            changed.remove(_TOKENIZER_SETTINGS)
     return sorted(changed)
 
 
@@ -159,17 +159,28 @@ _SAMPLES = (
 )
 
 
-def name_tokenizer_class(base: Path, out: Path) -> None:
-    """Name the tokenizer's class where the base leaves it to its model_type, which is no longer there."""
-    path = out / "tokenizer_config.json"
-    settings = storage.read_json(path) if path.exists() else {}
-    if "tokenizer_class" not in settings and (out / "tokenizer.json").exists():
-        from transformers import AutoTokenizer
+_TOKENIZER_SETTINGS = "tokenizer_config.json"
 
-        name = type(AutoTokenizer.from_pretrained(base)).__name__
-        # Transformers 5 knows its general class by the name that 4 has for it, not the other way round.
-        portable = "PreTrainedTokenizerFast" if name == "TokenizersBackend" else name
-        write_json(path, {**settings, "tokenizer_class": portable})
+
+def tokenizer_classes(base: Path) -> list[str]:
+    """The class of a base's tokenizer, as Transformers 4 finds it, then others that may open the same one in version 5.
+
+    Version 5 goes by the config's model_type, too, which an artifact may not have. All are names of version 4: 5 knows
+    them.
+    """
+    path, config = base / _TOKENIZER_SETTINGS, storage.read_json(base / "config.json")
+    settings = storage.read_json(path) if path.exists() else {}
+    family = models.family_of(config, str(base)).tokenizer
+    named = settings.get("tokenizer_class") or config.get("tokenizer_class")
+    return [named or family, family, "PreTrainedTokenizerFast"]
+
+
+def name_tokenizer_class(out: Path, name: str) -> None:
+    """Name the tokenizer's class, if there is a tokenizer."""
+    path = out / _TOKENIZER_SETTINGS
+    settings = storage.read_json(path) if path.exists() else {}
+    if (out / "tokenizer.json").exists() and settings.get("tokenizer_class") != name:
+        write_json(path, {**settings, "tokenizer_class": name})
 
 
 def tokenised_differently(one: Any, other: Any) -> int:  # noqa: ANN401 - tokenizers of Transformers
@@ -256,4 +267,5 @@ def holds(path: Path, content: bytes) -> bool:
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write JSON as all files of an artifact have it."""
+    path.unlink(missing_ok=True)  # not written into: it may be a link to a file of another folder
     path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

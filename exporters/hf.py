@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from adaras_export import models, storage
+from adaras_export import models, payload_history, storage
 from adaras_export.disclosure import Disclosed
 from adaras_export.exporters import hf_words as words
 from adaras_export.exporters.base import Commission, Exporter, Feature, Generating, Written, stock_reference
@@ -35,6 +35,7 @@ from adaras_export.exporters.checkpoint import (
     stores,
     strange_names,
     tokenised_differently,
+    tokenizer_classes,
     unknown_files,
     vectors,
     write_index,
@@ -78,6 +79,11 @@ class HuggingFaceExporter:
         write_index(out, _weight_map(base, tensors))
         write_repository(out, base, steered_config(config, rule), payload(rule.base.family))
         return Written(rule)
+
+    def refresh(self, folder: Path, rule: SteeringRule, base: Path) -> None:
+        """As `Refreshing` says."""
+        config = steered_config(storage.read_json(base / "config.json"), rule)
+        refresh_repository(folder, base, config, payload(rule.base.family))
 
     def inspect(self, folder: Path, rule: SteeringRule, base: Path) -> Sequence[Check]:
         """As `Exporter` says."""
@@ -135,7 +141,17 @@ def write_repository(out: Path, base: Path, config: dict[str, Any], code: dict[s
     for name, content in code.items():
         (out / name).write_bytes(content)
     copy_companions(base, out)
-    name_tokenizer_class(base, out)
+    classes = _tokenizer_classes(base, code)
+    fitting = classes if code else (name for name in classes if _opens_alike(out, base, name))
+    name_tokenizer_class(out, next(iter(fitting), classes[0]))  # if none fits, the checks will tell
+
+
+def refresh_repository(folder: Path, base: Path, config: dict[str, Any], code: dict[str, bytes]) -> None:
+    """Write code, config and the tokenizer's class anew, as `write_repository` writes them; other files stay."""
+    for name, content in code.items():
+        storage.replace_file(folder / name, content)
+    write_json(folder / "config.json", config)
+    name_tokenizer_class(folder, tokenizer_classes(base)[0])
 
 
 def repository_checks(folder: Path, base: Path, config: dict[str, Any], code: dict[str, bytes]) -> list[Check]:
@@ -144,10 +160,10 @@ def repository_checks(folder: Path, base: Path, config: dict[str, Any], code: di
     found = storage.read_json(folder / "config.json")
     settings = differing_keys(found, config)
     trust = [
-        Check.empty("code files that are not the library's", strange),
+        payload_history.check("code files that are not the library's", folder, strange),
         Check.empty("config entries that differ", settings),
     ]
-    changed = changed_companions(folder, base)
+    changed = changed_companions(folder, base, _tokenizer_classes(base, code))
     carried = Check.empty("files of the base that differ", changed)
     # Opening a tokenizer may run code, and a damaged one may not open.
     trusted = all(check.ok for check in (*trust, carried))
@@ -260,6 +276,18 @@ def _strange_code(folder: Path, own: dict[str, bytes]) -> list[str]:
     return [*changed, *(name for name in names if name not in own), *pointers]
 
 
+def _tokenizer_classes(base: Path, code: dict[str, bytes]) -> list[str]:
+    """Which classes the tokenizer may have: the base's own, where code of ours gives configs the base's model_type."""
+    classes = tokenizer_classes(base)
+    return classes[:1] if code else classes
+
+
+def _opens_alike(out: Path, base: Path, name: str) -> bool:
+    """Whether a repository without code has the base's tokenizer if it names this class."""
+    name_tokenizer_class(out, name)
+    return all(check.ok for check in _tokenizer_checks(out, base, trust_remote_code=False))
+
+
 def _tokenizer_checks(folder: Path, base: Path, *, trust_remote_code: bool) -> list[Check]:
     """Whether both folders give the same token ids; a base without a tokenizer has nothing to compare."""
     if not (base / "tokenizer_config.json").exists():
@@ -268,7 +296,10 @@ def _tokenizer_checks(folder: Path, base: Path, *, trust_remote_code: bool) -> l
 
     ours = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     theirs = AutoTokenizer.from_pretrained(base)
-    return [Check("sample texts that are tokenised differently", tokenised_differently(theirs, ours), 0)]
+    differing = tokenised_differently(theirs, ours)
+    unnamed = "tokenizer_class" not in storage.read_json(base / "tokenizer_config.json")
+    remedy = "the base's tokenizer_config.json has no tokenizer_class; name the one that is meant"
+    return [Check("sample texts that are tokenised differently", differing, 0, remedy if differing and unnamed else "")]
 
 
 def _weight_map(base: Path, tensors: Mapping[str, Array]) -> dict[str, str]:

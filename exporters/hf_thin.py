@@ -69,6 +69,10 @@ class ThinExporter:
         hf.write_repository(out, base, self._config(rule, base), payload(rule.base.family))
         return Written(rule)
 
+    def refresh(self, folder: Path, rule: SteeringRule, base: Path) -> None:
+        """As `Refreshing` says."""
+        hf.refresh_repository(folder, base, self._config(rule, base), payload(rule.base.family))
+
     def inspect(self, folder: Path, rule: SteeringRule, base: Path) -> Sequence[Check]:
         """As `Exporter` says."""
         checks = hf.repository_checks(folder, base, self._config(rule, base), payload(rule.base.family))

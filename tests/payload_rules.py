@@ -32,7 +32,9 @@ SHARED = Allowed(
         "torch.utils.checkpoint": {"checkpoint"},
         "transformers": {"GenerationMixin", "PreTrainedModel", "conversion_mapping", "modeling_utils"},
         "transformers.cache_utils": {"Cache"},
-        ".steering_adaras": {"SteeredGatedMLP", "SteeredGeneration", "SteeredMLP", "SteeredModel", "here"},
+        ".steering_adaras": {
+            *("OwnModelType", "SteeredGatedMLP", "SteeredGeneration", "SteeredMLP", "SteeredModel", "here"),
+        },
     },
     modules={
         "threading": {"local"},

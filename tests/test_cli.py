@@ -1,6 +1,7 @@
 """The command line, stage by stage on the embedded model, and every way to use it wrong."""
 
 import copy
+import hashlib
 import json
 import os
 import re
@@ -42,6 +43,7 @@ COMMANDS = [
     "report",
     "export",
     "verify",
+    "refresh",
     "card",
     "sign",
     "push",
@@ -235,6 +237,13 @@ def test_an_export_verifies_and_a_tampered_one_ends_with_exit_status_1(job, run,
     assert "FAIL files changed: 1" in out
     assert re.match(rf"ParityError: {tmp_path / 'steered'}: \d of \d+ checks failed", err)
     assert err.count("\n") == 1
+
+
+def test_a_refresh_says_what_it_wrote(job, run, tmp_path):
+    folder = shutil.copytree(job / "steered", tmp_path / "steered")
+    status, out, err = run("refresh", folder, "--json")
+    assert (status, err, json.loads(out)["changed"]) == (0, "", [])
+    assert json.loads(out)["receipt"] == hashlib.sha256((folder / "receipt.json").read_bytes()).hexdigest()
 
 
 def test_a_card_is_written_anew_and_what_changed_is_said(job, run, tmp_path):

@@ -33,6 +33,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "report": report.report,
     "export": delivery.export,
     "verify": delivery.verify,
+    "refresh": delivery.refresh,
     "card": delivery.card,
     "sign": delivery.sign,
     "push": delivery.push,

@@ -1,4 +1,4 @@
-"""From a rule to an artifact that others can trust: `export`, `verify`, `card`, `sign`, `push`."""
+"""From a rule to an artifact that others can trust: `export`, `verify`, `refresh`, `card`, `sign`, `push`."""
 
 import sys
 from collections.abc import Callable
@@ -123,6 +123,28 @@ def verify(
     show(record, text, as_json)
     if not report.ok:
         raise ParityError(f"{folder}: {len(report.failed())} of {len(report.checks)} checks failed")
+
+
+def refresh(
+    folder: Exported,
+    base: Annotated[str | None, typer.Option(help="The base model, if it moved since the export.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Give an export to hf or hf-thin of an earlier version the code of this one, and verify it; its weights stay."""
+    from adaras_export import receipts
+
+    before = receipts.read(folder).files  # refuses what is no export before torch is imported
+    if base is not None:
+        require_model(base, None)
+    from adaras_export import delivery
+
+    quiet_libraries()
+    report = delivery.refresh(folder, base)
+    changed = sorted(name for name, found in report.files.items() if before.get(name) != found)
+    receipt = _receipt_hash(folder)
+    record = {"path": str(folder), "changed": changed, "parity": report.parity.as_record(), "receipt": receipt}
+    written = f"written: {', '.join(changed)}" if changed else "as it was"
+    show(record, f"{_checks(report.parity)}\n{folder}: {written}\nreceipt {receipt}", as_json)
 
 
 def card(

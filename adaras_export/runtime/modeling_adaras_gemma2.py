@@ -4,13 +4,13 @@ from transformers import GenerationMixin
 from transformers.models.gemma2.configuration_gemma2 import Gemma2Config
 from transformers.models.gemma2.modeling_gemma2 import Gemma2ForCausalLM, Gemma2MLP, Gemma2Model
 
-from .steering_adaras import SteeredGatedMLP, SteeredGeneration, SteeredModel
+from .steering_adaras import OwnModelType, SteeredGatedMLP, SteeredGeneration, SteeredModel
 
 
 class AdaRASGemma2Config(Gemma2Config):
     """Gemma2's configuration; the steering is in its entry "adaras"."""
 
-    model_type = "adaras_gemma2"
+    model_type = OwnModelType("adaras_gemma2")
 
 
 class SteeredGemma2MLP(SteeredGatedMLP, Gemma2MLP):

@@ -4,13 +4,13 @@ from transformers import GenerationMixin
 from transformers.models.gemma3.configuration_gemma3 import Gemma3TextConfig
 from transformers.models.gemma3.modeling_gemma3 import Gemma3ForCausalLM, Gemma3MLP, Gemma3TextModel
 
-from .steering_adaras import SteeredGatedMLP, SteeredGeneration, SteeredModel
+from .steering_adaras import OwnModelType, SteeredGatedMLP, SteeredGeneration, SteeredModel
 
 
 class AdaRASGemma3Config(Gemma3TextConfig):
     """Gemma3's configuration; the steering is in its entry "adaras"."""
 
-    model_type = "adaras_gemma3_text"
+    model_type = OwnModelType("adaras_gemma3_text")
 
 
 class SteeredGemma3MLP(SteeredGatedMLP, Gemma3MLP):

@@ -7,13 +7,13 @@ from transformers import GenerationMixin
 from transformers.models.gpt2.configuration_gpt2 import GPT2Config
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2LMHeadModel, GPT2Model
 
-from .steering_adaras import SteeredGeneration, SteeredMLP, SteeredModel, here
+from .steering_adaras import OwnModelType, SteeredGeneration, SteeredMLP, SteeredModel, here
 
 
 class AdaRASGPT2Config(GPT2Config):
     """GPT-2's configuration; the steering is in its entry "adaras"."""
 
-    model_type = "adaras_gpt2"
+    model_type = OwnModelType("adaras_gpt2")
 
 
 class SteeredGPT2MLP(SteeredMLP, GPT2MLP):

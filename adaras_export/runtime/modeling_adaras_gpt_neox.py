@@ -5,13 +5,13 @@ from transformers import GenerationMixin
 from transformers.models.gpt_neox.configuration_gpt_neox import GPTNeoXConfig
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXForCausalLM, GPTNeoXMLP, GPTNeoXModel
 
-from .steering_adaras import SteeredGeneration, SteeredMLP, SteeredModel
+from .steering_adaras import OwnModelType, SteeredGeneration, SteeredMLP, SteeredModel
 
 
 class AdaRASGPTNeoXConfig(GPTNeoXConfig):
     """GPT-NeoX's configuration; the steering is in its entry "adaras"."""
 
-    model_type = "adaras_gpt_neox"
+    model_type = OwnModelType("adaras_gpt_neox")
 
 
 class SteeredGPTNeoXMLP(SteeredMLP, GPTNeoXMLP):

@@ -4,13 +4,13 @@ from transformers import GenerationMixin
 from transformers.models.granite.configuration_granite import GraniteConfig
 from transformers.models.granite.modeling_granite import GraniteForCausalLM, GraniteMLP, GraniteModel
 
-from .steering_adaras import SteeredGatedMLP, SteeredGeneration, SteeredModel
+from .steering_adaras import OwnModelType, SteeredGatedMLP, SteeredGeneration, SteeredModel
 
 
 class AdaRASGraniteConfig(GraniteConfig):
     """Granite's configuration; the steering is in its entry "adaras"."""
 
-    model_type = "adaras_granite"
+    model_type = OwnModelType("adaras_granite")
 
 
 class SteeredGraniteMLP(SteeredGatedMLP, GraniteMLP):

@@ -4,13 +4,13 @@ from transformers import GenerationMixin
 from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaMLP, LlamaModel
 
-from .steering_adaras import SteeredGatedMLP, SteeredGeneration, SteeredModel
+from .steering_adaras import OwnModelType, SteeredGatedMLP, SteeredGeneration, SteeredModel
 
 
 class AdaRASLlamaConfig(LlamaConfig):
     """Llama's configuration; the steering is in its entry "adaras"."""
 
-    model_type = "adaras_llama"
+    model_type = OwnModelType("adaras_llama")
 
 
 class SteeredLlamaMLP(SteeredGatedMLP, LlamaMLP):

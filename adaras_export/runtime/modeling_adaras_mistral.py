@@ -4,13 +4,13 @@ from transformers import GenerationMixin
 from transformers.models.mistral.configuration_mistral import MistralConfig
 from transformers.models.mistral.modeling_mistral import MistralForCausalLM, MistralMLP, MistralModel
 
-from .steering_adaras import SteeredGatedMLP, SteeredGeneration, SteeredModel
+from .steering_adaras import OwnModelType, SteeredGatedMLP, SteeredGeneration, SteeredModel
 
 
 class AdaRASMistralConfig(MistralConfig):
     """Mistral's configuration; the steering is in its entry "adaras"."""
 
-    model_type = "adaras_mistral"
+    model_type = OwnModelType("adaras_mistral")
 
 
 class SteeredMistralMLP(SteeredGatedMLP, MistralMLP):

@@ -4,13 +4,13 @@ from transformers import GenerationMixin
 from transformers.models.olmo2.configuration_olmo2 import Olmo2Config
 from transformers.models.olmo2.modeling_olmo2 import Olmo2ForCausalLM, Olmo2MLP, Olmo2Model
 
-from .steering_adaras import SteeredGatedMLP, SteeredGeneration, SteeredModel
+from .steering_adaras import OwnModelType, SteeredGatedMLP, SteeredGeneration, SteeredModel
 
 
 class AdaRASOlmo2Config(Olmo2Config):
     """Olmo2's configuration; the steering is in its entry "adaras"."""
 
-    model_type = "adaras_olmo2"
+    model_type = OwnModelType("adaras_olmo2")
 
 
 class SteeredOlmo2MLP(SteeredGatedMLP, Olmo2MLP):

@@ -5,13 +5,13 @@ from transformers import GenerationMixin
 from transformers.models.phi3.configuration_phi3 import Phi3Config
 from transformers.models.phi3.modeling_phi3 import Phi3ForCausalLM, Phi3MLP, Phi3Model
 
-from .steering_adaras import SteeredGeneration, SteeredMLP, SteeredModel
+from .steering_adaras import OwnModelType, SteeredGeneration, SteeredMLP, SteeredModel
 
 
 class AdaRASPhi3Config(Phi3Config):
     """Phi3's configuration; the steering is in its entry "adaras"."""
 
-    model_type = "adaras_phi3"
+    model_type = OwnModelType("adaras_phi3")
 
 
 class SteeredPhi3MLP(SteeredMLP, Phi3MLP):

@@ -4,13 +4,13 @@ from transformers import GenerationMixin
 from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2ForCausalLM, Qwen2MLP, Qwen2Model
 
-from .steering_adaras import SteeredGatedMLP, SteeredGeneration, SteeredModel
+from .steering_adaras import OwnModelType, SteeredGatedMLP, SteeredGeneration, SteeredModel
 
 
 class AdaRASQwen2Config(Qwen2Config):
     """Qwen2's configuration; the steering is in its entry "adaras"."""
 
-    model_type = "adaras_qwen2"
+    model_type = OwnModelType("adaras_qwen2")
 
 
 class SteeredQwen2MLP(SteeredGatedMLP, Qwen2MLP):

@@ -4,13 +4,13 @@ from transformers import GenerationMixin
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM, Qwen3MLP, Qwen3Model
 
-from .steering_adaras import SteeredGatedMLP, SteeredGeneration, SteeredModel
+from .steering_adaras import OwnModelType, SteeredGatedMLP, SteeredGeneration, SteeredModel
 
 
 class AdaRASQwen3Config(Qwen3Config):
     """Qwen3's configuration; the steering is in its entry "adaras"."""
 
-    model_type = "adaras_qwen3"
+    model_type = OwnModelType("adaras_qwen3")
 
 
 class SteeredQwen3MLP(SteeredGatedMLP, Qwen3MLP):

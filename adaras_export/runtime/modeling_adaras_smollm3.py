@@ -4,13 +4,13 @@ from transformers import GenerationMixin
 from transformers.models.smollm3.configuration_smollm3 import SmolLM3Config
 from transformers.models.smollm3.modeling_smollm3 import SmolLM3ForCausalLM, SmolLM3MLP, SmolLM3Model
 
-from .steering_adaras import SteeredGatedMLP, SteeredGeneration, SteeredModel
+from .steering_adaras import OwnModelType, SteeredGatedMLP, SteeredGeneration, SteeredModel
 
 
 class AdaRASSmolLM3Config(SmolLM3Config):
     """SmolLM3's configuration; the steering is in its entry "adaras"."""
 
-    model_type = "adaras_smollm3"
+    model_type = OwnModelType("adaras_smollm3")
 
 
 class SteeredSmolLM3MLP(SteeredGatedMLP, SmolLM3MLP):

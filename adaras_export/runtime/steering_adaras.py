@@ -433,6 +433,19 @@ def finish_step(step: Step, outputs: Any) -> None:
                 follow(one)
 
 
+class OwnModelType:
+    """The model_type of a config's class. A config itself has its base's: Transformers 5 picks tokenizers by that."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, config: Any, owner: type) -> str:
+        return self.name if config is None else self.name.removeprefix("adaras_")
+
+    def __set__(self, config: Any, name: str) -> None:
+        """Transformers sets what config.json says."""
+
+
 class SteeredMLP:
     """Mix-in for an MLP: its forward hands h and the untouched down projection to `steered_down`."""
 

@@ -66,7 +66,7 @@ def tokenizer(model, job):
     return [
         found.apply_chat_template(messages, add_generation_prompt=True, tokenize=False),
         model.generation_config.max_new_tokens,
-        transformers.AutoConfig.from_pretrained(job["folder"], trust_remote_code=True).model_type,
+        type(transformers.AutoConfig.from_pretrained(job["folder"], trust_remote_code=True)).model_type,
     ]
 
 
