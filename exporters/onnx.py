@@ -35,6 +35,7 @@ from adaras_export.exporters.base import (
     Exporter,
     Feature,
     Written,
+    sizes_of,
     stock_reference,
 )
 from adaras_export.exporters.calibration import Prompts, calibrated
@@ -176,7 +177,7 @@ class OnnxExporter:
             onnx_quantize.round_to_half(opened.model)
         else:
             onnx_quantize.overwrite(opened.model, _graph(folder))
-        return Reference(opened, int(opened.model.config.vocab_size))
+        return Reference(opened, *sizes_of(opened.model))
 
     def load(self, folder: Path) -> Artifact:
         """As `Exporter` says."""

@@ -4,6 +4,7 @@ Plain PEFT files, without a bias, as servers take them. See `constant_neuron` fo
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ import torch
 from safetensors.numpy import save
 
 from adaras_export import models, storage
-from adaras_export.exporters.adapters import ADAPTER_FILE, CONFIG_FILE, adapted, play_adapted
+from adaras_export.exporters import adapters
+from adaras_export.exporters.adapters import ADAPTER_FILE, CONFIG_FILE, adapted
 from adaras_export.exporters.base import Generating
 from adaras_export.exporters.checkpoint import opened, stores, strange_names, vectors, write_json
 from adaras_export.exporters.constant_neuron import picking
-from adaras_export.parity import Check, Mode, Play, Tolerance
+from adaras_export.parity import Check, Mode, Tolerance
 from adaras_export.rule import SteeringRule
 from adaras_export.storage import Array
 
@@ -103,6 +105,6 @@ class SwitchableCheckpoint(Generating):
             Check.empty("adapter keys that were not loaded", self.lost),
         ]
 
-    def play(self, rows: Sequence[Sequence[int]], mode: Mode, follow_BS: torch.Tensor | None) -> Play:
-        """As `Player` says."""
-        return play_adapted(self.model, rows, mode, follow_BS)
+    def set_to(self, mode: Mode) -> AbstractContextManager[Any]:
+        """As `Generating` says."""
+        return adapters.set_to(self.model, mode)
