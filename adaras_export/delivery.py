@@ -12,7 +12,7 @@ from typing import Any, get_args
 from adaras_export import description, exporters, integrity, models, receipts, storage
 from adaras_export.checks import Check, ParityReport
 from adaras_export.errors import ArtifactError, ExportError, ParityError, first_line
-from adaras_export.exporters.base import Commission, Exporter, Feature
+from adaras_export.exporters.base import Commission, Exporter, Feature, Remaking
 from adaras_export.models import BaseModel
 from adaras_export.parity import Artifact, compare, rehearse
 from adaras_export.receipts import EVALUATION_FILE, RULE_FILE, SIGNATURE_FILE, Receipt
@@ -98,6 +98,7 @@ def export(  # noqa: PLR0913 - one job with the options that the command line ha
             parity=parity,
             files={},
             tensors=tuple(exporter.disclosed(stage, base_tensors)),
+            versions=receipts.current_versions(to),
         )
         files = description.describe(stage, receipt, exporter, rule).files
     return ExportReport(out, to, dict(files), dropped, parity)
@@ -163,12 +164,16 @@ def verify(
     recorded = receipts.read(folder)
     exporter = exporter_of(recorded)
     checks = [*integrity.origin_checks(folder, receipt, key), *integrity.content_checks(folder, recorded)]
+    checks += receipts.version_checks(recorded)
     if any(check.name in integrity.FATAL and not check.ok for check in checks):
         return ParityReport((*checks, Check("not looked into, because of that", 1, 0)))
     place = _Place.of(folder, recorded, base)
     checks += description.checks(folder, recorded, exporter, place.rule, place.base)
     exporter = exporter.commissioned(place.commission)
-    return ParityReport((*checks, *_verified(exporter, folder, place.rule, place.base).checks))
+    ran = _verified(exporter, folder, place.rule, place.base)
+    if isinstance(exporter, Remaking) and all(check.ok for check in ran.checks[:2]):
+        checks += exporter.made_anew(folder, place.rule, place.base)
+    return ParityReport((*checks, *ran.checks))
 
 
 def open_artifact(path: str | Path, base: str | Path | None = None) -> tuple[Artifact, SteeringRule, Receipt]:

@@ -20,8 +20,13 @@ _UNREADABLE_RULE = "rule that cannot be read"
 FATAL = (receipts.UNREADABLE, _UNREADABLE_RULE)
 """The checks without which nothing else of an artifact can be looked into."""
 
+_TEXTS = {".json", ".jinja", ".txt", ".md", ".yaml", ".html", ".css", ".js", ".mjs"}
+_DATA = {*_TEXTS, ".safetensors", ".gguf", ".onnx", ".onnx_data", ".model", ".sig", ".wasm"}
+"""Suffixes of what artifacts hold besides code of ours: nothing that Python runs or unpickles."""
+
 _CODE = {".py", ".pyc", ".pyd", ".so", ".dll", ".dylib", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib"}
-"""Suffixes of what Python could run when a folder is opened, pickles included."""
+_NO_LICENCE = {*_CODE, ".npy", ".npz"}
+"""Suffixes that not even a licence may have; those of bases end in all sorts of things."""
 
 
 def verify_files(path: str | Path, *, receipt: str | None = None, key: str | Path | None = None) -> ParityReport:
@@ -103,8 +108,13 @@ def _base_check(rule: SteeringRule, receipt: Receipt) -> Check:
 def _strange_code(folder: Path) -> list[str]:
     """Files that could run and are not, byte for byte, what this library puts into artifacts under that name."""
     own = _payload()
-    code = {name: path for name, path in receipts.files_of(folder).items() if path.suffix.lower() in _CODE}
+    code = {name: path for name, path in receipts.files_of(folder).items() if not _is_data(path)}
     return [receipts.shown(name) for name, path in code.items() if name not in own or own[name] != path.read_bytes()]
+
+
+def _is_data(path: Path) -> bool:
+    suffix, is_licence = path.suffix.lower(), path.name.startswith(("LICENSE", "NOTICE"))
+    return suffix in _DATA or (is_licence and suffix not in _NO_LICENCE)
 
 
 def _strange_pointers(folder: Path) -> list[str]:

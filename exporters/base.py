@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -166,6 +166,15 @@ class Exporter(Protocol):
 
     def limits(self) -> Sequence[str]:
         """What the format cannot do, and what goes wrong in silence; a sentence or two each."""
+        ...
+
+
+@runtime_checkable
+class Remaking(Protocol):
+    """An exporter whose artifacts are told from others only by writing one again, which may take minutes."""
+
+    def made_anew(self, folder: Path, rule: SteeringRule, base: Path) -> Sequence[Check]:
+        """Compare what is stored, which `Exporter.inspect` has found harmless, with what is written here and now."""
         ...
 
 

@@ -18,10 +18,11 @@ from onnx.inliner import inline_local_functions
 
 from adaras_export import foreign, models, storage
 from adaras_export.disclosure import Disclosed
-from adaras_export.errors import ArtifactError, ExportError, first_line
+from adaras_export.errors import AdarasError, ArtifactError, ExportError, first_line
 from adaras_export.exporters import (
     hf,
     hf_thin,
+    onnx_comparison,
     onnx_disclosed,
     onnx_functions,
     onnx_genai,
@@ -44,6 +45,7 @@ from adaras_export.exporters.checkpoint import (
     copy_companions,
     differing_keys,
     plain_config,
+    same_json,
     unknown_files,
     vectors,
     write_json,
@@ -112,16 +114,9 @@ class OnnxExporter:
         _require_tokenizer(base)
         prompts = self._gate_prompts(rule)
         graph = out / GRAPH
-        graph.parent.mkdir()
         if self.page:  # first, because npm may fail
             onnx_page.write_files(out)
-        if self.genai:
-            onnx_genai.build_graph(base, graph, rule.base.family)
-        else:
-            self._write_plain(base, graph)
-        model = ir.load(graph)
-        onnx_graph.steer(model, rule, vectors(rule, base))
-        ir.save(model, graph)  # the weights stay in their file
+        model = self._write_steered(rule, base, graph)
         written = Written(rule)
         if prompts is not None:
             written = calibrated(rule, base, SteeredGraph(graph, self._tolerance()), prompts)
@@ -129,8 +124,7 @@ class OnnxExporter:
             threshold = onnx_graph.tensors(rule, {})[THRESHOLD]
             model.graph.initializers[THRESHOLD].const_value = ir.tensor(threshold, name=THRESHOLD)
             ir.save(model, graph)
-        if self.inline:
-            onnx.save(inline_local_functions(onnx.load(graph, load_external_data=False)), graph)
+        self._inline(graph)
         if not self.genai:  # the builder's own nodes do not pass
             onnx.checker.check_model(graph, full_check=True)
         if self.page:
@@ -147,7 +141,7 @@ class OnnxExporter:
         expected = self._config(storage.read_json(base / "config.json"), rule)
         found = storage.read_json(folder / "config.json")
         settings = differing_keys(found, expected)
-        if storage.read_json(folder / _GENAI_CONFIG) != _genai_config(model, base, rule):
+        if not same_json(storage.read_json(folder / _GENAI_CONFIG), _genai_config(model, base, rule)):
             settings.append(_GENAI_CONFIG)
         stored = {name: value.const_value for name, value in model.graph.initializers.items()}
         wanted = onnx_graph.tensors(rule, vectors(rule, base))
@@ -163,6 +157,18 @@ class OnnxExporter:
             *([Check.empty("files of the page that differ", page)] if self.page else []),
             unknown_files(folder, base, own),
         ]
+
+    def made_anew(self, folder: Path, rule: SteeringRule, base: Path) -> Sequence[Check]:
+        """As `Remaking` says: a graph can compute whatever it likes where no prompt of the comparison leads."""
+        name = "operators or weights other than a fresh export's"
+        with TemporaryDirectory() as scratch:
+            graph = Path(scratch) / GRAPH
+            try:
+                self._write_steered(rule, base, graph)
+            except AdarasError as error:
+                return [Check(name, 1, 0, f"none can be made here: {error}")]
+            self._inline(graph)
+            return [Check.empty(name, onnx_comparison.differing(folder / GRAPH, graph))]
 
     def reference(self, folder: Path, rule: SteeringRule, base: Path) -> Reference:
         """As `Exporter` says: with fewer bits, vectors folded from the base's weights on a base with rounded ones."""
@@ -198,9 +204,7 @@ class OnnxExporter:
         bits = f"those of the projections in {_BITS.get(self.precision)} bits, in symmetric blocks of 32"
         rounded = "" if self.precision == "fp32" else " The base that it was verified against has the same rounding."
         told = f"The base's weights are here as an ONNX graph, {how.get(self.precision, bits)}.{rounded}"
-        return (
-            f"{told} That they are its weights is checked by running the graph; what steering added goes by its name."
-        )
+        return f"{told} `verify` exports the base anew and compares every node and number of the graph with that."
 
     def usage(self) -> str:
         """As `Exporter` says."""
@@ -216,6 +220,22 @@ class OnnxExporter:
 
     def _tolerance(self) -> Tolerance:
         return _FLOAT16 if self.precision == "fp16" else _FLOAT32
+
+    def _write_steered(self, rule: SteeringRule, base: Path, graph: Path) -> ir.Model:
+        """Write the graph, with the rule in it, and its weights into a folder that does not exist yet."""
+        graph.parent.mkdir()
+        if self.genai:
+            onnx_genai.build_graph(base, graph, rule.base.family)
+        else:
+            self._write_plain(base, graph)
+        model = ir.load(graph)
+        onnx_graph.steer(model, rule, vectors(rule, base))
+        ir.save(model, graph)  # the weights stay in their file
+        return model
+
+    def _inline(self, graph: Path) -> None:
+        if self.inline:
+            onnx.save(inline_local_functions(onnx.load(graph, load_external_data=False)), graph)
 
     def _write_plain(self, base: Path, graph: Path) -> None:
         from transformers import AutoModelForCausalLM

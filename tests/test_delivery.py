@@ -19,6 +19,7 @@ from adaras_export import delivery, receipts, storage
 from adaras_export.delivery import export, recard, verify
 from adaras_export.errors import ArtifactError, ExportError, ParityError, RuleError
 from adaras_export.exporters.base import Written
+from adaras_export.exporters.checkpoint import differing_keys
 from adaras_export.exporters.hf import HuggingFaceExporter
 from adaras_export.models import BaseModel
 from adaras_export.rule import SteeringRule
@@ -228,12 +229,36 @@ def test_an_adapter_that_points_elsewhere_is_named_and_not_followed(folder):
 
 @pytest.mark.parametrize(
     ("entry", "value"),
-    [("rms_norm_eps", 1e-3), ("rope_theta", 5.0), ("architectures", ["X"]), ("attn_implementation", "somebody/else")],
+    [
+        ("rms_norm_eps", 1e-3),
+        ("architectures", ["X"]),
+        ("attn_implementation", "somebody/else"),
+        ("return_dict", None),  # the same to Python's get(), and Transformers fails on it
+        ("use_cache", 1),
+    ],
 )
 def test_an_edited_config_entry_is_named(entry, value, folder):
     edit_json(folder / "config.json", **{entry: value})
     assert failures(with_a_new_receipt(folder))["config entries that differ"] == entry
     assert failures(folder)["config entries that differ"] == entry
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (None, ...),
+        (True, 1),
+        (1, 1.0),
+        (0, False),
+        ([True], [1]),
+        ({"a": None}, {}),
+        ({"a": [{"b": 0}]}, {"a": [{"b": 0.0}]}),
+    ],
+)
+def test_values_that_only_python_takes_for_the_same_differ(one, other):
+    found, expected = ({} if value is ... else {"entry": value} for value in (one, other))
+    assert differing_keys(found, expected) == differing_keys(expected, found) == ["entry"]
+    assert differing_keys(found, found) == []
 
 
 @pytest.mark.parametrize("dial", ["strength", "start", "threshold"])

@@ -52,12 +52,31 @@ def test_edited_code_is_named_also_with_a_fitting_receipt(name, folder):
 
 
 @pytest.mark.parametrize(
-    "name", ["evil.py", "custom_generate/generate.py", "a.PY", "x.so", "pytorch_model.bin", "y.pkl"]
+    "name",
+    [
+        "evil.py",
+        "custom_generate/generate.py",
+        "a.PY",
+        "x.so",
+        "pytorch_model.bin",
+        "y.pkl",
+        "vectors.npy",  # NumPy reads pickles, and so does whatever reads a kind of file that nobody here thought of
+        "x.mat",
+        "no-suffix",
+        "LICENSE.pkl",
+    ],
 )
 def test_added_code_and_pickles_are_named_also_with_a_fitting_receipt(name, folder):
     (folder / name).parent.mkdir(exist_ok=True)
     (folder / name).write_text("import os\n")
     assert failures(forged(folder)) == {CODE: name}
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "LICENSE-2.0", "NOTICE.pdf", "deep/LICENSE.md"])
+def test_a_licence_may_have_any_name_of_a_licence(name, folder):
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text("You may.")
+    assert failures(forged(folder)) == {}
 
 
 POINTERS = {

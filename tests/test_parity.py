@@ -296,7 +296,7 @@ def test_what_goes_wrong_beyond_64_tokens_of_a_prompt_fails(static):
 
 
 def test_prompts_fit_into_a_short_context(stock, rules):
-    player = ReferencePlayer(stock["llama"], rules["llama", *CAUSAL])
+    player = ReferencePlayer(stock["llama"], rules[("llama", *CAUSAL)])
     assert max(map(len, rehearse(Reference(player, tiny.VOCABULARY, 20)).rows)) == 14
 
 
