@@ -169,10 +169,13 @@ def verify(
         return ParityReport((*checks, Check("not looked into, because of that", 1, 0)))
     place = _Place.of(folder, recorded, base)
     checks += description.checks(folder, recorded, exporter, place.rule, place.base)
+    checks += description.name_checks(recorded, exporter, place.rule, place.base, place.found)
     exporter = exporter.commissioned(place.commission)
     ran = _verified(exporter, folder, place.rule, place.base)
     if isinstance(exporter, Remaking) and all(check.ok for check in ran.checks[:2]):
         checks += exporter.made_anew(folder, place.rule, place.base)
+    if ran.ok:
+        checks += description.claim_checks(recorded, exporter, place.rule, ran)
     return ParityReport((*checks, *ran.checks))
 
 
@@ -204,20 +207,22 @@ def _require_own(folder: Path, checks: Sequence[Check]) -> None:
 
 @dataclass(frozen=True)
 class _Place:
-    """What an exported folder is about: its rule, the folder of its base, and what its exporter is told of that."""
+    """What an exported folder is about: its rule, its base and that one's folder, and what its exporter is told."""
 
     rule: SteeringRule
     base: Path
+    found: BaseModel
     commission: Commission
 
     @classmethod
     def of(cls, folder: Path, recorded: Receipt, base: str | Path | None) -> "_Place":
         rule = SteeringRule.load(folder / RULE_FILE)
-        found, revision = recorded.source if base is None else base, recorded.base.revision
-        base_folder = models.fetch(found, revision)
-        rule.base.require_same(BaseModel.of(found, revision))
+        place, revision = recorded.source if base is None else base, recorded.base.revision
+        base_folder, found = models.fetch(place, revision), BaseModel.of(place, revision)
+        rule.base.require_same(found)
         elsewhere = None if base is None else base_folder
-        return cls(rule, base_folder, Commission(recorded.source, revision, elsewhere, options=recorded.options))
+        told = Commission(recorded.source, revision, elsewhere, options=recorded.options)
+        return cls(rule, base_folder, found, told)
 
 
 def exporter_of(receipt: Receipt) -> Exporter:

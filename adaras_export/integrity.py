@@ -93,6 +93,7 @@ def _rule_checks(folder: Path, receipt: Receipt) -> list[Check]:
     return [
         Check("rule other than the receipt's", float(bool(other)), 0, f"{RULE_FILE}: {other}" if other else ""),
         _base_check(rule, receipt),
+        _source_check(receipt),
     ]
 
 
@@ -103,6 +104,17 @@ def _base_check(rule: SteeringRule, receipt: Receipt) -> Check:
     except AdarasError as error:
         return Check(name, 1, 0, str(error))
     return Check(name, 0, 0)
+
+
+def _source_check(receipt: Receipt) -> Check:
+    """A base goes by its Hub id and a commit where it was fetched from the Hub, else by the name of its folder."""
+    base, source = receipt.base, receipt.source
+    if base.revision is None:
+        same = Path(source).is_absolute() and base.id == Path(source).name
+    else:
+        same = base.id == source and re.fullmatch("[0-9a-f]{40}", base.revision) is not None
+    found = "" if same else f"{base.id} at revision {base.revision}, from {source}"
+    return Check("base that goes by another name than its source", float(not same), 0, found)
 
 
 def _strange_code(folder: Path) -> list[str]:

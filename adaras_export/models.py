@@ -224,6 +224,18 @@ def fetch(path_or_id: str | Path, revision: str | None = None) -> Path:
         return Path(snapshot_download(str(path_or_id), revision=revision, allow_patterns=patterns))
 
 
+def cached(hub_id: str, revision: str) -> Path | None:
+    """The snapshot of a commit in the Hub's cache; None where it is not there. Fetches nothing."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        found = Path(snapshot_download(hub_id, revision=revision, local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError):
+        return None
+    return found if found.name == revision else None  # else it is a branch, which is another commit tomorrow
+
+
 def is_hub_id(text: str) -> bool:
     """Whether the Hub could have a repository of this name."""
     from huggingface_hub.errors import HFValidationError

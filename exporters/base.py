@@ -79,6 +79,11 @@ class Exporter(Protocol):
         ...
 
     @property
+    def fetches_base(self) -> bool:
+        """Whether the artifact says where its base is, and opens what is there."""
+        ...
+
+    @property
     def library(self) -> str:
         """What the Hub is to say that opens it."""
         ...

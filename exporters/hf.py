@@ -57,6 +57,7 @@ class HuggingFaceExporter:
     options: frozenset[str] = frozenset()
     library: str = "transformers"
     relation: str = "finetune"
+    fetches_base: bool = False
     rounded: bool = False
     copy: bool = False
 

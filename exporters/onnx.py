@@ -84,6 +84,7 @@ class OnnxExporter:
     drops: ClassVar[frozenset[Feature]] = frozenset()
     library: ClassVar[str] = "transformers.js"
     relation: ClassVar[str] = "finetune"
+    fetches_base: ClassVar[bool] = False
     options: ClassVar[frozenset[str]] = frozenset({"precision", "inline", "genai", "page", "calibration"})
 
     @property

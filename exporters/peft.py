@@ -57,6 +57,7 @@ class PeftExporter:
     options: frozenset[str] = frozenset({"adaptive", "merge"})
     library: str = "peft"
     relation: str = "adapter"
+    fetches_base: bool = True
     rounded: bool = False
     commission: Commission | None = None
 

@@ -37,6 +37,7 @@ class StockExporter:
     options: frozenset[str] = frozenset({"switchable"})
     library: str = "transformers"
     relation: str = "finetune"
+    fetches_base: bool = False
     rounded: bool = False
     copy: bool = False
     switchable: bool = False
