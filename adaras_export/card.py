@@ -281,8 +281,8 @@ figures below. The library that checks them is not on PyPI yet: `pip install .` 
 check the files in seconds without the base, then everything, by running it against the base:
 
 {_filled(_VERIFY, rule, context)}
-Without a network the last one needs the base on disk: `--base FOLDER`. If there is a file `model.sig`, the artifact
-is signed: `adaras-export verify steered --key PUBLIC.pem` says whether it is as the owner of that key signed it.
+Without a network the last one needs the base in the Hub's cache, or `--base FOLDER`. If there is a file `model.sig`,
+the artifact is signed: `adaras-export verify steered --key PUBLIC.pem` says whether it is as its owner signed it.
 
 `verify` compares what stands here with the base, and the checks below with those that it makes itself; it says which
 names of the base it could not compare. Evaluations, datasets, and figures within their limits are the author's word.

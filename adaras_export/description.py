@@ -72,9 +72,10 @@ def name_checks(receipt: Receipt, exporter: Exporter, rule: SteeringRule, base: 
     wrong = [f"{name}: {' '.join(found)}" for name, found in other.items() if found]
     absent = sorted(places.keys() - other.keys())
     is_followed = exporter.fetches_base and _name(receipt.base) in absent
+    remedy = "; the artifact opens what is there: fetch it first" if is_followed else ""
     return [
         Check("names of the base that lead to another", len(wrong), 0, "; ".join(wrong)),
-        *([Check(_ABSENT, len(absent), 0 if is_followed else None, "; ".join(absent))] if absent else []),
+        *([Check(_ABSENT, len(absent), 0 if is_followed else None, "; ".join(absent) + remedy)] if absent else []),
     ]
 
 

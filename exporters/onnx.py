@@ -45,6 +45,7 @@ from adaras_export.exporters.checkpoint import (
     copy_companions,
     differing_keys,
     plain_config,
+    same_content,
     same_json,
     unknown_files,
     vectors,
@@ -57,6 +58,7 @@ from adaras_export.rule import SteeringRule
 from adaras_export.storage import Array
 
 GRAPH = "onnx/model.onnx"
+GRAPH_DATA = f"onnx/{DATA_FILE}"
 _GENAI_CONFIG = "genai_config.json"
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
 _BITS = {"int8": 8, "int4": 4}
@@ -149,7 +151,7 @@ class OnnxExporter:
         wrong = [name for name, value in wanted.items() if not _equal(stored.get(name), value)]
         changed = changed_companions(folder, base)
         page = onnx_page.differing(folder / GRAPH, folder) if self.page else []
-        own = {GRAPH, f"onnx/{DATA_FILE}", "config.json", _GENAI_CONFIG, *(onnx_page.FILES if self.page else ())}
+        own = {GRAPH, GRAPH_DATA, "config.json", _GENAI_CONFIG, *(onnx_page.FILES if self.page else ())}
         return [
             Check.empty("operators or files that are not the library's", strange),
             Check.empty("config entries that differ", settings),
@@ -169,7 +171,10 @@ class OnnxExporter:
             except AdarasError as error:
                 return [Check(name, 1, 0, f"none can be made here: {error}")]
             self._inline(graph)
-            return [Check.empty(name, onnx_comparison.differing(folder / GRAPH, graph))]
+            other = onnx_comparison.differing(folder / GRAPH, graph)
+            if not same_content(folder / GRAPH_DATA, Path(scratch) / GRAPH_DATA):
+                other.append(GRAPH_DATA)
+            return [Check.empty(name, other)]
 
     def reference(self, folder: Path, rule: SteeringRule, base: Path) -> Reference:
         """As `Exporter` says: with fewer bits, vectors folded from the base's weights on a base with rounded ones."""

@@ -423,7 +423,7 @@ ANEW = "operators or weights other than a fresh export's"
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "named"),
-    [(say_one_token_far_into_a_prompt, "evil/backdoor"), (swap_two_numbers_of_a_weight, "model.embed_tokens.weight")],
+    [(say_one_token_far_into_a_prompt, "evil/backdoor"), (swap_two_numbers_of_a_weight, "onnx/model.onnx_data")],
 )
 def test_a_graph_that_computes_the_same_on_the_prompts_of_the_comparison_only_is_found(change, named, folder):
     edit(folder, change)
