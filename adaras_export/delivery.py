@@ -153,7 +153,8 @@ def verify(
 
     Args:
         path: the folder.
-        base: the base model, where it is no longer at the place that the receipt names.
+        base: the base model, where it is no longer at the place that the receipt names; what is at that place, or in
+            the Hub's cache under that name, must be the same.
         receipt: the SHA-256 that ``receipt.json`` must have, as its author told it elsewhere.
         key: PEM file of the public key that the folder must be signed with.
 

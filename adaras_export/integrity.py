@@ -10,7 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from adaras_export import receipts, storage
+from adaras_export import models, receipts, storage
 from adaras_export.checks import Check, ParityReport
 from adaras_export.errors import AdarasError, ArtifactError
 from adaras_export.receipts import RECEIPT_FILE, RULE_FILE, SIGNATURE_FILE, Receipt
@@ -112,7 +112,7 @@ def _source_check(receipt: Receipt) -> Check:
     if base.revision is None:
         same = Path(source).is_absolute() and base.id == Path(source).name
     else:
-        same = base.id == source and re.fullmatch("[0-9a-f]{40}", base.revision) is not None
+        same = base.id == source and models.is_commit(base.revision)
     found = "" if same else f"{base.id} at revision {base.revision}, from {source}"
     return Check("base that goes by another name than its source", float(not same), 0, found)
 

@@ -227,13 +227,19 @@ def fetch(path_or_id: str | Path, revision: str | None = None) -> Path:
 def cached(hub_id: str, revision: str) -> Path | None:
     """The snapshot of a commit in the Hub's cache; None where it is not there. Fetches nothing."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
-    try:
-        found = Path(snapshot_download(hub_id, revision=revision, local_files_only=True))
-    except (HFValidationError, LocalEntryNotFoundError):
+    if not is_hub_id(hub_id) or not is_commit(revision):  # a branch is another commit tomorrow
         return None
-    return found if found.name == revision else None  # else it is a branch, which is another commit tomorrow
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+
+
+def is_commit(revision: str) -> bool:
+    """Whether a revision is one for ever."""
+    return re.fullmatch("[0-9a-f]{40}", revision) is not None
 
 
 def is_hub_id(text: str) -> bool:
