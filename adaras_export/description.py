@@ -69,7 +69,7 @@ def name_checks(receipt: Receipt, exporter: Exporter, rule: SteeringRule, base: 
     if receipt.base.revision is None and source.resolve() != base.resolve():
         places[receipt.source] = source if source.is_dir() else None
     other = {name: _differing(place, base, receipt) for name, place in places.items() if place is not None}
-    wrong = [f"{name}: {' '.join(found)}" for name, found in other.items() if found]
+    wrong = [f"{name}: {' '.join(differing)}" for name, differing in other.items() if differing]
     absent = sorted(places.keys() - other.keys())
     is_followed = exporter.fetches_base and _name(receipt.base) in absent
     remedy = "; the artifact opens what is there: fetch it first" if is_followed else ""
@@ -89,10 +89,10 @@ def _name(base: BaseModel) -> str:
 def _differing(place: Path, base: Path, receipt: Receipt) -> list[str]:
     """What the models in two folders differ in: tensors, settings, small files."""
     try:
-        tensors = models.tensor_hashes(place)
+        tensors, config = models.tensor_hashes(place), storage.read_json(place / "config.json")
     except ArtifactError as error:
         return [str(error)]
-    settings = differing_keys(storage.read_json(place / "config.json"), storage.read_json(base / "config.json"))
+    settings = differing_keys(config, storage.read_json(base / "config.json"))
     files = changed_companions(place, base)
     return [*differing_keys(tensors, receipt.base_tensors), *(f"config.json:{key}" for key in settings), *files]
 

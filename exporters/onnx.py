@@ -168,8 +168,8 @@ class OnnxExporter:
             graph = Path(scratch) / GRAPH
             try:
                 self._write_steered(rule, base, graph)
-            except AdarasError as error:
-                return [Check(name, 1, 0, f"none can be made here: {error}")]
+            except (AdarasError, OSError) as error:
+                return [Check(name, 1, 0, f"none can be made here: {first_line(error)}")]
             self._inline(graph)
             other = onnx_comparison.differing(folder / GRAPH, graph)
             if not same_content(folder / GRAPH_DATA, Path(scratch) / GRAPH_DATA):
