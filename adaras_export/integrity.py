@@ -24,8 +24,9 @@ _TEXTS = {".json", ".jinja", ".txt", ".md", ".yaml", ".html", ".css", ".js", ".m
 _DATA = {*_TEXTS, ".safetensors", ".gguf", ".onnx", ".onnx_data", ".model", ".sig", ".wasm"}
 """Suffixes of what artifacts hold besides code of ours: nothing that Python runs or unpickles."""
 
-_CODE = {".py", ".pyc", ".pyd", ".so", ".dll", ".dylib", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib"}
-_NO_LICENCE = {*_CODE, ".npy", ".npz"}
+_PYTHON = {".py", ".pyc", ".pyd", ".so", ".dll", ".dylib"}
+_PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz"}
+_CODE = _PYTHON | _PICKLES
 """Suffixes that not even a licence may have; those of bases end in all sorts of things."""
 
 
@@ -126,7 +127,7 @@ def _strange_code(folder: Path) -> list[str]:
 
 def _is_data(path: Path) -> bool:
     suffix, is_licence = path.suffix.lower(), path.name.startswith(("LICENSE", "NOTICE"))
-    return suffix in _DATA or (is_licence and suffix not in _NO_LICENCE)
+    return suffix in _DATA or (is_licence and suffix not in _CODE)
 
 
 def _strange_pointers(folder: Path) -> list[str]:
