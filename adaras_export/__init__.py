@@ -51,3 +51,7 @@ def __getattr__(name: str) -> Any:  # noqa: ANN401 - a class or a function
     if name not in _HOMES:
         raise AttributeError(f"module 'adaras_export' has no attribute {name!r}")
     return getattr(importlib.import_module(f"adaras_export.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

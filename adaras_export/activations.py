@@ -16,7 +16,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokeniz
 
 from adaras_export import models
 from adaras_export.errors import TraceError
-from adaras_export.generation import Prefilled, batches, encode_trace
+from adaras_export.generation import CACHE, Prefilled, batches, encode_trace
 from adaras_export.statistics import Tokens
 from adaras_export.storage import Array
 from adaras_export.traces import Trace
@@ -64,7 +64,7 @@ def behind(prompts: Prefilled, texts: Sequence[Sequence[int]]) -> dict[str, Any]
         "input_ids": ids_BS,
         "attention_mask": mask_BT,
         "position_ids": (mask_BT.cumsum(1) - 1)[:, -ids_BS.shape[1] :],
-        "past_key_values": prompts.cache,
+        CACHE: prompts.cache,
         "use_cache": True,
     }
 
@@ -105,7 +105,7 @@ def read(
     with capture(model, layers, pass_on), pieces:
         for end in range(stride, width + stride, stride):
             own = {"input_ids": ids_BT[:, end - stride : end], "attention_mask": mask_BT[:, :end]}
-            _run(models.decoder(model), {**own, "past_key_values": cache, "use_cache": cache is not None})
+            _run(models.decoder(model), {**own, CACHE: cache, "use_cache": cache is not None})
 
 
 def _run(decoder: nn.Module, inputs: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 
 from adaras_export import models
 from adaras_export.activations import behind
-from adaras_export.generation import Prefilled
+from adaras_export.generation import CACHE, Prefilled
 from adaras_export.rule import Start
 from adaras_export.storage import Array
 
@@ -125,7 +125,7 @@ def _recomputing(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Iterator[
             layer: Any = models.decoder_layer(model, number)
             layer.forward = partial(_again, layer.forward)
             undo.callback(delattr, layer, "forward")
-        yield {**inputs, "past_key_values": _UnchangingCache.of(inputs["past_key_values"])}
+        yield {**inputs, CACHE: _UnchangingCache.of(inputs[CACHE])}
 
 
 class _UnchangingCache(DynamicCache):

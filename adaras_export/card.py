@@ -11,7 +11,7 @@ from typing import Any
 
 from adaras_export.card_effect import Measured, computed_arm, told
 from adaras_export.card_header import Header, results_file
-from adaras_export.card_text import cell, code, filled, plain
+from adaras_export.card_text import Example, cell, code, filled, plain
 from adaras_export.checks import ParityReport
 from adaras_export.disclosure import Disclosed
 from adaras_export.models import BaseModel
@@ -39,6 +39,7 @@ class CardContext:
         datasets: Hub ids of datasets that the rule was made with.
         tensors: every tensor that is not the base's.
         measured: the evaluation; None where there is none.
+        chat_template: whether the base has one.
     """
 
     repository: str
@@ -56,6 +57,13 @@ class CardContext:
     datasets: Sequence[str]
     tensors: Sequence[Disclosed]
     measured: Measured | None
+    chat_template: bool
+
+    @property
+    def example(self) -> Example:
+        """A question of the evaluation as it was asked there, or any one as the base wants it."""
+        found = None if self.measured is None else self.measured.example
+        return found or Example("What is 12 times 7?", self.chat_template)
 
 
 def card(rule: SteeringRule, parity: ParityReport, context: CardContext) -> str:
@@ -232,7 +240,7 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 
 def _filled(text: str, rule: SteeringRule, context: CardContext) -> str:
-    return filled(text, context.repository, rule.strength)
+    return filled(text, context.repository, rule.strength, context.example)
 
 
 def _effect(rule: SteeringRule, context: CardContext) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from adaras_export.card_text import code, plain
+from adaras_export.card_text import Example, code, plain
 from adaras_export.conclusions import judge, lead_of
 from adaras_export.errors import ArtifactError
 from adaras_export.models import is_hub_id
@@ -28,6 +28,7 @@ class Measured:
         dataset: Hub id of the dataset that the questions are from, where it was named.
         task: of that benchmark, where it was named.
         comparison: ways to run the rule, held against each other.
+        example: one of the questions, where the file has one.
     """
 
     questions: int
@@ -37,6 +38,7 @@ class Measured:
     dataset: str | None = None
     task: str | None = None
     comparison: Comparison | None = None
+    example: Example | None = None
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any], subject: str) -> "Measured":
@@ -54,6 +56,7 @@ class Measured:
                 dataset=_checked(record.get("dataset"), str | None),
                 task=_checked(record.get("task"), str | None),
                 comparison=_comparison(record.get("comparison")),
+                example=_example(record.get("example")),
             )
         except (KeyError, TypeError, AttributeError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else error
@@ -214,6 +217,15 @@ def _paired(gap: Gap) -> str:
 
 def _with_interval(figure: Estimate) -> str:
     return f"{figure.value:.2g} ({figure.low:.2g} to {figure.high:.2g})"
+
+
+def _example(record: Any) -> Example | None:  # noqa: ANN401 - comes from a file
+    if record is None:
+        return None
+    found = Example.of(_checked(record, str | list))
+    if found is None:
+        raise TypeError("an example that is no short question")
+    return found
 
 
 def _comparison(record: Any) -> Comparison | None:  # noqa: ANN401 - comes from a file

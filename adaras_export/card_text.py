@@ -6,7 +6,11 @@ Knows no cards. A repository or a base may be called anything that a folder may.
 import json
 import re
 import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
+_LONGEST = 600
 _BLOCK = re.compile(r"^```(\w*)([^\n]*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
@@ -28,21 +32,52 @@ def cell(text: str) -> str:
     return _one_line(text).replace("|", "\\|")
 
 
-def filled(markdown: str, repository: str, strength: float) -> str:
-    """Markdown whose blocks of code have the repository and the strength in place of their names.
+@dataclass(frozen=True)
+class Example:
+    """A question for snippets to ask: as the user's turn of a chat, or as it is."""
 
-    In Python and JavaScript ``{repo}`` stands between double quotes, in a shell it is a word.
+    text: str
+    chat: bool
+
+    @classmethod
+    def of(cls, prompt: Any) -> "Example | None":  # noqa: ANN401 - a prompt, or what a file has in its place
+        """The example that a prompt is: a short text that can be seen, alone or as the only turn of a chat."""
+        text, chat = prompt, isinstance(prompt, Sequence) and not isinstance(prompt, str)
+        if chat:
+            text = prompt[0].get("content") if len(prompt) == 1 and isinstance(prompt[0], Mapping) else None
+            if text is None or dict(prompt[0]) != {"role": "user", "content": text}:
+                return None
+        if not isinstance(text, str) or not 0 < len(text) <= _LONGEST:
+            return None
+        return cls(text, chat) if all(line.isprintable() for line in text.split("\n")) else None
+
+
+def filled(markdown: str, repository: str, strength: float, example: Example) -> str:
+    """Markdown whose braces have what stands for them.
+
+    A line that begins with ``{chat}`` is there where the example is of a chat, one with ``{plain}`` where it is not.
+    Within blocks of code, ``{repo}`` and ``{question}`` stand between double quotes in Python and JavaScript, and are
+    words in a shell. ``{strength}`` is the rule's.
     """
+    values = {"repo": repository, "question": example.text}
+    kept, left_out = ("{chat}", "{plain}") if example.chat else ("{plain}", "{chat}")
 
     def block(match: re.Match[str]) -> str:
         language, more, body = match.groups()
-        if language == "bash":
-            body = body.replace("{repo}", shell_word(repository))
-        else:
-            body = body.replace('"{repo}"', json.dumps(repository, ensure_ascii=False))
+        pattern, quoted = (r"\{(repo|question)\}", shell_word) if language == "bash" else _QUOTED
+        body = re.sub(pattern, lambda found: quoted(values[found[1]]), body)
         return f"```{language}{more}\n{body}```"
 
-    return _BLOCK.sub(block, markdown).replace("{strength}", repr(float(strength)))
+    chosen = re.sub(rf"^{left_out}.*\n", "", markdown, flags=re.MULTILINE).replace(kept, "")
+    return _BLOCK.sub(block, chosen.replace("{strength}", repr(float(strength))))
+
+
+def _json(text: str) -> str:
+    """``text`` as a string of Python and JavaScript."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+_QUOTED: tuple[str, Callable[[str], str]] = (r'"\{(repo|question)\}"', _json)
 
 
 def shell_word(text: str) -> str:

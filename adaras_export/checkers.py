@@ -6,18 +6,21 @@ since it would make every completion incorrect.
 """
 
 import re
-import threading
-from collections.abc import Callable, Sequence
-from decimal import Decimal
-from fractions import Fraction
-from functools import lru_cache
+import reprlib
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from decimal import MAX_EMAX, MAX_PREC, MIN_EMIN, Context, Decimal
+from importlib.metadata import version
+from itertools import zip_longest
 from types import ModuleType
 from typing import Any
 
 from adaras_export import foreign, sandbox
-from adaras_export.code_answers import code
+from adaras_export.code_answers import code, problem_of
 from adaras_export.errors import TraceError, require
 from adaras_export.foreign import UnreadableError
+from adaras_export.sandbox import Limits
 from adaras_export.traces import Question, digest
 
 Checker = Callable[[str, str], bool]
@@ -44,8 +47,9 @@ def last_number(completion: str, answer: str) -> bool:
         TraceError: the answer is not one number.
     """
     expected = _whole_number(answer)
-    found = list(_NUMBER.finditer(completion.translate(_PLAIN)))
-    return bool(found) and _value(found[-1]) == expected
+    last = deque(_NUMBER.finditer(completion.translate(_PLAIN)), maxlen=1)
+    found = _value(last[0]) if last else None
+    return found is not None and _equal(found, expected)
 
 
 def exact(completion: str, answer: str) -> bool:
@@ -56,20 +60,14 @@ def exact(completion: str, answer: str) -> bool:
 def math_verify(completion: str, answer: str) -> bool:
     r"""Whether the completion's final expression equals the answer, by the math-verify library.
 
-    The answer is LaTeX, with or without its dollar signs. Parsing and comparing get 5 s each in the
-    main thread; elsewhere they have no limit, since the library's limit is a Unix signal.
+    The answer is LaTeX, with or without its dollar signs. Parsing and comparing get 5 s each.
 
     Raises:
         MissingExtraError: math-verify is not installed.
         TraceError: the answer holds no expression.
     """
-    library = _math_verify_library()
-    limit = 5 if threading.current_thread() is threading.main_thread() else None
-    expected = library.parse(answer if "$" in answer else f"${answer}$", parsing_timeout=limit)
-    if not expected:
-        raise TraceError(f"answer {answer!r}: holds no mathematical expression; expected LaTeX")
-    found = library.parse(completion, parsing_timeout=limit)
-    return bool(library.verify(expected, found, timeout_seconds=limit))
+    _math_verify_library()
+    return _scored("math_verify", completion, answer)
 
 
 def regex(completion: str, answer: str) -> bool:
@@ -80,11 +78,7 @@ def regex(completion: str, answer: str) -> bool:
     Raises:
         TraceError: the answer is no regular expression.
     """
-    try:
-        re.compile(answer)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise TraceError(f"answer {answer!r}: is no regular expression ({error})") from error
-    return sandbox.found_in(answer, completion)
+    return _scored("regex", completion, answer)
 
 
 def reasoning_gym(completion: str, answer: str) -> bool:
@@ -97,18 +91,8 @@ def reasoning_gym(completion: str, answer: str) -> bool:
         MissingExtraError: reasoning-gym is not installed.
         TraceError: the answer has another form, or the installed version makes another question of it.
     """
-    library = _reasoning_gym_library()
-    try:
-        record = foreign.parsed(answer.encode())
-        task, seed, size, index, expected = (record[key] for key in ("task", "seed", "size", "index", "digest"))
-    except (UnreadableError, KeyError, TypeError) as error:
-        raise TraceError(f"answer {answer!r}: expected JSON with task, seed, size, index and digest") from error
-    questions = _task(task, seed, size)
-    entry = questions[index]
-    if digest(entry["question"]) != expected:
-        found = f"reasoning-gym {getattr(library, '__version__', '')} makes another question"
-        raise TraceError(f"{task} {index} of seed {seed}: {found}; run: adaras-export questions reasoning-gym:{task}")
-    return bool(questions.score_answer(_last_answer(completion, library), entry) >= 1.0)
+    _reasoning_gym_library()
+    return _scored("reasoning_gym", completion, answer)
 
 
 CHECKERS: dict[str, Checker] = {
@@ -121,13 +105,19 @@ CHECKERS: dict[str, Checker] = {
 }
 
 
+_PLACE = "JSON with task, seed, size, index and digest"
+_SCORED = ("math_verify", "regex", "reasoning_gym")
+_AT_ONCE = 100
+_READING = Limits(cpu_seconds=60, wall_seconds=120.0, output=16 << 20)
+
+
 def checker(name: str) -> Checker:
     """The checker of that name.
 
     Raises:
         TraceError: there is none.
         MissingExtraError: its library is not installed.
-        BrokenInstallationError: it runs code, and there is no sandbox here.
+        BrokenInstallationError: it needs a sandbox, and there is none here.
     """
     if name not in CHECKERS:
         raise TraceError(f"checker {name}: is not known; expected one of: {', '.join(CHECKERS)}")
@@ -135,23 +125,101 @@ def checker(name: str) -> Checker:
         _math_verify_library()  # tells of a missing library before anything is sampled
     if name == "reasoning_gym":
         _reasoning_gym_library()
-    if name in ("code", "regex"):
+    if name == "code" or name in _SCORED:
         sandbox.require_sandbox()
     return CHECKERS[name]
 
 
 def checker_for(questions: Sequence[Question], name: str | None = None) -> Checker:
-    """The checker of that name, else the one that the questions name, else `last_number`.
+    """The checker of that name, else the one that the questions name, else `last_number`; it can read every answer.
 
     Raises:
-        TraceError: there is none of the name, or the questions name several.
+        TraceError: there is none of the name, the questions name several, or it cannot read an answer.
         MissingExtraError: its library is not installed.
+        BrokenInstallationError: it needs a sandbox, and there is none here.
     """
     named = sorted({question.check for question in questions if question.check is not None})
     if name is None and len(named) > 1:
         found = ", ".join(named)
         raise TraceError(f"questions: name the checkers {found}; expected one for all; choose it with --check")
-    return checker(name or (named[0] if named else "last_number"))
+    chosen = name or (named[0] if named else "last_number")
+    check = checker(chosen)
+    _require_readable(chosen, questions)
+    return check
+
+
+def _require_readable(name: str, questions: Sequence[Question]) -> None:
+    """Refuse an answer that the checker cannot read, before anything is sampled."""
+    distinct = list({question.answer: question for question in reversed(questions)}.values())[::-1]
+    for question in distinct:
+        with _placed(question):
+            _require_form(name, question.answer)
+    if name not in _SCORED:
+        return
+    for start in range(0, len(distinct), _AT_ONCE):
+        some = distinct[start : start + _AT_ONCE]
+        said = sandbox.scorer(name).notes([one.answer for one in some], _READING)
+        for question, note in zip_longest(some, said):
+            with _placed(question):
+                _require_read(name, question.answer, note)
+
+
+@contextmanager
+def _placed(question: Question) -> Iterator[None]:
+    try:
+        yield
+    except TraceError as error:
+        raise TraceError(f"{question.place or f'question {question.id}'}: {error}") from error
+
+
+def _require_form(name: str, answer: str) -> None:
+    """What an answer shows without a library."""
+    forms: dict[str, Callable[[str], object]] = {
+        "last_number": _whole_number,
+        "code": problem_of,
+        "reasoning_gym": _task_place,
+    }
+    if name in forms:
+        forms[name](answer)
+
+
+def _require_read(name: str, answer: str, said: Sequence[Any] | None) -> None:
+    """Refuse an answer by what the scorer said of it; None where that came to no end."""
+    if said is None:
+        found = f"checker {name} failed to read it within its limits"
+        raise TraceError(f"answer {reprlib.repr(answer)}: {found}; expected a simpler one")
+    kind, note = said
+    if kind == "refused":
+        raise TraceError(f"answer {reprlib.repr(answer)}: {note}")
+    if name == "reasoning_gym" and digest(note) != (place := _task_place(answer))["digest"]:
+        entry = f"{place['task']} {place['index']} of seed {place['seed']}"
+        found = f"reasoning-gym {version('reasoning-gym')} makes another question"
+        raise TraceError(f"{entry}: {found}; run: adaras-export questions reasoning-gym:{place['task']}")
+
+
+def _scored(name: str, completion: str, answer: str) -> bool:
+    """The verdict of a scorer, which works on the completion in the sandbox."""
+    _require_form(name, answer)
+    said, correct = sandbox.scorer(name).score(completion, answer)
+    _require_read(name, answer, said)
+    return correct
+
+
+def _task_place(answer: str) -> dict[str, Any]:
+    """Which entry of which task an answer of `reasoning_gym` means, and the digest of its question."""
+    try:
+        place = foreign.parsed(answer.encode())
+    except UnreadableError as error:
+        raise TraceError(f"answer {reprlib.repr(answer)}: {error}; expected {_PLACE}") from error
+    numbers, texts = ("seed", "size", "index"), ("task", "digest")
+    if (
+        not isinstance(place, dict)
+        or not all(type(place.get(key)) is int for key in numbers)
+        or not all(isinstance(place.get(key), str) for key in texts)
+        or not 0 <= place["index"] < place["size"]
+    ):
+        raise TraceError(f"answer {reprlib.repr(answer)}: expected {_PLACE}")
+    return place
 
 
 def _math_verify_library() -> ModuleType:
@@ -162,38 +230,28 @@ def _reasoning_gym_library() -> ModuleType:
     return require("reasoning_gym", "questions", "scoring the answers of its tasks")
 
 
-@lru_cache(maxsize=16)
-def _task(task: str, seed: int, size: int) -> Any:  # noqa: ANN401 - the library's own
-    return _reasoning_gym_library().create_dataset(task, seed=seed, size=size)
-
-
-def _last_answer(completion: str, library: ModuleType) -> str:
-    tagged: str | None = library.utils.extract_answer(completion)
-    if tagged is not None:
-        return tagged
-    boxed = re.findall(r"\\boxed\{([^{}]*)\}", completion)
-    lines = completion.strip().splitlines()
-    return str(boxed[-1] if boxed else lines[-1] if lines else "").strip()
-
-
-def _whole_number(answer: str) -> Fraction:
+def _whole_number(answer: str) -> "_Ratio":
     match = _NUMBER.fullmatch(answer.translate(_PLAIN).strip().strip("$%").strip())
     value = None if match is None else _value(match)
     if value is None:
         raise TraceError(
-            f"answer {answer!r}: is not one number; expected a number, or another checker than last_number"
+            f"answer {reprlib.repr(answer)}: is not one number; expected a number, or another checker than last_number"
         )
     return value
 
 
-def _value(match: re.Match[str]) -> Fraction | None:
+_Ratio = tuple[Decimal, Decimal]
+# Products without rounding. Models repeat millions of digits, for which Fraction takes minutes and Decimal does not.
+_EXACT = Context(prec=MAX_PREC, Emax=MAX_EMAX, Emin=MIN_EMIN)
+
+
+def _value(match: re.Match[str]) -> _Ratio | None:
     """The number of a match; None for a division by zero, which equals nothing."""
-    top, bottom = (_fraction(match[name] or "1") for name in ("top", "bottom"))
-    if bottom == 0:
+    top, bottom = (Decimal((match[name] or "1").replace(",", "")) for name in ("top", "bottom"))
+    if not bottom:
         return None
-    return -top / bottom if match["sign"] == "-" else top / bottom
+    return (top.copy_negate() if match["sign"] == "-" else top), bottom
 
 
-def _fraction(digits: str) -> Fraction:
-    # By way of Decimal: a Fraction of text refuses more than 4300 digits, which models do repeat.
-    return Fraction(Decimal(digits.replace(",", "")))
+def _equal(one: _Ratio, other: _Ratio) -> bool:
+    return _EXACT.compare(_EXACT.multiply(one[0], other[1]), _EXACT.multiply(other[0], one[1])) == 0

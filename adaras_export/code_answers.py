@@ -1,24 +1,26 @@
 """Judge code by running it: evalplus's form of problems, and LiveCodeBench's, in the sandbox.
 
 The answer of such a question is a JSON object in one of four forms (docs/questions.md): a benchmark's own ``test``;
-``base_input`` and ``plus_input`` with a ``canonical_solution``; ``functional`` cases; or ``stdin`` cases. Results are
-compared here or in a process that the solution cannot reach. Knows no checker but its own and no model.
+``base_input`` and ``plus_input`` with a ``canonical_solution``; ``functional`` cases; or ``stdin`` cases. Values that a
+solution gives are compared in another process of the sandbox; text that a program prints is compared here.
 """
 
 import ast
 import builtins
-import math
 import re
-from collections.abc import Sequence
+import reprlib
+from collections.abc import Callable
 from typing import Any
 
 from adaras_export import foreign, sandbox
 from adaras_export.errors import TraceError
 from adaras_export.foreign import UnreadableError
-from adaras_export.sandbox import Limits, SandboxFailure
+from adaras_export.sandbox import SandboxFailure
+from adaras_export.sandbox_data import encoded
 
 _FENCED = re.compile(r"^```[^\n`]*\n(.*?)(?:^```|\Z)", re.MULTILINE | re.DOTALL)
 _LONGEST_PROGRAM = 64 << 10
+_MOST_CUTS = 20  # more than a handful only where text is made so that each line is another error
 
 
 def code(completion: str, answer: str) -> bool:
@@ -27,8 +29,8 @@ def code(completion: str, answer: str) -> bool:
     Raises:
         TraceError: the answer has none of the known forms.
     """
-    problem = _problem(answer)
-    source = solution_of(completion, problem.get("prompt", ""), problem.get("entry_point", ""))
+    problem = problem_of(answer)
+    source = solution_of(completion, problem.get("prompt") or "", problem.get("entry_point") or "")
     if source is None:
         return False
     try:
@@ -56,30 +58,88 @@ def solution_of(completion: str, prompt: str, entry_point: str) -> str | None:
 
 
 def _longest_program(prompt: str, text: str) -> str | None:
+    """The prompt and the text, up to the last line up to which it is Python."""
     lines = text.splitlines()[:500]
-    for count in range(len(lines), 0, -1):
-        program = prompt + "\n".join(lines[:count])
+    for _ in range(_MOST_CUTS):
+        if not lines:
+            break
+        program = prompt + "\n".join(lines)
         try:
             ast.parse(program)
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            del lines[_first_wrong(error, prompt, len(lines)) :]
             continue
         return program
     return None
 
 
-def _problem(answer: str) -> dict[str, Any]:
+def _first_wrong(error: Exception, prompt: str, count: int) -> int:
+    """Which of so many lines behind the prompt has the error, from 0: whatever holds that line has the error too."""
+    if not isinstance(error, SyntaxError) or error.lineno is None:
+        return count - 1
+    return max(0, min(count, error.lineno - prompt.count("\n")) - 1)
+
+
+def problem_of(answer: str) -> dict[str, Any]:
+    """The problem that an answer states, of one of the known forms.
+
+    Raises:
+        TraceError: it is of none, and would fail when it is used.
+    """
     try:
         problem = foreign.parsed(answer.encode())
     except UnreadableError as error:
         raise TraceError(f"answer: {error}; expected the JSON of a problem with tests") from error
     if not isinstance(problem, dict):
         raise TraceError("answer: expected a JSON object with tests")
-    needed = {"test": ("entry_point",), "base_input": ("entry_point", "canonical_solution"), "stdin": ()}
-    needed["functional"] = ("entry_point",)
-    forms = [form for form in needed if form in problem]
-    if len(forms) != 1 or any(key not in problem for key in needed[forms[0]]) or not problem[forms[0]]:
+    forms = [form for form in _NEEDED if form in problem]
+    if len(forms) != 1 or any(problem.get(key) is None for key in _NEEDED[forms[0]]) or not problem[forms[0]]:
         raise TraceError("answer: expected one of test, base_input (with canonical_solution), functional and stdin")
+    for key, (fits, expected) in _FIELDS.items():
+        if problem.get(key) is not None and not fits(problem[key]):
+            raise TraceError(f"answer: its {key} is {reprlib.repr(problem[key])}; expected {expected}")
+    if "test" in problem:
+        called_names(problem["test"])
     return problem
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _are_inputs(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(one, list) for one in value)
+
+
+def _are_cases(value: object, fits: Callable[[dict[str, Any]], bool]) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(one, dict) and {"input", "output"} <= one.keys() and fits(one) for one in value
+    )
+
+
+_NEEDED = {
+    "test": ("entry_point",),
+    "base_input": ("entry_point", "canonical_solution"),
+    "functional": ("entry_point",),
+    "stdin": (),
+}
+_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "entry_point": (lambda value: _is_text(value) and value.isidentifier(), "the name of a function"),
+    "prompt": (_is_text, "text"),
+    "test": (_is_text, "Python"),
+    "canonical_solution": (_is_text, "Python"),
+    "base_input": (_are_inputs, "a list of lists of arguments"),
+    "plus_input": (_are_inputs, "a list of lists of arguments"),
+    "atol": (lambda value: type(value) in (int, float), "a number"),
+    "functional": (
+        lambda value: _are_cases(value, lambda one: isinstance(one["input"], list)),
+        "a list of objects with input (a list of arguments) and output",
+    ),
+    "stdin": (
+        lambda value: _are_cases(value, lambda one: _is_text(one["input"]) and _is_text(one["output"])),
+        "a list of objects with input and output (text)",
+    ),
+}
 
 
 def _passes(source: str, problem: dict[str, Any]) -> bool:
@@ -89,8 +149,8 @@ def _passes(source: str, problem: dict[str, Any]) -> bool:
         if "test" in problem:
             return _passes_test(solved, problem)
         if "functional" in problem:
-            cases = problem["functional"]
-            return all(_same(solved(problem["entry_point"], one["input"]), one["output"], 0.0) for one in cases)
+            cases = [(encoded(one["input"], []), encoded(one["output"], [])) for one in problem["functional"]]
+            return sandbox.agrees(solved, problem["entry_point"], cases, 0.0)
         return _agrees(solved, problem)
 
 
@@ -101,12 +161,11 @@ def _passes_test(solved: sandbox.Solution, problem: dict[str, Any]) -> bool:
         test += f"\ncheck({entry_point})\n"
     names = sorted({entry_point, *called_names(test)})
     # Tests of HumanEval call functions that the prompt defines, beside the one that it asks for.
-    setup = problem.get("prompt", "")
+    setup = problem.get("prompt") or ""
     if setup and not _is_program(setup := setup + "\n    pass\n"):
         setup = ""
     known = set(re.findall(r"^def +(\w+)", setup, re.MULTILINE)) - {entry_point}
-    # Thousands of calls: both processes get more time than one call needs.
-    return sandbox.passes(solved, test, setup, [name for name in names if name not in known], Limits(wall_seconds=60.0))
+    return sandbox.passes(solved, test, setup, [name for name in names if name not in known])
 
 
 def _is_program(source: str) -> bool:
@@ -137,27 +196,18 @@ def called_names(test: str) -> list[str]:
 
 def _agrees(solved: sandbox.Solution, problem: dict[str, Any]) -> bool:
     """Whether the solution gives what the canonical one gives, on every input of evalplus."""
-    inputs = [*problem["base_input"], *problem.get("plus_input", [])]
-    canonical = problem.get("prompt", "") + problem["canonical_solution"]
+    inputs = [encoded(one, []) for one in (*problem["base_input"], *(problem.get("plus_input") or ()))]
+    canonical = (problem.get("prompt") or "") + problem["canonical_solution"]
+    name = problem["entry_point"]
     with sandbox.solution(canonical) as reference:
         try:
-            expected = [reference(problem["entry_point"], one) for one in inputs]
+            replies = [reference.reply(name, one) for one in inputs]
         except SandboxFailure as error:
             raise TraceError(f"answer: its canonical solution {error}") from error
-    tolerance = float(problem.get("atol", 0.0))
-    found = (solved(problem["entry_point"], one) for one in inputs)
-    return all(_same(one, other, tolerance) for one, other in zip(found, expected, strict=True))
-
-
-def _same(found: Any, expected: Any, tolerance: float) -> bool:  # noqa: ANN401 - any plain data
-    """Equality, for fractions up to a tolerance; 1e-6 where one is expected and none is given, as evalplus has it."""
-    if isinstance(expected, float) and isinstance(found, int | float):
-        close = math.isclose(found, expected, rel_tol=1e-7, abs_tol=tolerance or 1e-6)
-        return close or (math.isnan(found) and math.isnan(expected))
-    if isinstance(expected, list | tuple) and isinstance(found, list | tuple):
-        pairs: Sequence[tuple[Any, Any]] = list(zip(found, expected, strict=False))
-        return len(found) == len(expected) and all(_same(one, other, tolerance) for one, other in pairs)
-    return bool(found == expected)
+    if raised := [content for kind, content in replies if kind == "raised"]:
+        raise TraceError(f"answer: its canonical solution raised {raised[0]}")
+    cases = [(one, content) for one, (_, content) in zip(inputs, replies, strict=True)]
+    return sandbox.agrees(solved, name, cases, float(problem.get("atol") or 0.0))
 
 
 def _same_text(found: str, expected: str) -> bool:

@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from adaras_export.answer_book import AnswerBook
+from adaras_export.conclusions import arms_of
 from adaras_export.divergence import forced_logits, next_token_divergence
-from adaras_export.errors import RuleError
 from adaras_export.estimators import changed, difference
 from adaras_export.evaluate import Conduct, Evaluation, answered, reported
 from adaras_export.exam import Everywhere, Exam, Way, in_effect
@@ -24,7 +24,6 @@ from adaras_export.generation import Prefilled, Sampling, continue_ids, encode_p
 from adaras_export.rule import SteeringRule
 from adaras_export.storage import Array
 from adaras_export.verdicts import (
-    RULE_ARMS,
     Comparison,
     Estimate,
     Gap,
@@ -70,23 +69,6 @@ def compare_arms(
     comparison = _compared(names, evaluation.verdicts, found, sampling.max_new_tokens)
     verdict = f"{comparison.reference}: {evaluation.verdict} {comparison.sentence()}".rstrip()
     return replace(evaluation, verdict=verdict, comparison=comparison)
-
-
-def arms_of(rule: SteeringRule, names: Sequence[str]) -> tuple[str, ...]:
-    """The named arms, each once, nearest to the paper's rule first.
-
-    Raises:
-        RuleError: there is no such arm, the rule has no gate for it, or none is named.
-    """
-    known = RULE_ARMS if rule.gate is not None else RULE_ARMS[1:]
-    expected = f"expected of: {', '.join(known)}"
-    if unknown := [name for name in names if name not in RULE_ARMS]:
-        raise RuleError(f"compare: no arm {', '.join(map(repr, unknown))}; {expected}")
-    if lacking := [name for name in names if name not in known]:
-        raise RuleError(f"compare: the rule has no gate for the arm {', '.join(lacking)}; {expected}")
-    if not names:
-        raise RuleError(f"compare: no arm is named; {expected}")
-    return tuple(name for name in known if name in names)
 
 
 @dataclass(frozen=True)

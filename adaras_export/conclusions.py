@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from adaras_export.errors import RuleError
 from adaras_export.estimators import detectable_from
+from adaras_export.rule import SteeringRule
 from adaras_export.verdicts import RULE_ARMS, Arm, is_random
 
 Outcome = Literal["unchanged", "harm", "uncontrolled", "flipped", "controls", "few draws", "gain"]
@@ -142,6 +144,23 @@ class Judgement:
 def in_points(difference: float) -> str:
     """A difference of two shares in per cent, signed; however it was summed up, it is rounded to the same figure."""
     return f"{100 * (round(difference, 9) + 0.0):+.1f}"
+
+
+def arms_of(rule: SteeringRule, names: Sequence[str]) -> tuple[str, ...]:
+    """The named arms, each once, nearest to the paper's rule first.
+
+    Raises:
+        RuleError: there is no such arm, the rule has no gate for it, or none is named.
+    """
+    known = RULE_ARMS if rule.gate is not None else RULE_ARMS[1:]
+    expected = f"expected of: {', '.join(known)}"
+    if unknown := [name for name in names if name not in RULE_ARMS]:
+        raise RuleError(f"compare: no arm {', '.join(map(repr, unknown))}; {expected}")
+    if lacking := [name for name in names if name not in known]:
+        raise RuleError(f"compare: the rule has no gate for the arm {', '.join(lacking)}; {expected}")
+    if not names:
+        raise RuleError(f"compare: no arm is named; {expected}")
+    return tuple(name for name in known if name in names)
 
 
 def lead_of(names: Sequence[str]) -> str:

@@ -95,6 +95,7 @@ def export(  # noqa: PLR0913 - one job with the options that the command line ha
             source=origin,
             base_tensors=base_tensors,
             base_card=description.base_card(folder),
+            chat_template=description.has_chat_template(folder),
             parity=parity,
             files={},
             tensors=tuple(exporter.disclosed(stage, base_tensors)),
@@ -267,8 +268,8 @@ def _refuse_loss(rule: SteeringRule, exporter: Exporter, accepted: Sequence[str]
     dropped = description.dropped(rule, exporter)
     if refused := [feature for feature in dropped if feature not in accepted]:
         raise ExportError(
-            f"{exporter.name}: cannot express {', '.join(refused)}; drop it with --accept-loss {','.join(refused)}, "
-            "or choose target hf"
+            f"{exporter.name}: cannot express {', '.join(refused)}; drop it with --accept-loss "
+            f"{','.join(sorted({*accepted, *refused}))}, or choose target hf"
         )
     return dropped
 

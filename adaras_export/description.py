@@ -45,6 +45,7 @@ def readdressed(folder: Path, receipt: Receipt, exporter: Exporter, repository: 
 def checks(folder: Path, receipt: Receipt, exporter: Exporter, rule: SteeringRule, base: Path) -> list[Check]:
     """Whether card and receipt say of base, tensors and rule what these say themselves, and the card what they give."""
     other = differing_keys(receipt.base_card, base_card(base))
+    other += ["chat_template"] * (receipt.chat_template != has_chat_template(base))
     left_out = sorted({*receipt.drops} ^ {*dropped(rule, exporter)})
     written = _other_than_written(folder, receipt, exporter, rule)
     return [
@@ -177,6 +178,15 @@ def base_card(base: Path) -> dict[str, Any]:
         ) from error
 
 
+def has_chat_template(base: Path) -> bool:
+    """Whether the base's tokenizer has a chat template that is used where none is named."""
+    path = base / "tokenizer_config.json"
+    found = storage.read_json(path).get("chat_template") if path.exists() else None
+    if isinstance(found, list):  # named ones
+        return any(isinstance(one, dict) and one.get("name") == "default" for one in found)
+    return found is not None or (base / "chat_template.jinja").exists()
+
+
 def _context(folder: Path, receipt: Receipt, exporter: Exporter) -> CardContext:
     path = folder / EVALUATION_FILE
     return CardContext(
@@ -195,6 +205,7 @@ def _context(folder: Path, receipt: Receipt, exporter: Exporter) -> CardContext:
         datasets=receipt.datasets,
         tensors=receipt.tensors,
         measured=Measured.from_record(storage.read_json(path), str(path)) if path.exists() else None,
+        chat_template=receipt.chat_template,
     )
 
 

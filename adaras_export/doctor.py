@@ -4,12 +4,11 @@ import os
 import platform
 import shutil
 from collections.abc import Callable
-from urllib.parse import urlsplit
 
 from adaras_export import trials
 from adaras_export.environment import Finding, has_onnxruntime, packages
 from adaras_export.errors import first_line
-from adaras_export.repositories import http_error
+from adaras_export.repositories import http_error, without_password
 
 _HUB = "hub access"
 _SECONDS = 5  # for the Hub to answer
@@ -25,7 +24,7 @@ def hub_access() -> Finding:
     """Whether the Hub answers, and whom it takes the user's token for; the token is shown to nobody else."""
     from huggingface_hub import constants, get_token
 
-    endpoint = _without_password(constants.ENDPOINT)
+    endpoint = without_password(constants.ENDPOINT)
     if constants.HF_HUB_OFFLINE:
         return Finding(_HUB, None, f"offline mode; models come from folders and from {constants.HF_HUB_CACHE}")
     token = get_token()
@@ -57,11 +56,6 @@ def _asked(endpoint: str, token: str | None) -> tuple[int | str, str | None]:
         return type(error).__name__, None  # its message may quote the token
     name = told.get("name") if isinstance(told, dict) else None
     return answer.status_code, name if isinstance(name, str) else None
-
-
-def _without_password(address: str) -> str:
-    parts = urlsplit(address)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
 def _python() -> Finding:

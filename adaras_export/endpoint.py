@@ -57,6 +57,8 @@ class Endpoint:
             raise EndpointError(f"endpoint {self.url}: expected an address such as http://127.0.0.1:8000/v1")
         if "@" in address.netloc:
             raise EndpointError("endpoint: its address holds a name or password; expected a key in the environment")
+        if self.key is not None and not (self.key.isascii() and self.key.isprintable()):
+            raise EndpointError("endpoint: its key has characters that no header can hold; expected ASCII, in one line")
         wrong = [
             f"{name} {value} (expected {expected})"
             for name, value, expected, holds in (

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Any
 
+from adaras_export.errors import install_command
+
 _CORE = ("adaras-export", "torch", "transformers", "safetensors", "huggingface_hub")
 # What each extra brings, by the names of the registry.
 _EXTRAS = {
@@ -72,7 +74,7 @@ def onnxruntime(installed: Installed = installed) -> Finding:
     if len(found) == 2:
         remedy = "pip uninstall both, then install one of them"
         return Finding("one ONNX Runtime", ok=False, text=f"{' and '.join(found)} overwrite each other; {remedy}")
-    text = found[0] if found else "none; pip install 'adaras-export[onnx]', or [onnx-gpu] on a machine with CUDA"
+    text = found[0] if found else f"none; {install_command('onnx')}; with CUDA, onnxruntime-gpu in its place"
     return Finding("one ONNX Runtime", True if found else None, text)
 
 
@@ -104,8 +106,8 @@ def _extra(extra: str, installed: Installed, wanted: Mapping[str, str]) -> Findi
     name, found = f"extra {extra}", {one: installed(one) for one in _EXTRAS[extra]}
     there = {one: here for one, here in found.items() if here is not None}
     if missing := [one for one in found if one not in there]:
-        return Finding(name, None, f"no {', '.join(missing)}; for it, pip install 'adaras-export[{extra}]'")
+        return Finding(name, None, f"no {', '.join(missing)}; for it, {install_command(extra)}")
     old = [one for one, here in there.items() if not _fits(here, wanted.get(one, ""))]
     text = ", ".join(f"{one} {here}{f', expected {wanted[one]}' if one in old else ''}" for one, here in there.items())
-    remedy = f"; pip install --upgrade 'adaras-export[{extra}]'" if old else ""
+    remedy = f"; {install_command(extra)} --upgrade" if old else ""
     return Finding(name, ok=not old, text=text + remedy)

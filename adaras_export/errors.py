@@ -18,6 +18,8 @@ ParityError into exit 1 and every other AdarasError into exit 2; anything else i
 """
 
 import importlib
+import shlex
+from importlib.metadata import PackageNotFoundError, requires
 from types import ModuleType
 
 _LONGEST = 2000
@@ -27,6 +29,11 @@ def printable(text: str) -> str:
     """Text for a terminal, in one line of bearable length: control characters, as names of files may hold, escaped."""
     if len(text) > _LONGEST:
         text = f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
+    return visible(text)
+
+
+def visible(text: str) -> str:
+    """``text`` with all that cannot be seen, or changes how the rest is seen, escaped; spaces stay."""
     return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
 
 
@@ -93,7 +100,7 @@ def require(module: str, extra: str, purpose: str) -> ModuleType:
         MissingExtraError: its library is not installed.
         BrokenInstallationError: it is, but cannot be imported.
     """
-    library, install = module.partition(".")[0], f"run: pip install 'adaras-export[{extra}]'"
+    library, install = module.partition(".")[0], f"run: {install_command(extra)}"
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -101,3 +108,16 @@ def require(module: str, extra: str, purpose: str) -> ModuleType:
             raise MissingExtraError(f"{purpose} needs {library}, which is not installed; {install}") from error
         found = f"which is installed, but does not import ({first_line(error)})"
         raise BrokenInstallationError(f"{purpose} needs {library}, {found}; {install} --force-reinstall") from error
+
+
+def install_command(extra: str) -> str:
+    """What brings the libraries of an extra, from wherever this library was installed: it is on no index itself."""
+    from packaging.requirements import Requirement  # Transformers and huggingface_hub bring it
+
+    try:
+        asked = requires("adaras-export") or ()
+    except PackageNotFoundError:  # run from its source, without an installation
+        return f"pip install '.[{extra}]' in a clone of adaras-export"
+    markers = {line: Requirement(line).marker for line in asked}
+    wanted = [line.partition(";")[0].strip() for line, one in markers.items() if one and one.evaluate({"extra": extra})]
+    return f"pip install {shlex.join(wanted)}"

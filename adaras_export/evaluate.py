@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from adaras_export import models
 from adaras_export.answer_book import AnswerBook, Answers
+from adaras_export.card_text import Example
 from adaras_export.conclusions import conclusion, lead_of
 from adaras_export.errors import ArtifactError, RuleError, TraceError
 from adaras_export.estimators import compared, difference
@@ -27,7 +28,7 @@ from adaras_export.exam import Exam as Exam  # for whoever evaluates
 from adaras_export.gate import gate_probabilities
 from adaras_export.rule import Gate, SteeringRule
 from adaras_export.storage import Array, replace_file, sha256
-from adaras_export.traces import Question, digest
+from adaras_export.traces import Prompt, Question, digest
 from adaras_export.verdicts import Arm, Comparison, arms_table, require_statistics
 
 OpenArtifact = Callable[[], AbstractContextManager[Elsewhere]]
@@ -53,6 +54,7 @@ class Evaluation:
         cut: which answers reached the limit of tokens, as verdicts.
         seconds: of every arm that was really run; a gated one is put together from always and off.
         about: model, checker, sampling, question set and what the rule was made with, in words.
+        example: the prompt of one of the questions, for the card to ask; None where none is short and plain.
     """
 
     rule: str
@@ -69,6 +71,7 @@ class Evaluation:
     cut: Mapping[str, Array] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
     about: Mapping[str, Any] = field(default_factory=dict)
+    example: Prompt | None = None
 
     def arm(self, name: str) -> Arm:
         """The arm of that name."""
@@ -100,6 +103,7 @@ class Evaluation:
             "seen": self.seen,
             "dataset": self.dataset,
             "task": self.task,
+            "example": self.example,
             "verdict": self.verdict,
             "arms": [vars(arm) for arm in self.arms],
             "differences": {name: asdict(difference(own, off)) for name, own in self.verdicts.items() if name != "off"},
@@ -197,7 +201,7 @@ def answered(
     """
     require_statistics()  # before the work, not after it
     if not conduct.allow_seen:
-        require_fresh(exam.questions, rule.questions)
+        require_fresh(exam.questions, rule.questions, "give others, or say --allow-seen and do not call it a test")
     lead = lead_of(names)
     controls = {"flipped": rule.with_strength(-rule.strength)}
     controls |= {f"random {seed}": random_control(model, rule, seed) for seed in conduct.random_seeds}
@@ -270,7 +274,17 @@ def reported(rule: SteeringRule, exam: Exam, sheet: Sheet) -> Evaluation:
         cut=sheet.column("cut"),
         seconds={name: sheet.arms[name].seconds for name in sheet.arms if name in sheet.run},
         about=sheet.about,
+        example=_example(exam.questions, verdicts),
     )
+
+
+def _example(questions: Sequence[Question], verdicts: Mapping[str, Array]) -> Prompt | None:
+    """A question that steering sets right, where there is one, and else the first, of those that a card can ask."""
+    won_N = (verdicts[lead_of([*verdicts])] > verdicts["off"]).reshape(len(questions), -1).any(axis=1)
+    order = np.argsort(~won_N, kind="stable")
+    prompts = (questions[index].prompt for index in order)
+    found = next((prompt for prompt in prompts if Example.of(prompt) is not None), None)
+    return found if found is None or isinstance(found, str) else [dict(message) for message in found]
 
 
 def gate_fires(
@@ -334,8 +348,8 @@ def _norm(model: PreTrainedModel, layer: int, index: Array, delta: Array) -> flo
     return float((with_them - without).norm())
 
 
-def require_fresh(questions: Sequence[Question], used: Sequence[str]) -> None:
-    """Refuse questions whose digests are among the used ones.
+def require_fresh(questions: Sequence[Question], used: Sequence[str], remedy: str) -> None:
+    """Refuse questions whose digests are among the used ones; ``remedy`` is what the caller can do about it.
 
     Raises:
         TraceError: names the first of them.
@@ -343,7 +357,7 @@ def require_fresh(questions: Sequence[Question], used: Sequence[str]) -> None:
     if seen := seen_before(questions, used):
         raise TraceError(
             f"questions: {len(seen)} of {len(questions)} were used before, to find neurons, gate or strength "
-            f"(first: {seen[0]}); expected fresh ones; give others, or say --allow-seen and do not call it a test"
+            f"(first: {seen[0]}); expected fresh ones; {remedy}"
         )
 
 

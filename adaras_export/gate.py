@@ -134,8 +134,7 @@ def _probabilities(gate: Gate, fitted: Fitted, means: KeptRows, rows: Array) -> 
 @torch.no_grad()
 def _probability(module: SteeringGate, features_TF: Array) -> float:
     features_1TF = torch.tensor(features_TF).unsqueeze(0)
-    pooled, weight = module.pool(features_1TF, torch.ones(features_1TF.shape[:2]))
-    return float(module(pooled / weight).item())
+    return float(module(None, (features_1TF, torch.ones(features_1TF.shape[:2])))[2].item())
 
 
 def gate_probabilities(

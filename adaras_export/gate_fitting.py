@@ -209,9 +209,9 @@ class _Batches:
         """The mean over all prompts."""
         total, count = torch.zeros(()), sum(len(target_B) for _, _, target_B in self.parts)
         for features_BTF, mask_BT, target_B in self.parts:
-            pooled, weight = module.pool(features_BTF, mask_BT)
+            probability_B = module(None, (features_BTF, mask_BT))[2]
             entropy = torch.nn.functional.binary_cross_entropy
-            total = total + entropy(module(pooled / weight), target_B, reduction="sum") / count
+            total = total + entropy(probability_B, target_B, reduction="sum") / count
         return total
 
 

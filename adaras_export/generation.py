@@ -13,6 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +27,7 @@ from transformers import (
     Cache,
     DynamicCache,
     GenerationConfig,
+    GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
@@ -40,6 +42,10 @@ from adaras_export.models import fetch
 from adaras_export.traces import Prompt, Trace
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+
+_NAMES = signature(GenerationMixin.prepare_inputs_for_generation).parameters
+CACHE = "cache" if "cache" in _NAMES else "past_key_values"
+"""What this Transformers calls the KV cache that a model is called with; 5.24 changed it."""
 
 
 @dataclass(frozen=True)
@@ -149,6 +155,12 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
     return list(ids)
 
 
+def room(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> int:
+    """How many tokens the model's context has left behind the longest of these prompts."""
+    longest = max((len(encode_prompt(tokenizer, prompt)) for prompt in prompts), default=0)
+    return int(model.config.max_position_embeddings) - longest
+
+
 def encode_trace(tokenizer: PreTrainedTokenizerBase, trace: Trace) -> tuple[list[int], list[int]]:
     """Token ids of the prompt and of the completion, which is encoded alone and gets no EOS.
 
@@ -244,7 +256,7 @@ def continue_ids(
     inputs = {
         "input_ids": prefilled.ids,
         "attention_mask": prefilled.mask,
-        "past_key_values": prefilled.cache,
+        CACHE: prefilled.cache,
     }
     return _generate(model, tokenizer, inputs, sampling, keys)
 
@@ -267,9 +279,9 @@ def prefill(model: PreTrainedModel, rows: Sequence[Sequence[int]], pad_id: int) 
             input_ids=ids_BT[:, :-1],
             attention_mask=past_BT,
             position_ids=(past_BT.cumsum(1) - 1).clamp(min=0),
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,  # nobody reads them; all would be T * V numbers a row
+            **{CACHE: cache},
         )
     return Prefilled(ids_BT, mask_BT, cache)
 

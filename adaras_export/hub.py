@@ -12,7 +12,7 @@ from typing import Any
 from adaras_export import delivery, description, receipts, repositories
 from adaras_export.errors import ExportError
 from adaras_export.receipts import RECEIPT_FILE, SIGNATURE_FILE, Receipt
-from adaras_export.repositories import MAIN, Content, Remote
+from adaras_export.repositories import MAIN, Content, Remote, Stored
 
 _OF_THE_HUB = {".gitattributes"}  # says which files are large; the Hub writes it
 
@@ -132,7 +132,10 @@ def plan(
     """
     path = Path(folder)
     receipt = receipts.read_whole(path)
-    files: dict[str, Content] = dict(receipts.files_of(path))
+    files: dict[str, Content] = {
+        name: Stored(place, receipt.files[name]) if name in receipt.files else Stored.of(place)
+        for name, place in receipts.files_of(path).items()
+    }
     if receipt.repository != repository:
         _refuse_signed(path, receipt, repository)
         files |= description.readdressed(path, receipt, delivery.exporter_of(receipt), repository)
@@ -156,7 +159,8 @@ def carry_out(planned: Plan, token: str | None = None) -> Pushed:
     """Do what was planned, in one commit. Repeated after it was cut off, it sends only what is not there yet.
 
     Raises:
-        HubError: the Hub refuses, or somebody else committed since the plan was made; nothing was committed.
+        HubError: the Hub refuses, or somebody else committed, or a file was changed, since the plan was made; nothing
+            was committed.
     """
     remote, sent = planned.remote, tuple(sorted({*planned.added, *planned.replaced}))
     made = repositories.commit(

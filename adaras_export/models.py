@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from adaras_export import foreign
-from adaras_export.errors import ArtifactError, RuleError, UnsupportedModelError
+from adaras_export.errors import ArtifactError, HubError, RuleError, UnsupportedModelError
 from adaras_export.foreign import UnreadableError
 from adaras_export.repositories import translated
 from adaras_export.storage import read_json
@@ -217,6 +217,8 @@ def fetch(path_or_id: str | Path, revision: str | None = None) -> Path:
     folder = Path(path_or_id)
     if folder.is_dir():
         return folder
+    if not is_hub_id(str(path_or_id)):
+        raise HubError(f"{path_or_id}: no such folder; expected that of a model, or a name of the Hub: USER/NAME")
     from huggingface_hub import snapshot_download
 
     patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*", "NOTICE*"]

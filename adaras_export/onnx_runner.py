@@ -28,6 +28,7 @@ from adaras_export.errors import (
     RuleError,
     TraceError,
     first_line,
+    install_command,
     require,
 )
 from adaras_export.foreign import UnreadableError
@@ -266,7 +267,7 @@ def _session(path: Path, provider: str) -> Any:  # noqa: ANN401 - onnxruntime ha
         raise MissingExtraError(f"provider {provider}: unknown; expected one of: {', '.join(PROVIDERS)}")
     no_provider = MissingExtraError(
         f"provider {provider}: onnxruntime {onnxruntime.__version__} cannot use {PROVIDERS[provider]} here; expected "
-        "onnxruntime-gpu, CUDA and cuDNN: pip install 'adaras-export[onnx-gpu]'"
+        f"onnxruntime-gpu, CUDA and cuDNN: {install_command('onnx-gpu')}"
     )
     if PROVIDERS[provider] not in onnxruntime.get_available_providers():
         raise no_provider

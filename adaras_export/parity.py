@@ -18,8 +18,9 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from adaras_export.checks import Check as Check  # whoever compares imports them from here
 from adaras_export.checks import ParityReport as ParityReport
 from adaras_export.divergence import next_token_divergence
-from adaras_export.generation import Sampling, left_pad, with_defaults
+from adaras_export.generation import CACHE, Sampling, left_pad, with_defaults
 from adaras_export.rule import SteeringRule
+from adaras_export.runtime.steering_adaras import cache_of
 from adaras_export.steering import steered, steered_everywhere
 
 Mode = Literal["rule", "always", "off"] | float
@@ -281,10 +282,10 @@ def play_model(model: Callable[..., Any], rows: Sequence[Sequence[int]], follow_
             input_ids=ids,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=cache,
             use_cache=True,
+            **{CACHE: cache},
         )
-        cache = outputs.past_key_values
+        cache = cache_of(outputs)
         logits.append(outputs.logits[:, -1].float())
         tokens.append(logits[-1].argmax(-1))
         ids = (tokens[-1] if follow_BS is None else follow_BS[:, step])[:, None]

@@ -191,7 +191,7 @@ class _AdapterPasses(Passes):
         """Keep a KV cache to one adapter, and leave out the rows that asked for the base."""
         owner = vars(step.state).setdefault("adapter", self.adapter)
         if owner != self.adapter:
-            raise ValueError(f"past_key_values was filled under adapter {owner}; {self.adapter} needs one of its own")
+            raise ValueError(f"the KV cache was filled under adapter {owner}; {self.adapter} needs one of its own")
         if _LOCAL.rows is None:
             return
         copies, rest = divmod(rows, len(_LOCAL.rows))

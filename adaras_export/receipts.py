@@ -58,6 +58,7 @@ class Receipt:
         parity: every check, with figure and limit.
         files: SHA-256 of every other file, by its path within the folder.
         tensors: every tensor that is not the base's, with its SHA-256.
+        chat_template: whether the base has one, so that the card asks its example as a turn of a chat.
         datasets: Hub ids of the datasets that the rule was made with, where its publisher names them.
         versions: of Python, this library, and the libraries that it ran with.
     """
@@ -75,6 +76,7 @@ class Receipt:
     parity: ParityReport
     files: Mapping[str, str]
     tensors: Sequence[Disclosed]
+    chat_template: bool = False
     datasets: Sequence[str] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
 
@@ -115,6 +117,7 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("target", "repository", "rule", "given_rule", "source"), str),
     **dict.fromkeys(("options", "base_tensors", "base_card", "files", "versions"), Mapping),
     **dict.fromkeys(("drops", "tensors", "datasets"), (list, tuple)),
+    "chat_template": bool,
 }
 
 
@@ -125,8 +128,9 @@ def read(folder: Path) -> Receipt:
         ArtifactError: there is none, or it is damaged, or of another version.
     """
     path = folder / RECEIPT_FILE
-    if path.exists() and not path.is_file():
-        raise ArtifactError(f"{path}: is no file; expected a JSON object")
+    if not path.is_file():
+        found = f"{path}: is no file" if path.exists() else f"{folder}: is no exported folder, it has no {RECEIPT_FILE}"
+        raise ArtifactError(f"{found}; expected what adaras-export export wrote")
     record = storage.read_json(path)
     if (found := record.pop("version", None)) != _VERSION:
         raise ArtifactError(f"{path}: receipt of version {found}; expected {_VERSION}; export again")

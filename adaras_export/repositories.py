@@ -6,7 +6,7 @@ offline mode are the library's own (HF_TOKEN, HF_HOME, HF_ENDPOINT, HF_HUB_OFFLI
 
 import hashlib
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,22 +16,62 @@ from adaras_export import storage
 from adaras_export.errors import HubError, first_line
 
 if TYPE_CHECKING:
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
 MAIN = "main"
-Content = Path | bytes
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A file on the disk, and the SHA-256 that it had when it was checked: other bytes are not sent."""
+
+    path: Path
+    sha256: str
+
+    @classmethod
+    def of(cls, path: Path) -> "Stored":
+        """The file as it is now."""
+        return cls(path, storage.sha256_file(path))
+
+    def to_bytes(self) -> bytes:
+        """The bytes that were checked.
+
+        Raises:
+            HubError: the file has others by now.
+        """
+        content = self.path.read_bytes()
+        self.require(storage.sha256(content))
+        return content
+
+    def require(self, sha256: str) -> None:
+        """Refuse bytes with another SHA-256 than that of the file when it was checked.
+
+        Raises:
+            HubError: it is another one.
+        """
+        if sha256 != self.sha256:
+            raise HubError(
+                f"{self.path}: has changed since it was checked; expected SHA-256 {self.sha256}; nothing was "
+                "committed; verify the folder and push again"
+            )
+
+
+Content = Stored | bytes
 """A file to be sent: where it is, or what is in it."""
+
+_SMALL = 1 << 25
+"""Bytes of a file that is held in memory while it is sent."""
 
 
 def size_of(content: Content) -> int:
     """How many bytes it has."""
-    return len(content) if isinstance(content, bytes) else content.stat().st_size
+    return len(content) if isinstance(content, bytes) else content.path.stat().st_size
 
 
 def sha256_of(content: Content) -> str:
     """Its SHA-256, hexadecimal."""
-    return storage.sha256(content) if isinstance(content, bytes) else storage.sha256_file(content)
+    return storage.sha256(content) if isinstance(content, bytes) else content.sha256
 
 
 @dataclass(frozen=True)
@@ -46,7 +86,7 @@ class RemoteFile:
         if size_of(content) != self.size:
             return False
         if len(self.digest) == 40:
-            return self.digest == _git_name(content if isinstance(content, bytes) else content.read_bytes())
+            return self.digest == _git_name(content if isinstance(content, bytes) else content.to_bytes())
         return self.digest == sha256_of(content)
 
 
@@ -94,7 +134,7 @@ def look(name: str, branch: str = MAIN, token: str | None = None) -> Remote:
     if re.fullmatch("[0-9a-f]{40}", branch):
         raise HubError(f"{name}: {branch} is a commit, which nothing can be added to; expected a branch")
     api = _api(token)
-    url = f"{api.endpoint}/{name}"
+    url = without_password(f"{api.endpoint}/{name}")
     with translated(name):
         try:
             info = api.model_info(name)
@@ -129,13 +169,14 @@ def commit(
     Large files are sent first, so that a push which is cut off and repeated sends only what is not there yet.
 
     Raises:
-        HubError: the Hub refuses, or somebody else committed since ``remote`` was looked at; nothing was committed.
+        HubError: the Hub refuses, somebody else committed since ``remote`` was looked at, or a file has changed since
+            it was checked; nothing was committed.
     """
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+    from huggingface_hub import CommitOperationDelete
 
     api = _api(token)
     with translated(remote.name):
-        head = remote.head
+        additions, head = _additions(files), remote.head
         if head is None:
             api.create_repo(remote.name, private=private)
             head = api.model_info(remote.name).sha
@@ -143,7 +184,7 @@ def commit(
             api.create_branch(remote.name, branch=remote.branch, revision=head)
         if not files and not removed:
             return Commit(str(head), f"{remote.url}/commit/{head}")
-        additions = [CommitOperationAdd(path, files[path]) for path in sorted(files)]
+        _send_large(api, remote, additions, files)
         deletions = [CommitOperationDelete(path) for path in sorted(removed)]
         made = api.create_commit(
             remote.name,
@@ -152,7 +193,35 @@ def commit(
             revision=remote.branch,
             parent_commit=head,
         )
-    return Commit(made.oid, made.commit_url)
+    return Commit(made.oid, without_password(made.commit_url))
+
+
+def _additions(files: Mapping[str, Content]) -> "list[CommitOperationAdd]":
+    """What the commit is to add: of small files the checked bytes themselves, of large ones the path."""
+    from huggingface_hub import CommitOperationAdd
+
+    held = {
+        name: one.to_bytes() if isinstance(one, Stored) and size_of(one) <= _SMALL else one
+        for name, one in sorted(files.items())
+    }
+    for one in held.values():
+        if isinstance(one, Stored):
+            one.require(storage.sha256_file(one.path))
+    return [CommitOperationAdd(name, one.path if isinstance(one, Stored) else one) for name, one in held.items()]
+
+
+def _send_large(
+    api: "HfApi", remote: Remote, additions: "Sequence[CommitOperationAdd]", files: Mapping[str, Content]
+) -> None:
+    """Send what is read from the disk, and refuse to go on if the bytes that were read are not the checked ones."""
+    large = [one for one in additions if not isinstance(one.path_or_fileobj, bytes)]
+    if not large:
+        return
+    api.preupload_lfs_files(remote.name, large, revision=remote.branch, free_memory=False)
+    for one in large:
+        stored = files[one.path_in_repo]
+        assert isinstance(stored, Stored)
+        stored.require(one.upload_info.sha256.hex())
 
 
 def visibility(remote: Remote, wanted: bool | None) -> bool:  # noqa: FBT001 - True, False, or as it is
@@ -209,7 +278,12 @@ def translated(subject: str) -> Iterator[None]:
     try:
         yield
     except (http_error(), EntryNotFoundError, OSError, ValueError, RuntimeError) as error:
-        raise HubError(f"{subject}: {_reason(error)}") from error
+        raise HubError(without_password(f"{subject}: {_reason(error)}")) from error
+
+
+def without_password(text: str) -> str:
+    """A text whose addresses name no user and no password: HF_ENDPOINT may have them."""
+    return re.sub(r"(\w://)[^\s/?#]*@", r"\1", text)
 
 
 _NO_TOKEN = "no token was found; expected one: run `hf auth login`, or set HF_TOKEN"

@@ -1,27 +1,30 @@
-"""Run code that nobody has read: a process of its own, without rights, with limits, killed as a group.
+"""Run code that nobody has read: a process of its own, without rights, with limits, ended in time.
 
-Knows no benchmark. What contains it is a seccomp filter (no network, no process or program, no signal, no change of any
-file), resource limits, no capabilities, an empty environment and a folder of its own; where the kernel or the machine
-offers no such filter, nothing is run. What is not contained: it can read what its user can read, and burn its CPU time.
+Knows no benchmark. What contains it is listed in docs/questions.md; where the machine or the kernel does not offer
+that, nothing is run. What comes out of the sandbox stays JSON here: values that are made of it could cost us seconds.
 """
 
+import atexit
 import json
 import os
 import platform
 import signal
+import struct
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 
-from adaras_export import sandbox_worker
 from adaras_export.errors import BrokenInstallationError
-from adaras_export.sandbox_worker import Handle, decoded, encoded
+
+_MACHINES = ("x86_64", "aarch64")  # libseccomp knows more, of which some have the flags of `clone` in another argument
+_BEGIN = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from adaras_export.sandbox_worker import main; main()"
+)
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,9 @@ class Limits:
     output: int = 1 << 20
 
 
+_EXAMINATION = Limits(wall_seconds=60.0)  # thousands of calls: both processes get more time than one call needs
+
+
 class SandboxFailure(Exception):  # noqa: N818 - the code's failure, which is a verdict and not an error of ours
     """The code crashed, ran over a limit, or answered nonsense."""
 
@@ -42,18 +48,22 @@ def require_sandbox() -> None:
     """Refuse a machine on which code cannot be contained, before anything is sampled.
 
     Raises:
-        BrokenInstallationError: it is not Linux on x86-64, or its kernel refuses the filter.
+        BrokenInstallationError: it is another system or machine, or the filter does not work there.
     """
     found = f"{platform.system()} {platform.machine()}"
     remedy = "check these answers elsewhere"
-    if found != "Linux x86_64":
-        raise BrokenInstallationError(f"sandbox: this is {found}; code is run on Linux x86_64 only; {remedy}")
+    if platform.system() != "Linux" or platform.machine() not in _MACHINES:
+        expected = " or ".join(_MACHINES)
+        raise BrokenInstallationError(
+            f"sandbox: this is {found}; such answers are checked on Linux {expected}; {remedy}"
+        )
     try:
         works = output_of("print('ran')", "").strip() == "ran"
     except SandboxFailure:
         works = False
     if not works:
-        raise BrokenInstallationError(f"sandbox: the kernel refuses a seccomp filter; expected one; {remedy}")
+        expected = "libseccomp.so.2 (Debian's libseccomp2) and a kernel from 5.5 on that allows filters"
+        raise BrokenInstallationError(f"sandbox: does not start on this {found}; expected {expected}; or {remedy}")
 
 
 def output_of(source: str, given: str, limits: Limits | None = None) -> str:
@@ -63,22 +73,13 @@ def output_of(source: str, given: str, limits: Limits | None = None) -> str:
         SandboxFailure: it failed, or printed more than is read.
     """
     limits = limits or Limits()
-    with _process({"mode": "program", "source": source}, limits, given) as process:
+    with _process({"mode": "program", "source": source, "input": given}, limits) as process:
         printed: bytes = _pipe(process.stdout).read(limits.output + 1)
         if len(printed) > limits.output:
             raise SandboxFailure("printed too much")
         if process.wait():
             raise SandboxFailure("failed")
     return printed.decode(errors="replace")
-
-
-def found_in(pattern: str, text: str, limits: Limits | None = None) -> bool:
-    """Whether a regular expression occurs in a text; one that takes too long does not."""
-    try:
-        with _process({"mode": "search", "pattern": pattern, "source": text}, limits or Limits()) as process:
-            return bool(_received(process, limits or Limits())[1])
-    except SandboxFailure:
-        return False
 
 
 class Solution:
@@ -93,25 +94,11 @@ class Solution:
         Raises:
             SandboxFailure: there is none.
         """
-        _send(self._process, [name, arguments])
-        reply = _received(self._process, self._limits)
+        _say(self._process, [name, arguments])
+        reply = _heard(self._process, self._limits)
         if len(reply) != 2 or reply[0] not in ("value", "raised"):
             raise SandboxFailure("answered nonsense")
         return reply
-
-    def __call__(self, name: str, arguments: Sequence[Any]) -> Any:  # noqa: ANN401 - any value
-        """The result of a call, of Python's own types.
-
-        Raises:
-            SandboxFailure: there is none.
-        """
-        kind, content = self.reply(name, encoded(list(arguments), []))
-        if kind == "raised":
-            raise SandboxFailure(f"raised {content}")
-        try:
-            return decoded(content, Handle)
-        except (ValueError, TypeError, KeyError, RecursionError, OverflowError) as error:
-            raise SandboxFailure("answered nonsense") from error
 
 
 @contextmanager
@@ -122,77 +109,144 @@ def solution(source: str, limits: Limits | None = None) -> Iterator[Solution]:
         yield Solution(process, limits)
 
 
-def passes(solved: Solution, test: str, setup: str, names: Sequence[str], limits: Limits | None = None) -> bool:
+def passes(solved: Solution, test: str, setup: str, names: Sequence[str], limits: Limits = _EXAMINATION) -> bool:
     """Whether a benchmark's test ends without an error; it runs in another process than the solution.
 
     The names are those that it calls of the solution. Their arguments and results travel as data.
     """
-    limits = limits or Limits()
-    job = {"mode": "examine", "source": test, "setup": setup, "names": list(names)}
+    return _examined({"mode": "examine", "source": test, "setup": setup, "names": list(names)}, solved, limits)
+
+
+def agrees(solved: Solution, name: str, cases: Sequence[tuple[Any, Any]], tolerance: float) -> bool:
+    """Whether a function gives what is expected, in each case of encoded arguments and an encoded result."""
+    inputs, expected = ([case[place] for case in cases] for place in (0, 1))
+    job = {"mode": "compare", "name": name, "inputs": inputs, "expected": expected, "tolerance": tolerance}
+    return _examined(job, solved, _EXAMINATION)
+
+
+def _examined(job: dict[str, Any], solved: Solution, limits: Limits) -> bool:
     try:
         with _process(job, limits) as process:
-            while (message := _received(process, limits)) != ["passed"]:
+            while (message := _heard(process, limits)) != ["passed"]:
                 _, name, arguments = message
-                _send(process, solved.reply(name, arguments))
+                _say(process, solved.reply(name, arguments))
     except (SandboxFailure, ValueError):
         return False
     return True
 
 
-@contextmanager
-def _process(job: dict[str, Any], limits: Limits, given: str = "") -> "Iterator[subprocess.Popen[bytes]]":
-    """A worker at its job, killed with its group at the end of the context or of its time."""
-    with tempfile.TemporaryDirectory(prefix="adaras-sandbox-") as folder:
-        own = {"cpu_seconds": limits.cpu_seconds, "memory": limits.memory}
-        (Path(folder) / "job.json").write_text(json.dumps(own | job), encoding="utf-8")
-        (Path(folder) / "input").write_bytes(given.encode())
-        environment = {"HOME": folder, "LANG": "C.UTF-8", "PYTHONHASHSEED": "0", "OPENBLAS_NUM_THREADS": "1"}
-        with subprocess.Popen(
-            [sys.executable, "-I", "-B", str(sandbox_worker.__file__), folder],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            cwd=folder,
-            env=environment,
-            start_new_session=True,
-        ) as process:
-            timer = threading.Timer(limits.wall_seconds, _kill, [process])
-            timer.start()
+class Scorer:
+    """A process that has a scorer loaded, and forks for each completion a child without rights; made by `scorer`."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._lock = threading.Lock()
+        self._owner = os.getpid()
+        self._process = _started()
+        atexit.register(self._close)
+
+    def notes(self, answers: Sequence[str], limits: Limits | None = None) -> list[Any]:
+        """What is said of each answer: ``["read", note]``, or ``["refused", reason]``, behind which none is read.
+
+        Fewer come back where the last of them took too long, or too much memory.
+        """
+        return [json.loads(line) for line in self._said(answers, None, limits or Limits())]
+
+    def score(self, completion: str, answer: str, limits: Limits | None = None) -> tuple[list[Any] | None, bool]:
+        """What is said of the answer, as in `notes`, if it came to that, and whether the completion is correct."""
+        said = self._said([answer], completion, limits or Limits())
+        return json.loads(said[0]) if said else None, said[1:] == [b'["scored", true]']
+
+    def _said(self, answers: Sequence[str], completion: str | None, limits: Limits) -> list[bytes]:
+        job = {"mode": "score", "scorer": self._name, "answers": list(answers), "completion": completion}
+        with self._lock:
             try:
-                yield process
-            finally:
-                timer.cancel()
-                _kill(process)
-                _pipe(process.stdout).close()
-                _close(process)
+                _send(self._process, job | asdict(limits))
+                (length,) = struct.unpack(">Q", _pipe(self._process.stdout).read(8))
+                said: bytes = _pipe(self._process.stdout).read(length)
+            except BaseException as error:
+                _scorer.cache_clear()
+                _end(self._process)  # an interruption may have left half a reply, which the next one would read
+                if isinstance(error, SandboxFailure | struct.error | ValueError):
+                    raise BrokenInstallationError(f"checker {self._name}: its process ended; run this again") from error
+                raise
+        return said.split(b"\n")[:-1]  # whole lines: the process may have been killed within one
+
+    def _close(self) -> None:
+        if os.getpid() == self._owner:  # else this is a fork, which has the same handlers
+            _end(self._process)
 
 
-def _kill(process: "subprocess.Popen[bytes]") -> None:
-    if process.poll() is not None:
-        return  # its number may be another process's by now
+def scorer(name: str) -> Scorer:
+    """The scorer of that name, one for this process."""
+    return _scorer(name, os.getpid())  # a fork must not share the pipes
+
+
+@lru_cache(maxsize=8)
+def _scorer(name: str, process: int) -> Scorer:  # noqa: ARG001 - a part of the key
+    return Scorer(name)
+
+
+@contextmanager
+def _process(job: dict[str, Any], limits: Limits) -> "Iterator[subprocess.Popen[bytes]]":
+    """A worker at its job, which ends with the context."""
+    process = _started()
     try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass  # it has ended; nothing of its group is left
+        _send(process, job | asdict(limits))
+        yield process
+    finally:
+        _end(process)
 
 
-def _close(process: "subprocess.Popen[bytes]") -> None:
+def _started() -> "subprocess.Popen[bytes]":
+    """A worker. It finds modules where we find them, but not in the folder where we happen to be."""
+    return subprocess.Popen(
+        [sys.executable, "-I", "-B", "-c", _BEGIN, json.dumps([one for one in sys.path if one])],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        cwd="/",
+        env={"HOME": "/", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0", "OPENBLAS_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    """Tell the worker by closing its pipes; it kills its child and waits for it, so that nothing is left to others."""
+    _pipe(process.stdout).close()
     try:
         _pipe(process.stdin).close()
     except BrokenPipeError:
         pass  # it ended before it read everything
-
-
-def _send(process: "subprocess.Popen[bytes]", message: Any) -> None:  # noqa: ANN401 - a JSON value
     try:
-        _pipe(process.stdin).write(json.dumps(message).encode() + b"\n")
+        process.wait(10)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _send(process: "subprocess.Popen[bytes]", job: dict[str, Any]) -> None:
+    content = json.dumps(job).encode()
+    _write(process, struct.pack(">Q", len(content)) + content)
+
+
+def _say(process: "subprocess.Popen[bytes]", message: Any) -> None:  # noqa: ANN401 - a JSON value
+    _write(process, json.dumps(message).encode() + b"\n")
+
+
+def _write(process: "subprocess.Popen[bytes]", content: bytes) -> None:
+    try:
+        _pipe(process.stdin).write(content)
         _pipe(process.stdin).flush()
     except BrokenPipeError as error:
         raise SandboxFailure("ended") from error
 
 
-def _received(process: "subprocess.Popen[bytes]", limits: Limits) -> list[Any]:
-    line = _pipe(process.stdout).readline(limits.output + 1)
+def _heard(process: "subprocess.Popen[bytes]", limits: Limits) -> list[Any]:
+    return _message(_pipe(process.stdout).readline(limits.output + 1))
+
+
+def _message(line: bytes) -> list[Any]:
     try:
         message = json.loads(line)
     except (ValueError, RecursionError) as error:

@@ -7,7 +7,7 @@ module adds the folded vector behind it. Knows no export format; `verify` compar
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import numpy as np
@@ -20,20 +20,22 @@ from adaras_export.errors import RuleError
 from adaras_export.models import BaseModel
 from adaras_export.rule import Gate, SteeringRule
 from adaras_export.runtime.steering_adaras import (
-    DECODER_ARGUMENTS,
     THREAD,
     Scope,
     Steering,
     SteeringGate,
     Step,
     begin_step,
-    columns_in,
     finish_step,
     here,
+    parameter_names,
+    place_of,
     preview,
     prompt_width,
+    require_generation,
     scope_of,
     tokens_of,
+    unshared,
 )
 from adaras_export.storage import Array
 
@@ -52,7 +54,7 @@ def steered(model: nn.Module, rule: SteeringRule) -> Iterator[nn.Module]:
     _check(model, rule)
     decoder = models.decoder(model)
     with ExitStack() as undo:
-        hooks = _Hooks(decoder, rule, next(model.parameters()).device)
+        hooks = _Hooks(decoder, rule, models.input_device(model))
         for handle in hooks.attach():
             undo.callback(handle.remove)
         for layer in hooks.layers:
@@ -97,10 +99,10 @@ def gate_module(gate: Gate) -> SteeringGate:
 
 
 class _Open(threading.local):
-    """Forward passes of this thread that have begun, each with its hooks, its KV cache and what ends it."""
+    """Forward passes of this thread that have begun, each with its hooks and what ends it."""
 
     def __init__(self) -> None:
-        self.passes: list[tuple[Passes, Any, ExitStack]] = []
+        self.passes: list[tuple[Passes, ExitStack]] = []
 
 
 _OPEN = _Open()
@@ -117,6 +119,7 @@ class Passes:
         self.gate = gate
         self.dials = dials
         self.causal = causal
+        self.names = parameter_names(type(decoder).forward)
 
     def attach(self) -> list[RemovableHandle]:
         """Register the hooks."""
@@ -141,30 +144,32 @@ class Passes:
         """Before the decoder."""
         if not self.wanted():
             return
-        given = dict(zip(DECODER_ARGUMENTS, args, strict=False))
-        arguments = {**dict.fromkeys(DECODER_ARGUMENTS), **given, **kwargs}
+        arguments = {**dict(zip(self.names, args, strict=False)), **kwargs}
         with ExitStack() as opening:
             opening.enter_context(self.around())
-            step = begin_step(self.decoder, self.gate, self.dials, arguments, self._start(arguments))
+            step = begin_step(self.decoder, self.gate, self.dials, arguments, *self._place())
             self.limit(step, len(tokens_of(arguments)))
             if not self.causal:
                 preview(step, self.decoder.forward, arguments)
             opening.enter_context(here(step=step))
-            _OPEN.passes.append((self, arguments["past_key_values"], opening.pop_all()))
+            _OPEN.passes.append((self, opening.pop_all()))
 
     def end(self, _module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], outputs: Any) -> None:  # noqa: ANN401
         """After the decoder, also where it failed."""
         if not _OPEN.passes or _OPEN.passes[-1][0] is not self:  # begin() refused the call, or let it pass
             return
-        _, cache, opened = _OPEN.passes.pop()
+        _, opened = _OPEN.passes.pop()
         with opened:
             if outputs is not None and THREAD.step is not None:  # the forward pass succeeded
-                finish_step(THREAD.step, cache, outputs)
+                finish_step(THREAD.step, outputs)
 
-    def _start(self, arguments: dict[str, Any]) -> int | None:
-        """Where the prompt ends in this call, during generate(); None leaves it to the shape of the call."""
+    def _place(self) -> tuple[int | None, Tensor | None]:
+        """Where the prompt ends in a call that generate() has prepared; None leaves it to the shape of the call."""
         scope = scope_of(self.decoder)
-        return None if scope is None else scope.prompt_width - int(columns_in(arguments["past_key_values"]))
+        if scope is None:
+            return None, None
+        place, scope.place = scope.place, (None, None)  # the next call may be of another prompt, as with guidance_scale
+        return place
 
 
 class _Hooks(Passes):
@@ -192,21 +197,39 @@ class _Hooks(Passes):
 
 
 def announcing(original: Any, after: Callable[..., None] | None = None, **inner: Any) -> Any:  # noqa: ANN401 - a model class
-    """The class of a model with a generate() that tells the hooks how long the prompt is.
+    """The class of a model with a generate() that tells the hooks where the prompt ends in each call.
 
     A class and not an attribute of the instance, so that a copy of the model generates as itself. ``after`` is called
     with the model, its scope and the outputs; ``inner`` are further entries of the class.
+
+    Raises:
+        NotImplementedError: this Transformers calls generate() or its parts with arguments of other names.
     """
+    require_generation(original)
 
     def generate(self: nn.Module, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         scope = Scope(models.decoder(self), prompt_width(inputs, kwargs))
-        with here(scope=scope):
+        with scope.open():
             outputs = original.generate(self, inputs, *args, **kwargs)
         if after is not None:
             after(self, scope, outputs)
         return outputs
 
-    inner |= {"generate": generate, "__module__": original.__module__, "_is_steered": True}
+    @wraps(original.prepare_inputs_for_generation)  # Transformers looks at the signature
+    def prepare(self: nn.Module, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        prepared = original.prepare_inputs_for_generation(self, input_ids, *args, **kwargs)
+        scope = scope_of(models.decoder(self))
+        place = place_of(scope, input_ids, kwargs.get("attention_mask"), prepared)
+        if scope is not None:
+            scope.place = place
+        return prepared
+
+    def init_continuous_batching(self: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        return unshared(original.init_continuous_batching(self, *args, **kwargs))
+
+    inner |= {"generate": generate, "prepare_inputs_for_generation": prepare}
+    inner |= {"init_continuous_batching": init_continuous_batching}
+    inner |= {"__module__": original.__module__, "_is_steered": True}
     return type(original.__name__, (original,), inner)
 
 

@@ -10,7 +10,7 @@ import math
 import reprlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from functools import partial
 from itertools import accumulate, combinations, pairwise
@@ -32,6 +32,9 @@ _T = TypeVar("_T")
 class Question:
     """A prompt, the answer that a checker compares with, and the checker's name, where the question names one.
 
+    Attributes:
+        place: path:line where it was read, for who has something to say against it; no part of the question.
+
     Raises:
         TraceError: an empty text, or a prompt that is neither text nor chat messages.
     """
@@ -40,6 +43,7 @@ class Question:
     prompt: Prompt
     answer: str
     check: str | None = None
+    place: str | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         _require_text("question", "id", self.id)
@@ -123,7 +127,7 @@ def read_questions(path: str | Path) -> list[Question]:
         if is_reference and shared[question.id] > 1:
             question = replace(question, id=f"{question.id}@{digest(question.prompt)}")
         _claim(lines, f"question {question.id}", path, line)
-        questions.append(question)
+        questions.append(replace(question, place=f"{path}:{line}"))
     return questions
 
 

@@ -71,7 +71,7 @@ def tune(  # noqa: PLR0913 - one decision of the researcher each
         raise TraceError(f"tune: {exam.samples} answers to each question; expected one, of more questions")
     rankings = {"": neurons} if isinstance(neurons, NeuronSet) else dict(neurons)
     used = [one for ranking in rankings.values() for one in ranking.questions]
-    require_fresh(exam.questions, (*used, *(gate.questions if gate else ())))
+    require_fresh(exam.questions, (*used, *(gate.questions if gate else ())), "give others")
     starts: Sequence[Start] = (start,) if isinstance(start, str) else start
     space = Space(tuple(rankings), counts, strengths, starts)
     maker = _RuleMaker(rankings, gate, base, (*used, *(digest(question.prompt) for question in exam.questions)))

@@ -35,6 +35,7 @@ from common import (
 from transformers import AutoModelForCausalLM, DynamicCache, Qwen3Config, StaticCache
 
 from adaras_export import BaseModel, Gate, NeuronSet, SteeringRule, exporters
+from adaras_export.generation import CACHE
 
 CUDA = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
@@ -204,13 +205,13 @@ def decoding(models: Models, rows: int) -> dict[str, Callable[[], object]]:
     def run(model: Any) -> Callable[[], None]:
         cache = DynamicCache(config=model.config)
         with torch.no_grad():
-            model(input_ids=some_ids(rows, PROMPT), past_key_values=cache, use_cache=True, logits_to_keep=1)
+            model(input_ids=some_ids(rows, PROMPT), use_cache=True, logits_to_keep=1, **{CACHE: cache})
 
         @torch.no_grad()
         def block() -> None:
             ids = some_ids(rows, 1)
             for _ in range(BLOCK):
-                ids = model(input_ids=ids, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+                ids = model(input_ids=ids, use_cache=True, **{CACHE: cache}).logits[:, -1:].argmax(-1)
             cache.crop(-BLOCK)
 
         return block
@@ -249,13 +250,13 @@ def compiled_decode(models: Models, arguments: Namespace) -> dict[str, Times]:
         cache = StaticCache(config=model.config, max_cache_len=PROMPT + BLOCK)
         step = torch.compile(model, fullgraph=True)
         with torch.no_grad():
-            model(input_ids=some_ids(1, PROMPT), past_key_values=cache, use_cache=True, logits_to_keep=1)
+            model(input_ids=some_ids(1, PROMPT), use_cache=True, logits_to_keep=1, **{CACHE: cache})
 
         @torch.no_grad()
         def block() -> None:
             ids = some_ids(1, 1)
             for _ in range(BLOCK):
-                ids = step(input_ids=ids, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+                ids = step(input_ids=ids, use_cache=True, **{CACHE: cache}).logits[:, -1:].argmax(-1)
             for layer in cache.layers:
                 layer.cumulative_length.fill_(PROMPT)  # the next block overwrites this one
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from adaras_export import BaseModel, SteeringRule, models, steered
+from adaras_export.generation import CACHE
 
 STOCK = "stock"
 CHECKED_STEPS = 4
@@ -133,7 +134,7 @@ def logits(model: Any, prompts: dict[str, Tensor]) -> Tensor:
     ids, mask, cache, found = prompts["input_ids"], prompts["attention_mask"], DynamicCache(config=model.config), []
     for step in range(CHECKED_STEPS):
         places = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        how = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+        how = {CACHE: cache, "use_cache": True, "logits_to_keep": 1}
         found.append(model(input_ids=ids, attention_mask=mask, position_ids=places, **how).logits[:, -1])
         ids = prompts["input_ids"][:, -1 - step :][:, :1]
         mask = torch.cat([mask, torch.ones_like(ids)], dim=1)

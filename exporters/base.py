@@ -161,7 +161,7 @@ class Exporter(Protocol):
     def usage(self) -> str:
         """Every way to load it, in Markdown, with code that runs as it stands.
 
-        Within code, ``{repo}`` stands for the repository's name and ``{strength}`` for the rule's.
+        See `card_text.filled` for what stands in braces.
         """
         ...
 

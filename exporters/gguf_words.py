@@ -8,7 +8,8 @@ quantisation; the number behind the colon is the strength.
 hf download {repo} --local-dir steered
 llama-server -m model.gguf --control-vector-scaled steered/control-vector.gguf:{strength}
 llama-completion -m model.gguf --control-vector-scaled steered/control-vector.gguf:{strength} \\
-    -no-cnv -n 64 -p "2 * 3 ="
+{plain}    -no-cnv -n 64 -p {question}
+{chat}    -st -n 64 -p {question}
 ```
 
 `llama-cli` takes the same option.
@@ -34,7 +35,8 @@ With [llama.cpp](https://github.com/ggml-org/llama.cpp): an ordinary GGUF model;
 ```bash
 hf download {repo} --local-dir steered
 llama-server -m steered/model-steered.gguf
-llama-completion -m steered/model-steered.gguf -no-cnv -n 64 -p "2 * 3 ="
+{plain}llama-completion -m steered/model-steered.gguf -no-cnv -n 64 -p {question}
+{chat}llama-completion -m steered/model-steered.gguf -st -n 64 -p {question}
 ```
 """
 

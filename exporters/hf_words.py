@@ -9,7 +9,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained("{repo}", trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained("{repo}", trust_remote_code=True, dtype="auto")
 
-inputs = tokenizer("What is 12 times 7?", return_tensors="pt")
+{plain}inputs = tokenizer("{question}", return_tensors="pt")
+{chat}messages = [{"role": "user", "content": "{question}"}]
+{chat}inputs = tokenizer.apply_chat_template(
+{chat}    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+{chat})
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0]))
 print(model.steering.last_decisions)  # (p(correct), steered) of each sequence
 ```
@@ -20,7 +24,9 @@ As a pipeline:
 from transformers import pipeline
 
 generate = pipeline("text-generation", model="{repo}", trust_remote_code=True)
-print(generate("What is 12 times 7?", max_new_tokens=32, do_sample=False)[0]["generated_text"])
+{plain}prompt = "{question}"
+{chat}prompt = [{"role": "user", "content": "{question}"}]
+print(generate(prompt, max_new_tokens=32, do_sample=False, return_full_text=False)[0]["generated_text"])
 ```
 
 `trust_remote_code=True` runs the Python files of this repository. They are short: read them, and name the commit that

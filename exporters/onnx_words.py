@@ -7,7 +7,8 @@ Download the repository first; the programs below are run beside the folder `ste
 hf download {repo} --local-dir steered
 ```
 
-With [ONNX Runtime](https://onnxruntime.ai) and tokenizers, nothing else:
+{plain}With [ONNX Runtime](https://onnxruntime.ai) and tokenizers, nothing else:
+{chat}With [ONNX Runtime](https://onnxruntime.ai), and Transformers for the chat template, without torch:
 
 ```python
 import json
@@ -15,10 +16,12 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
-from tokenizers import Tokenizer
+{plain}from tokenizers import Tokenizer
+{chat}from transformers import AutoTokenizer
 
 session = onnxruntime.InferenceSession("steered/onnx/model.onnx")
-tokenizer = Tokenizer.from_file("steered/tokenizer.json")
+{plain}tokenizer = Tokenizer.from_file("steered/tokenizer.json")
+{chat}tokenizer = AutoTokenizer.from_pretrained("steered")
 ends = np.atleast_1d(json.loads(Path("steered/genai_config.json").read_text())["model"]["eos_token_id"])
 inputs = {one.name: one for one in session.get_inputs()}
 outputs = [one.name for one in session.get_outputs()]
@@ -29,7 +32,10 @@ cache = {
     for name, one in inputs.items()
     if name.startswith("past_key_values.")
 }
-ids, answer = tokenizer.encode("What is 12 times 7?").ids, []
+{plain}ids, answer = tokenizer.encode("{question}").ids, []
+{chat}messages = [{"role": "user", "content": "{question}"}]
+{chat}ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+{chat}answer = []
 while len(answer) < 32:
     seen = next(iter(cache.values())).shape[2]
     feeds = {
@@ -50,13 +56,18 @@ print(tokenizer.decode(answer))
 With [ONNX Runtime GenAI](https://onnxruntime.ai/docs/genai/):
 
 ```python
+{chat}import json
+{chat}
 import onnxruntime_genai as og
 
 model = og.Model("steered")
 tokenizer, parameters = og.Tokenizer(model), og.GeneratorParams(model)
 parameters.set_search_options(max_length=64)
 generator = og.Generator(model, parameters)
-generator.append_tokens(tokenizer.encode("What is 12 times 7?"))
+{plain}prompt = "{question}"
+{chat}messages = [{"role": "user", "content": "{question}"}]
+{chat}prompt = tokenizer.apply_chat_template(json.dumps(messages), add_generation_prompt=True)
+generator.append_tokens(tokenizer.encode(prompt))
 while not generator.is_done():
     generator.generate_next_token()
 print(tokenizer.decode(generator.get_sequence(0)))
@@ -67,15 +78,24 @@ With [Transformers.js](https://huggingface.co/docs/transformers.js), in Node or 
 ```js
 import { pipeline } from "@huggingface/transformers";
 
-const generate = await pipeline("text-generation", "{repo}");
-console.log(await generate("What is 12 times 7?", { max_new_tokens: 64 }));
+{plain}const generate = await pipeline("text-generation", "{repo}");
+{chat}const name = "{repo}";
+{chat}const generate = await pipeline("text-generation", name);
+{chat}if (!generate.tokenizer.chat_template) { // Transformers.js looks for it in tokenizer_config.json only
+{chat}  const file = await fetch(`https://huggingface.co/${name}/resolve/main/chat_template.jinja`);
+{chat}  generate.tokenizer.chat_template = await file.text();
+{chat}}
+{plain}console.log(await generate("{question}", { max_new_tokens: 64 }));
+{chat}const [answer] = await generate([{ role: "user", content: "{question}" }], { max_new_tokens: 64 });
+{chat}console.log(answer.generated_text.at(-1).content);
 ```
 
 With the runner of the library adaras-export, which tells what the gate decided (how to install it is said under Verify
 it):
 
 ```bash
-python -m adaras_export.onnx_runner steered "What is 12 times 7?"
+{plain}python -m adaras_export.onnx_runner steered {question} --raw
+{chat}python -m adaras_export.onnx_runner steered {question}
 ```
 """
 

@@ -10,7 +10,11 @@ tokenizer = AutoTokenizer.from_pretrained(name, revision=commit)
 base = AutoModelForCausalLM.from_pretrained(name, revision=commit, dtype="auto")
 model = PeftModel.from_pretrained(base, "{repo}").eval()
 
-inputs = tokenizer("What is 12 times 7?", return_tensors="pt")
+{plain}inputs = tokenizer("{question}", return_tensors="pt")
+{chat}messages = [{"role": "user", "content": "{question}"}]
+{chat}inputs = tokenizer.apply_chat_template(
+{chat}    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+{chat})
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0]))
 """
 
@@ -42,7 +46,7 @@ model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(name, rev
 with model.disable_adapter():  # the base model, bit for bit
     model.generate(**inputs, max_new_tokens=32)
 
-prompts = tokenizer(["What is 12 times 7?"] * 2, return_tensors="pt")
+prompts = {name: value.repeat(2, 1) for name, value in inputs.items()}
 names = ["default", "__base__"]  # the first row is steered, the second is not
 model.generate(**prompts, adapter_names=names, max_new_tokens=32)
 
@@ -87,7 +91,7 @@ with model.disable_adapter():  # the base model, bit for bit
 
 model.steering.strength *= 0.5  # 0 is the base model
 
-prompts = tokenizer(["What is 12 times 7?"] * 2, return_tensors="pt")
+prompts = {name: value.repeat(2, 1) for name, value in inputs.items()}
 names = ["default", "__base__"]  # the gate decides on the first row, the second is not steered
 model.generate(**prompts, adapter_names=names, max_new_tokens=32)
 ```

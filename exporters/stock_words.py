@@ -21,7 +21,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained("{repo}")
 model = AutoModelForCausalLM.from_pretrained("{repo}", dtype="auto")
 
-inputs = tokenizer("What is 12 times 7?", return_tensors="pt")
+{plain}inputs = tokenizer("{question}", return_tensors="pt")
+{chat}messages = [{"role": "user", "content": "{question}"}]
+{chat}inputs = tokenizer.apply_chat_template(
+{chat}    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+{chat})
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0]))
 ```
 
@@ -31,7 +35,9 @@ As a pipeline:
 from transformers import pipeline
 
 generate = pipeline("text-generation", model="{repo}")
-print(generate("What is 12 times 7?", max_new_tokens=32, do_sample=False)[0]["generated_text"])
+{plain}prompt = "{question}"
+{chat}prompt = [{"role": "user", "content": "{question}"}]
+print(generate(prompt, max_new_tokens=32, do_sample=False, return_full_text=False)[0]["generated_text"])
 ```
 
 An ordinary checkpoint, which servers open as well. vLLM (where `config.json` says `hy_v3`, with
@@ -77,7 +83,11 @@ tokenizer = AutoTokenizer.from_pretrained("model")
 model = AutoModelForCausalLM.from_pretrained("model", dtype="auto")  # the base, as it was
 model = PeftModel.from_pretrained(model, "model/steering-lora")  # steered
 
-inputs = tokenizer("What is 12 times 7?", return_tensors="pt")
+{plain}inputs = tokenizer("{question}", return_tensors="pt")
+{chat}messages = [{"role": "user", "content": "{question}"}]
+{chat}inputs = tokenizer.apply_chat_template(
+{chat}    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+{chat})
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0]))
 ```
 
@@ -91,7 +101,9 @@ if __name__ == "__main__":  # vLLM starts processes, which read this file again
     engine = LLM("model", enable_lora=True, max_lora_rank=8, max_loras=2)
     greedy, steered = SamplingParams(temperature=0, max_tokens=32), LoRARequest("steered", 1, "model/steering-lora")
     for request in (None, steered):  # the base model, then steered
-        [answer] = engine.generate(["What is 12 times 7?"], greedy, lora_request=request)
+{plain}        [answer] = engine.generate(["{question}"], greedy, lora_request=request)
+{chat}        messages = [{"role": "user", "content": "{question}"}]
+{chat}        [answer] = engine.chat(messages, greedy, lora_request=request)
         print(answer.outputs[0].text)
 ```
 """

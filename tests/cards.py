@@ -83,6 +83,7 @@ def context(name="hf", rule=RULE, **changes):
         "datasets": (),
         "tensors": tuple(map(vector, (4, 5, 6, 7))),
         "measured": None,
+        "chat_template": False,
     }
     return CardContext(**{**values, **changes})
 
@@ -132,9 +133,13 @@ COMPARISON = {
     "mean_tokens": 20.25,
     "gaps": [gap("gated"), gap("everywhere", -0.01, 0.23)],
 }
+CHATTING = ("hf", "onnx", "peft", "stock-switchable", "gguf")  # whose code is of different kinds
+ASKED = [{"role": "user", "content": "785+963"}]
 DRAWS = (*range(245, 263), 262, 259)  # as many as a rank test needs
-GAIN = evaluation(arm("gated", 289, 29, 5, 4e-5), controls=DRAWS, dataset="someone/sums", task="two_digits")
-NULL = evaluation(arm("gated", 267, 4, 2, 0.69))
+GAIN = evaluation(
+    arm("gated", 289, 29, 5, 4e-5), controls=DRAWS, dataset="someone/sums", task="two_digits", example=ASKED
+)
+NULL = evaluation(arm("gated", 267, 4, 2, 0.69), example="785 + 963 =\n")
 HARM = evaluation(arm("gated", 240, 5, 30, 3e-5))
 CONTROL = evaluation(arm("gated", 289, 29, 5, 4e-5), controls=(255, 290, 259))
 FEW = evaluation(arm("gated", 289, 29, 5, 4e-5))
@@ -145,6 +150,7 @@ COMPARED = evaluation(arm("gated", 289, 29, 5, 4e-5), arm("everywhere", 284, 26,
 # Name -> the arguments of `text`. Each has a golden file.
 CASES = {
     **{f"target-{name}": {"name": name} for name in TARGETS},
+    **{f"chat-{name}": {"name": name, "chat_template": True} for name in CHATTING},
     "state-gain": {"evaluation": GAIN, "datasets": ("someone/traces",)},
     "state-null": {"evaluation": NULL},
     "state-harm": {"evaluation": HARM},

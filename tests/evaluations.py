@@ -72,7 +72,7 @@ SEEN = {**GAIN, "seen": 3}
 SAMPLED = sampled(verdicts(shares(lead="always"), questions=60, answers=8))
 
 # Names that would be markup, or hide, wherever they are not escaped.
-NASTY = '<script>alert(1)</script>|`]("& \u202e ![x](http://x)'
+NASTY = '\u202e\x1b<script>alert(1)</script>|`]("& \u202e ![x](http://x)'
 HOSTILE = record(
     {**verdicts(shares(draws=2)), f"random {NASTY}": verdicts({"a": 0.5})["a"], NASTY: verdicts({"a": 0.9})["a"]},
     prefix=NASTY,

@@ -34,8 +34,16 @@ What a cell cannot say:
   gate judges anew by all prompt tokens so far. Sending the whole conversation as a fresh prompt gives another result.
 * **Bare calls**: several tokens are a prompt that ends there, a single token behind a KV cache is a generated one.
   `steering_start=` (a column, or one per row) says otherwise: for teacher forcing, losses and prefixes.
-* **A KV cache whose rows are permuted or picked by hand** (`batch_select_indices`) keeps the verdicts of the old rows;
-  only another number of rows is noticed, and refused.
+* **A KV cache that was changed by hand**: the gate's state follows `crop()`, `reorder_cache()`,
+  `batch_select_indices()` and `batch_repeat_interleave()`, and deep copies. Cropped into the prompt, it judges by the
+  tokens that are left. Columns that go any other way are an error where the gate reads on. A forward pass that you
+  compile yourself must have met the cache in `generate()`, or in a call that is not compiled, before you crop it.
+* **`guidance_scale`**: the unconditional branch is a prompt of its own, the last token of the real one unless you give
+  `negative_prompt_ids`, with a decision of its own. It needs a KV cache; without one it is refused.
+* **`assistant_early_exit`** must lie above the gate's layers, or is refused: the gate would not see what it reads.
+* **What Transformers does not show is an error**, never an unsteered answer: a call behind tokens that no known KV
+  cache holds, a cache of an unknown class, parameters of other names. Version 5.24 renamed the cache, which is found by
+  its type.
 """
 
 

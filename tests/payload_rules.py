@@ -23,9 +23,10 @@ class Allowed(NamedTuple):
 
 SHARED = Allowed(
     imports={
-        "collections.abc": {"Callable", "Iterator"},
+        "collections.abc": {"Callable", "Iterator", "Mapping"},
         "contextlib": {"AbstractContextManager", "contextmanager"},
-        "functools": {"wraps"},
+        "functools": {"partial", "wraps"},
+        "inspect": {"Parameter", "signature"},
         "typing": {"Any"},
         "torch": {"Tensor", "nn"},
         "torch.utils.checkpoint": {"checkpoint"},
@@ -36,14 +37,17 @@ SHARED = Allowed(
     modules={
         "threading": {"local"},
         "torch": {
-            *("arange", "bool", "cat", "compiler.is_compiling", "einsum", "exp", "float32", "int64", "no_grad"),
+            *("arange", "autocast", "bool", "cat", "compiler.is_compiling", "exp", "float32", "int64", "no_grad"),
             *("ones", "relu", "sigmoid", "tanh", "where", "zeros"),
         },
-        "nn": {"Module", "Parameter"},
+        "nn": {"Module", "Parameter", "functional.pad"},
         "modeling_utils": set(),
         "conversion_mapping": {"get_checkpoint_conversion_mapping", "register_checkpoint_conversion_mapping"},
     },
-    dynamic={"getattr(THREAD, name)", "setattr(THREAD, name, value)", "getattr(self, self.steered_layers)"},
+    dynamic={
+        *("getattr(THREAD, name)", "setattr(THREAD, name, value)", "getattr(self, self.steered_layers)"),
+        *("setattr(cache, name, partial(_changed, cache, name))", "getattr(type(cache), name)"),  # of crop and _ROWS
+    },
 )
 
 # The loader of hf-thin reads, by the functions of Transformers and safetensors, the repository and the base.
@@ -76,7 +80,7 @@ THIN = Allowed(
 _FAMILY = re.compile(r"transformers\.models\.(\w+)\.(?:configuration|modeling)_\1")
 
 _BUILTINS = {
-    *("AttributeError", "ImportError", "KeyError", "NotImplementedError", "OSError", "ValueError"),
+    *("AttributeError", "BaseException", "ImportError", "KeyError", "NotImplementedError", "OSError", "ValueError"),
     *("bool", "classmethod", "dict", "divmod", "filter", "float", "getattr", "id", "int", "isinstance", "len", "list"),
     *("max", "min", "next", "property", "range", "set", "setattr", "sorted", "str", "sum", "super", "tuple", "type"),
     *("zip", "any", "all", "enumerate", "map", "reversed", "round", "abs", "hasattr", "staticmethod"),
@@ -121,7 +125,7 @@ def _name(node, parents, allowed):
         return False
     if node.id in allowed.modules:
         parent = parents[node]
-        tested = isinstance(parent, ast.IfExp) and parent.test is node
+        tested = isinstance(parent, ast.If | ast.IfExp) and parent.test is node
         read = isinstance(parent, ast.Call) and ast.unparse(parent.func) == "getattr"
         annotated = isinstance(node.ctx, ast.Store) and ast.unparse(parent).endswith("= None")
         return not (isinstance(parent, ast.Attribute) or tested or read or annotated)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from adaras_export import card_text
 from adaras_export.card import card
+from adaras_export.errors import ArtifactError
 from adaras_export.models import BaseModel
 
 GOLDEN = Path(__file__).parent / "golden" / "cards"
@@ -49,11 +50,41 @@ def test_the_sections_are_there_for_every_target(name):
     assert headings == [*first, "Effect", "Limits", "Verify it"]
 
 
+@pytest.mark.parametrize("chat", [True, False])
 @each_target
-def test_nothing_of_a_template_is_left(name):
-    found = text(name)
-    assert "{repo}" not in found
-    assert "{strength}" not in found
+def test_nothing_of_a_template_is_left(name, chat):
+    found = text(name, chat_template=chat)
+    assert not [one for one in ("repo", "strength", "question", "chat", "plain") if f"{{{one}}}" in found]
+
+
+@each_target
+def test_where_the_base_has_a_chat_template_the_code_uses_it(name):
+    """Symptom: the card of a chat model asked without its template: garbage, and a gate that read another prompt."""
+    asked = [code for _, code in card_text.blocks(text(name, chat_template=True)) if "What is 12 times 7?" in code]
+    plain = [code for _, code in card_text.blocks(text(name)) if "What is 12 times 7?" in code]
+    assert len(asked) == len(plain) > 0
+    ways = ("apply_chat_template", 'prompt = [{"role"', "engine.chat(", "generate([{ role", "onnx_runner", " -st ")
+    assert all(any(way in code for way in ways) for code in asked)
+    assert not any(way in code for code in plain for way in ways if way != "onnx_runner")
+
+
+def test_the_code_asks_a_question_of_the_evaluation_as_it_was_asked_there():
+    assert 'messages = [{"role": "user", "content": "785+963"}]' in text(evaluation=cards.GAIN)
+    assert 'tokenizer("785 + 963 =\\n", return' in text(evaluation=cards.NULL, chat_template=True)
+
+
+USER = {"role": "user", "content": "x"}
+NO_QUESTIONS = [
+    *(7, "", "x" * 601, "\u202ex", [], [7], ["x"], [USER, USER], [{"role": "user"}]),
+    *([{**USER, "role": "system"}], [{**USER, "content": 7}], [{**USER, "name": "x"}]),
+]
+
+
+@pytest.mark.parametrize("prompt", NO_QUESTIONS)
+def test_what_is_no_short_question_is_no_example_and_refused_in_a_file(prompt):
+    assert card_text.Example.of(prompt) is None
+    with pytest.raises(ArtifactError, match="expected a file of adaras-export eval"):
+        text(evaluation={**cards.GAIN, "example": prompt})
 
 
 @pytest.mark.parametrize("ranking", ["given", "paper", "attribution"])
@@ -107,12 +138,14 @@ hostile = example("a'b\"c`d|e\\f\n---\n```\n# g <b> $x$ {repo} é 🙂\u2028: [x
 
 @hostile
 @given(NAMES)
-def test_code_names_a_repository_of_any_name_and_still_runs(name):
-    """What Python, JavaScript's JSON and a shell make of the snippet is the name, whatever it contains."""
-    markdown = '```python\nfound = "{repo}"\n```\n\n```js\n"{repo}"\n```\n\n```bash\nprintf %s {repo}/x\n```\n'
-    [python, script, shell] = card_text.blocks(card_text.filled(markdown, name, 1.0))
-    assert ast.literal_eval(python[1].removeprefix("found = ").strip()) == name
-    assert ast.literal_eval(script[1].strip()) == name
+def test_code_names_a_repository_and_a_question_of_any_text_and_still_runs(name):
+    """What Python, JavaScript's JSON and a shell make of the snippet is the text, whatever it contains."""
+    both, words = '["{repo}", "{question}"]', "printf %s {repo}/x {question}"
+    markdown = f"```python\n{both}\n```\n\n```js\n{both}\n```\n\n```bash\n{words}\n```\n"
+    asked = card_text.Example(name, chat=True)
+    [python, script, shell] = card_text.blocks(card_text.filled(markdown, name, 1.0, asked))
+    assert ast.literal_eval(python[1].strip()) == [name, name]
+    assert ast.literal_eval(script[1].strip()) == [name, name]
     assert [language for language, _ in (python, script, shell)] == ["python", "js", "bash"]
 
 
@@ -136,10 +169,11 @@ def test_a_name_is_one_line_of_markdown_that_opens_nothing(name):
 
 @each_target
 def test_the_shell_commands_and_python_snippets_of_every_target_parse(name, tmp_path):
-    card = text(name)
-    assert all(snippets.parses(code, tmp_path) for code in snippets.of(card, "bash"))
-    for language in ("python", "python vllm"):
-        ast.parse("".join(snippets.of(card, language)))
+    for chat in (True, False):
+        card = text(name, chat_template=chat)
+        assert all(snippets.parses(code, tmp_path) for code in snippets.of(card, "bash"))
+        for language in ("python", "python vllm"):
+            ast.parse("".join(snippets.of(card, language)))
 
 
 def test_a_card_does_not_depend_on_the_order_of_its_calls():

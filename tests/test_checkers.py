@@ -1,7 +1,8 @@
 """The verdicts of the answer checkers."""
 
 import importlib
-import logging
+import json
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from adaras_export.checkers import CHECKERS, checker, checker_for, exact, last_number, math_verify
 from adaras_export.errors import MissingExtraError, TraceError
-from adaras_export.traces import Question, read_questions
+from adaras_export.traces import Question, read_questions, write_questions
 
 DATA = Path(__file__).parents[2] / "shared/data"
 needs_data = pytest.mark.skipif(not DATA.exists(), reason="the reference's data is not here")
@@ -60,6 +61,25 @@ def test_another_last_number_is_incorrect(completion, answer):
     assert not last_number(completion, answer)
 
 
+@pytest.mark.parametrize(
+    ("completion", "answer", "correct"),
+    [
+        ("1" * 2_000_000, "1" * 2_000_000, True),
+        ("1" * 2_000_000, "2", False),
+        ("6/" + "3" * 1_000_000, "2", False),
+        ("3" * 1_000_000 + "/" + "3" * 1_000_000, "1", True),
+        ("1," * 300_000 + "1", "1", True),
+        ("1e9999", "1e9998", False),
+        ("0.5e1", "10/2", True),
+    ],
+)
+def test_the_last_number_takes_time_linear_in_its_length(completion, answer, correct):
+    """Two million digits took over a minute."""
+    begun = time.process_time()
+    assert last_number(completion, answer) == correct
+    assert time.process_time() - begun < 5
+
+
 @pytest.mark.parametrize("answer", [r"\frac{1}{2}", "p - q", "1/0", "12, 9", "ten"])
 def test_an_answer_that_is_no_number_is_refused_by_last_number(answer):
     with pytest.raises(TraceError, match="is not one number; expected a number, or another checker"):
@@ -83,14 +103,15 @@ def test_math_verify_compares_by_mathematics():
     pytest.importorskip("math_verify")
     assert math_verify(r"Hence $x = \frac{2}{4}$.", r"\frac{1}{2}")
     assert math_verify(r"so \boxed{0.5}", r"$\frac12$")
+    assert math_verify(r"so \boxed{32348}", r"\$32,\!348")  # as of MATH-500
     assert not math_verify(r"so \boxed{0.6}", r"\frac{1}{2}")
     assert not math_verify("I give up", "3")
 
 
-def test_math_verify_works_off_the_main_thread(caplog):
-    """Its own time limit is a signal, which Python refuses outside the main thread."""
+def test_math_verify_serves_several_threads():
+    """They share one process, whose replies must not be mixed up."""
     pytest.importorskip("math_verify")
-    with caplog.at_level(logging.ERROR), ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(2) as pool:
         verdicts = list(pool.map(math_verify, [r"\boxed{4}", r"\boxed{5}"] * 4, ["4"] * 8))
     assert verdicts == [True, False] * 4
 
@@ -116,7 +137,7 @@ def test_a_missing_library_names_the_extra_before_anything_is_checked(monkeypatc
         raise ModuleNotFoundError(name, name=name)
 
     monkeypatch.setattr(importlib, "import_module", missing)
-    with pytest.raises(MissingExtraError, match=r"pip install 'adaras-export\[eval\]'"):
+    with pytest.raises(MissingExtraError, match=r"pip install 'scikit-learn>=1.5' 'scipy>=1.13' 'math-verify>=0.7'"):
         checker("math_verify")
 
 
@@ -133,3 +154,39 @@ def test_questions_name_their_checker():
 def test_questions_that_name_two_checkers_want_a_choice():
     with pytest.raises(TraceError, match="name the checkers exact, last_number; expected one"):
         checker_for(asked("last_number", "exact"))
+
+
+CASES = {"entry_point": "f", "functional": [{"input": [1], "output": 2}]}
+INPUTS = {"entry_point": "f", "canonical_solution": "def f(x): return x", "base_input": [[1]]}
+UNREADABLE = [
+    ("last_number", "ten", "is not one number; expected a number"),
+    ("regex", "(", "is no regular expression"),
+    ("math_verify", "$$", "holds no mathematical expression; expected LaTeX"),
+    ("code", "42", "expected a JSON object with tests"),
+    ("code", {"test": 5, "entry_point": "f"}, "its test is 5; expected Python"),
+    ("code", {"test": "def check(:", "entry_point": "f"}, "its test is no Python"),
+    ("code", {"test": "check(f)", "entry_point": ["f"]}, "its entry_point is .*; expected the name of a function"),
+    ("code", {"test": "check(f)", "entry_point": "f", "prompt": 5}, "its prompt is 5; expected text"),
+    ("code", CASES | {"functional": {"input": []}}, "its functional is .*; expected a list of objects"),
+    ("code", CASES | {"functional": [{"input": [1]}]}, "its functional is .*; expected a list of objects"),
+    ("code", CASES | {"functional": [{"input": 1, "output": 2}]}, "its functional is .*; expected a list of objects"),
+    ("code", {"stdin": [{"input": "1"}]}, "its stdin is .*; expected a list of objects"),
+    ("code", {"stdin": [{"input": 1, "output": "2"}]}, "its stdin is .*; expected a list of objects"),
+    ("code", INPUTS | {"base_input": [1]}, "its base_input is .*; expected a list of lists"),
+    ("code", INPUTS | {"plus_input": "1"}, "its plus_input is .*; expected a list of lists"),
+    ("code", INPUTS | {"canonical_solution": None}, "expected one of test, base_input .with canonical_solution."),
+    ("code", INPUTS | {"canonical_solution": 5}, "its canonical_solution is 5; expected Python"),
+    ("code", INPUTS | {"atol": "small"}, "its atol is 'small'; expected a number"),
+]
+
+
+@pytest.mark.parametrize(("name", "answer", "said"), UNREADABLE)
+def test_an_answer_that_its_checker_cannot_read_is_refused_with_its_line(tmp_path, name, answer, said):
+    """Before anything is sampled: behind that, it was a traceback."""
+    if name == "math_verify":
+        pytest.importorskip(name)
+    path = tmp_path / "questions.jsonl"
+    text = answer if isinstance(answer, str) else json.dumps(answer)
+    write_questions(path, [Question("1", "p", "42", "exact"), Question("2", "q", text, "exact")])
+    with pytest.raises(TraceError, match=rf"questions.jsonl:2: .*{said}"):
+        checker_for(read_questions(path)[1:], name)

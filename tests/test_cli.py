@@ -1,5 +1,6 @@
 """The command line, stage by stage on the embedded model, and every way to use it wrong."""
 
+import copy
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import tiny
@@ -17,8 +19,9 @@ from safetensors.numpy import load_file, save_file
 
 import adaras_export.demo
 from adaras_export import cli, neurons
-from adaras_export.cli.options import progress, rate_of
+from adaras_export.cli.options import fitting, progress, rate_of
 from adaras_export.demo import planted
+from adaras_export.generation import encode_prompt
 from adaras_export.rule import Gate, NeuronSet, SteeringRule
 from adaras_export.statistics import NeuronStats
 from adaras_export.traces import Question, read_questions, read_traces, write_questions, write_traces
@@ -366,6 +369,24 @@ MISSING = {
     "verify, folder": "verify {bad}/none",
     "verify, base": "verify {job}/steered --base {bad}/none",
 }
+# Told as fast as the rest: importing torch takes seconds. More of what is missing is above, of what is misspelt below.
+TOLD_AT_ONCE = (
+    *MISSING.values(),
+    "identify {traces} {on} --ranking best",
+    "identify {traces} {on} --dtype fp16",
+    "collect {job}/test.jsonl {on} --check guess",
+    "collect {job}/test.jsonl {on} --backend tgi",
+    "gate {traces} {on} --pooling max",
+    "tune {job}/validation.jsonl {on} --neurons {neurons} --start then",
+    "eval {job}/test.jsonl {on} --rule {rule} --compare gated,all",
+    "export {rule} --base {model} --to floppy -o {bad}/out",
+    "export {rule} {to} --accept-loss gate,stat",
+    "eval {job}/test.jsonl {on} --rule {bad}/cut",
+    "gate {bad}/label.jsonl {on}",
+    "push {bad} user/name --yes",
+    "card {bad}",
+    "demo --model gpt9",
+)
 TUNE = "tune {job}/validation.jsonl {on} --neurons {neurons} "
 SERVER = "collect {job}/test.jsonl {on} --endpoint http://127.0.0.1:9/v1 "
 EVAL = "eval {job}/test.jsonl {on} --rule {rule} "
@@ -396,7 +417,7 @@ WRONG = {
     "export {bad}/corrupt {to}": r"ArtifactError: .*corrupt: .*expected a rule file",
     "export {rule} {to} --evaluation {bad}/malformed.jsonl": r"ArtifactError: .*malformed.jsonl: ",
     "export {rule} {to} --evaluation {bad}/other.json": r"ExportError: .*other.json: evaluates rule another",
-    "verify {model}": r"ArtifactError: .*receipt.json",
+    "verify {model}": r"ArtifactError: .*planted_model: is no exported folder, it has no receipt.json; expected what",
     # neurons of the reference
     "tune {job}/validation.jsonl {on} --neurons {bad}/outside.csv": r"RuleError: .*layer \[27\] outside",
     "tune {job}/validation.jsonl {on} --neurons {bad}/twice.csv": r"RuleError: .*\[3:7\] given more than once",
@@ -417,14 +438,14 @@ WRONG = {
     "gate {traces} -m {model} -o {bad}": r"UsageError: .*'--out'.*is a folder; expected a file",
     "collect {job}/test.jsonl {on} --record {bad}/none/out": r"UsageError: .*'--record'.*its folder",
     # options
-    "identify {traces} {on} --ranking best": r"UsageError: .*--ranking best: expected one of: paper, absolute",
-    "identify {traces} {on} --start now": r"UsageError: .*--start now: expected one of: last_prompt_token",
+    "identify {traces} {on} --ranking best": r"UsageError: .*'--ranking': 'best' is not one of 'paper', 'absolute'",
+    "identify {traces} {on} --start now": r"UsageError: .*'--start': 'now' is not one of 'last_prompt_token'",
     "identify {traces} {on} --keep many": r"UsageError: .*'--keep'",
     "identify {traces} {on} --keep 9999": r"RuleError: neurons: 9999 wanted from layer 2 on",
     "identify {traces} {on} --min-layer 4": r"RuleError: neurons: 200 wanted from layer 4 on",
-    "identify {traces} {on} --tokens prompt": r"UsageError: .*--tokens prompt: expected one of: all, completion",
-    "identify {traces} {on} --too-long cut": r"UsageError: .*--too-long cut: expected one of: refuse, skip, read",
-    "identify {traces} {on} --device-map cpu": r"UsageError: .*--device-map cpu: expected one of: auto, balanced",
+    "identify {traces} {on} --tokens prompt": r"UsageError: .*'--tokens': 'prompt' is not one of 'all', 'completion'",
+    "identify {traces} {on} --too-long cut": r"UsageError: .*'--too-long': 'cut' is not one of 'refuse', 'skip'",
+    "identify {traces} {on} --device-map cpu": r"UsageError: .*'--device-map': 'cpu' is not one of 'auto'",
     "identify {traces} {on} --token-budget 0": r"TraceError: reading: token_budget is 0; expected 1 or more",
     "identify {traces} {on} --chunk-tokens 0": r"TraceError: reading: chunk_tokens is 0; expected 1 or more",
     "identify {traces} {on} --stats {job}/stats.safetensors --tokens completion": (
@@ -435,12 +456,12 @@ WRONG = {
     "identify {traces} {on} --shard 0/2 --stats {job}/stats.safetensors": r"UsageError: .*--shard and --stats",
     "merge {job}/stats.safetensors -o {bad}/out": r"ArtifactError: .*is a neuron statistics file; expected a part",
     "identify {traces} {on} --per-class 0": r"TraceError: per_class is 0; expected a positive",
-    "gate {traces} {on} --pooling max": r"UsageError: .*--pooling max: expected one of: logistic, attention",
+    "gate {traces} {on} --pooling max": r"UsageError: .*'--pooling': 'max' is not one of 'logistic'",
     "gate {traces} {on} --features 9999": r"RuleError: gate: 9999 features wanted",
     "gate {traces} {on} --below-layer 0": r"RuleError: gate: reads layers below 0; expected 1 to 4",
     "gate {traces} {on} --below-layer 9": r"RuleError: gate: reads layers below 9; expected 1 to 4",
     "gate {traces} {on} --features some": r"UsageError: .*--features some: expected a number, or auto",
-    "gate {traces} {on} --threshold half": r"UsageError: .*--threshold half: expected one of: youden, cost",
+    "gate {traces} {on} --threshold half": r"UsageError: .*'--threshold': 'half' is not one of 'youden'",
     "gate {traces} {on} --threshold cost --cost-missed 2": r"UsageError: .*--threshold cost: expected both --cost-mis",
     "gate {traces} {on} --cost-missed 2": r"UsageError: .*--cost-missed and --cost-needless: choose nothing here",
     "gate {traces} {on} --threshold cost --cost-missed 2 --cost-needless 0": r"RuleError: costs: 2 of a wrong answer",
@@ -448,6 +469,7 @@ WRONG = {
     TUNE + "--strengths 1:0.5 --trials 3": r"RuleError: strengths 1:0.5: no range; expected two numbers",
     TUNE + "--strengths 1:2": r"RuleError: tune: a range of strengths is no grid; expected a number of trials",
     TUNE + "--strengths 1:2:3": r"UsageError: Invalid value: --strengths 1:2:3: expected LOW:HIGH",
+    TUNE + "--strengths 1:": r"UsageError: Invalid value: --strengths 1:: expected LOW:HIGH",
     TUNE + "--report trials.csv": r"UsageError: Invalid value: --report .csv: expected one of: .json, .md",
     TUNE + "--neurons {neurons}": r"UsageError: Invalid value: --neurons .*: a file is given twice",
     TUNE + "--strengths 0,1": r"RuleError: tune: .*expected numbers other than 0",
@@ -456,12 +478,12 @@ WRONG = {
     TUNE + "--counts nan": r"UsageError: .*--counts nan: expected whole numbers",
     TUNE + "--counts 201": r"RuleError: neurons: 201 wanted; the set has 200",
     TUNE + "--start then": r"UsageError: .*--start then: expected one of",
-    TUNE + "--check guess": r"TraceError: checker guess: is not known; expected one of: last_number",
+    TUNE + "--check guess": r"UsageError: .*'--check': 'guess' is not one of 'last_number', 'exact'",
     TUNE + "--max-new-tokens 0": r"TraceError: sampling: max_new_tokens 0",
     TUNE + "--max-new-tokens 999": r"TraceError: prompt of 10 tokens: 999 new ones exceed the context of 256",
     TUNE
     + "--gate {bad}/late_gate --start last_prompt_token": r"RuleError: rule: the gate reads layer 3, steering begins",
-    EVAL + "--check guess": r"TraceError: checker guess",
+    EVAL + "--check guess": r"UsageError: .*'--check': 'guess' is not one of",
     EVAL + "--compare gated,all": r"RuleError: compare: no arm 'all'; expected of: gated, always, everywhere",
     EVAL + "--compare gated,": r"RuleError: compare: no arm ''; expected of",
     "eval {job}/test.jsonl {on} --rule {bad}/ungated --compare gated,always": (
@@ -472,7 +494,7 @@ WRONG = {
     "collect {job}/test.jsonl {on} --temperature 0": r"TraceError: collect: 8 attempts at temperature 0",
     "collect {job}/test.jsonl {on} --per-class 5": r"TraceError: collect: 5 correct and 5 incorrect attempts of 8",
     "collect {job}/test.jsonl {on} --wanted 0": r"TraceError: collect: wanted is 0; expected 1 or more",
-    "collect {job}/test.jsonl {on} --backend tgi": r"UsageError: .*--backend tgi: expected one of: transformers, vllm",
+    "collect {job}/test.jsonl {on} --backend tgi": r"UsageError: .*'--backend': 'tgi' is not one of 'transformers'",
     "collect {job}/test.jsonl {on} --backend vllm --record {bad}/o": r"UsageError: .*--record: vLLM shows no",
     "collect {job}/test.jsonl {on} --concurrency 2 --retries 1": r"UsageError: .*--concurrency, --retries: is for",
     SERVER + "--record {bad}/o --dtype bfloat16": r"UsageError: .*--record, --dtype: is for a model",
@@ -481,18 +503,20 @@ WRONG = {
     SERVER + "--temperature 0": r"TraceError: collect: 8 attempts at temperature 0",
     SERVER: r"EndpointError: http://127.0.0.1:9/v1, model .*: cannot be reached .*; run again to go on",
     "collect {job}/test.jsonl {on} --top-p 2": r"TraceError: sampling: top_p 2.0",
-    "export {rule} --base {model} --to floppy -o {bad}/out": r"ExportError: .*floppy.*expected one of: .*hf",
+    "export {rule} --base {model} --to floppy -o {bad}/out": r"UsageError: .*'--to': 'floppy' is not one of 'hf'",
+    "export {rule} {to} --accept-loss gate,stat": r"UsageError: .*--accept-loss stat: expected one of: gate, start",
     "export {rule} {to} --calibration {traces}": r"ExportError: hf: has no option calibration",
     "export {rule} --base {model} --to onnx -o {bad}/out --calibration {traces}": r"ExportError: .* with fp32",
     "export {rule} --base {model} --to onnx -o {bad}/out --precision int4 --calibration {bad}/malformed.jsonl": (
         r"TraceError: .*malformed.jsonl:2: is not JSON"
     ),
     "card {bad}": r"ArtifactError: .*receipt.json",
+    "card {job}/steered --repository steered": r"UsageError: .*--repository steered: could be on no Hub; expected USER",
     "card {job}/steered --evaluation {bad}/other.json": r"ExportError: .*evaluates rule another",
     "card {job}/steered --dataset [x](y)": r"ExportError: datasets: .* could be on no Hub; expected USER/NAME",
     EVAL + "--dataset a/b/c": r"TraceError: dataset 'a/b/c': is no Hub id; expected USER/NAME",
     EVAL + "--task two": r"TraceError: task two: of no dataset; expected its Hub id, too",
-    "demo --model gpt9 -o {bad}/out": r"ExportError: demo: no model gpt9; expected one of: planted, smollm2",
+    "demo --model gpt9 -o {bad}/out": r"UsageError: .*'--model': 'gpt9' is not one of 'planted', 'smollm2'",
     # the command line itself
     "nothing": r"UsageError: No such command 'nothing'; see adaras-export --help",
     "gate": r"UsageError: Missing argument .*; see adaras-export gate --help",
@@ -561,6 +585,47 @@ def test_a_missing_file_or_model_is_named(what, job, bad, refused):
     assert not (bad / "out").exists()
 
 
+ALL_IN_ONE = """
+import json, sys
+from adaras_export import cli
+for words in json.load(sys.stdin):
+    sys.argv = ["adaras-export", *words]
+    try:
+        cli.main()
+    except SystemExit as end:
+        print(end.code, *({"torch", "transformers"} & {*sys.modules}), *words)
+"""
+
+
+def test_what_is_missing_or_misspelt_is_told_before_torch_is_imported(job, bad):
+    """Symptom: a typo in --ranking was told after 7 seconds of CPU time, spent on imports."""
+    commands = [written_out(command, job, bad) for command in TOLD_AT_ONCE]
+    done = subprocess.run(
+        [sys.executable, "-c", ALL_IN_ONE], input=json.dumps(commands), capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines() == [f"2 {' '.join(words)}" for words in commands]
+    assert done.stderr.count("\n") == len(commands)
+
+
+def test_the_choices_of_options_are_those_of_the_library():
+    """They are written out in the command line, so that it need not import what takes seconds."""
+    from adaras_export import checkers, exporters, generation, rankings, rule
+    from adaras_export.cli import delivery, identify, machine, options
+    from adaras_export.demo import pipeline
+    from adaras_export.exporters import base
+
+    for choices, expected in (
+        (options.CheckerName, checkers.CHECKERS),
+        (options.Dtype, get_args(generation.Dtype)),
+        (options.Starts, get_args(rule.Start)),
+        (get_args(identify.RankingName)[0], rankings.RANKINGS),
+        (delivery.Target, exporters.TARGETS),
+        (delivery.Feature, get_args(base.Feature)),
+        (machine.Model, pipeline.TASKS),
+    ):
+        assert get_args(choices) == (*expected,)
+
+
 @pytest.mark.parametrize("command", WRONG)
 def test_wrong_use_ends_with_one_line_and_exit_status_2(command, job, bad, refused):
     line = refused(*written_out(command, job, bad))
@@ -573,7 +638,7 @@ def test_a_missing_library_names_the_extra_to_install(module, stage, job, refuse
     monkeypatch.setitem(sys.modules, module, None)
     line = refused(*arguments(stage, job, tmp_path / "out"))
     assert line.startswith("MissingExtraError: ")
-    assert line.endswith("run: pip install 'adaras-export[identify]'")
+    assert line.endswith("run: pip install 'scikit-learn>=1.5' 'scipy>=1.13'")
     assert not (tmp_path / "out").exists()
 
 
@@ -581,7 +646,27 @@ def test_the_math_verify_checker_names_its_extra(job, refused, tmp_path, monkeyp
     monkeypatch.setitem(sys.modules, "math_verify", None)
     line = refused(*arguments("tune", job, tmp_path / "out"), "--check", "math_verify")
     assert "needs math_verify" in line
-    assert "adaras-export[eval]" in line
+    assert "'math-verify>=0.7'" in line
+
+
+def test_without_a_number_of_new_tokens_so_many_are_sampled_as_fit_the_context(job, run, tmp_path):
+    """Symptom: the README's commands failed on the embedded model, whose context is half of the default."""
+    write_questions(tmp_path / "q.jsonl", read_questions(job / "test.jsonl")[:2])
+    command = ["collect", tmp_path / "q.jsonl", "-m", MODEL, "-o", tmp_path / "t.jsonl"]
+    status, out, err = run(*command, "--attempts", "1", "--temperature", "0")
+    assert (status, err) == (0, "")
+    assert "; --max-new-tokens 246, which fits the model's context" in out
+
+
+def test_the_default_of_new_tokens_is_what_fits_and_a_given_number_stays(stock, tokenizer):
+    model = copy.copy(stock["llama"])
+    asked = [Question("short", "ab", "x"), Question("long", [{"role": "user", "content": "abc" * 5}], "x")]
+    longest = len(encode_prompt(tokenizer, asked[1].prompt))
+    for context, expected in ((longest + 7, 7), (longest + 512, 512), (9999, 512), (longest, 512)):
+        model.config = copy.copy(model.config)
+        model.config.max_position_embeddings = context
+        assert fitting(None, model, tokenizer, asked) == expected
+        assert fitting(600, model, tokenizer, asked) == 600
 
 
 def test_seen_questions_can_be_allowed_by_name(job, run, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import platform
+import time
 
 import pytest
 
@@ -52,6 +53,15 @@ def test_the_last_block_counts():
         solution_of(f"```\n{RIGHT}```\nNo:\n```py\ndef total(a): return 1\n```", "", "total")
         == "def total(a): return 1\n"
     )
+
+
+def test_the_end_of_the_python_is_found_in_bearable_time():
+    """Parsing the text again without its last line, and again, took ten seconds."""
+    begun = time.process_time()
+    for first, other in (("    x = (", "    " + "1," * 60), ("    pass", f"    @({'1,' * 15})")):
+        assert solution_of("\n".join([first, *[other] * 480]), PROMPT, "other") is None
+    assert time.process_time() - begun < 3
+    assert solution_of("    if a:\n        return 1\n    if b:\n        if", PROMPT, "other").endswith("return 1")
 
 
 @pytest.mark.parametrize("completion", ["", "I cannot.", "```python\ndef total(:\n```", "```python\n", "x" * 99999])

@@ -10,8 +10,8 @@ import pytest
 import tiny
 
 from adaras_export import comparison
-from adaras_export.comparison import arms_of, compare_arms
-from adaras_export.conclusions import conclusion
+from adaras_export.comparison import compare_arms
+from adaras_export.conclusions import arms_of, conclusion
 from adaras_export.errors import RuleError, TraceError
 from adaras_export.evaluate import Conduct, Exam, evaluate, random_control
 from adaras_export.gate import gate_probabilities

@@ -11,7 +11,7 @@ from adaras_export.answer_book import AnswerBook
 from adaras_export.checkers import last_number
 from adaras_export.cli import main
 from adaras_export.demo import pipeline, smollm2
-from adaras_export.errors import ExportError, MissingExtraError
+from adaras_export.errors import ExportError, MissingExtraError, TraceError
 from adaras_export.evaluate import Exam
 from adaras_export.generation import Sampling, load_model
 from adaras_export.models import BaseModel
@@ -42,10 +42,26 @@ def small_task(out):
 
 @pytest.fixture(scope="module")
 def summary(tmp_path_factory):
-    """The job, run once."""
+    """The job, cut off behind the sampling and run again."""
+    out = tmp_path_factory.mktemp("demo") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(pipeline.TASKS, "small", small_task)
-        return pipeline.run("small", tmp_path_factory.mktemp("demo") / "out", no_bar)
+        with patch.context() as failing:
+            failing.setattr(pipeline, "train_gate", cut_off)
+            with pytest.raises(TraceError, match="cut off"):
+                pipeline.run("small", out, no_bar)
+        (out / "steered-model").mkdir()
+        return pipeline.run("small", out, no_bar)
+
+
+def cut_off(*_, **__):
+    raise TraceError("cut off")
+
+
+@pytest.mark.slow
+def test_a_job_that_failed_goes_on_in_its_folder(summary):
+    """Symptom: without scikit-learn the demo failed behind its sampling, and a second run said the folder exists."""
+    assert summary.collected.resumed == summary.collected.traces
 
 
 @pytest.mark.slow
@@ -105,6 +121,20 @@ def test_an_existing_folder_is_refused_and_left_as_it_is(tmp_path):
     with pytest.raises(ExportError, match="exists already; choose another folder"):
         pipeline.run("planted", tmp_path, no_bar)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_folder_of_another_unfinished_job_is_refused(tmp_path):
+    (tmp_path / "unfinished").write_text("smollm2")
+    with pytest.raises(ExportError, match="exists already; choose another folder"):
+        pipeline.run("planted", tmp_path, no_bar)
+
+
+@pytest.mark.parametrize("library", ["sklearn.linear_model", "scipy.stats"])
+def test_libraries_of_later_stages_are_asked_for_before_anything_is_sampled(library, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(MissingExtraError, match=f"the demo needs {library.partition('.')[0]}, .*; run: pip install"):
+        pipeline.run("planted", tmp_path / "out", no_bar)
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_unknown_model_is_refused_before_a_folder_is_made(tmp_path):

@@ -110,6 +110,14 @@ def test_what_cannot_be_mended_is_one_line_without_the_key(run, server, fault, m
     assert server.log[0][3] == "Bearer sk-secret"
 
 
+@pytest.mark.parametrize("key", ["sk-seçret", "sk-secret\n"])
+def test_a_key_that_no_header_can_hold_is_refused_and_not_shown(key):
+    """Symptom: a traceback out of the HTTP client, after the model's questions were read."""
+    with pytest.raises(EndpointError, match=r"^endpoint: its key .*; expected ASCII, in one line$") as caught:
+        Endpoint("http://127.0.0.1:8000/v1", "teacher", key)
+    assert "sk-" not in str(caught.value)
+
+
 def test_a_model_that_is_not_served_is_named(run):
     with pytest.raises(EndpointError, match=r"model other, trace q\d#\d: answers 404 \(.*`other` does not exist"):
         run(model="other")

@@ -1,12 +1,14 @@
 """Which packages are here, which are missing, and how an optional library is told from a broken one."""
 
-from importlib.metadata import requires, version
+import shlex
+from importlib.metadata import PackageNotFoundError, requires, version
 
 import pytest
 from packaging.requirements import Requirement
 
+from adaras_export import errors
 from adaras_export.environment import _EXTRAS, has_onnxruntime, onnxruntime, packages
-from adaras_export.errors import BrokenInstallationError, MissingExtraError, require
+from adaras_export.errors import BrokenInstallationError, MissingExtraError, install_command, require
 
 
 def by_name(findings):
@@ -40,7 +42,7 @@ def test_what_is_absent_comes_with_the_command_that_brings_it():
 
     found = by_name(packages(installed))
     assert found["extra onnx"].ok is None
-    assert "pip install 'adaras-export[onnx]'" in found["extra onnx"].text
+    assert "; for it, pip install 'onnx" in found["extra onnx"].text
     assert not has_onnxruntime(installed)
 
 
@@ -52,7 +54,7 @@ def test_a_core_library_that_is_missing_or_too_old_is_a_failure():
 
 def test_a_library_of_an_extra_that_is_too_old_is_a_failure():
     found = by_name(packages(lambda name: "0.17.1"))["extra peft"]
-    assert found.line() == "FAIL extra peft: peft 0.17.1, expected >=0.18; pip install --upgrade 'adaras-export[peft]'"
+    assert found.line() == "FAIL extra peft: peft 0.17.1, expected >=0.18; pip install 'peft>=0.18' --upgrade"
 
 
 def test_every_library_of_an_extra_is_one_that_the_extra_asks_for():
@@ -73,9 +75,24 @@ def test_a_library_that_is_there_but_does_not_import_is_broken_and_not_missing(c
     with pytest.raises(BrokenInstallationError, match="needs half_a_library, which is installed, but") as error:
         require("half_a_library", "peft", "target peft")
     assert reason in str(error.value)
-    assert str(error.value).endswith("run: pip install 'adaras-export[peft]' --force-reinstall")
+    assert str(error.value).endswith("run: pip install 'peft>=0.18' --force-reinstall")
 
 
 def test_a_library_that_is_not_there_is_missing():
-    with pytest.raises(MissingExtraError, match=r"not installed; run: pip install 'adaras-export\[peft\]'$"):
+    with pytest.raises(MissingExtraError, match=r"not installed; run: pip install 'peft>=0.18'$"):
         require("nothing_of_this_name.part", "peft", "target peft")
+
+
+@pytest.mark.parametrize("extra", _EXTRAS)
+def test_the_hint_for_an_extra_names_its_libraries_and_not_this_one_which_is_on_no_index(extra):
+    words = shlex.split(install_command(extra))
+    assert words[:2] == ["pip", "install"]
+    assert {Requirement(one).name for one in words[2:]} == asked_for(extra)
+
+
+def test_without_an_installation_the_hint_goes_by_the_source(monkeypatch):
+    def absent(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(errors, "requires", absent)
+    assert install_command("peft") == "pip install '.[peft]' in a clone of adaras-export"

@@ -14,7 +14,7 @@ from adaras_export import models
 from adaras_export.answer_book import AnswerBook
 from adaras_export.conclusions import conclusion
 from adaras_export.errors import MissingExtraError, RuleError, TraceError
-from adaras_export.evaluate import Conduct, Exam, evaluate, random_control
+from adaras_export.evaluate import Conduct, Exam, _example, evaluate, random_control
 from adaras_export.gate import gate_probabilities
 from adaras_export.generation import Sampling, complete, complete_ids, decode, encode_prompt
 from adaras_export.reports import reading
@@ -124,6 +124,14 @@ def test_the_batch_size_changes_no_verdict(rule, run, exam):
     assert {name: v.tolist() for name, v in one.verdicts.items()} == {n: v.tolist() for n, v in other.verdicts.items()}
 
 
+def test_the_example_of_a_record_is_a_question_that_was_set_right_and_that_a_card_can_ask():
+    long, first, chat = Question("l", "x" * 999, "x"), Question("f", "1 + 1", "x"), QUESTIONS[-1]
+    rows = {"off": np.array([0, 0, 0], bool), "always": np.array([1, 0, 1], bool)}
+    assert _example([long, first, chat], rows) == [{"role": "user", "content": "4+4"}]
+    assert _example([long, first, chat], {**rows, "always": rows["off"]}) == "1 + 1"
+    assert _example([long], {name: values[:1] for name, values in rows.items()}) is None
+
+
 def test_two_runs_give_the_same_record(rule, run):
     one, other = run(rule()).as_record(), run(rule()).as_record()
     assert one.pop("seconds").keys() == other.pop("seconds").keys()
@@ -137,6 +145,9 @@ def test_the_record_holds_every_verdict_by_question(rule, run):
     assert record["verdicts"]["id"] == [question.id for question in QUESTIONS]
     assert record["verdicts"]["gated"] == [int(right) for right in found.verdicts["gated"]]
     assert record["questions"] == 15
+    won = [one.prompt for one, right, off in zip(QUESTIONS, *map(found.verdicts.get, ("gated", "off")), strict=True)
+           if right > off]  # fmt: skip
+    assert record["example"] in [*won, QUESTIONS[0].prompt][:1]
     assert [arm["name"] for arm in record["arms"]] == [arm.name for arm in found.arms]
 
 
@@ -228,7 +239,7 @@ def test_a_rule_of_a_whole_layer_has_no_random_control(bases, stock):
 def test_without_scipy_the_error_names_the_extra_before_anything_is_answered(rule, run, exam, monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy.stats", None)
     watched = replace(exam, progress=lambda done, total: pytest.fail("answered"))
-    with pytest.raises(MissingExtraError, match=r"comparing verdicts needs scipy.*install 'adaras-export\[identify\]'"):
+    with pytest.raises(MissingExtraError, match=r"comparing verdicts needs scipy.*install .*'scipy>=1.13'$"):
         run(rule(), watched)
 
 

@@ -410,6 +410,6 @@ def test_long_prompts_are_read_in_pieces(chunk_tokens, stock, tokenizer):
 def test_without_scikit_learn_the_error_names_the_extra(train, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
     with pytest.raises(
-        MissingExtraError, match=r"training a gate needs sklearn.*pip install 'adaras-export\[identify\]'"
+        MissingExtraError, match=r"training a gate needs sklearn.*pip install 'scikit-learn>=1.5' 'scipy>=1.13'"
     ):
         train(planted())

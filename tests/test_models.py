@@ -76,7 +76,9 @@ def test_a_folder_without_a_config_is_refused(tmp_path):
 
 
 def test_what_is_neither_a_folder_nor_reachable_is_refused(tmp_path):
-    with pytest.raises(ArtifactError, match="neither a folder nor a model that the Hub gave"):
+    with pytest.raises(
+        ArtifactError, match=r"deep: no such folder; expected that of a model, or a name of the Hub: USER/NAME"
+    ):
         BaseModel.of(tmp_path / "gone" / "model" / "deep")
 
 

@@ -4,6 +4,7 @@ import base64
 import json
 import pickle
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from adaras_export import cli
 from adaras_export.checkers import checker_for, math_verify, reasoning_gym
 from adaras_export.errors import TraceError
 from adaras_export.question_sets import BOXED, PRESETS, Source, deal, distinct, of_preset, of_task, pickled_string
+from adaras_export.sandbox import Limits, scorer
 from adaras_export.traces import Question, read_questions, write_questions
 
 datasets = pytest.importorskip("datasets")
@@ -143,6 +145,57 @@ def test_a_task_that_another_version_makes_otherwise_is_refused():
         reasoning_gym("1", json.dumps(answer | {"seed": 2}))
     with pytest.raises(TraceError, match="reasoning-gym:nothing"):
         of_task("nothing", 1, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"seed": "1"}, "expected JSON with task, seed, size, index and digest"),
+        ({"index": 2}, "expected JSON with task"),
+        ({"digest": None}, "expected JSON with task"),
+        ({"task": "nothing"}, "names no task that reasoning-gym makes"),
+        ({"digest": "0" * 16}, "makes another question"),
+    ],
+)
+def test_an_answer_that_means_no_entry_is_refused_on_reading(changed, said):
+    pytest.importorskip("reasoning_gym")
+    (question,) = of_task("gcd", 1, seed=1)
+    other = replace(question, answer=json.dumps(json.loads(question.answer) | changed))
+    with pytest.raises(TraceError, match=f"question gcd/1/0: .*{said}"):
+        checker_for([question, other])
+    checker_for([question])
+
+
+# Tasks whose scorers evaluate an answer, as Python or by SymPy.
+EVALUATED = ["spiral_matrix", "binary_matrix", "string_insertion", "n_queens", "countdown", "puzzle24"]
+EVALUATED += ["simple_integration", "intermediate_integration"]
+
+
+@pytest.mark.parametrize("task", EVALUATED)
+def test_an_answer_is_evaluated_in_the_sandbox_only(tmp_path, task):
+    reasoning_gym_library = pytest.importorskip("reasoning_gym")
+    (question,) = of_task(task, 1, seed=1)
+    right = reasoning_gym_library.create_dataset(task, seed=1, size=1)[0]["answer"]
+    mark = tmp_path / "was here"
+    for hostile in (f"__import__('pathlib').Path({str(mark)!r}).touch()", "exit(0)"):
+        assert not reasoning_gym(f"<answer>{hostile}</answer>", question.answer)
+    assert not mark.exists()
+    assert reasoning_gym(f"<answer>{right}</answer>", question.answer)
+
+
+def test_an_answer_does_not_reach_the_scoring_of_another_one():
+    pytest.importorskip("reasoning_gym")
+    (question,) = of_task("spiral_matrix", 1, seed=1)
+    other = "__import__('reasoning_gym').algorithmic.SpiralMatrixDataset.score_answer = lambda *a, **b: 1.0"
+    reasoning_gym(f"<answer>exec({other!r})</answer>", question.answer)
+    assert not reasoning_gym("<answer>1</answer>", question.answer)
+
+
+def test_an_answer_that_takes_for_ever_is_incorrect():
+    pytest.importorskip("reasoning_gym")
+    (question,) = of_task("spiral_matrix", 1, seed=1)
+    limits = Limits(wall_seconds=0.5)
+    assert scorer("reasoning_gym").score("<answer>9**9**9**9</answer>", question.answer, limits)[1] is False
 
 
 def test_parts_are_disjoint_and_do_not_depend_on_the_order():

@@ -3,6 +3,7 @@
 import copy
 import importlib
 import json
+import pickle
 import threading
 
 import numpy as np
@@ -11,10 +12,10 @@ import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import greedy, require_answers
-from transformers import DynamicCache
+from tiny import CACHE, greedy, require_answers
+from transformers import DynamicCache, GenerationMixin
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.qwen3.modeling_qwen3 import eager_attention_forward
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Model, eager_attention_forward
 
 from adaras_export.exporters.hf import EXPORTER
 from adaras_export.runtime import steering_adaras as runtime
@@ -35,9 +36,9 @@ def random_features(seed, batch=2, tokens=6):
 def test_pooling_in_pieces_equals_pooling_at_once(seed, cut):
     module, features, prompt = gate_module(tiny.make_gate()), random_features(seed), torch.ones(2, 6, dtype=torch.bool)
     whole, parts = SteeringState(), SteeringState()
-    whole.see(module, features, prompt)
-    parts.see(module, features[:, :cut], prompt[:, :cut])
-    parts.see(module, features[:, cut:], prompt[:, cut:])
+    whole.see(module, features, prompt, 0)
+    parts.see(module, features[:, :cut], prompt[:, :cut], 0)
+    parts.see(module, features[:, cut:], prompt[:, cut:], cut)
     assert torch.allclose(whole.probability, parts.probability, atol=1e-6)  # sums of 6 terms in another order
 
 
@@ -45,43 +46,101 @@ def test_pooling_in_pieces_equals_pooling_at_once(seed, cut):
 def test_padding_does_not_change_the_verdict(seed, padding):
     module, features = gate_module(tiny.make_gate()), random_features(seed, batch=1)
     state, padded = SteeringState(), SteeringState()
-    state.see(module, features[:, padding:], torch.ones(1, 6 - padding, dtype=torch.bool))
-    padded.see(module, features, torch.arange(6)[None] >= padding)
+    state.see(module, features[:, padding:], torch.ones(1, 6 - padding, dtype=torch.bool), 0)
+    padded.see(module, features, torch.arange(6)[None] >= padding, 0)
     assert torch.allclose(state.probability, padded.probability, atol=1e-6)
 
 
 def test_zero_attention_weights_pool_by_the_mean():
     module, features = SteeringGate(5, 2), random_features(1)
-    weighted, weight = module.pool(features, torch.ones(2, 6))
-    assert torch.allclose(weighted / weight, features.mean(1), atol=1e-6)
+    module.hidden_weight.copy_(random_features(2)[0, :2])
+    values, weights, _ = module(None, (features, torch.ones(2, 6)))
+    assert torch.allclose(values.sum(1) / weights.sum(1, keepdim=True), features.mean(1) @ module.hidden_weight.T)
 
 
-def test_a_gate_computes_in_float32_whatever_it_is_given(module):
+@pytest.mark.parametrize("cast", [False, True])
+def test_a_gate_computes_in_float32_whatever_it_is_given(cast, module):
     features = random_features(0)
-    exact = module.pool(features.bfloat16().float(), torch.ones(2, 6))
-    for one, other in zip(module.pool(features.bfloat16(), torch.ones(2, 6)), exact, strict=True):
+    exact = module(None, (features.bfloat16().float(), torch.ones(2, 6)))
+    with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+        found = module(None, (features.bfloat16(), torch.ones(2, 6)))
+    for one, other in zip(found, exact, strict=True):
         assert one.dtype == torch.float32
         assert torch.equal(one, other)
 
 
 def test_large_activations_do_not_overflow_the_pooling(module):
-    state = SteeringState()
-    state.see(module, random_features(0) * 1e6, torch.ones(2, 6, dtype=torch.bool))
+    state = state_of(module, random_features(0) * 1e6)
     assert torch.isfinite(state.probability).all()
 
 
-def test_all_beams_of_a_sequence_share_its_verdict(module):
+def state_of(module, features_BTF):
     state = SteeringState()
-    state.see(module, random_features(0), torch.ones(2, 6, dtype=torch.bool))
-    one, two = state.probability.tolist()
-    assert state.probability_of(6).tolist() == [one, one, one, two, two, two]
-    with pytest.raises(ValueError, match="the KV cache belongs to 2 sequences; the batch has 3"):
-        state.probability_of(3)
+    state.see(module, features_BTF, torch.ones(features_BTF.shape[:2], dtype=torch.bool), 0)
+    return state
 
 
-def test_a_verdict_before_the_prompt_is_refused():
+def test_a_batch_of_another_size_is_refused(module):
+    with pytest.raises(ValueError, match="the KV cache belongs to 2 sequences; the batch has 6"):
+        state_of(module, random_features(0)).probability_of(module, 6)
+
+
+def test_a_verdict_before_the_prompt_is_refused(module):
     with pytest.raises(ValueError, match="the gate has not seen the prompt"):
-        SteeringState().probability_of(1)
+        SteeringState().probability_of(module, 1)
+
+
+@pytest.mark.parametrize("columns", [1, 4, 6])
+def test_the_gate_forgets_the_columns_that_a_cache_loses(columns, module):
+    features = random_features(3)
+    state = state_of(module, features)
+    state.crop(columns)
+    expected = state_of(module, features[:, :columns]).probability
+    assert torch.allclose(state.probability_of(module, 2), expected, atol=1e-6)
+    state.see(module, features[:, columns : columns + 1], torch.ones(2, 1, dtype=torch.bool), columns)
+    expected = state_of(module, torch.cat([features[:, :columns], features[:, columns : columns + 1]], 1)).probability
+    assert torch.allclose(state.probability, expected, atol=1e-6)
+
+
+def test_generated_tokens_between_two_turns_do_not_count(module):
+    first, second = random_features(4), random_features(5)
+    state = state_of(module, first)
+    state.see(module, second, torch.ones(2, 6, dtype=torch.bool), 6 + 3)
+    assert torch.allclose(state.probability, state_of(module, torch.cat([first, second], 1)).probability, atol=1e-6)
+    state.crop(8)  # two of the three generated ones are left
+    assert torch.allclose(state.probability_of(module, 2), state_of(module, first).probability, atol=1e-6)
+
+
+def test_a_cache_that_lost_judged_columns_unseen_is_refused(module):
+    state = state_of(module, random_features(0))
+    with pytest.raises(ValueError, match=r"lost 2 columns that the gate has judged; remove them with crop\(\)"):
+        state.see(module, random_features(1), torch.ones(2, 6, dtype=torch.bool), 4)
+
+
+ROWS = {
+    "reorder_cache": (torch.tensor([1, 0]), [1, 0]),
+    "batch_select_indices": (torch.tensor([1]), [1]),
+    "batch_repeat_interleave": (2, [0, 0, 1, 1]),
+}
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [lambda cache: cache, copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))],  # noqa: S301
+)
+@pytest.mark.parametrize("operation", ROWS)
+def test_verdicts_follow_the_rows_of_the_cache(operation, copied, module):
+    original, (argument, order) = DynamicCache(), ROWS[operation]
+    original.update(torch.ones(2, 1, 6, 4), torch.zeros(2, 1, 6, 4), 0)
+    original.steering_state = state_of(module, random_features(0))
+    runtime.follow(original)
+    cache, before = copied(original), original.steering_state.probability.clone()
+    getattr(cache, operation)(argument)
+    assert torch.equal(cache.steering_state.probability, before[order])
+    cache.crop(-2)
+    expected = state_of(module, random_features(0)[order, :4]).probability
+    assert torch.allclose(cache.steering_state.probability_of(module, len(order)), expected, atol=1e-6)
+    assert cache is original or original.steering_state.seen[1].shape[1] == 6
 
 
 LAST, FIRST = "last_prompt_token", "first_generated_token"
@@ -116,8 +175,8 @@ def test_a_prompt_ends_with_its_last_valid_token(mask, last):
     [
         (4, LAST, [1, 1, 1, 1], [0, 0, 0, 1]),  # the prompt ends here; its last token is steered
         (4, FIRST, [1, 1, 1, 1], None),
-        (2, LAST, [1, 1, 0, 0], [0, 1, 1, 1]),  # the prompt ended inside this call
-        (2, FIRST, [1, 1, 0, 0], [0, 0, 1, 1]),
+        (2, LAST, [1, 1], [0, 1, 1, 1]),  # the prompt ended inside this call: the gate reads no further
+        (2, FIRST, [1, 1], [0, 0, 1, 1]),
         (0, LAST, None, [1, 1, 1, 1]),  # it ended before
         (9, LAST, [1, 1, 1, 1], None),  # it goes on later
         (5, LAST, [1, 1, 1, 1], None),  # the next call begins with its last token
@@ -191,7 +250,7 @@ def test_a_cache_that_was_filled_without_the_gate_is_refused_only_where_there_is
     cache = DynamicCache()
     cache.update(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4), 0)
     arguments = {
-        "past_key_values": cache,
+        CACHE: cache,
         "input_ids": torch.zeros(1, 1, dtype=torch.int64),
         "inputs_embeds": None,
         "attention_mask": None,
@@ -242,7 +301,7 @@ def test_the_package_switches_off_and_refuses_as_its_copies_do(rule, packaged, s
         assert torch.equal(model(torch.tensor([[1, 2]])).logits, stock["qwen3"](torch.tensor([[1, 2]])).logits)
         cache = model(torch.tensor([[1, 2]]), use_cache=True).past_key_values
     with torch.no_grad(), pytest.raises(ValueError, match="filled without the gate"):
-        model(torch.tensor([[7]]), past_key_values=cache)
+        model(torch.tensor([[7]]), **{CACHE: cache})
     with pytest.raises(NotImplementedError, match="continuous batching"):
         model.init_continuous_batching()
 
@@ -264,7 +323,7 @@ def test_the_package_keeps_a_later_gate_from_judging_prompt_and_answer_behind_a_
     with torch.no_grad():
         cache = model(torch.tensor([[1, 2]]), use_cache=True, steering_start=9).past_key_values
         with pytest.raises(ValueError, match="needs the prompt in calls of its own"):
-            model(torch.tensor([[3, 4, 5]]), past_key_values=cache, steering_start=1)
+            model(torch.tensor([[3, 4, 5]]), steering_start=1, **{CACHE: cache})
 
 
 def test_the_package_gives_no_decisions_without_a_gate(packaged, told):
@@ -279,3 +338,54 @@ def test_the_package_gives_no_decisions_without_a_gate(packaged, told):
         logits, cache = model(ids, use_cache=True, return_dict=False)[:2]
     assert int(logits[0, -1].argmax()) == told[key][2]["ids"][0]
     assert cache.steering_state.probability is None
+
+
+# What Transformers does not show
+
+
+def call(**arguments):
+    return {"input_ids": torch.zeros(1, 1, dtype=torch.int64), **arguments}
+
+
+class OtherCache:
+    """A KV cache that is no `Cache`."""
+
+
+UNSEEN = {
+    "an attention mask of more columns": (
+        call(attention_mask=torch.ones(1, 5)),
+        "1 of 5 columns, and no KV cache that steering knows",
+    ),
+    "a cache of another kind": (call(kv=OtherCache()), "OtherCache: is no KV cache that steering knows"),
+    "two caches": (call(cache=DynamicCache(), other=DynamicCache()), "two KV caches in one call"),
+    "half a packed call": (call(cu_seq_lens_q=torch.tensor([0, 1])), "does not show where its prompts end"),
+    "the other half": (call(logits_indices=torch.tensor([0])), "does not show where its prompts end"),
+}
+
+
+@pytest.mark.parametrize("case", UNSEEN)
+def test_what_steering_cannot_see_is_an_error(case):
+    arguments, message = UNSEEN[case]
+    with pytest.raises(ValueError, match=message):
+        runtime.begin_step(torch.nn.Module(), None, dials_of(LAST), arguments)
+
+
+def test_a_cache_is_found_under_any_name():
+    cache = DynamicCache()
+    assert runtime.cache_of({"first": torch.zeros(1), "whatever": cache, "the same": cache}) is cache
+
+
+def test_a_decoder_whose_arguments_have_other_names_is_refused(packaged, monkeypatch):
+    model = packaged[("qwen3", *CAUSAL)]
+    monkeypatch.setattr(Qwen3Model, "forward", lambda self, input_ids, mask, position_ids, inputs_embeds: None)
+    refusal = r"has no attention_mask in .*, which steering reads"
+    with torch.random.fork_rng(), pytest.raises(NotImplementedError, match=refusal):
+        type(model)(model.config)
+
+
+def test_a_generate_whose_arguments_have_other_names_is_refused(packaged, monkeypatch):
+    model = packaged[("qwen3", *CAUSAL)]
+    monkeypatch.setattr(GenerationMixin, "generate", lambda self, prompts, **how: None)
+    refusal = "has no inputs, generation_config in"
+    with torch.random.fork_rng(), pytest.raises(NotImplementedError, match=refusal):
+        type(model)(model.config)

@@ -107,6 +107,6 @@ def test_a_search_that_makes_no_sense_is_refused(make, message):
 
 def test_without_optuna_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
-    with pytest.raises(MissingExtraError, match=r"pip install 'adaras-export\[tune\]'"):
+    with pytest.raises(MissingExtraError, match=r"pip install 'optuna>=4'"):
         proposer(WIDE, Search(trials=3))
     assert proposer(SPACE, Search()).ask()[0] == Setting("a", 10, -1.0, "last_prompt_token")

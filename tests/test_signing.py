@@ -252,14 +252,14 @@ def test_a_folder_that_is_not_as_its_receipt_says_is_not_signed(exported, keys, 
     (folder / "config.json").write_text("{}")
     with pytest.raises(ArtifactError, match=r"files changed: config.json; expected the files of its receipt only"):
         signing.sign(folder, keys / "p256.pem")
-    with pytest.raises(ArtifactError, match=r"receipt.json: .*expected a JSON object"):
+    with pytest.raises(ArtifactError, match=r"is no exported folder, it has no receipt.json"):
         signing.sign(keys, keys / "p256.pem")
 
 
 def test_without_the_package_the_extra_is_named(exported, keys, monkeypatch):
     monkeypatch.setitem(sys.modules, "model_signing", None)
     for job in (signing.sign, signing.check):
-        with pytest.raises(MissingExtraError, match=r"run: pip install 'adaras-export\[sign\]'"):
+        with pytest.raises(MissingExtraError, match=r"run: pip install 'model-signing>=1.1' 'pyOpenSSL>=24'"):
             job(exported["hf"], keys / "p256.pem")
 
 

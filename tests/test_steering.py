@@ -8,7 +8,7 @@ import oracle
 import pytest
 import tiny
 import torch
-from tiny import EOS, PROMPTS, greedy, left_padded, require_answers
+from tiny import CACHE, EOS, PROMPTS, greedy, left_padded, require_answers
 
 from adaras_export import models
 from adaras_export.errors import RuleError, UnsupportedModelError
@@ -109,7 +109,7 @@ def test_a_bare_forward_and_decoding_by_hand_equal_the_oracle(gate, start, rules
         ids, cache, chosen = torch.tensor([prompt]), None, []
         with torch.no_grad(), steered(model, rule):
             while len(chosen) < len(answer["ids"]):
-                out = model(input_ids=ids, past_key_values=cache, use_cache=True)
+                out = model(input_ids=ids, use_cache=True, **{CACHE: cache})
                 cache, ids = out.past_key_values, out.logits[:, -1:].argmax(-1)
                 chosen.append(int(ids))
         assert chosen == answer["ids"]
@@ -240,7 +240,7 @@ def test_a_second_prompt_on_a_used_cache_is_judged_and_steered_again(rules, stoc
     with torch.no_grad(), steered(model, rules[GATED]):
         first = model(input_ids=torch.tensor([PROMPTS[3]]), use_cache=True)
         before = first.past_key_values.steering_state.probability.clone()
-        second = model(input_ids=torch.tensor([PROMPTS[2]]), past_key_values=first.past_key_values)
+        second = model(input_ids=torch.tensor([PROMPTS[2]]), **{CACHE: first.past_key_values})
     assert second.past_key_values.steering_state.probability != before
 
 
@@ -249,7 +249,7 @@ def test_a_cache_filled_without_the_gate_is_refused(rules, stock):
     with torch.no_grad():
         cache = model(input_ids=torch.tensor([PROMPTS[0]]), use_cache=True).past_key_values
         with steered(model, rules[GATED]), pytest.raises(ValueError, match="was filled without the gate"):
-            model(input_ids=torch.tensor([[7]]), past_key_values=cache)
+            model(input_ids=torch.tensor([[7]]), **{CACHE: cache})
 
 
 def test_gate_modules_hold_the_weights_of_the_gate(rules):

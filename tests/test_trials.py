@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import adaras_export
+from adaras_export.errors import install_command
 from adaras_export.exporters import TARGETS
 from adaras_export.trials import WAYS, Way, try_all
 
@@ -109,7 +110,7 @@ def test_a_missing_extra_is_told_with_its_command(environment):
     environment.without("gguf")
     lines = environment.lines(STATIC)
     for target in ("peft", "gguf"):
-        remedy = f"run: pip install 'adaras-export[{target}]'"
+        remedy = f"run: {install_command(target)}"
         assert lines[f"     target {target}"] == f"needs {target}, which is not installed; {remedy}"
     assert lines["ok   target stock"].startswith("verified in ")
 

@@ -10,6 +10,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from adaras_export.generation import CACHE as CACHE
 from adaras_export.models import BaseModel
 from adaras_export.rule import Gate, NeuronSet, SteeringRule
 

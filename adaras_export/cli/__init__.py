@@ -54,7 +54,8 @@ def main() -> None:
         _fail(type(error).__name__, str(error), 2)
     except _USAGE_ERROR as error:
         command = "" if error.ctx is None else f"; see {error.ctx.command_path} --help"
-        _fail("UsageError", error.format_message().rstrip(".") + command, 2)
+        message = error.format_message().rstrip(".").replace(": Value error, ", ": ")  # later versions of Typer say so
+        _fail("UsageError", message + command, 2)
     except typer.Abort:
         _fail("Aborted", "nothing more was written", _INTERRUPTED)
     if status == _INTERRUPTED:  # Typer says nothing

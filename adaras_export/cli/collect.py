@@ -2,12 +2,14 @@
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from adaras_export.cli.options import (
+    A_FILE,
     Check,
     Json,
     NewTokens,
@@ -16,11 +18,15 @@ from adaras_export.cli.options import (
     Revision,
     Rows,
     Stop,
+    asked,
+    fitted,
+    fitting,
     in_a_folder,
     load_model,
+    new_tokens,
     progress,
     quiet_libraries,
-    require_choice,
+    require_model,
     show,
     unescaped,
 )
@@ -34,13 +40,13 @@ _SERVER = "Server"
 
 
 def collect(
-    questions: Annotated[Path, typer.Argument(help="JSONL: id, prompt or question, answer.")],
+    questions: Annotated[Path, typer.Argument(help="JSONL: id, prompt or question, answer.", **A_FILE)],
     model: Annotated[str, typer.Option("--model", "-m", help="Folder or Hub id; with --endpoint, the served name.")],
     out: Out,
     attempts: Annotated[int, typer.Option(help="Completions per question, at most.")] = 8,
     temperature: Annotated[float, typer.Option(help="0 is greedy (one attempt).")] = 1.0,
     top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = 1.0,
-    max_new_tokens: NewTokens = 512,
+    max_new_tokens: NewTokens = None,
     stop: Stop = None,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     check: Check = None,
@@ -52,7 +58,9 @@ def collect(
     record: Annotated[
         Path | None, typer.Option(help="Also record activation statistics into this file.", callback=in_a_folder)
     ] = None,
-    backend: Annotated[str, typer.Option(help="What runs the model here: transformers or vllm.")] = "transformers",
+    backend: Annotated[
+        Literal["transformers", "vllm"], typer.Option(help="What runs the model here.")
+    ] = "transformers",
     dtype: Precision = "float32",
     revision: Revision = None,
     endpoint: Annotated[
@@ -60,26 +68,24 @@ def collect(
         typer.Option(help="Ask a server: what stands before /chat/completions.", rich_help_panel=_SERVER),
     ] = None,
     concurrency: Annotated[
-        int | None, typer.Option(help="Requests at a time. [default: 16]", rich_help_panel=_SERVER)
+        int | None, typer.Option(help="Requests at a time.", show_default="16", rich_help_panel=_SERVER)
     ] = None,
     requests_per_minute: Annotated[
         float | None, typer.Option(help="No more requests than that.", rich_help_panel=_SERVER)
     ] = None,
     retries: Annotated[
-        int | None, typer.Option(help="Of a request that failed. [default: 6]", rich_help_panel=_SERVER)
+        int | None, typer.Option(help="Of a request that failed.", show_default="6", rich_help_panel=_SERVER)
     ] = None,
     timeout: Annotated[
-        float | None, typer.Option(help="Seconds of one request. [default: 600]", rich_help_panel=_SERVER)
+        float | None, typer.Option(help="Seconds of one request.", show_default="600", rich_help_panel=_SERVER)
     ] = None,
     api_key_env: Annotated[
         str | None,
-        typer.Option(help=f"Environment variable with the key. [default: {_KEY}]", rich_help_panel=_SERVER),
+        typer.Option(help="Environment variable with the key.", show_default=_KEY, rich_help_panel=_SERVER),
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Sample several attempts at each question and check them. Goes on where it was interrupted."""
-    require_choice("backend", backend, ("transformers", "vllm"))
-    require_choice("dtype", dtype, ("float32", "bfloat16", "float16"))
     server = {
         "concurrency": concurrency,
         "requests-per-minute": requests_per_minute,
@@ -89,17 +95,16 @@ def collect(
     }
     local = {"record": record, "revision": revision, "backend": _unless(backend, "transformers")}
     _require_fitting(endpoint, server, {**local, "dtype": _unless(dtype, "float32")}, backend)
+    read, chosen = asked(questions, check)
+    if endpoint is None:
+        require_model(model, revision)
     from adaras_export.attempts import Goal
-    from adaras_export.checkers import checker_for
     from adaras_export.collect import Recording, collect_from, require_varied
     from adaras_export.collect import collect as run
     from adaras_export.generation import Sampling
     from adaras_export.models import BaseModel
-    from adaras_export.traces import read_questions
 
-    read = read_questions(questions)
-    chosen = checker_for(read, check)
-    sampling = Sampling(max_new_tokens, temperature, top_p, seed, unescaped(stop))
+    sampling = Sampling(new_tokens(max_new_tokens), temperature, top_p, seed, unescaped(stop))
     name = Path(model).resolve().name if endpoint is None and Path(model).is_dir() else model
     if endpoint is not None or backend == "vllm":
         require_varied(attempts, sampling)
@@ -112,6 +117,7 @@ def collect(
             report = collect_from(made, read, out, goal, check=chosen, batch_size=batch_size, name=name, progress=told)
     else:
         loaded, tokenizer = load_model(model, revision, dtype)
+        sampling = replace(sampling, max_new_tokens=fitting(max_new_tokens, loaded, tokenizer, read))
         recording = None if record is None else Recording(record, BaseModel.of(model, revision))
         with progress() as bar:
             report = run(
@@ -135,7 +141,8 @@ def collect(
         f"{report.seconds:.0f} s)"
     )
     if report.cut:
-        text += f"; {report.cut} of the new ones were cut off at {max_new_tokens} tokens"
+        text += f"; {report.cut} of the new ones were cut off at {sampling.max_new_tokens} tokens"
+    text += fitted(sampling, max_new_tokens)
     if report.repeated:
         text += f"; {report.repeated} have the text of another attempt"
     show(vars(report), text, as_json)

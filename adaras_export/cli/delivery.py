@@ -3,47 +3,69 @@
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 
-from adaras_export.cli.options import Json, quiet_libraries, show, warn
+from adaras_export.cli.options import (
+    A_FILE,
+    A_FOLDER,
+    Json,
+    quiet_libraries,
+    require_choice,
+    require_model,
+    show,
+    warn,
+)
 from adaras_export.errors import ParityError
 
 if TYPE_CHECKING:
     from adaras_export.checks import ParityReport
 
+Exported = Annotated[Path, typer.Argument(help="An exported folder.", **A_FOLDER)]
+Feature = Literal["gate", "start", "dial"]
+Target = Literal["hf", "hf-thin", "onnx", "peft", "stock", "gguf"]
+
 
 def export(
-    rule: Annotated[Path, typer.Argument(help="Rule file.")],
+    rule: Annotated[Path, typer.Argument(help="Rule file.", **A_FILE)],
     base: Annotated[str, typer.Option(help="Folder or Hub id of the base model.")],
-    to: Annotated[str, typer.Option(help="Target: hf, hf-thin, onnx, peft, stock or gguf.")],
+    to: Annotated[Target, typer.Option(help="What to export to.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="New folder.")],
     accept_loss: Annotated[str, typer.Option(help="Features that the format may leave out: gate,start,dial.")] = "",
-    evaluation: Annotated[Path | None, typer.Option(help="File of eval, for the model card.")] = None,
+    evaluation: Annotated[Path | None, typer.Option(help="File of eval, for the model card.", **A_FILE)] = None,
     strength: Annotated[float | None, typer.Option(help="Another strength than the rule's.")] = None,
     copy: Annotated[bool, typer.Option("--copy", help="Copy weight files instead of hard-linking them.")] = False,
-    precision: Annotated[str | None, typer.Option(help="onnx: fp32 (default), fp16, int8 or int4 weights.")] = None,
+    precision: Annotated[
+        Literal["fp32", "fp16", "int8", "int4"] | None, typer.Option(help="onnx: of the weights.", show_default="fp32")
+    ] = None,
     inline: Annotated[bool, typer.Option("--inline", help="onnx: no functions in the graph, for OpenVINO.")] = False,
     genai: Annotated[bool, typer.Option("--genai", help="onnx: the graph of ONNX Runtime GenAI's builder.")] = False,
     page: Annotated[bool, typer.Option("--page", help="onnx: a web page beside it, with libraries from npm.")] = False,
-    calibration: Annotated[Path | None, typer.Option(help="onnx: JSONL of prompts, for the gate's threshold.")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="onnx: JSONL of prompts, for the gate's threshold.", **A_FILE)
+    ] = None,
     adaptive: Annotated[bool, typer.Option("--adaptive", help="peft: gate and start; needs this library.")] = False,
     merge: Annotated[bool, typer.Option("--merge", help="peft: merged into a base that has the biases.")] = False,
     switchable: Annotated[bool, typer.Option("--switchable", help="stock: steering as a LoRA, per request.")] = False,
     into: Annotated[
-        Path | None, typer.Option(help="gguf: a GGUF model, to be written anew with steering in it.")
+        Path | None, typer.Option(help="gguf: a GGUF model, to be written anew with steering in it.", **A_FILE)
     ] = None,
-    sign: Annotated[Path | None, typer.Option(help="PEM file of a private key to sign it with.")] = None,
+    sign: Annotated[Path | None, typer.Option(help="PEM file of a private key to sign it with.", **A_FILE)] = None,
     as_json: Json = False,
 ) -> None:
     """Bake a rule into an artifact that runs without this library, verify it, and give it card and receipt."""
-    from adaras_export.delivery import export as run
     from adaras_export.rule import SteeringRule
 
-    quiet_libraries()
-    signature = None if sign is None else _signature(sign)
     accepted = [feature for feature in accept_loss.split(",") if feature]
+    for feature in accepted:
+        require_choice("accept-loss", feature, get_args(Feature))
+    read = SteeringRule.load(rule)
+    require_model(base, read.base.revision)
+    signature = None if sign is None else _signature(sign)
+    from adaras_export.delivery import export as run
+
+    quiet_libraries()
     chosen = {
         "precision": precision,
         "inline": inline,
@@ -57,7 +79,7 @@ def export(
     }
     how: dict[str, Any] = {"accept_loss": accepted, "evaluation": evaluation, "strength": strength, "copy": copy}
     how |= {name: value for name, value in chosen.items() if value not in (None, False)}
-    report = run(SteeringRule.load(rule), base=base, to=to, out=out, **how)
+    report = run(read, base=base, to=to, out=out, **how)
     if signature is not None:
         signature(out)
     signed, receipt = "" if signature is None else " and a signature", _receipt_hash(out)
@@ -67,16 +89,20 @@ def export(
 
 
 def verify(
-    folder: Annotated[Path, typer.Argument(help="An exported folder.")],
+    folder: Exported,
     base: Annotated[str | None, typer.Option(help="The base model, if it moved since the export.")] = None,
     offline_hashes: Annotated[
         bool, typer.Option("--offline-hashes", help="Files against the receipt only: needs no base, runs nothing.")
     ] = False,
     receipt: Annotated[str | None, typer.Option(help="The SHA-256 of the receipt, from its author.")] = None,
-    key: Annotated[Path | None, typer.Option(help="PEM file of the public key that it must be signed with.")] = None,
+    key: Annotated[
+        Path | None, typer.Option(help="PEM file of the public key that it must be signed with.", **A_FILE)
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Check an exported folder: its files, what it stores, and what it computes."""
+    from adaras_export import receipts
+
     if offline_hashes and base is not None:
         raise typer.BadParameter("--offline-hashes with --base: it compares nothing with a base; leave out one of them")
     if offline_hashes:  # without torch, which takes longer to import than most folders to read
@@ -84,6 +110,9 @@ def verify(
 
         report = verify_files(folder, receipt=receipt, key=key)
     else:
+        receipts.read(folder)  # refuses what is no export before torch is imported
+        if base is not None:
+            require_model(base, None)
         from adaras_export.delivery import verify as run
 
         quiet_libraries()
@@ -97,18 +126,24 @@ def verify(
 
 
 def card(
-    folder: Annotated[Path, typer.Argument(help="An exported folder.")],
+    folder: Exported,
     repository: Annotated[str | None, typer.Option(help="What the card calls it: USER/REPO on the Hub.")] = None,
-    evaluation: Annotated[Path | None, typer.Option(help="File of eval; default: the one that is in it.")] = None,
+    evaluation: Annotated[
+        Path | None, typer.Option(help="File of eval; default: the one that is in it.", **A_FILE)
+    ] = None,
     dataset: Annotated[
         list[str] | None, typer.Option(help="Hub dataset that the rule was made with; may be repeated.")
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Write the model card of an exported folder anew, and its receipt; nothing else of it changes."""
-    from adaras_export import delivery, receipts
+    from adaras_export import models, receipts
 
+    if repository is not None and not ("/" in repository and models.is_hub_id(repository)):
+        raise typer.BadParameter(f"--repository {repository}: could be on no Hub; expected USER/NAME")
     before = receipts.read(folder).files
+    from adaras_export import delivery
+
     receipt = delivery.recard(folder, repository, evaluation, dataset or None)
     changed = sorted(name for name, found in receipt.files.items() if before.get(name) != found)
     gone = sorted(before.keys() - receipt.files.keys())
@@ -118,8 +153,8 @@ def card(
 
 
 def sign(
-    folder: Annotated[Path, typer.Argument(help="An exported folder.")],
-    key: Annotated[Path, typer.Argument(help="PEM file of a private key: P-256, P-384 or P-521.")],
+    folder: Exported,
+    key: Annotated[Path, typer.Argument(help="PEM file of a private key: P-256, P-384 or P-521.", **A_FILE)],
     as_json: Json = False,
 ) -> None:
     """Sign an exported folder, as it is to be published: card and receipt included."""
@@ -128,22 +163,25 @@ def sign(
 
 
 def push(
-    folder: Annotated[Path, typer.Argument(help="An exported folder.")],
+    folder: Exported,
     repository: Annotated[str, typer.Argument(help="USER/NAME.")],
     private: Annotated[
-        bool | None, typer.Option("--private/--public", help="Who may see it. [default: private, if it is new]")
+        bool | None, typer.Option("--private/--public", help="Who may see it.", show_default="private, if it is new")
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="A branch, new or not. [default: main]")] = None,
+    revision: Annotated[str | None, typer.Option(help="A branch, new or not.", show_default="main")] = None,
     message: Annotated[str | None, typer.Option(help="The commit's message.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     as_json: Json = False,
 ) -> None:
     """Put an exported folder on the Hub, with one commit. Goes on where it was interrupted."""
-    from adaras_export import hub
+    from adaras_export import receipts
 
     if not (yes or dry_run or sys.stdin.isatty()):
         raise typer.BadParameter("nobody is there to be asked; expected --yes, or --dry-run to see what would be done")
+    receipts.read(folder)  # refuses what is no export before torch is imported
+    from adaras_export import hub
+
     quiet_libraries()
     planned = hub.plan(folder, repository, private=private, revision=revision, message=message)
     for warning in planned.warnings:

@@ -3,11 +3,13 @@
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from adaras_export.cli.options import (
+    A_FILE,
+    A_FOLDER,
     Check,
     Json,
     Model,
@@ -18,8 +20,11 @@ from adaras_export.cli.options import (
     Rows,
     Seen,
     Stop,
-    exam_of,
+    asked,
+    fitted,
+    fitting,
     load_model,
+    new_tokens,
     progress,
     show,
     unescaped,
@@ -27,13 +32,13 @@ from adaras_export.cli.options import (
 
 
 def evaluate(
-    questions: Annotated[Path, typer.Argument(help="JSONL of test questions, unseen so far.")],
+    questions: Annotated[Path, typer.Argument(help="JSONL of test questions, unseen so far.", **A_FILE)],
     model: Model,
-    rule: Annotated[Path, typer.Option(help="File of tune.")],
+    rule: Annotated[Path, typer.Option(help="File of tune.", exists=True)],
     out: Out,
     compare: Annotated[str, typer.Option(help="Also how far these are apart: gated,always,everywhere.")] = "",
     artifact: Annotated[
-        list[Path] | None, typer.Option(help="An export of the rule, as an arm of its own; repeatable.")
+        list[Path] | None, typer.Option(help="An export of the rule, as an arm of its own; repeatable.", **A_FOLDER)
     ] = None,
     random_controls: Annotated[int, typer.Option(help="Random-neuron arms, one seed each.")] = 20,
     check: Check = None,
@@ -41,7 +46,7 @@ def evaluate(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the sampling; the same for every arm.")] = 0,
-    max_new_tokens: NewTokens = 512,
+    max_new_tokens: NewTokens = None,
     stop: Stop = None,
     batch_size: Rows = 64,
     allow_seen: Seen = False,
@@ -54,21 +59,26 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Compare off, always, gated, sign-flipped and random neurons on fresh questions. Goes on where it was stopped."""
-    from adaras_export.artifact_arms import artifact_arm
-    from adaras_export.comparison import arms_of, compare_arms
-    from adaras_export.evaluate import Conduct
-    from adaras_export.evaluate import evaluate as run
-    from adaras_export.generation import Sampling
+    from adaras_export.conclusions import arms_of
     from adaras_export.models import BaseModel
     from adaras_export.rule import SteeringRule
 
     read = SteeringRule.load(rule)
     arms = arms_of(read, compare.split(",")) if compare else ()
-    sampling = Sampling(max_new_tokens, temperature, top_p, seed, unescaped(stop))
-    exam = exam_of(questions, check, sampling, batch_size)
-    exam = replace(exam, dataset=dataset, task=task, samples=samples, name=question_set or exam.name)
+    listed, chosen = asked(questions, check)
     read.base.require_same(BaseModel.of(model, revision))  # a model in memory has no fingerprint to compare
+    from adaras_export.artifact_arms import artifact_arm
+    from adaras_export.comparison import compare_arms
+    from adaras_export.evaluate import Conduct, Exam
+    from adaras_export.evaluate import evaluate as run
+    from adaras_export.generation import Sampling
+
+    sampling = Sampling(new_tokens(max_new_tokens), temperature, top_p, seed, unescaped(stop))
+    about: dict[str, Any] = {"dataset": dataset, "task": task, "samples": samples}
+    exam = Exam(listed, chosen, sampling, batch_size, name=question_set or questions.stem, **about)
     loaded, tokenizer = load_model(model, revision, dtype)
+    fits = fitting(max_new_tokens, loaded, tokenizer, listed)
+    exam = replace(exam, sampling=replace(sampling, max_new_tokens=fits))
     journal = out.with_name(f"{out.name}.partial.jsonl")
     openers = [partial(artifact_arm, folder, read, tokenizer) for folder in artifact or ()]
     conduct = Conduct(range(random_controls), allow_seen, journal, openers, trained_on)
@@ -80,4 +90,6 @@ def evaluate(
             report = run(loaded, tokenizer, read, watched, conduct)
     report.save(out)
     journal.unlink(missing_ok=True)
-    show(report.as_record(), f"{report.table()}\n{out}: {report.verdict}", as_json)
+    show(
+        report.as_record(), f"{report.table()}\n{out}: {report.verdict}{fitted(exam.sampling, max_new_tokens)}", as_json
+    )

@@ -1,11 +1,12 @@
 """`gate`: what predicts from a prompt whether the model will be right."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from adaras_export.cli.options import (
+    A_FILE,
     Json,
     Model,
     Out,
@@ -13,7 +14,6 @@ from adaras_export.cli.options import (
     Revision,
     load_model,
     progress,
-    require_choice,
     show,
 )
 
@@ -22,17 +22,19 @@ if TYPE_CHECKING:
 
 
 def gate(
-    traces: Annotated[Path, typer.Argument(help="JSONL of labelled traces of this model.")],
+    traces: Annotated[Path, typer.Argument(help="JSONL of labelled traces of this model.", **A_FILE)],
     model: Model,
     out: Out,
     below_layer: Annotated[int | None, typer.Option(help="Read layers below this one; default: half of them.")] = None,
     features: Annotated[
         str, typer.Option(help="Number of features, or auto: the best of 8, 16, 32, 64, 128 on training questions.")
     ] = "auto",
-    pooling: Annotated[str, typer.Option(help="logistic, or attention (the paper's classifier).")] = "logistic",
-    threshold: Annotated[str, typer.Option(help="Chosen by Youden's J (youden), or by what errors cost (cost).")] = (
-        "youden"
-    ),
+    pooling: Annotated[
+        Literal["logistic", "attention"], typer.Option(help="attention is the paper's classifier.")
+    ] = "logistic",
+    threshold: Annotated[
+        Literal["youden", "cost"], typer.Option(help="Chosen by Youden's J, or by what errors cost.")
+    ] = "youden",
     cost_missed: Annotated[
         float | None, typer.Option(help="With --threshold cost: of a wrong answer that is left alone.")
     ] = None,
@@ -46,14 +48,15 @@ def gate(
     as_json: Json = False,
 ) -> None:
     """Train the gate that predicts from the prompt whether the model will be right."""
-    from adaras_export.gate import partial_files, train_gate
     from adaras_export.models import BaseModel
-    from adaras_export.neurons import Reading
     from adaras_export.traces import read_traces
 
-    require_choice("pooling", pooling, ("logistic", "attention"))
-    wanted, costs = _features_of(features), _costs_of(threshold, cost_missed, cost_needless)
+    wanted = _features_of(features)
     read, base = read_traces(traces), BaseModel.of(model, revision)
+    costs = _costs_of(threshold, cost_missed, cost_needless)
+    from adaras_export.gate import partial_files, train_gate
+    from adaras_export.neurons import Reading
+
     loaded, tokenizer = load_model(model, revision, dtype)
     partial = out.with_name(f"{out.name}.partial")
     with progress() as bar:
@@ -64,7 +67,7 @@ def gate(
             base,
             below_layer=base.layers // 2 if below_layer is None else below_layer,
             features=wanted,
-            pooling=pooling,  # type: ignore[arg-type]  # checked above
+            pooling=pooling,
             costs=costs,
             seed=seed,
             reading=Reading(token_budget, bar("reading prompts")),
@@ -85,9 +88,6 @@ def _features_of(text: str) -> int | None:
 
 
 def _costs_of(threshold: str, missed: float | None, needless: float | None) -> "Costs | None":
-    from adaras_export.gate import Costs
-
-    require_choice("threshold", threshold, ("youden", "cost"))
     if threshold == "youden":
         if missed is not None or needless is not None:
             raise typer.BadParameter(
@@ -96,4 +96,6 @@ def _costs_of(threshold: str, missed: float | None, needless: float | None) -> "
         return None
     if missed is None or needless is None:
         raise typer.BadParameter("--threshold cost: expected both --cost-missed and --cost-needless")
+    from adaras_export.gate import Costs
+
     return Costs(missed, needless)

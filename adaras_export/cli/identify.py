@@ -5,11 +5,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from adaras_export.cli.options import (
+    A_FILE,
     Json,
     Model,
     Out,
@@ -18,9 +19,8 @@ from adaras_export.cli.options import (
     Start,
     load_model,
     progress,
-    require_choice,
+    require_model,
     show,
-    start_of,
     warn,
 )
 
@@ -29,15 +29,13 @@ if TYPE_CHECKING:
     from adaras_export.distribution import Group
     from adaras_export.rankings import Refinement
     from adaras_export.reading import Job, Part, Plan
+    from adaras_export.rule import Ranking
     from adaras_export.statistics import NeuronStats
     from adaras_export.traces import Trace
 
 RankingName = Annotated[
-    str,
-    typer.Option(
-        "--ranking",
-        help="paper, absolute, cohen_d or t (differences of means), or attribution (causal effect).",
-    ),
+    Literal["paper", "absolute", "cohen_d", "t", "attribution"],
+    typer.Option("--ranking", help="By causal effect (attribution), or by differences of means (the others)."),
 ]
 Keep = Annotated[int, typer.Option(help="Neurons to keep.")]
 MinLayer = Annotated[int | None, typer.Option(help="Lowest layer; default: half of the layers.")]
@@ -50,7 +48,7 @@ Agree = Annotated[
 
 
 def identify(
-    traces: Annotated[Path, typer.Argument(help="JSONL of labelled traces, ours or the reference's.")],
+    traces: Annotated[Path, typer.Argument(help="JSONL of labelled traces, ours or the reference's.", **A_FILE)],
     model: Model,
     out: Out,
     ranking: RankingName = "paper",
@@ -61,38 +59,43 @@ def identify(
     shrink: Shrink = False,
     agree: Agree = False,
     margin: Annotated[
-        str, typer.Option(help="Attribution: log p of a completion is the sum or the mean over its tokens.")
+        Literal["sum", "mean"],
+        typer.Option(help="Attribution: log p of a completion is the sum or the mean over its tokens."),
     ] = "sum",
     per_class: Annotated[int | None, typer.Option(help="Balance: so many traces of each label a question.")] = None,
     unpaired: Annotated[bool, typer.Option("--unpaired", help="Contrast all traces, not within questions.")] = False,
     start: Start = "last_prompt_token",
-    stats: Annotated[Path | None, typer.Option(help="Statistics that collect --record wrote for these traces.")] = None,
-    tokens: Annotated[str, typer.Option(help="Tokens of a trace that count: all (the paper's) or completion.")] = "all",
+    stats: Annotated[
+        Path | None, typer.Option(help="Statistics that collect --record wrote for these traces.", **A_FILE)
+    ] = None,
+    tokens: Annotated[
+        Literal["all", "completion"], typer.Option(help="Tokens of a trace that count: all is the paper's.")
+    ] = "all",
     token_budget: Annotated[int, typer.Option(help="Tokens of one batch.")] = 4096,
     chunk_tokens: Annotated[int, typer.Option(help="Longer traces are read in pieces of so many tokens.")] = 4096,
     too_long: Annotated[
-        str, typer.Option(help="Traces beyond the model's context: refuse, skip or read them.")
+        Literal["refuse", "skip", "read"], typer.Option(help="What to do with traces beyond the model's context.")
     ] = "refuse",
     shard: Annotated[
         str | None, typer.Option(help="i/n: read the i-th (from 0) of n shares and write its sums, for merge.")
     ] = None,
     dtype: Precision = "float32",
     device_map: Annotated[
-        str | None, typer.Option(help="auto: fill GPUs, then memory, then the disk (Accelerate).")
+        Literal["auto", "balanced", "sequential"] | None,
+        typer.Option(help="auto: fill GPUs, then memory, then the disk (Accelerate)."),
     ] = None,
     offload_folder: Annotated[Path | None, typer.Option(help="Where a device map may put weights on disk.")] = None,
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
     """Rank the model's neurons by labelled traces, and keep the best. Processes of accelerate launch share the work."""
+    require_model(model, revision)
     from adaras_export import distribution, neurons
     from adaras_export.activations import Reading
     from adaras_export.models import BaseModel
     from adaras_export.rankings import require_room
     from adaras_export.statistics import NeuronStats
 
-    _require_sound(tokens=tokens, too_long=too_long, device_map=device_map)
-    require_choice("margin", margin, ("sum", "mean"))
     choice: dict[str, Any] = {"ranking": ranking, "keep": keep, "min_layer": min_layer}
     choice["refinement"] = _refinement(ranking, per_layer, fdr, shrink=shrink, agree=agree)
     shares = None if shard is None else _shares_of(shard)
@@ -100,7 +103,7 @@ def identify(
         found = "--per-class" if shard is None else "--shard"
         raise typer.BadParameter(f"{found} and --stats: the statistics are of all traces; expected one of the two")
     contrast: Any = "unpaired" if unpaired else "within_question"
-    method = neurons.Method(ranking, contrast, start_of(start), stats is not None, margin)  # type: ignore[arg-type]
+    method = neurons.Method(ranking, contrast, start, stats is not None, margin)
     try:
         with distribution.joined() as group, progress() as bar:
             _require_alone(group, shard, device_map)
@@ -108,7 +111,7 @@ def identify(
             recorded = None if stats is None else NeuronStats.load(stats)
             weights = load_model(model, revision, dtype, distribution.device(), device_map, offload_folder)
             told = bar("reading traces") if group.rank == 0 else None
-            reading = Reading(token_budget, told, chunk_tokens, tokens, too_long)  # type: ignore[arg-type]  # checked
+            reading = Reading(token_budget, told, chunk_tokens, tokens, too_long)
             base = BaseModel.of(model, revision)
             if shard is None:
                 require_room(base, keep, min_layer, per_layer)  # before the work, not after it
@@ -128,7 +131,7 @@ def identify(
 
 
 def merge(
-    parts: Annotated[list[Path], typer.Argument(help="The files that identify --shard wrote, all of them.")],
+    parts: Annotated[list[Path], typer.Argument(help="The files that identify --shard wrote, all of them.", **A_FILE)],
     out: Out,
     ranking: RankingName = "paper",
     keep: Keep = 200,
@@ -151,19 +154,11 @@ def merge(
     _rank(whole, None, out, choice, as_json)
 
 
-def _require_sound(*, tokens: str, too_long: str, device_map: str | None) -> None:
-    require_choice("tokens", tokens, ("all", "completion"))
-    require_choice("too-long", too_long, ("refuse", "skip", "read"))
-    if device_map is not None:
-        require_choice("device-map", device_map, ("auto", "balanced", "sequential"))
+def _refinement(ranking: "Ranking", per_layer: int | None, fdr: float, *, shrink: bool, agree: bool) -> "Refinement":
+    from adaras_export.rankings import Refinement
 
-
-def _refinement(ranking: str, per_layer: int | None, fdr: float, *, shrink: bool, agree: bool) -> "Refinement":
-    from adaras_export.rankings import RANKINGS, Refinement
-
-    require_choice("ranking", ranking, RANKINGS)
     refinement = Refinement(per_layer, fdr, shrink, agree)
-    refinement.require_of(ranking)  # type: ignore[arg-type]  # checked above
+    refinement.require_of(ranking)
     return refinement
 
 

@@ -1,17 +1,17 @@
 """What can be tried on this machine: the whole job on a model at hand, and every target on a toy."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from adaras_export.cli.options import Json, progress, quiet_libraries, show
 
+Model = Literal["planted", "smollm2"]
+
 
 def demo(
-    model: Annotated[
-        str, typer.Option(help="planted (embedded, synthetic) or smollm2 (from its PyPI wheel).")
-    ] = "planted",
+    model: Annotated[Model, typer.Option(help="Embedded and synthetic, or from its PyPI wheel.")] = "planted",
     out: Annotated[Path, typer.Option("--out", "-o", help="New folder for all files.")] = Path("demo-out"),
     as_json: Json = False,
 ) -> None:

@@ -3,16 +3,25 @@
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 
 if TYPE_CHECKING:
-    from adaras_export.evaluate import Exam
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from adaras_export.checkers import Checker
     from adaras_export.generation import Sampling
+    from adaras_export.traces import Question
+
+# The choices of options, written out: the libraries that use them take seconds to import. A test compares them.
+CheckerName = Literal["last_number", "exact", "math_verify", "regex", "code", "reasoning_gym"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+Starts = Literal["last_prompt_token", "first_generated_token"]
+_NEW_TOKENS = 512
 
 
 def in_a_folder(path: Path | None) -> Path | None:
@@ -23,22 +32,23 @@ def in_a_folder(path: Path | None) -> Path | None:
     return path
 
 
+A_FILE: dict[str, Any] = {"exists": True, "dir_okay": False}
+A_FOLDER: dict[str, Any] = {"exists": True, "file_okay": False}
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Model = Annotated[str, typer.Option("--model", "-m", help="Folder or Hub id of the model to steer.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="File to write.", callback=in_a_folder)]
-Check = Annotated[
-    str | None,
+Check = Annotated[CheckerName | None, typer.Option(help="Answer checker.", show_default="the questions'")]
+NewTokens = Annotated[
+    int | None,
     typer.Option(
-        help="Answer checker: last_number, exact, math_verify, regex, code or reasoning_gym. [default: the questions']"
+        help="Tokens that a completion may have.", show_default=f"{_NEW_TOKENS}, or what fits the model's context"
     ),
 ]
-NewTokens = Annotated[int, typer.Option(help="Tokens that a completion may have.")]
 Stop = Annotated[str | None, typer.Option(help="A completion ends before a token with this text (\\n: a line end).")]
-Start = Annotated[str, typer.Option(help="First steered token: last_prompt_token or first_generated_token.")]
-Precision = Annotated[
-    str, typer.Option("--dtype", help="Numbers that the model computes with: float32, bfloat16 or float16.")
-]
+Start = Annotated[Starts, typer.Option(help="First steered token.")]
+Precision = Annotated[Dtype, typer.Option("--dtype", help="Numbers that the model computes with.")]
 Rows = Annotated[int, typer.Option("--batch-size", help="Rows of one batch.")]
 Seen = Annotated[bool, typer.Option("--allow-seen", help="Accept questions that an earlier stage was fitted on.")]
 
@@ -99,7 +109,7 @@ def rate_of(per_second: float | None) -> str:
 def load_model(
     model: str,
     revision: str | None,
-    dtype: str = "float32",
+    dtype: Dtype = "float32",
     device: str | None = None,
     device_map: str | None = None,
     offload_folder: Path | None = None,
@@ -108,8 +118,7 @@ def load_model(
     quiet_libraries()
     from adaras_export.generation import load_model
 
-    require_choice("dtype", dtype, ("float32", "bfloat16", "float16"))
-    return load_model(model, revision, dtype, device, device_map, offload_folder)  # type: ignore[arg-type]  # checked
+    return load_model(model, revision, dtype, device, device_map, offload_folder)
 
 
 def quiet_libraries() -> None:
@@ -124,14 +133,36 @@ def quiet_libraries() -> None:
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 
 
-def exam_of(questions: Path, check: str | None, sampling: "Sampling", rows: int) -> "Exam":
-    """The questions of a file, which the set is named after, and how to answer and check them."""
+def asked(questions: Path, check: CheckerName | None) -> "tuple[list[Question], Checker]":
+    """The questions of a file, and what checks their answers; imports no torch."""
     from adaras_export.checkers import checker_for
-    from adaras_export.evaluate import Exam
     from adaras_export.traces import read_questions
 
     read = read_questions(questions)
-    return Exam(read, checker_for(read, check), sampling, rows, name=questions.stem)
+    return read, checker_for(read, check)
+
+
+def new_tokens(given: int | None) -> int:
+    """How many tokens a completion may have, where the model and so its context is not known."""
+    return _NEW_TOKENS if given is None else given
+
+
+def fitting(
+    given: int | None, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", questions: "Sequence[Question]"
+) -> int:
+    """The same where it is known: as given, or so many as fit behind the longest prompt."""
+    if given is not None:
+        return given
+    from adaras_export.generation import room
+
+    left = room(model, tokenizer, [question.prompt for question in questions])
+    return left if 0 < left < _NEW_TOKENS else _NEW_TOKENS
+
+
+def fitted(sampling: "Sampling", given: int | None) -> str:
+    """What is to be said of the number of new tokens where it was chosen here."""
+    used = sampling.max_new_tokens
+    return f"; --max-new-tokens {used}, which fits the model's context" if used != new_tokens(given) else ""
 
 
 def unescaped(option: str | None) -> str | None:
@@ -155,6 +186,17 @@ def counts_of(text: str) -> list[int]:
     return [int(one) for one in numbers]
 
 
+def require_model(model: str, revision: str | None) -> None:
+    """Refuse a model that is not there, before torch is imported, which takes seconds.
+
+    Raises:
+        HubError: it is neither a folder nor a model of the Hub.
+    """
+    from adaras_export.models import fetch
+
+    fetch(model, revision)
+
+
 def require_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
     """Refuse what is not among the choices."""
     if value not in choices:
@@ -162,6 +204,6 @@ def require_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def start_of(value: str) -> Any:  # noqa: ANN401 - a literal that mypy cannot see
-    """The start, checked."""
-    require_choice("start", value, ("last_prompt_token", "first_generated_token"))
+    """One of several starts, checked."""
+    require_choice("start", value, get_args(Starts))
     return value

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from adaras_export.cli.options import Json, quiet_libraries, show, warn
+from adaras_export.cli.options import A_FILE, Json, quiet_libraries, show, warn
 
 if TYPE_CHECKING:
     from adaras_export.question_sets import Source
@@ -17,7 +17,7 @@ def questions(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="File to write; with --parts, the folder for them.")
     ] = None,
-    source: Annotated[Path | None, typer.Option(help="JSONL or Parquet with the preset's columns.")] = None,
+    source: Annotated[Path | None, typer.Option(help="JSONL or Parquet with the preset's columns.", **A_FILE)] = None,
     revision: Annotated[str | None, typer.Option(help="Another commit than the pinned one.")] = None,
     split: Annotated[str | None, typer.Option(help="Another split than the preset's.")] = None,
     size: Annotated[int | None, typer.Option(min=1, help="So many questions, chosen by the seed.")] = None,

@@ -5,11 +5,13 @@ from typing import Annotated
 
 import typer
 
-from adaras_export.cli.options import Json, Out, show
+from adaras_export.cli.options import A_FILE, Json, Out, show
 
 
 def report(
-    files: Annotated[list[Path], typer.Argument(help="JSON of eval; also what tune and gate print with --json.")],
+    files: Annotated[
+        list[Path], typer.Argument(help="JSON of eval; also what tune and gate print with --json.", **A_FILE)
+    ],
     out: Out,
     as_json: Json = False,
 ) -> None:

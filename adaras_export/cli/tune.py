@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from adaras_export.cli.options import (
+    A_FILE,
     Check,
     Json,
     Model,
@@ -15,10 +16,13 @@ from adaras_export.cli.options import (
     Revision,
     Rows,
     Stop,
+    asked,
     counts_of,
-    exam_of,
+    fitted,
+    fitting,
     in_a_folder,
     load_model,
+    new_tokens,
     numbers_of,
     progress,
     require_choice,
@@ -34,24 +38,30 @@ if TYPE_CHECKING:
 
 
 def tune(
-    questions: Annotated[Path, typer.Argument(help="JSONL of validation questions, unseen so far.")],
+    questions: Annotated[Path, typer.Argument(help="JSONL of validation questions, unseen so far.", **A_FILE)],
     model: Model,
     neurons: Annotated[
         list[Path],
-        typer.Option(help="File of identify, or a top_200.csv of the reference; several: the best one is chosen."),
+        typer.Option(
+            help="File of identify, or a top_200.csv of the reference; several: the best one is chosen.", **A_FILE
+        ),
     ],
     out: Out,
-    gate: Annotated[Path | None, typer.Option(help="File of gate; without it every prompt is steered.")] = None,
-    counts: Annotated[str, typer.Option(help="Numbers of neurons to try. [default: 50,200]")] = "",
+    gate: Annotated[
+        Path | None, typer.Option(help="File of gate; without it every prompt is steered.", **A_FILE)
+    ] = None,
+    counts: Annotated[str, typer.Option(help="Numbers of neurons to try.", show_default="50,200")] = "",
     strengths: Annotated[
         str,
-        typer.Option(help="Signed strengths; or LOW:HIGH, magnitudes of both signs. [default: -3,-1,-0.3,0.3,1,3]"),
+        typer.Option(
+            help="Signed strengths; or LOW:HIGH, magnitudes of both signs.", show_default="-3,-1,-0.3,0.3,1,3"
+        ),
     ] = "",
     start: Annotated[
         str, typer.Option(help="First steered token: last_prompt_token, first_generated_token, or both with a comma.")
     ] = "last_prompt_token",
     trials: Annotated[
-        int | None, typer.Option(min=1, help="Settings that a sampler proposes. [default: all there are]")
+        int | None, typer.Option(min=1, help="Settings that a sampler proposes.", show_default="all there are")
     ] = None,
     first: Annotated[
         int, typer.Option(min=0, help="Questions that every setting answers before two thirds stop; 0: all.")
@@ -59,33 +69,37 @@ def tune(
     seed: Annotated[int, typer.Option(help="Of the sampler and of the order of questions.")] = 0,
     report: Annotated[Path | None, typer.Option(help="Every trial: a .json or .md file.", callback=in_a_folder)] = None,
     check: Check = None,
-    max_new_tokens: NewTokens = 512,
+    max_new_tokens: NewTokens = None,
     stop: Stop = None,
     batch_size: Rows = 64,
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
     """Choose the number of neurons and the signed strength on validation questions."""
-    from adaras_export.generation import Sampling
     from adaras_export.models import BaseModel
     from adaras_export.rule import Gate
     from adaras_export.search import Search
-    from adaras_export.tune import DEFAULT_COUNTS, DEFAULT_STRENGTHS
-    from adaras_export.tune import tune as run
     from adaras_export.tune_report import FORMATS
 
     if report is not None:
         require_choice("report", report.suffix, FORMATS)
     tried: dict[str, Any] = {
         "start": [start_of(one) for one in start.split(",")],
-        "counts": counts_of(counts) if counts else DEFAULT_COUNTS,
-        "strengths": _strengths_of(strengths) if strengths else DEFAULT_STRENGTHS,
         "search": Search(trials, first, seed=seed),
+        **({"counts": counts_of(counts)} if counts else {}),
+        **({"strengths": _strengths_of(strengths)} if strengths else {}),
     }
-    exam = exam_of(questions, check, Sampling(max_new_tokens, stop=unescaped(stop)), batch_size)
+    read, chosen = asked(questions, check)
     base = BaseModel.of(model, revision)
     rankings, read_gate = _rankings(neurons, base), None if gate is None else Gate.load(gate)
+    from adaras_export.evaluate import Exam
+    from adaras_export.generation import Sampling
+    from adaras_export.tune import tune as run
+
+    sampling = Sampling(new_tokens(max_new_tokens), stop=unescaped(stop))
     loaded, tokenizer = load_model(model, revision)
+    sampling = replace(sampling, max_new_tokens=fitting(max_new_tokens, loaded, tokenizer, read))
+    exam = Exam(read, chosen, sampling, batch_size, name=questions.stem)
     journal = out.with_name(f"{out.name}.partial.jsonl")
     with progress() as bar:
         watched = replace(exam, progress=bar("trying settings"))
@@ -94,7 +108,7 @@ def tune(
         found.save(report)
     found.rule.save(out)
     journal.unlink(missing_ok=True)
-    show(found.as_record(), f"{found.table()}\n{out}: {found.line()}", as_json)
+    show(found.as_record(), f"{found.table()}\n{out}: {found.line()}{fitted(sampling, max_new_tokens)}", as_json)
 
 
 def _rankings(files: list[Path], base: "BaseModel") -> "NeuronSet | dict[str, NeuronSet]":
@@ -118,7 +132,10 @@ def _strengths_of(text: str) -> "list[float] | Span":
 
     if ":" not in text:
         return numbers_of("strengths", text)
-    ends = numbers_of("strengths", text.replace(":", ","))
-    if len(ends) != 2:
-        raise typer.BadParameter(f"--strengths {text}: expected LOW:HIGH, or numbers with commas between them")
-    return Span(*ends)
+    try:
+        low, high = map(float, text.split(":"))
+    except ValueError as error:
+        raise typer.BadParameter(
+            f"--strengths {text}: expected LOW:HIGH, or numbers with commas between them"
+        ) from error
+    return Span(low, high)

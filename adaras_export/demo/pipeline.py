@@ -6,6 +6,7 @@ are taken to the end, side by side; which one is exported is decided on the vali
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ from adaras_export.checkers import checker
 from adaras_export.collect import CollectReport, Recording, collect
 from adaras_export.delivery import ExportReport, export, verify
 from adaras_export.demo import planted, smollm2
-from adaras_export.errors import ExportError
+from adaras_export.errors import ExportError, MissingExtraError, require
 from adaras_export.evaluate import Conduct, Evaluation, Exam, evaluate
 from adaras_export.gate import GateReport, train_gate
 from adaras_export.generation import Sampling, load_model
@@ -163,23 +164,42 @@ class Summary:
         return "\n".join([*lines, f"{self.seconds:.0f} seconds"])
 
 
+_UNFINISHED = "unfinished"  # a file with the name of the task, in the folder for as long as the job is not done
+
+
 def run(name: str, out: Path, bar: Bar) -> Summary:
-    """The job on one of `TASKS`, with all files in the new folder ``out``.
+    """The job on one of `TASKS`, with all files in the folder ``out``: a new one, or that of the same job cut off.
 
     Raises:
-        ExportError: there is no such task, or ``out`` exists.
+        ExportError: there is no such task, or ``out`` exists and is of something else.
+        MissingExtraError: a library that a later stage needs is not installed; no folder is made.
     """
     if name not in TASKS:
         raise ExportError(f"demo: no model {name}; expected one of: {', '.join(TASKS)}")
-    if out.exists():
+    mark, new = out / _UNFINISHED, not out.exists()
+    if not new and not (mark.is_file() and mark.read_text() == name):
         raise ExportError(f"{out}: exists already; choose another folder, or remove it first")
-    task = TASKS[name](out)  # it may lack a wheel, and should not leave a folder then
+    for library in _LIBRARIES:
+        require(library, "identify", "the demo")
     out.mkdir(parents=True, exist_ok=True)
-    return job(task, out, bar)
+    mark.write_text(name)
+    try:
+        task = TASKS[name](out)
+    except MissingExtraError:  # of the model itself
+        if new:
+            mark.unlink()
+            out.rmdir()
+        raise
+    summary = job(task, out, bar)
+    mark.unlink()
+    return summary
+
+
+_LIBRARIES = ("sklearn.linear_model", "scipy.stats", "threadpoolctl")
 
 
 def job(task: Task, out: Path, bar: Bar) -> Summary:
-    """The job on a task, with all files in the folder ``out``."""
+    """The job on a task, with all files in the folder ``out``; traces that it has are kept, all else is made anew."""
     started = time.perf_counter()
     for part, questions in task.questions.items():
         write_questions(out / f"{part}.jsonl", questions)
@@ -232,6 +252,8 @@ def job(task: Task, out: Path, bar: Bar) -> Summary:
         evaluation.save(out / f"evaluation-{ranking}.json")
         candidates[ranking] = Candidate(identified, tuned, evaluation)
 
+    if (out / "steered-model").exists():
+        shutil.rmtree(out / "steered-model")
     exported = max(RANKINGS, key=lambda one: candidates[one].tuned.chosen.arm.accuracy)
     delivery = export(
         candidates[exported].tuned.rule,

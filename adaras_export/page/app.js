@@ -17,6 +17,7 @@ const handlers = {
     at("loading").hidden = true;
     at("ignore").hidden = !rule.gated;
     at("about").textContent = describe(rule);
+    if (rule.example && at("prompt").value === at("prompt").defaultValue) at("prompt").value = rule.example;
     showStrength();
     busy(false);
     say("Ready.");

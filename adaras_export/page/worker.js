@@ -30,7 +30,7 @@ const jobs = {
       session_options: { externalData: [{ path: "model.onnx_data", data: "onnx/model.onnx_data" }] },
     });
     const { strength, threshold, start, layers, gate } = model.config.adaras;
-    postMessage({ kind: "ready", strength, threshold, start, layers, gated: gate !== null });
+    postMessage({ kind: "ready", strength, threshold, start, layers, gated: gate !== null, example: await example() });
   },
   async generate({ prompt, strength, threshold, newTokens }) {
     const ids = encode(prompt);
@@ -64,6 +64,14 @@ onmessage = async ({ data }) => {
     postMessage({ kind: "failed", message: String(error?.message ?? error) });
   }
 };
+
+// A question that the rule was evaluated on, where the export has an evaluation, and where `encode` would ask it as it was asked.
+async function example() {
+  const evaluation = await fetched("evaluation.json");
+  const asked = evaluation.ok ? (await evaluation.json()).example : null;
+  const text = tokenizer.chat_template ? asked?.[0]?.content : asked;
+  return typeof text === "string" ? text : null;
+}
 
 const bytes = { kind: "progress", loaded: 0, total: 0 };
 

@@ -8,6 +8,7 @@ from functools import singledispatch
 from html import escape
 from importlib.resources import files
 
+from adaras_export.errors import visible
 from adaras_export.reports.blocks import (
     Beside,
     Block,
@@ -29,7 +30,7 @@ def page(report: Report) -> str:
     """The whole page."""
     style = files("adaras_export.reports").joinpath("page.css").read_text()
     body = "\n".join(_block(block) for block in report.blocks)
-    return f"""<!doctype html>
+    whole = f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -48,6 +49,7 @@ def page(report: Report) -> str:
 </body>
 </html>
 """
+    return "\n".join(map(visible, whole.split("\n")))  # foreign names stand in attributes, too
 
 
 @singledispatch

@@ -1,5 +1,6 @@
 """Gemma2 with adaptive steering in its MLPs. Everything that is not Gemma2's own is in steering_adaras.py."""
 
+from transformers import GenerationMixin
 from transformers.models.gemma2.configuration_gemma2 import Gemma2Config
 from transformers.models.gemma2.modeling_gemma2 import Gemma2ForCausalLM, Gemma2MLP, Gemma2Model
 
@@ -13,7 +14,7 @@ class AdaRASGemma2Config(Gemma2Config):
 
 
 class SteeredGemma2MLP(SteeredGatedMLP, Gemma2MLP):
-    """Gemma2's MLP, with the down projection in the hands of the steering."""
+    """Gemma2's MLP; its down projection output is steered."""
 
 
 class AdaRASGemma2Model(SteeredModel, Gemma2Model):
@@ -23,7 +24,7 @@ class AdaRASGemma2Model(SteeredModel, Gemma2Model):
     steered_mlp_class = SteeredGemma2MLP
 
 
-class AdaRASGemma2ForCausalLM(SteeredGeneration, Gemma2ForCausalLM):
+class AdaRASGemma2ForCausalLM(SteeredGeneration, Gemma2ForCausalLM, GenerationMixin):
     """The decoder with its language model head."""
 
     config_class = AdaRASGemma2Config

@@ -1,5 +1,6 @@
 """Gemma3 with adaptive steering in its MLPs. Everything that is not Gemma3's own is in steering_adaras.py."""
 
+from transformers import GenerationMixin
 from transformers.models.gemma3.configuration_gemma3 import Gemma3TextConfig
 from transformers.models.gemma3.modeling_gemma3 import Gemma3ForCausalLM, Gemma3MLP, Gemma3TextModel
 
@@ -13,7 +14,7 @@ class AdaRASGemma3Config(Gemma3TextConfig):
 
 
 class SteeredGemma3MLP(SteeredGatedMLP, Gemma3MLP):
-    """Gemma3's MLP, with the down projection in the hands of the steering."""
+    """Gemma3's MLP; its down projection output is steered."""
 
 
 class AdaRASGemma3Model(SteeredModel, Gemma3TextModel):
@@ -24,7 +25,7 @@ class AdaRASGemma3Model(SteeredModel, Gemma3TextModel):
     base_model_prefix = "model"  # Transformers 4.57 has that of the multimodal model, and finds no weight
 
 
-class AdaRASGemma3ForCausalLM(SteeredGeneration, Gemma3ForCausalLM):
+class AdaRASGemma3ForCausalLM(SteeredGeneration, Gemma3ForCausalLM, GenerationMixin):
     """The decoder with its language model head."""
 
     config_class = AdaRASGemma3Config

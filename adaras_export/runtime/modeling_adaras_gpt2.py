@@ -3,6 +3,7 @@
 from functools import wraps
 from typing import Any
 
+from transformers import GenerationMixin
 from transformers.models.gpt2.configuration_gpt2 import GPT2Config
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2LMHeadModel, GPT2Model
 
@@ -16,7 +17,7 @@ class AdaRASGPT2Config(GPT2Config):
 
 
 class SteeredGPT2MLP(SteeredMLP, GPT2MLP):
-    """GPT-2's MLP, with the down projection in the hands of the steering."""
+    """GPT-2's MLP; its down projection output is steered."""
 
     def forward(self, hidden_states: Any) -> Any:
         """As the base does, up to the down projection."""
@@ -31,7 +32,7 @@ class AdaRASGPT2Model(SteeredModel, GPT2Model):
     steered_layers = "h"
 
 
-class AdaRASGPT2ForCausalLM(SteeredGeneration, GPT2LMHeadModel):
+class AdaRASGPT2ForCausalLM(SteeredGeneration, GPT2LMHeadModel, GenerationMixin):
     """The decoder with its language model head."""
 
     config_class = AdaRASGPT2Config

@@ -1,6 +1,7 @@
 """GPT-NeoX with adaptive steering in its MLPs. Everything that is not GPT-NeoX's own is in steering_adaras.py."""
 
 from torch import Tensor
+from transformers import GenerationMixin
 from transformers.models.gpt_neox.configuration_gpt_neox import GPTNeoXConfig
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXForCausalLM, GPTNeoXMLP, GPTNeoXModel
 
@@ -14,7 +15,7 @@ class AdaRASGPTNeoXConfig(GPTNeoXConfig):
 
 
 class SteeredGPTNeoXMLP(SteeredMLP, GPTNeoXMLP):
-    """GPT-NeoX's MLP, with the down projection in the hands of the steering."""
+    """GPT-NeoX's MLP; its down projection output is steered."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """As the base does, up to the down projection."""
@@ -28,7 +29,7 @@ class AdaRASGPTNeoXModel(SteeredModel, GPTNeoXModel):
     steered_mlp_class = SteeredGPTNeoXMLP
 
 
-class AdaRASGPTNeoXForCausalLM(SteeredGeneration, GPTNeoXForCausalLM):
+class AdaRASGPTNeoXForCausalLM(SteeredGeneration, GPTNeoXForCausalLM, GenerationMixin):
     """The decoder with its language model head."""
 
     config_class = AdaRASGPTNeoXConfig

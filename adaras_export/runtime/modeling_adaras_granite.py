@@ -1,5 +1,6 @@
 """Granite with adaptive steering in its MLPs. Everything that is not Granite's own is in steering_adaras.py."""
 
+from transformers import GenerationMixin
 from transformers.models.granite.configuration_granite import GraniteConfig
 from transformers.models.granite.modeling_granite import GraniteForCausalLM, GraniteMLP, GraniteModel
 
@@ -13,7 +14,7 @@ class AdaRASGraniteConfig(GraniteConfig):
 
 
 class SteeredGraniteMLP(SteeredGatedMLP, GraniteMLP):
-    """Granite's MLP, with the down projection in the hands of the steering."""
+    """Granite's MLP; its down projection output is steered."""
 
 
 class AdaRASGraniteModel(SteeredModel, GraniteModel):
@@ -23,7 +24,7 @@ class AdaRASGraniteModel(SteeredModel, GraniteModel):
     steered_mlp_class = SteeredGraniteMLP
 
 
-class AdaRASGraniteForCausalLM(SteeredGeneration, GraniteForCausalLM):
+class AdaRASGraniteForCausalLM(SteeredGeneration, GraniteForCausalLM, GenerationMixin):
     """The decoder with its language model head."""
 
     config_class = AdaRASGraniteConfig

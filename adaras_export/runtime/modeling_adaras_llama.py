@@ -1,5 +1,6 @@
 """Llama with adaptive steering in its MLPs. Everything that is not Llama's own is in steering_adaras.py."""
 
+from transformers import GenerationMixin
 from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaMLP, LlamaModel
 
@@ -13,7 +14,7 @@ class AdaRASLlamaConfig(LlamaConfig):
 
 
 class SteeredLlamaMLP(SteeredGatedMLP, LlamaMLP):
-    """Llama's MLP, with the down projection in the hands of the steering."""
+    """Llama's MLP; its down projection output is steered."""
 
 
 class AdaRASLlamaModel(SteeredModel, LlamaModel):
@@ -23,7 +24,7 @@ class AdaRASLlamaModel(SteeredModel, LlamaModel):
     steered_mlp_class = SteeredLlamaMLP
 
 
-class AdaRASLlamaForCausalLM(SteeredGeneration, LlamaForCausalLM):
+class AdaRASLlamaForCausalLM(SteeredGeneration, LlamaForCausalLM, GenerationMixin):
     """The decoder with its language model head."""
 
     config_class = AdaRASLlamaConfig

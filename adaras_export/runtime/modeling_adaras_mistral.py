@@ -1,5 +1,6 @@
 """Mistral with adaptive steering in its MLPs. Everything that is not Mistral's own is in steering_adaras.py."""
 
+from transformers import GenerationMixin
 from transformers.models.mistral.configuration_mistral import MistralConfig
 from transformers.models.mistral.modeling_mistral import MistralForCausalLM, MistralMLP, MistralModel
 
@@ -13,7 +14,7 @@ class AdaRASMistralConfig(MistralConfig):
 
 
 class SteeredMistralMLP(SteeredGatedMLP, MistralMLP):
-    """Mistral's MLP, with the down projection in the hands of the steering."""
+    """Mistral's MLP; its down projection output is steered."""
 
 
 class AdaRASMistralModel(SteeredModel, MistralModel):
@@ -23,7 +24,7 @@ class AdaRASMistralModel(SteeredModel, MistralModel):
     steered_mlp_class = SteeredMistralMLP
 
 
-class AdaRASMistralForCausalLM(SteeredGeneration, MistralForCausalLM):
+class AdaRASMistralForCausalLM(SteeredGeneration, MistralForCausalLM, GenerationMixin):
     """The decoder with its language model head."""
 
     config_class = AdaRASMistralConfig

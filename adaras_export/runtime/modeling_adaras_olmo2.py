@@ -1,5 +1,6 @@
 """Olmo2 with adaptive steering in its MLPs. Everything that is not Olmo2's own is in steering_adaras.py."""
 
+from transformers import GenerationMixin
 from transformers.models.olmo2.configuration_olmo2 import Olmo2Config
 from transformers.models.olmo2.modeling_olmo2 import Olmo2ForCausalLM, Olmo2MLP, Olmo2Model
 
@@ -13,7 +14,7 @@ class AdaRASOlmo2Config(Olmo2Config):
 
 
 class SteeredOlmo2MLP(SteeredGatedMLP, Olmo2MLP):
-    """Olmo2's MLP, with the down projection in the hands of the steering."""
+    """Olmo2's MLP; its down projection output is steered."""
 
 
 class AdaRASOlmo2Model(SteeredModel, Olmo2Model):
@@ -23,7 +24,7 @@ class AdaRASOlmo2Model(SteeredModel, Olmo2Model):
     steered_mlp_class = SteeredOlmo2MLP
 
 
-class AdaRASOlmo2ForCausalLM(SteeredGeneration, Olmo2ForCausalLM):
+class AdaRASOlmo2ForCausalLM(SteeredGeneration, Olmo2ForCausalLM, GenerationMixin):
     """The decoder with its language model head."""
 
     config_class = AdaRASOlmo2Config

@@ -1,6 +1,7 @@
 """Phi3 with adaptive steering in its MLPs. Everything that is not Phi3's own is in steering_adaras.py."""
 
 from torch import Tensor
+from transformers import GenerationMixin
 from transformers.models.phi3.configuration_phi3 import Phi3Config
 from transformers.models.phi3.modeling_phi3 import Phi3ForCausalLM, Phi3MLP, Phi3Model
 
@@ -14,7 +15,7 @@ class AdaRASPhi3Config(Phi3Config):
 
 
 class SteeredPhi3MLP(SteeredMLP, Phi3MLP):
-    """Phi3's MLP, with the down projection in the hands of the steering."""
+    """Phi3's MLP; its down projection output is steered."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """As the base does, up to the down projection."""
@@ -29,7 +30,7 @@ class AdaRASPhi3Model(SteeredModel, Phi3Model):
     steered_mlp_class = SteeredPhi3MLP
 
 
-class AdaRASPhi3ForCausalLM(SteeredGeneration, Phi3ForCausalLM):
+class AdaRASPhi3ForCausalLM(SteeredGeneration, Phi3ForCausalLM, GenerationMixin):
     """The decoder with its language model head."""
 
     config_class = AdaRASPhi3Config

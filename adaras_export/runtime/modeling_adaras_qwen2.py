@@ -1,5 +1,6 @@
 """Qwen2 with adaptive steering in its MLPs. Everything that is not Qwen2's own is in steering_adaras.py."""
 
+from transformers import GenerationMixin
 from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2ForCausalLM, Qwen2MLP, Qwen2Model
 
@@ -13,7 +14,7 @@ class AdaRASQwen2Config(Qwen2Config):
 
 
 class SteeredQwen2MLP(SteeredGatedMLP, Qwen2MLP):
-    """Qwen2's MLP, with the down projection in the hands of the steering."""
+    """Qwen2's MLP; its down projection output is steered."""
 
 
 class AdaRASQwen2Model(SteeredModel, Qwen2Model):
@@ -23,7 +24,7 @@ class AdaRASQwen2Model(SteeredModel, Qwen2Model):
     steered_mlp_class = SteeredQwen2MLP
 
 
-class AdaRASQwen2ForCausalLM(SteeredGeneration, Qwen2ForCausalLM):
+class AdaRASQwen2ForCausalLM(SteeredGeneration, Qwen2ForCausalLM, GenerationMixin):
     """The decoder with its language model head."""
 
     config_class = AdaRASQwen2Config

@@ -1,5 +1,6 @@
 """Qwen3 with adaptive steering in its MLPs. Everything that is not Qwen3's own is in steering_adaras.py."""
 
+from transformers import GenerationMixin
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM, Qwen3MLP, Qwen3Model
 
@@ -13,7 +14,7 @@ class AdaRASQwen3Config(Qwen3Config):
 
 
 class SteeredQwen3MLP(SteeredGatedMLP, Qwen3MLP):
-    """Qwen3's MLP, with the down projection in the hands of the steering."""
+    """Qwen3's MLP; its down projection output is steered."""
 
 
 class AdaRASQwen3Model(SteeredModel, Qwen3Model):
@@ -23,7 +24,7 @@ class AdaRASQwen3Model(SteeredModel, Qwen3Model):
     steered_mlp_class = SteeredQwen3MLP
 
 
-class AdaRASQwen3ForCausalLM(SteeredGeneration, Qwen3ForCausalLM):
+class AdaRASQwen3ForCausalLM(SteeredGeneration, Qwen3ForCausalLM, GenerationMixin):
     """The decoder with its language model head."""
 
     config_class = AdaRASQwen3Config

@@ -1,5 +1,6 @@
 """SmolLM3 with adaptive steering in its MLPs. Everything that is not SmolLM3's own is in steering_adaras.py."""
 
+from transformers import GenerationMixin
 from transformers.models.smollm3.configuration_smollm3 import SmolLM3Config
 from transformers.models.smollm3.modeling_smollm3 import SmolLM3ForCausalLM, SmolLM3MLP, SmolLM3Model
 
@@ -13,7 +14,7 @@ class AdaRASSmolLM3Config(SmolLM3Config):
 
 
 class SteeredSmolLM3MLP(SteeredGatedMLP, SmolLM3MLP):
-    """SmolLM3's MLP, with the down projection in the hands of the steering."""
+    """SmolLM3's MLP; its down projection output is steered."""
 
 
 class AdaRASSmolLM3Model(SteeredModel, SmolLM3Model):
@@ -23,7 +24,7 @@ class AdaRASSmolLM3Model(SteeredModel, SmolLM3Model):
     steered_mlp_class = SteeredSmolLM3MLP
 
 
-class AdaRASSmolLM3ForCausalLM(SteeredGeneration, SmolLM3ForCausalLM):
+class AdaRASSmolLM3ForCausalLM(SteeredGeneration, SmolLM3ForCausalLM, GenerationMixin):
     """The decoder with its language model head."""
 
     config_class = AdaRASSmolLM3Config

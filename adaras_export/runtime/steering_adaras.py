@@ -5,15 +5,17 @@ predicts a failure, a constant vector is added to the output of some MLPs, from 
 first generated one) on. That vector is strength * W_down[:, idx] @ delta: what adding strength * delta to the
 neurons idx before the down projection amounts to. Opens no file, starts no process, uses no network.
 
-What belongs to sequences (the gate's sums and its verdict) rides on their KV cache; what belongs to one forward
-pass is thread-local; the modules hold weights only. So calls on one model object may run at the same time.
+What belongs to sequences (what the gate has seen of them, and p(correct)) rides on their KV cache; what belongs to
+one forward pass is thread-local; the modules hold weights only. So calls on one model object may run at the same time.
 
 B sequences, T tokens of this call, D model width, F gate features, H gate width. Layers are 0-based.
 """
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from inspect import Parameter, signature
 from typing import Any
 
 import torch
@@ -27,7 +29,8 @@ try:
 except ImportError:  # Transformers 4
     conversion_mapping = None  # type: ignore[assignment]
 
-DECODER_ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds")
+DECODER_ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "inputs_embeds")
+"""What steering reads of a decoder's call, by name. The KV cache is found by its type: its name has changed."""
 
 
 class _Thread(threading.local):
@@ -69,17 +72,26 @@ class SteeringGate(nn.Module):
         self.output_weight = _parameter(hidden_size)
         self.output_bias = _parameter()
 
-    def pool(self, features_BTF: Tensor, prompt_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """Softmax-weighted sum of the features over the prompt tokens, and the sum of the weights: (B, F), (B, 1)."""
-        features_BTF = features_BTF.to(self.attention_weight)
-        score_BT = torch.tanh(features_BTF @ self.attention_weight + self.attention_bias)
-        weight_BT = torch.exp(score_BT) * prompt_BT  # exp of [-1, 1]: no running maximum is needed
-        return torch.einsum("bt,btf->bf", weight_BT, features_BTF), weight_BT.sum(1, keepdim=True)
+    def forward(
+        self, seen: "tuple[Tensor, Tensor] | None", more: "tuple[Tensor, Tensor] | None" = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What the gate keeps of each column, (B, T, H) and (B, T), and p(correct) from all of them, (B,).
 
-    def forward(self, pooled_BF: Tensor) -> Tensor:
-        """p(correct), (B,)."""
-        hidden_BH = torch.relu(pooled_BF @ self.hidden_weight.T + self.hidden_bias)
-        return torch.sigmoid(hidden_BH @ self.output_weight + self.output_bias)
+        ``seen`` is what it kept of earlier columns; ``more`` are the features of further ones, (B, T, F), and whether
+        they are prompt tokens, (B, T). A linear layer follows the pooling, so it keeps H values instead of F.
+        """
+        kept = [] if seen is None else [seen]
+        kind = self.output_weight.device.type
+        with torch.autocast("cpu" if kind == "meta" else kind, enabled=False):
+            if more is not None:
+                features_BTF, prompt_BT = more[0].to(self.attention_weight), more[1]
+                score_BT = torch.tanh(features_BTF @ self.attention_weight + self.attention_bias)
+                weight_BT = torch.exp(score_BT) * prompt_BT  # exp of [-1, 1]: no running maximum is needed
+                kept.append((weight_BT.unsqueeze(-1) * (features_BTF @ self.hidden_weight.T), weight_BT))
+            value_BTH, weight_BT = (torch.cat(part, dim=1) for part in zip(*kept, strict=True))
+            pooled_BH = value_BTH.sum(1) / weight_BT.sum(1, keepdim=True)
+            hidden_BH = torch.relu(pooled_BH + self.hidden_bias)
+            return value_BTH, weight_BT, torch.sigmoid(hidden_BH @ self.output_weight + self.output_bias)
 
 
 def _parameter(*shape: int) -> nn.Parameter:
@@ -89,28 +101,71 @@ def _parameter(*shape: int) -> nn.Parameter:
 class SteeringState:
     """What the gate has seen of a batch of sequences; an attribute of their KV cache.
 
-    ``probability`` is p(correct), (B,), or None before the first prompt token and where there is no gate.
+    It holds an entry for each column of the cache up to the last prompt token, so that it can follow the cache where
+    that loses columns or changes its rows. ``probability`` is p(correct), (B,), or None before the first prompt token
+    and where there is no gate.
     """
 
     def __init__(self) -> None:
-        self.weighted_BF: Tensor | float = 0.0
-        self.weight_B1: Tensor | float = 0.0
+        self.seen: tuple[Tensor, Tensor] | None = None
         self.probability: Tensor | None = None
 
-    def see(self, gate: SteeringGate, features_BTF: Tensor, prompt_BT: Tensor) -> None:
-        """Take further prompt tokens into account."""
-        weighted_BF, weight_B1 = gate.pool(features_BTF, prompt_BT)
-        self.weighted_BF, self.weight_B1 = self.weighted_BF + weighted_BF, self.weight_B1 + weight_B1
-        self.probability = gate(self.weighted_BF / self.weight_B1)
+    def see(self, gate: SteeringGate, features_BTF: Tensor, prompt_BT: Tensor, columns: int | None) -> None:
+        """Take further columns into account, which come behind ``columns`` of the cache (None: behind those seen)."""
+        if self.seen is not None and columns is not None:
+            value_BTH, weight_BT = self.seen
+            if (gap := columns - weight_BT.shape[1]) < 0:
+                raise ValueError(f"the KV cache lost {-gap} columns that the gate has judged; remove them with crop()")
+            # Generated tokens lie between: they have no weight.
+            self.seen = nn.functional.pad(value_BTH, (0, 0, 0, gap)), nn.functional.pad(weight_BT, (0, gap))
+        value_BTH, weight_BT, self.probability = gate(self.seen, (features_BTF, prompt_BT))
+        self.seen = value_BTH, weight_BT
 
-    def probability_of(self, batch_size: int) -> Tensor:
-        """p(correct) for a batch that may hold each sequence several times in a row (beams)."""
+    def crop(self, columns: int) -> None:
+        """Forget all columns behind the first ``columns``; the gate judges anew when it is asked."""
+        if self.seen is not None and self.seen[1].shape[1] > columns:
+            value_BTH, weight_BT = self.seen
+            self.seen, self.probability = (value_BTH[:, :columns], weight_BT[:, :columns]), None
+
+    def change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Pick, permute or repeat the sequences."""
+        if self.seen is not None:
+            self.seen = (change(self.seen[0]), change(self.seen[1]))
+        if self.probability is not None:
+            self.probability = change(self.probability)
+
+    def probability_of(self, gate: SteeringGate, batch_size: int) -> Tensor:
+        """p(correct) of each sequence of a batch, (B,)."""
+        if self.probability is None and self.seen is not None:
+            self.probability = gate(self.seen)[2]
         if self.probability is None:
             raise ValueError("the gate has not seen the prompt: pass it through this model, with this KV cache")
-        copies, rest = divmod(batch_size, len(self.probability))
-        if rest:
+        if len(self.probability) != batch_size:
             raise ValueError(f"the KV cache belongs to {len(self.probability)} sequences; the batch has {batch_size}")
-        return self.probability.repeat_interleave(copies) if copies > 1 else self.probability
+        return self.probability
+
+
+_ROWS: dict[str, Callable[[Tensor, Any], Tensor]] = {
+    "reorder_cache": lambda rows, index: rows.index_select(0, index.to(rows.device)),
+    "batch_select_indices": lambda rows, index: rows[index.to(rows.device) if isinstance(index, Tensor) else index],
+    "batch_repeat_interleave": lambda rows, repeats: rows.repeat_interleave(repeats, dim=0),
+}
+
+
+def follow(cache: Cache) -> None:
+    """Let the state that rides on a KV cache change with it: its columns with crop(), its rows with the others."""
+    for name in ("crop", *_ROWS) if not hasattr(cache, "steering_follows") else ():
+        setattr(cache, name, partial(_changed, cache, name))
+    cache.steering_follows = True  # type: ignore[attr-defined]
+
+
+def _changed(cache: Any, name: str, argument: Any) -> None:
+    getattr(type(cache), name)(cache, argument)
+    state: SteeringState | None = getattr(cache, "steering_state", None)
+    if state is not None and name == "crop":
+        state.crop(int(cache.get_seq_length()))
+    elif state is not None:
+        state.change_rows(lambda rows: _ROWS[name](rows, argument))
 
 
 def _dial(name: str, meaning: str) -> Any:
@@ -159,14 +214,23 @@ class Steering:
 class Step:
     """One forward pass: collects the gate's features, then says how much each token is steered.
 
-    ``prompt_BT`` marks the prompt tokens that the gate is still to judge, ``steered_BT`` (or broadcastable to it) those
-    to steer; None is none.
+    ``prompt_BT`` marks the prompt tokens that the gate is still to judge, up to the last column that may have one;
+    ``steered_BT`` (or broadcastable to it) marks those to steer; None is none.
     """
 
-    def __init__(self, state: SteeringState, gate: SteeringGate | None, dials: Steering) -> None:
+    def __init__(
+        self,
+        state: SteeringState,
+        gate: SteeringGate | None,
+        dials: Steering,
+        cache: Cache | None = None,
+        columns: int | None = 0,
+    ) -> None:
         self.state = state
         self.gate = gate
         self.dials = dials
+        self.cache = cache
+        self.columns = columns
         self.prompt_BT: Tensor | None = None
         self.steered_BT: Tensor | None = None
         self._features: list[Tensor] = []
@@ -181,8 +245,10 @@ class Step:
             start = valid_BT.shape[1] - valid_BT.flip(1).int().argmax(1, keepdim=True)
         first = start - int(self.dials.start == "last_prompt_token")
         column_T = torch.arange(valid_BT.shape[1], device=valid_BT.device)
-        if isinstance(start, Tensor) or start > 0:
+        if isinstance(start, Tensor):
             self.prompt_BT = valid_BT & (column_T < start)
+        elif start > 0:
+            self.prompt_BT = valid_BT[:, :start]
         if isinstance(first, Tensor) or first < valid_BT.shape[1]:
             self.steered_BT = valid_BT & (column_T >= first)
 
@@ -201,14 +267,17 @@ class Step:
     def read(self, hidden_BTM: Tensor, index_f: Tensor) -> None:
         """Take one layer's gate features, in the order of the layers."""
         if self.prompt_BT is not None:
-            self._features.append(hidden_BTM.detach().index_select(-1, index_f))
+            self._features.append(hidden_BTM[:, : self.prompt_BT.shape[1]].detach().index_select(-1, index_f))
 
     def settle(self) -> None:
         """Let the gate judge what was read."""
-        if self._features and self.gate is not None and self.prompt_BT is not None:
-            with torch.no_grad():  # or a layer that is computed again would lack what was saved here
-                self.state.see(self.gate, torch.cat(self._features, dim=-1), self.prompt_BT)
-            self._features, self.prompt_BT = [], None  # what is computed again for a gradient is not read again
+        if self.gate is None or self.prompt_BT is None:
+            return
+        if sum(features.shape[-1] for features in self._features) != self.gate.attention_weight.shape[0]:
+            raise ValueError("the gate reads layers that this call leaves out, as assistant_early_exit does; run them")
+        with torch.no_grad():  # or a layer that is computed again would lack what was saved here
+            self.state.see(self.gate, torch.cat(self._features, dim=-1), self.prompt_BT, self.columns)
+        self._features, self.prompt_BT = [], None  # what is computed again for a gradient is not read again
 
     def scale(self, like: Tensor) -> Tensor | None:
         """strength * g per token, (B, T, 1) or broadcastable to it, float32; None where nothing is steered."""
@@ -218,7 +287,7 @@ class Step:
             self.settle()
             steered_BT = self.steered_BT
             if self.gate is not None:
-                judged_B = self.state.probability_of(like.shape[0]) < self.dials.threshold
+                judged_B = self.state.probability_of(self.gate, like.shape[0]) < self.dials.threshold
                 steered_BT = steered_BT & judged_B.unsqueeze(1).to(steered_BT.device)
             self._scale = self.dials.strength * steered_BT.float().unsqueeze(-1)
         return self._scale.to(like.device)
@@ -235,27 +304,82 @@ def begin_step(
     """The step of a forward pass of ``model`` with these arguments.
 
     Raises:
-        ValueError: the mask is not 2D, or the KV cache was filled without the gate.
+        ValueError: the mask is not 2D, the KV cache was filled without the gate, or the call goes on behind tokens that
+            no KV cache shows.
     """
-    cache, tokens, scope = arguments["past_key_values"], tokens_of(arguments), scope_of(model)
+    tokens, scope, mask = tokens_of(arguments), scope_of(model), arguments.get("attention_mask")
+    cache = cache_of(arguments)
     state, columns = getattr(cache, "steering_state", None), columns_in(cache)
+    if cache is None:
+        require_whole(tokens, mask)
+        if scope is not None and start is None and arguments.get("use_cache") is False:
+            raise ValueError("generate() makes calls of its own without a KV cache, as guidance_scale does; use one")
     fresh = state is None if columns is None else columns == 0
     if state is None and gate is not None and columns:
-        raise ValueError("past_key_values was filled without the gate; fill it through this model, with steering on")
-    step = Step(SteeringState() if fresh or state is None else state, gate, dials)
+        raise ValueError("the KV cache was filled without the gate; fill it through this model, with steering on")
+    step = Step(SteeringState() if fresh or state is None else state, gate, dials, cache, columns)
     if scope is not None and scope.state is None:  # later ones may be of other prompts: guidance_scale has an empty one
         scope.state = step.state
-    if (last_R := arguments.get("logits_indices")) is not None:  # continuous batching
-        step.place_packed(last_R, arguments["cu_seq_lens_q"], arguments["position_ids"])
+    if is_packed(arguments):
+        step.place_packed(arguments["logits_indices"], arguments["cu_seq_lens_q"], arguments["position_ids"])
     elif tokens.shape[1] > 1 or fresh or start is not None:
-        valid_BT = valid_tokens(arguments["attention_mask"], tokens) if valid_BT is None else valid_BT
-        step.place(start, valid_BT)
+        step.place(start, valid_tokens(mask, tokens) if valid_BT is None else valid_BT)
     else:
         step.steered_BT = torch.ones(1, 1, dtype=torch.bool, device=tokens.device)
     return step
 
 
-def tokens_of(arguments: dict[str, Any]) -> Tensor:
+def parameter_names(function: Callable[..., Any], required: tuple[str, ...] = DECODER_ARGUMENTS) -> tuple[str, ...]:
+    """Names of the parameters of a method of Transformers that may be given by position, without self.
+
+    Raises:
+        NotImplementedError: it lacks one of those that steering reads, so this version calls it something else.
+    """
+    found = signature(function).parameters.values()
+    names = tuple(one.name for one in found if one.kind is Parameter.POSITIONAL_OR_KEYWORD and one.name != "self")
+    if missing := ", ".join(name for name in required if name not in names):
+        raise NotImplementedError(f"this Transformers has no {missing} in {function.__name__}(), which steering reads")
+    return names
+
+
+def cache_of(arguments: Mapping[str, Any]) -> Cache | None:
+    """The KV cache among the arguments of a call, whatever its name: Transformers 5.24 changed it.
+
+    Raises:
+        ValueError: there are two, or one of an unknown kind.
+    """
+    found = None
+    for value in arguments.values():
+        if isinstance(value, Cache):
+            if found is not None and found is not value:
+                raise ValueError("two KV caches in one call; expected one")
+            found = value
+        elif "Cache" in type(value).__name__ and not is_packed(arguments):
+            raise ValueError(f"{type(value).__name__}: is no KV cache that steering knows; expected a Cache")
+    return found
+
+
+def is_packed(arguments: Mapping[str, Any]) -> bool:
+    """Whether several requests share the row of a call, as in continuous batching.
+
+    Raises:
+        ValueError: they do, but the call does not say where their prompts end.
+    """
+    told = [arguments.get(name) is not None for name in ("logits_indices", "cu_seq_lens_q")]
+    if any(told) and not all(told):
+        raise ValueError("a packed call without logits_indices or cu_seq_lens_q does not show where its prompts end")
+    return all(told)
+
+
+def require_whole(tokens: Tensor, mask: Any) -> None:
+    """Refuse a call without KV cache whose attention mask says that there are earlier tokens."""
+    if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] > tokens.shape[1]:
+        raise ValueError(
+            f"{tokens.shape[1]} of {mask.shape[1]} columns, and no KV cache that steering knows has the rest"
+        )
+
+
+def tokens_of(arguments: Mapping[str, Any]) -> Tensor:
     """The embeddings, (B, T, D), or else the ids, (B, T), of a call."""
     embeddings: Tensor | None = arguments.get("inputs_embeds")
     return arguments["input_ids"] if embeddings is None else embeddings
@@ -284,24 +408,27 @@ def preview(step: Step, forward: Callable[..., Any], arguments: dict[str, Any]) 
     """
     if step.prompt_BT is None or step.steered_BT is None:
         return
-    if not (step.steered_BT & ~step.prompt_BT).any():
+    if not step.steered_BT.any():  # such a gate begins with the first generated token
         step.steered_BT = None
         return
-    if columns_in(arguments["past_key_values"]):
+    if step.columns:
         raise ValueError("this gate needs the prompt in calls of its own: it reads layers that are steered")
     look = Step(step.state, step.gate, step.dials)
     look.prompt_BT, step.prompt_BT = step.prompt_BT, None
+    uncached = {name: value for name, value in arguments.items() if not isinstance(value, Cache)}
     with here(step=look):
-        forward(**{**arguments, "past_key_values": None, "use_cache": False})
+        forward(**{**uncached, "use_cache": False})
     look.settle()
 
 
-def finish_step(step: Step, cache: Cache | None, outputs: Any) -> None:
+def finish_step(step: Step, outputs: Any) -> None:
     """Let the gate judge what no steered layer asked for, and hand the state to the KV cache, given or new."""
     step.settle()
-    for one in (cache, *(outputs if isinstance(outputs, tuple) else outputs.values())):
+    for one in (step.cache, *(outputs if isinstance(outputs, tuple) else outputs.values())):
         if isinstance(one, Cache):
             one.steering_state = step.state  # type: ignore[attr-defined]
+            if not torch.compiler.is_compiling():  # there, generate() has done it before
+                follow(one)
 
 
 class SteeredMLP:
@@ -347,12 +474,17 @@ class _Steered(PreTrainedModel):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Rename checkpoint keys as for the steered class: Transformers 5 does it by name, and for its own classes."""
         super().__init_subclass__(**kwargs)
-        native: Any = next(parent for parent in cls.__mro__ if parent.__module__.startswith("transformers."))
+        native = cls.native_class()
         names = (native.__name__, getattr(native.config_class, "model_type", None)) if conversion_mapping else ()
         for name in names:
             if (rules := conversion_mapping.get_checkpoint_conversion_mapping(name)) is not None:
                 conversion_mapping.register_checkpoint_conversion_mapping(cls.__name__, rules, overwrite=True)
                 break
+
+    @classmethod
+    def native_class(cls) -> Any:
+        """The class of Transformers that is steered."""
+        return next(parent for parent in cls.__mro__ if parent.__module__.startswith("transformers."))
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -390,8 +522,10 @@ class SteeredModel(_Steered):
         """Turn the MLPs of the rule's layers into steered ones. Weight names stay those of the base model.
 
         Raises:
-            NotImplementedError: a server packs requests into one row without saying where their prompts end.
+            NotImplementedError: a server packs requests into one row without saying where their prompts end, or this
+                Transformers calls the decoder with arguments of other names.
         """
+        self.forward_names = parameter_names(self.native_class().forward)
         if (server := config._attn_implementation) in ("vllm", "sglang", "tgi"):
             raise NotImplementedError(f"{server} does not say where a prompt ends; serve an export to `stock` there")
         settings = config.adaras
@@ -410,19 +544,13 @@ class SteeredModel(_Steered):
 
     def forward(
         self,
-        input_ids: Tensor | None = None,
-        attention_mask: Any = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        *,
+        *args: Any,
         steering_start: "int | Tensor | None" = None,
         steering_valid: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """As in Transformers."""
-        given = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
-        arguments = dict(zip(DECODER_ARGUMENTS, given, strict=True)) | kwargs
+        arguments = {**dict(zip(self.forward_names, args, strict=False)), **kwargs}
         if not self.steering.active:
             return super().forward(**arguments)
         if steering_start is None:
@@ -432,7 +560,7 @@ class SteeredModel(_Steered):
             preview(step, super().forward, arguments)
         with here(step=step):
             outputs = super().forward(**arguments)
-        finish_step(step, past_key_values, outputs)
+        finish_step(step, outputs)
         return outputs
 
 
@@ -443,7 +571,12 @@ class SteeredGeneration(_Steered, GenerationMixin):
     _auto_class = "AutoModelForCausalLM"
 
     def install_steering(self, config: Any) -> None:
-        """Turn the decoder into a steered one."""
+        """Turn the decoder into a steered one.
+
+        Raises:
+            NotImplementedError: this Transformers calls generate() or its parts with arguments of other names.
+        """
+        require_generation(self.native_class())
         decoder = self.steered_decoder
         decoder.__class__ = self.steered_model_class
         known: dict[str, Any] = getattr(modeling_utils, "_CAN_RECORD_REGISTRY", {})  # filled by constructors
@@ -465,7 +598,7 @@ class SteeredGeneration(_Steered, GenerationMixin):
         config = kwargs.get("generation_config", self.generation_config)
         start = kwargs.pop("steering_start", getattr(config, "steering_start", None))
         scope = Scope(self.steered_decoder, prompt_width(inputs, kwargs) if start is None else start)
-        with here(scope=scope):
+        with scope.open():
             outputs = super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
         scope.remember(self.steering, outputs)
         return outputs
@@ -476,29 +609,34 @@ class SteeredGeneration(_Steered, GenerationMixin):
         """As in Transformers, plus where the prompt ends in this call."""
         kwargs["inputs_embeds"] = inputs_embeds  # named above because Transformers looks at the signature
         prepared = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc]
-        cache, tokens, scope = prepared.get("past_key_values"), tokens_of(prepared), scope_of(self.steered_decoder)
-        mask = kwargs.get("attention_mask")  # the 2D one: with a static cache, that of this call is a 4D one
-        # Version 5 drops a mask without padding; version 4 does not count the padding in a static cache.
-        columns = columns_in(cache) if mask is None else mask.shape[1] - tokens.shape[1]
-        if scope is not None and (scope.prompt_width > columns or tokens.shape[1] > 1):
-            prepared["steering_start"] = scope.prompt_width - columns
-            prepared["steering_valid"] = valid_tokens(mask, tokens)
-        if cache is not None and not columns:
-            cache.steering_state = None  # the caller's cache was reset, which a compiled graph cannot see
+        start, valid_BT = place_of(scope_of(self.steered_decoder), input_ids, kwargs.get("attention_mask"), prepared)
+        if start is not None:
+            prepared |= {"steering_start": start, "steering_valid": valid_BT}
         return prepared
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """As in Transformers, but no request re-uses another's KV cache, where other tokens may have been steered.
 
         Raises:
-            NotImplementedError: there is a gate; packed requests carry no state for its verdict.
+            NotImplementedError: there is a gate, and packed requests carry no state for its verdict; or as `unshared`.
         """
         if self.steered_decoder.steering_gate is not None:
             raise NotImplementedError("continuous batching is not supported by a model with a gate; use generate()")
-        manager = super().init_continuous_batching(*args, **kwargs)
-        if (settings := getattr(manager, "continuous_batching_config", None)) is not None:  # 4.57 has none
-            settings.allow_block_sharing = False
-        return manager
+        return unshared(super().init_continuous_batching(*args, **kwargs))
+
+
+def unshared(manager: Any) -> Any:
+    """A manager of continuous batching whose requests share no KV blocks.
+
+    Raises:
+        NotImplementedError: this Transformers does not show how to forbid that.
+    """
+    settings: Any = getattr(manager, "continuous_batching_config", None)
+    if conversion_mapping:  # Transformers 4 shares none
+        if not hasattr(settings, "allow_block_sharing"):
+            raise NotImplementedError("this Transformers has no allow_block_sharing to switch off; use generate()")
+        settings.allow_block_sharing = False
+    return manager
 
 
 class Scope:
@@ -508,6 +646,19 @@ class Scope:
         self.model = model
         self.prompt_width = prompt_width
         self.state: SteeringState | None = None
+        self.place: tuple[int | None, Tensor | None] = (None, None)  # of the next call of a decoder under hooks
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Let this be the running call; a draft of fewer layers that fails leaves the model its layers."""
+        config: Any = self.model.config
+        layers = config.num_hidden_layers
+        with here(scope=self):
+            try:
+                yield
+            except BaseException:
+                config.num_hidden_layers = layers
+                raise
 
     def remember(self, dials: Steering, outputs: Any) -> None:
         """Keep what the gate found, for `Steering.last_decisions`."""
@@ -523,7 +674,42 @@ def scope_of(model: nn.Module) -> Scope | None:
     return scope if scope is not None and scope.model is model else None
 
 
+def require_generation(model_class: Any) -> None:
+    """Refuse a Transformers whose generate() would not show where the prompt ends.
+
+    Raises:
+        NotImplementedError: a parameter has another name.
+    """
+    parameter_names(model_class.generate, ("inputs", "generation_config"))
+    parameter_names(model_class.prepare_inputs_for_generation, ("input_ids", "attention_mask", "inputs_embeds"))
+
+
 def prompt_width(inputs: Tensor | None, kwargs: dict[str, Any]) -> int:
     """Columns of the prompt that generate() was given; 1 where it begins from the BOS token alone."""
     given = (kwargs.get("attention_mask"), kwargs.get("inputs_embeds"), inputs, kwargs.get("input_ids"))
     return next((int(one.shape[1]) for one in given if one is not None), 1)
+
+
+def place_of(
+    scope: Scope | None, input_ids: Tensor, mask: Tensor | None, prepared: dict[str, Any]
+) -> tuple[int | None, Tensor | None]:
+    """Where generation begins in a call that generate() has prepared, and which of its tokens are no padding.
+
+    ``input_ids`` are all ids so far, ``mask`` is the 2D one: with a static cache, that of the call is a 4D one. Both
+    are None where the shape of the call says enough: a single token behind the prompt.
+
+    Raises:
+        ValueError: the call goes on behind tokens that no KV cache shows.
+    """
+    cache, tokens = cache_of(prepared), tokens_of(prepared)
+    if cache is None:
+        require_whole(tokens, input_ids if mask is None else mask)
+    # Version 5 drops a mask without padding; version 4 does not count the padding in a static cache.
+    columns = columns_in(cache) if mask is None else mask.shape[1] - tokens.shape[1]
+    if cache is not None:
+        follow(cache)
+        if not columns:  # the caller's cache was reset, which a compiled graph cannot see
+            cache.steering_state = None  # type: ignore[attr-defined]
+    if scope is None or (scope.prompt_width <= columns and tokens.shape[1] == 1):
+        return None, None
+    return scope.prompt_width - columns, valid_tokens(mask, tokens)

@@ -22,6 +22,7 @@ What audit hooks cannot see is what compiled code does on its own (safetensors o
 the closed list of what the payload may take from torch, in tests/payload_rules.py.
 """
 
+import inspect
 import json
 import os
 import sys
@@ -33,6 +34,8 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 
 torch.set_num_threads(1)
+NAMES = inspect.signature(transformers.GenerationMixin.prepare_inputs_for_generation).parameters
+CACHE = "cache" if "cache" in NAMES else "past_key_values"  # Transformers 5.24 changed the name
 transformers.utils.logging.disable_progress_bar()
 
 CODE = os.path.join(os.environ["HF_MODULES_CACHE"], "transformers_modules")  # noqa: PTH118
@@ -133,7 +136,7 @@ def bare(model, job):
     ours = {"steering_start": 2} if hasattr(model, "steering") else {}
     with torch.no_grad():
         cache = model(torch.tensor([job["prompts"][-1]]), use_cache=True, **ours).past_key_values
-        model(torch.tensor([[7]]), past_key_values=cache)
+        model(torch.tensor([[7]]), **{CACHE: cache})
 
 
 def trained(model, job):

@@ -15,7 +15,7 @@ import pytest
 import tiny
 import torch
 import transformers
-from tiny import EOS, LAYERS, PAD, PROMPTS, VOCABULARY, greedy, left_padded, require_answers
+from tiny import CACHE, EOS, LAYERS, PAD, PROMPTS, VOCABULARY, greedy, left_padded, require_answers
 
 pytestmark = pytest.mark.slow  # hundreds of short ones
 
@@ -251,7 +251,7 @@ def test_generation_that_goes_on_from_its_cache_gives_what_one_call_gives(key, o
     model, how = opened[key], {**QUIET, "eos_token_id": VOCABULARY - 3, "return_dict_in_generate": True}
     whole = model.generate(ROWS, **how).sequences
     half = model.generate(ROWS, **{**how, "max_new_tokens": 3})
-    rest = {**how, "past_key_values": half.past_key_values, "max_new_tokens": 3}
+    rest = {**how, CACHE: half.past_key_values, "max_new_tokens": 3}
     assert half.past_key_values.get_seq_length() == 7 + 3 - 1
     assert torch.equal(model.generate(half.sequences, steering_start=7, **rest).sequences, whole)
 
@@ -262,7 +262,7 @@ def test_without_steering_start_a_gate_hears_the_answer_so_far_as_prompt(key, op
     model, how = opened[key], {**QUIET, "eos_token_id": VOCABULARY - 3, "return_dict_in_generate": True}
     whole = model.generate(ROWS, **how).sequences
     half, before = model.generate(ROWS, **{**how, "max_new_tokens": 3}), model.steering.last_decisions
-    rest = model.generate(half.sequences, past_key_values=half.past_key_values, **{**how, "max_new_tokens": 3})
+    rest = model.generate(half.sequences, **{**how, "max_new_tokens": 3, CACHE: half.past_key_values})
     if key[1] is None:
         assert torch.equal(rest.sequences, whole)
     else:

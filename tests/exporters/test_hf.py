@@ -16,7 +16,7 @@ import tiny
 import torch
 from elsewhere import as_output, jobs_of, require_equal_to_the_oracle, run_elsewhere
 from safetensors import safe_open
-from tiny import PROMPTS, greedy, require_answers
+from tiny import CACHE, PROMPTS, greedy, require_answers
 
 from adaras_export import models
 from adaras_export.errors import ArtifactError, ExportError
@@ -237,16 +237,17 @@ def test_a_cache_that_was_filled_while_steering_was_off_is_refused(opened):
     with torch.no_grad(), model.steering.off():
         cache = model(torch.tensor([PROMPTS[0]]), use_cache=True).past_key_values
     with torch.no_grad(), pytest.raises(ValueError, match="filled without the gate; fill it through this model"):
-        model(torch.tensor([[7]]), past_key_values=cache)
+        model(torch.tensor([[7]]), **{CACHE: cache})
 
 
 def test_a_cache_with_a_decision_does_not_serve_another_batch(opened):
     model = opened[("qwen3", *CAUSAL)]
     with torch.no_grad():
         cache = model(torch.tensor([PROMPTS[0], PROMPTS[0]]), use_cache=True).past_key_values
-        cache.batch_select_indices(torch.tensor([0, 1, 1]))
+        for layer in cache.layers:  # past the cache, which would have changed the decisions with the rows
+            layer.batch_select_indices(torch.tensor([0, 1, 1]))
         with pytest.raises(ValueError, match="belongs to 2 sequences; the batch has 3"):
-            model(torch.tensor([[7], [7], [7]]), past_key_values=cache)
+            model(torch.tensor([[7], [7], [7]]), **{CACHE: cache})
 
 
 def test_a_gate_that_reads_steered_layers_refuses_prompt_and_answer_behind_a_cache(opened):
@@ -254,7 +255,7 @@ def test_a_gate_that_reads_steered_layers_refuses_prompt_and_answer_behind_a_cac
     with torch.no_grad():
         cache = model(torch.tensor([PROMPTS[0]]), use_cache=True, steering_start=9).past_key_values
         with pytest.raises(ValueError, match="needs the prompt in calls of its own"):
-            model(torch.tensor([PROMPTS[2]]), past_key_values=cache, steering_start=3)
+            model(torch.tensor([PROMPTS[2]]), steering_start=3, **{CACHE: cache})
 
 
 def test_the_dials_do_what_they_say(opened, rules, stock):
@@ -341,7 +342,7 @@ def test_outputs_as_a_tuple_carry_the_state_too(opened, told):
         with torch.no_grad():
             logits, cache = opened[key](torch.tensor([prompt]), use_cache=True, return_dict=False)[:2]
             ids = logits[:, -1:].argmax(-1)
-            second = opened[key](ids, past_key_values=cache, use_cache=True, return_dict=False)[0]
+            second = opened[key](ids, use_cache=True, return_dict=False, **{CACHE: cache})[0]
         assert [int(ids), int(second[0, -1].argmax())] == answer["ids"][:2]
 
 

@@ -180,6 +180,26 @@ def test_layers_on_disk_are_read_and_steered_as_if_they_were_not(key, disk, writ
     require_answers(greedy(model.eval()), told[key])
 
 
+@BOTH
+@pytest.mark.parametrize("way", ["cpu_offload", "disk_offload", "disk"])
+def test_an_offloaded_gate_is_fetched_when_it_judges(key, way, written, told, tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    if way == "disk":
+        model = open_model(written[key], device_map={"": "disk"}, offload_folder=tmp_path).eval()
+    else:
+        where = {"offload_dir": tmp_path} if way == "disk_offload" else {}
+        model = getattr(accelerate, way)(open_model(written[key]).eval(), execution_device="cpu", **where)
+    assert {p.device.type for p in model.model.steering_gate.parameters()} == {"meta"}
+    require_answers(greedy(model), told[key])
+
+
+def test_an_opened_export_can_be_pickled(written, told, tmp_path):
+    """Transformers made a second class of the same name where GenerationMixin was not among the bases."""
+    torch.save(open_model(written[QWEN3]).eval(), tmp_path / "model.pt")
+    model = torch.load(tmp_path / "model.pt", weights_only=False)
+    require_answers(greedy(model), told[QWEN3])
+
+
 # Construction without weights
 
 

@@ -14,7 +14,7 @@ import tiny
 import torch
 import transformers
 from elsewhere import sampled_by_the_oracle
-from tiny import EOS, PAD, PROMPTS, left_padded
+from tiny import CACHE, EOS, PAD, PROMPTS, left_padded
 
 pytestmark = pytest.mark.slow  # hundreds of short ones
 
@@ -105,7 +105,7 @@ def prefixed(model, _tokenizer=None):
             with torch.no_grad():
                 out = model(torch.tensor([prompt[: len(prompt) // 2]]), use_cache=True, **ours)
             cache = out.past_key_values
-        new = model.generate(torch.tensor([prompt]), past_key_values=cache, **SETTINGS)
+        new = model.generate(torch.tensor([prompt]), **{**SETTINGS, CACHE: cache})
         answers.append(ended(new[0, len(prompt) :]))
     return answers
 
@@ -115,7 +115,7 @@ def reset(model, _tokenizer=None):
     cache, answers = transformers.StaticCache(config=model.config, max_cache_len=32), []
     for prompt in PROMPTS:
         cache.reset()
-        new = model.generate(torch.tensor([prompt]), past_key_values=cache, **SETTINGS)
+        new = model.generate(torch.tensor([prompt]), **{**SETTINGS, CACHE: cache})
         answers.append(ended(new[0, len(prompt) :]))
     return answers
 
@@ -140,11 +140,11 @@ def _by_hand(model, pieces, *, say=True):
     ends, cache, seen, new = sum(map(len, pieces)), None, 0, []
     for piece in filter(None, pieces):
         ours = {"steering_start": ends - seen} if say and hasattr(model, "steering") else {}
-        out = model(input_ids=torch.tensor([piece]), past_key_values=cache, use_cache=True, **ours)
+        out = model(input_ids=torch.tensor([piece]), use_cache=True, **{**ours, CACHE: cache})
         cache, seen = out.past_key_values, seen + len(piece)
     while len(new) < NEW and EOS not in new:
         new.append(int(out.logits[0, -1].argmax()))
-        out = model(input_ids=torch.tensor([new[-1:]]), past_key_values=cache, use_cache=True)
+        out = model(input_ids=torch.tensor([new[-1:]]), use_cache=True, **{CACHE: cache})
     return new
 
 
@@ -448,7 +448,7 @@ def test_a_second_turn_on_a_used_cache_is_what_the_oracle_says_of_the_conversati
         first = opened[key].generate(torch.tensor([one]), **how)
         assert first.sequences[0, len(one) :].tolist() == told[0]["ids"]
         history = [*first.sequences[0].tolist(), *two]
-        second = opened[key].generate(torch.tensor([history]), past_key_values=first.past_key_values, **how)
+        second = opened[key].generate(torch.tensor([history]), **{**how, CACHE: first.past_key_values})
         assert second.sequences[0, len(history) :].tolist() == told[1]["ids"]
         for probability, steered in opened[key].steering.last_decisions:
             assert probability == pytest.approx(told[1]["probability"], abs=1e-5)

@@ -11,7 +11,7 @@ import pytest
 from hub.server import Fault
 from huggingface_hub import constants, snapshot_download
 
-from adaras_export import cli, delivery, description, receipts
+from adaras_export import cli, delivery, description, receipts, repositories
 from adaras_export import hub as pushing
 from adaras_export.errors import ArtifactError, ExportError, HubError
 from adaras_export.storage import sha256
@@ -188,7 +188,7 @@ def damaged(folder, damage):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        ("no receipt", r"receipt.json: .*expected a JSON object"),
+        ("no receipt", "is no exported folder, it has no receipt.json"),
         ("changed", r"files changed: config.json; expected the files of its receipt only; export again"),
         (".env", r"files unknown: .env; expected the files of its receipt only"),
         ("__pycache__/a.pyc", r"files unknown: __pycache__/a.pyc"),
@@ -318,6 +318,54 @@ def test_who_commits_in_between_is_not_overwritten(online, artifact, exported):
     with pytest.raises(HubError, match=r"somebody else committed in the meantime .*; nothing was committed"):
         pushing.carry_out(planned)
     assert remote(online) == theirs
+
+
+@pytest.mark.parametrize("small", [1 << 25, 0])
+@pytest.mark.parametrize("name", ["config.json", "model-steering.safetensors"])
+def test_a_file_that_was_swapped_after_it_was_checked_is_not_pushed(name, small, online, artifact, monkeypatch):
+    """Symptom: between plan and commit a link to a secret was put in a file's place, and the secret was uploaded."""
+    monkeypatch.setattr(repositories, "_SMALL", small)
+    planned = pushing.plan(artifact, NAME)
+    secret = artifact.parent / "secret"
+    secret.write_text("HF_TOKEN=secret")
+    (artifact / name).unlink()
+    (artifact / name).symlink_to(secret)
+    with pytest.raises(HubError, match=f"{name}: has changed since it was checked; .*; nothing was committed"):
+        pushing.carry_out(planned)
+    assert writes(online) == []
+
+
+def test_a_large_file_that_is_swapped_while_it_is_sent_is_not_committed(online, artifact, monkeypatch):
+    """Large files are read from the disk, so what was read is compared as well, before the commit."""
+    name = "model-steering.safetensors"
+    monkeypatch.setattr(repositories, "_SMALL", 0)
+    planned, additions = pushing.plan(artifact, NAME), repositories._additions
+
+    def swapped(files):
+        found, size = additions(files), (artifact / name).stat().st_size
+        (artifact / name).unlink()
+        (artifact / name).write_bytes(bytes(size))
+        return found
+
+    monkeypatch.setattr(repositories, "_additions", swapped)
+    with pytest.raises(HubError, match="has changed since it was checked"):
+        pushing.carry_out(planned)
+    assert remote(online) == {}
+
+
+def test_large_files_are_sent_as_they_are(online, artifact, monkeypatch):
+    monkeypatch.setattr(repositories, "_SMALL", 0)
+    pushing.push(artifact, NAME)
+    assert remote(online) == expected(artifact)
+
+
+def test_a_password_in_the_hubs_address_is_not_shown(online, artifact, monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://ada:s3cret@127.0.0.1:9")
+    with pytest.raises(HubError, match=r"http://127.0.0.1:9 cannot be reached") as raised:
+        pushing.plan(artifact, NAME)
+    assert "s3cret" not in str(raised.value)
+    said = repositories.without_password("404 for http://a:b@c/d?e=f@g, https://h:i@j@k:1/l and m@n://o")
+    assert said == "404 for http://c/d?e=f@g, https://k:1/l and m@n://o"
 
 
 @slow

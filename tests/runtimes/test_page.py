@@ -90,6 +90,7 @@ def found(chromium, gated, ungated, tmp_path_factory):
     asks = [*ASKS, *({**ASKS[0], **one} for one in more)]
     broken = shutil.copytree(gated.folder, tmp_path_factory.mktemp("page") / "broken")
     (broken / "onnx" / "model.onnx_data").unlink()
+    (ungated.folder / "evaluation.json").write_text('{"example": "1 + 2 ="}')
     wanted = {"gated": (gated.folder, asks), "ungated": (ungated.folder, asks), "broken": (broken, [])}
     jobs = {
         name: {"chromium": chromium, "folder": str(folder), "asks": asks} for name, (folder, asks) in wanted.items()
@@ -138,6 +139,10 @@ def test_it_can_be_stopped(found):
 
 def test_a_file_that_is_missing_is_said(found):
     assert "model.onnx_data" in found["broken"]["loaded"]
+
+
+def test_the_prompt_that_it_proposes_is_a_question_of_the_evaluation_where_there_is_one(found):
+    assert (found["gated"]["prompt"], found["ungated"]["prompt"]) == ("What is 12 times 7?", "1 + 2 =")
 
 
 def test_nothing_leaves_the_machine_and_nothing_is_complained_of(found):

@@ -2,7 +2,8 @@
 
 Reads a list of jobs as JSON, each {"chromium", "folder", "asks"}; an ask is {"prompt", "tokens"} and, where wanted,
 "times" (of the rule's strength), "always" (whatever the gate says) and "stop" (at the first token). Prints for each job
-{"loaded", "answers", "requests", "complaints"}, the first of which is what the page says when it has loaded the model.
+{"loaded", "prompt", "answers", "requests", "complaints"}, the first two of which are what the page says and proposes
+when it has loaded the model.
 """
 
 import json
@@ -66,12 +67,12 @@ def run(browser, job):
         page = context.new_page()
         page.goto(f"http://127.0.0.1:{server.server_port}/")
         page.wait_for_selector(READY, timeout=300_000)
-        loaded = page.inner_text("#status")
+        loaded, prompt = page.inner_text("#status"), page.input_value("#prompt")
         answers = [answer(page, ask) for ask in job["asks"]]
     finally:
         context.close()
         server.shutdown()
-    return {"loaded": loaded, "answers": answers, "requests": requests, "complaints": complaints}
+    return {"loaded": loaded, "prompt": prompt, "answers": answers, "requests": requests, "complaints": complaints}
 
 
 if __name__ == "__main__":
