@@ -123,12 +123,20 @@ def _arm_name(rule: SteeringRule, context: CardContext) -> str:
 def _introduction(rule: SteeringRule, context: CardContext) -> str:
     base = _known_base(rule, context)
     revision = f" at revision {code(base.revision)}" if base.revision else ""
+    is_same = (base.id, base.revision) == (context.base.id, context.base.revision)
+    told = "" if is_same else _TOLD_BY_THE_RULE
     return f"""# {plain(context.repository)}
 
 {code(base.id)}{revision}, steered at test time by AdaRAS
 ([arXiv 2601.19847](https://arxiv.org/abs/2601.19847)): while the model generates, a fixed amount is added to
-{len(rule.neurons)} of its {base.layers * base.mlp_size} MLP neurons. Made with adaras-export.
+{len(rule.neurons)} of its {base.layers * base.mlp_size} MLP neurons. Made with adaras-export.{told}
 """
+
+
+_TOLD_BY_THE_RULE = """
+
+The base goes by that name and revision by the rule that was exported; this was made from elsewhere, and the two were
+not compared. `adaras-export verify` compares them where it has both."""
 
 
 def _what_changed(rule: SteeringRule, context: CardContext) -> str:
@@ -281,8 +289,11 @@ figures below. The library that checks them is not on PyPI yet: `pip install .` 
 check the files in seconds without the base, then everything, by running it against the base:
 
 {_filled(_VERIFY, rule, context)}
-Without a network the last one needs the base on disk: `--base FOLDER`. If there is a file `model.sig`, the artifact
-is signed: `adaras-export verify steered --key PUBLIC.pem` says whether it is as the owner of that key signed it.
+Without a network the last one needs the base in the Hub's cache, or `--base FOLDER`. If there is a file `model.sig`,
+the artifact is signed: `adaras-export verify steered --key PUBLIC.pem` says whether it is as its owner signed it.
+
+`verify` compares what stands here with the base, and the checks below with those that it makes itself; it says which
+names of the base it could not compare. Evaluations, datasets, and figures within their limits are the author's word.
 
 When this was exported, it was compared with the reference semantics of the rule{without}, in float32:
 

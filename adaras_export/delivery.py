@@ -12,7 +12,7 @@ from typing import Any, get_args
 from adaras_export import description, exporters, integrity, models, receipts, storage
 from adaras_export.checks import Check, ParityReport
 from adaras_export.errors import ArtifactError, ExportError, ParityError, first_line
-from adaras_export.exporters.base import Commission, Exporter, Feature, Refreshing
+from adaras_export.exporters.base import Commission, Exporter, Feature, Refreshing, Remaking
 from adaras_export.models import BaseModel
 from adaras_export.parity import Artifact, compare, rehearse
 from adaras_export.payload_history import known
@@ -100,6 +100,7 @@ def export(  # noqa: PLR0913 - one job with the options that the command line ha
             parity=parity,
             files={},
             tensors=tuple(exporter.disclosed(stage, base_tensors)),
+            versions=receipts.current_versions(to),
         )
         files = description.describe(stage, receipt, exporter, rule).files
     return ExportReport(out, to, dict(files), dropped, parity)
@@ -167,7 +168,12 @@ def refresh(path: str | Path, base: str | Path | None = None) -> ExportReport:
         if not parity.ok:
             found = "; ".join(check.line().strip() for check in parity.failed())
             raise ParityError(f"{folder}: not refreshed: {found}; export again")
-        renewed = replace(receipt, parity=parity, versions=receipts.current_versions())
+        renewed = replace(
+            receipt,
+            chat_template=description.has_chat_template(place.base),
+            parity=parity,
+            versions=receipts.current_versions(receipt.target),
+        )
         files = description.describe(stage, renewed, exporter, place.rule).files
     return ExportReport(folder, receipt.target, dict(files), tuple(receipt.drops), parity)
 
@@ -185,7 +191,8 @@ def verify(
 
     Args:
         path: the folder.
-        base: the base model, where it is no longer at the place that the receipt names.
+        base: the base model, where it is no longer at the place that the receipt names; what is at that place, or in
+            the Hub's cache under that name, must be the same.
         receipt: the SHA-256 that ``receipt.json`` must have, as its author told it elsewhere.
         key: PEM file of the public key that the folder must be signed with.
 
@@ -196,12 +203,19 @@ def verify(
     recorded = receipts.read(folder)
     exporter = exporter_of(recorded)
     checks = [*integrity.origin_checks(folder, receipt, key), *integrity.content_checks(folder, recorded)]
+    checks += receipts.version_checks(recorded)
     if any(check.name in integrity.FATAL and not check.ok for check in checks):
         return ParityReport((*checks, Check("not looked into, because of that", 1, 0)))
     place = _Place.of(folder, recorded, base)
     checks += description.checks(folder, recorded, exporter, place.rule, place.base)
+    checks += description.name_checks(recorded, exporter, place.rule, place.base, place.found)
     exporter = exporter.commissioned(place.commission)
-    return ParityReport((*checks, *_verified(exporter, folder, place.rule, place.base).checks))
+    ran = _verified(exporter, folder, place.rule, place.base)
+    if isinstance(exporter, Remaking) and all(check.ok for check in ran.checks[:2]):
+        checks += exporter.made_anew(folder, place.rule, place.base)
+    if ran.ok:
+        checks += description.claim_checks(recorded, exporter, place.rule, ran)
+    return ParityReport((*checks, *ran.checks))
 
 
 def open_artifact(path: str | Path, base: str | Path | None = None) -> tuple[Artifact, SteeringRule, Receipt]:
@@ -237,20 +251,22 @@ def _require_own(folder: Path, checks: Sequence[Check]) -> None:
 
 @dataclass(frozen=True)
 class _Place:
-    """What an exported folder is about: its rule, the folder of its base, and what its exporter is told of that."""
+    """What an exported folder is about: its rule, its base and that one's folder, and what its exporter is told."""
 
     rule: SteeringRule
     base: Path
+    found: BaseModel
     commission: Commission
 
     @classmethod
     def of(cls, folder: Path, recorded: Receipt, base: str | Path | None) -> "_Place":
         rule = SteeringRule.load(folder / RULE_FILE)
-        found, revision = recorded.source if base is None else base, recorded.base.revision
-        base_folder = models.fetch(found, revision)
-        rule.base.require_same(BaseModel.of(found, revision))
+        place, revision = recorded.source if base is None else base, recorded.base.revision
+        base_folder, found = models.fetch(place, revision), BaseModel.of(place, revision)
+        rule.base.require_same(found)
         elsewhere = None if base is None else base_folder
-        return cls(rule, base_folder, Commission(recorded.source, revision, elsewhere, options=recorded.options))
+        told = Commission(recorded.source, revision, elsewhere, options=recorded.options)
+        return cls(rule, base_folder, found, told)
 
 
 def exporter_of(receipt: Receipt) -> Exporter:

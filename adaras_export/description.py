@@ -3,6 +3,8 @@
 Runs nothing. What the texts say is for the exporter, `card` and `receipts` to know.
 """
 
+import math
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,12 @@ from adaras_export import disclosure, models, receipts, storage
 from adaras_export.card import CardContext, card, results
 from adaras_export.card_effect import Measured
 from adaras_export.card_header import inherited
-from adaras_export.checks import Check
+from adaras_export.checks import Check, ParityReport
 from adaras_export.errors import ArtifactError, ExportError, first_line
 from adaras_export.exporters.base import Exporter
-from adaras_export.exporters.checkpoint import differing_keys, holds
+from adaras_export.exporters.calibration import AGREEMENT
+from adaras_export.exporters.checkpoint import changed_companions, differing_keys, holds
+from adaras_export.models import BaseModel
 from adaras_export.receipts import CARD_FILE, EVALUATION_FILE, RECEIPT_FILE, RESULTS_FILE, RULE_FILE, Receipt
 from adaras_export.rule import SteeringRule
 
@@ -40,7 +44,7 @@ def readdressed(folder: Path, receipt: Receipt, exporter: Exporter, repository: 
 
 def checks(folder: Path, receipt: Receipt, exporter: Exporter, rule: SteeringRule, base: Path) -> list[Check]:
     """Whether card and receipt say of base, tensors and rule what these say themselves, and the card what they give."""
-    other = differing_keys(receipt.base_card, base_card(base)) if (base / "README.md").exists() else []
+    other = differing_keys(receipt.base_card, base_card(base))
     other += ["chat_template"] * (receipt.chat_template != has_chat_template(base))
     left_out = sorted({*receipt.drops} ^ {*dropped(rule, exporter)})
     written = _other_than_written(folder, receipt, exporter, rule)
@@ -51,6 +55,73 @@ def checks(folder: Path, receipt: Receipt, exporter: Exporter, rule: SteeringRul
         Check.empty("statements about the base that differ from its card", other),
         Check.empty("features left out, or not, other than the receipt's", left_out),
     ]
+
+
+def name_checks(receipt: Receipt, exporter: Exporter, rule: SteeringRule, base: Path, found: BaseModel) -> list[Check]:
+    """Whether what receipt and rule call the base is ``base``, or has its content; as far as that is on this machine.
+
+    An artifact that fetches its base by such a name opens what is there, whatever it was compared with.
+    """
+    places = {}
+    for one in (receipt.base, rule.base):
+        if one.revision is not None and (one.id, one.revision) != (found.id, found.revision):
+            places[_name(one)] = models.cached(one.id, one.revision)
+    source = Path(receipt.source)
+    if receipt.base.revision is None and source.resolve() != base.resolve():
+        places[receipt.source] = source if source.is_dir() else None
+    other = {name: _differing(place, base, receipt) for name, place in places.items() if place is not None}
+    wrong = [f"{name}: {' '.join(differing)}" for name, differing in other.items() if differing]
+    absent = sorted(places.keys() - other.keys())
+    is_followed = exporter.fetches_base and _name(receipt.base) in absent
+    remedy = "; the artifact opens what is there: fetch it first" if is_followed else ""
+    return [
+        Check("names of the base that lead to another", len(wrong), 0, "; ".join(wrong)),
+        *([Check(_ABSENT, len(absent), 0 if is_followed else None, "; ".join(absent) + remedy)] if absent else []),
+    ]
+
+
+_ABSENT = "names of the base that lead to nothing on this machine, so not compared"
+
+
+def _name(base: BaseModel) -> str:
+    return f"{base.id} at revision {base.revision}"
+
+
+def _differing(place: Path, base: Path, receipt: Receipt) -> list[str]:
+    """What the models in two folders differ in: tensors, settings, small files."""
+    try:
+        tensors, config = models.tensor_hashes(place), storage.read_json(place / "config.json")
+    except ArtifactError as error:
+        return [str(error)]
+    settings = differing_keys(config, storage.read_json(base / "config.json"))
+    files = changed_companions(place, base)
+    return [*differing_keys(tensors, receipt.base_tensors), *(f"config.json:{key}" for key in settings), *files]
+
+
+def claim_checks(receipt: Receipt, exporter: Exporter, rule: SteeringRule, ran: ParityReport) -> list[Check]:
+    """Whether the checks of a receipt are those that were made now, with their limits; figures are its author's."""
+    only_written = {AGREEMENT} if exporter.rounded and rule.gate is not None else set()
+    told, notes = [
+        [one for one in receipt.parity.checks if (one.name in only_written) == is_note] for is_note in (0, 1)
+    ]
+    theirs, ours = (Counter(check.name for check in checks) for checks in (told, ran.checks))
+    bounds = {check.name: _bound(check) for check in ran.checks}
+    other = [one.name for one in told if one.name in bounds and not _is_near(_bound(one), bounds[one.name])]
+    wrong = [*(theirs - ours), *(ours - theirs), *other]
+    return [
+        Check("checks of the receipt that verify does not make so", len(wrong), 0, "; ".join(wrong)),
+        *(replace(check, name=f"{check.name}: by the receipt, not measured again", limit=None) for check in notes),
+    ]
+
+
+def _bound(check: Check) -> tuple[bool, float]:
+    """What says how good an artifact had to be: the limit, or where there is none, the figure that is reported."""
+    return (False, check.figure) if check.limit is None else (True, check.limit)
+
+
+def _is_near(one: tuple[bool, float], other: tuple[bool, float]) -> bool:
+    """Up to what another processor rounds otherwise."""
+    return one[0] == other[0] and math.isclose(one[1], other[1], rel_tol=0.01, abs_tol=1e-6)
 
 
 def _other_than_written(folder: Path, receipt: Receipt, exporter: Exporter, rule: SteeringRule) -> list[str]:

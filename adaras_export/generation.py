@@ -379,14 +379,14 @@ def _generate(
         eos_token_id=ends or None,
         pad_token_id=pad_id(tokenizer),
     )
-    out_BT = _with_defaults(model, config).generate(
+    out_BT = with_defaults(model, config).generate(
         generation_config=config, logits_processor=_processors(sampling, keys, model.device), **inputs
     )
     kept = [row[width : width + max_new_tokens] for row in out_BT.tolist()]
     return [row[: next((at for at, id_ in enumerate(row) if id_ in ends), None)] for row in kept]
 
 
-def _with_defaults(model: PreTrainedModel, config: GenerationConfig) -> Any:  # noqa: ANN401 - `generate` is not typed
+def with_defaults(model: PreTrainedModel, config: GenerationConfig) -> Any:  # noqa: ANN401 - `generate` is not typed
     """A second handle on the same modules, whose generation defaults are ``config``.
 
     `generate` fills what a given config leaves open from the model's own one (penalties, banned

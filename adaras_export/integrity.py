@@ -10,7 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from adaras_export import payload_history, receipts, storage
+from adaras_export import models, payload_history, receipts, storage
 from adaras_export.checks import Check, ParityReport
 from adaras_export.errors import AdarasError, ArtifactError
 from adaras_export.receipts import RECEIPT_FILE, RULE_FILE, SIGNATURE_FILE, Receipt
@@ -20,8 +20,14 @@ _UNREADABLE_RULE = "rule that cannot be read"
 FATAL = (receipts.UNREADABLE, _UNREADABLE_RULE)
 """The checks without which nothing else of an artifact can be looked into."""
 
-_CODE = {".py", ".pyc", ".pyd", ".so", ".dll", ".dylib", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib"}
-"""Suffixes of what Python could run when a folder is opened, pickles included."""
+_TEXTS = {".json", ".jinja", ".txt", ".md", ".yaml", ".html", ".css", ".js", ".mjs"}
+_DATA = {*_TEXTS, ".safetensors", ".gguf", ".onnx", ".onnx_data", ".model", ".sig", ".wasm"}
+"""Suffixes of what artifacts hold besides code of ours: nothing that Python runs or unpickles."""
+
+_PYTHON = {".py", ".pyc", ".pyd", ".so", ".dll", ".dylib"}
+_PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz"}
+_CODE = _PYTHON | _PICKLES
+"""Suffixes that not even a licence may have; those of bases end in all sorts of things."""
 
 
 def verify_files(path: str | Path, *, receipt: str | None = None, key: str | Path | None = None) -> ParityReport:
@@ -88,6 +94,7 @@ def _rule_checks(folder: Path, receipt: Receipt) -> list[Check]:
     return [
         Check("rule other than the receipt's", float(bool(other)), 0, f"{RULE_FILE}: {other}" if other else ""),
         _base_check(rule, receipt),
+        _source_check(receipt),
     ]
 
 
@@ -100,11 +107,27 @@ def _base_check(rule: SteeringRule, receipt: Receipt) -> Check:
     return Check(name, 0, 0)
 
 
+def _source_check(receipt: Receipt) -> Check:
+    """A base goes by its Hub id and a commit where it was fetched from the Hub, else by the name of its folder."""
+    base, source = receipt.base, receipt.source
+    if base.revision is None:
+        same = Path(source).is_absolute() and base.id == Path(source).name
+    else:
+        same = base.id == source and models.is_commit(base.revision)
+    found = "" if same else f"{base.id} at revision {base.revision}, from {source}"
+    return Check("base that goes by another name than its source", float(not same), 0, found)
+
+
 def _strange_code(folder: Path) -> list[str]:
     """Files that could run and are not, byte for byte, what this library puts into artifacts under that name."""
     own = _payload()
-    code = {name: path for name, path in receipts.files_of(folder).items() if path.suffix.lower() in _CODE}
+    code = {name: path for name, path in receipts.files_of(folder).items() if not _is_data(path)}
     return [receipts.shown(name) for name, path in code.items() if name not in own or own[name] != path.read_bytes()]
+
+
+def _is_data(path: Path) -> bool:
+    suffix, is_licence = path.suffix.lower(), path.name.startswith(("LICENSE", "NOTICE"))
+    return suffix in _DATA or (is_licence and suffix not in _CODE)
 
 
 def _strange_pointers(folder: Path) -> list[str]:

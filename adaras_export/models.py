@@ -240,6 +240,24 @@ def version_of(path_or_id: str | Path, revision: str | None = None) -> str:
     return tensor_fingerprint(folder)[:16] if folder == Path(path_or_id) else folder.name
 
 
+def cached(hub_id: str, revision: str) -> Path | None:
+    """The snapshot of a commit in the Hub's cache; None where it is not there. Fetches nothing."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    if not is_hub_id(hub_id) or not is_commit(revision):  # a branch is another commit tomorrow
+        return None
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+
+
+def is_commit(revision: str) -> bool:
+    """Whether a revision is one for ever."""
+    return re.fullmatch("[0-9a-f]{40}", revision) is not None
+
+
 def is_hub_id(text: str) -> bool:
     """Whether the Hub could have a repository of this name."""
     from huggingface_hub.errors import HFValidationError

@@ -1,7 +1,8 @@
 """Compare what an artifact computes with the reference semantics of its rule. Knows no file format.
 
 Both sides play the same prompts: a left-padded batch, prefill and then cached decoding along the reference's greedy
-tokens; as the rule says, steered always, off, and with a threshold that steers half of the rows.
+tokens; as the rule says, steered always, off, and with a threshold that steers half of the rows. What is run with
+Transformers' `generate()` is run so, too: the reference makes its forward passes itself, with a cache of its own.
 
 B sequences, S generated tokens, V vocabulary.
 """
@@ -12,12 +13,12 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
 from adaras_export.checks import Check as Check  # whoever compares imports them from here
 from adaras_export.checks import ParityReport as ParityReport
 from adaras_export.divergence import next_token_divergence
-from adaras_export.generation import CACHE, Sampling, left_pad
+from adaras_export.generation import CACHE, Sampling, left_pad, with_defaults
 from adaras_export.rule import SteeringRule
 from adaras_export.runtime.steering_adaras import cache_of
 from adaras_export.steering import steered, steered_everywhere
@@ -47,12 +48,13 @@ class Tolerance:
         return self.units * torch.finfo(torch.float32).eps * max(1.0, float(logits.abs().max()))
 
 
-# PyTorch sums in another order. Measured over seven toy bases in all modes: up to 2.2 units; on SmolLM2-135M: 7.4.
+# PyTorch sums in another order. Measured over seven toy bases in all modes: up to 3.5 units; on SmolLM2-135M: 8.
 # One negated delta of six moves logits by 7 * 10^4 units and more.
 FLOAT32 = Tolerance(64)
 
 _STEPS = 6
-_LENGTHS = (3, 7, 11, 16)
+# The last one is long, and the only row without padding: what goes wrong far into a prompt must not pass.
+_LENGTHS = (3, 7, 11, 72)
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,15 @@ class Artifact(Player, Protocol):
 
 
 @runtime_checkable
+class Generating(Protocol):
+    """An artifact that its users run with Transformers' `generate()`."""
+
+    def generate(self, rows: Sequence[Sequence[int]], mode: Mode, follow_BS: Tensor) -> Tensor:
+        """Logits (B, S, V) of prompts of token ids, where `generate()` takes ``follow_BS`` for its tokens."""
+        ...
+
+
+@runtime_checkable
 class Answering(Protocol):
     """An artifact that answers prompts as its users have it answer."""
 
@@ -116,17 +127,22 @@ class Reference:
     Attributes:
         player: plays what the format can express of the rule.
         vocabulary: how many token ids there are.
+        context: how many tokens it takes.
         whole: plays the whole rule, where the format leaves out some of it.
     """
 
     player: Player
     vocabulary: int
+    context: int
     whole: Player | None = None
 
 
 @dataclass(frozen=True)
 class Script:
-    """The prompts, what the reference did with them, and how far that is from the whole rule."""
+    """The prompts, what the reference did with them, and how far that is from the whole rule.
+
+    ``single`` is of the last one alone, steered always.
+    """
 
     rows: tuple[tuple[int, ...], ...]
     plays: Mapping[str, tuple[Mode, Play]]
@@ -137,7 +153,8 @@ class Script:
 def rehearse(reference: Reference) -> Script:
     """Let the reference play pseudo-random prompts of several lengths."""
     generator = torch.Generator().manual_seed(0)
-    draw = [torch.randint(reference.vocabulary, (length,), generator=generator).tolist() for length in _LENGTHS]
+    lengths = [min(length, reference.context - _STEPS) for length in _LENGTHS]
+    draw = [torch.randint(reference.vocabulary, (length,), generator=generator).tolist() for length in lengths]
     rows = tuple(tuple(row) for row in draw)
     modes: dict[str, Mode] = {"by the rule": "rule", "off": "off"}
     if reference.whole is None:  # else there is no gate, and always is by the rule
@@ -147,7 +164,8 @@ def rehearse(reference: Reference) -> Script:
     if by_rule.probability_B is not None:
         middle = float(by_rule.probability_B.double().sort().values[1:3].mean())
         plays["half of the rows steered"] = (middle, reference.player.play(rows, middle, None))
-    single = reference.player.play(rows[:1], "rule", by_rule.tokens_BS[:1])
+    mode, always = _always(plays)
+    single = reference.player.play(rows[-1:], mode, always.tokens_BS[-1:])
     if reference.whole is None:
         return Script(rows, plays, single)
     return Script(rows, plays, single, (_loss(by_rule, reference.whole.play(rows, "rule", by_rule.tokens_BS)),))
@@ -171,12 +189,13 @@ def compare(script: Script, artifact: Artifact) -> list[Check]:
         checks += _logit_checks(name, expected, found, limit, tie=2 * limit if tolerance.ties else 0)
         if mode == "rule" and expected.probability_B is not None:
             checks.append(_probability_check(expected, found, tolerance.probability))
-    by_rule, off = (script.plays[name][1] for name in ("by the rule", "off"))
-    always = script.plays.get("steered always", script.plays["by the rule"])[1]
-    single = artifact.play(script.rows[:1], "rule", by_rule.tokens_BS[:1])
+    mode, always = _always(script.plays)
+    single = artifact.play(script.rows[-1:], mode, always.tokens_BS[-1:])
     limit = tolerance.of(script.single.logits_BSV)
     checks.append(Check("one row alone, logits", _distance(single.logits_BSV, script.single.logits_BSV), limit))
-    effect = _distance(always.logits_BSV, off.logits_BSV)
+    if isinstance(artifact, Generating):
+        checks += _generate_checks(script, artifact)
+    effect = _distance(always.logits_BSV, script.plays["off"][1].logits_BSV)
     checks.append(Check("effect of steering on logits", effect, None, f"{effect / limit:.0f} times the limit"))
     return [*checks, *script.losses]
 
@@ -193,6 +212,29 @@ def _logit_checks(name: str, expected: Play, found: Play, limit: float, tie: flo
     ]
 
 
+def _always(plays: Mapping[str, tuple[Mode, Play]]) -> tuple[Mode, Play]:
+    return plays.get("steered always", plays["by the rule"])
+
+
+def _generate_checks(script: Script, artifact: Artifact) -> list[Check]:
+    """`generate()` of the batch, and of the long prompt alone: both steered, whatever the rule's threshold is."""
+    assert isinstance(artifact, Generating)
+    batch_mode, batch = script.plays.get("half of the rows steered", script.plays["by the rule"])
+    mode, always = _always(script.plays)
+    found = {
+        "a batch": (artifact.generate(script.rows, batch_mode, batch.tokens_BS), batch),
+        "one prompt": (artifact.generate(script.rows[-1:], mode, always.tokens_BS[-1:]), script.single),
+    }
+    return [
+        Check(
+            f"generate(), {name}, logits",
+            _distance(logits_BSV, expected.logits_BSV),
+            artifact.tolerance.of(expected.logits_BSV),
+        )
+        for name, (logits_BSV, expected) in found.items()
+    ]
+
+
 def _probability_check(expected: Play, found: Play, limit: float) -> Check:
     if expected.probability_B is None or found.probability_B is None:
         return Check("gate, p(correct)", float("nan"), limit, "the artifact has no gate")
@@ -200,6 +242,8 @@ def _probability_check(expected: Play, found: Play, limit: float) -> Check:
 
 
 def _distance(one: Tensor, other: Tensor) -> float:
+    if one.shape != other.shape:  # fewer steps, say
+        return float("nan")
     return float((one.double() - other.double()).abs().max())  # NaN stays NaN, and fails
 
 
@@ -248,3 +292,31 @@ def play_model(model: Callable[..., Any], rows: Sequence[Sequence[int]], follow_
         mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
     state = getattr(cache, "steering_state", None)
     return Play(torch.stack(logits, 1), torch.stack(tokens, 1), None if state is None else state.probability)
+
+
+@torch.no_grad()
+def generate_logits(model: Any, rows: Sequence[Sequence[int]], follow_BS: Tensor) -> Tensor:  # noqa: ANN401
+    """As `Generating` says, of a model of Transformers or PEFT."""
+    ids, mask = left_pad(rows, 0, "cpu")
+    settings: Any = GenerationConfig
+    greedy = settings(max_new_tokens=follow_BS.shape[1], do_sample=False, num_beams=1, pad_token_id=0)
+    found = with_defaults(model, greedy).generate(
+        input_ids=ids,
+        attention_mask=mask,
+        logits_processor=LogitsProcessorList([_Following(follow_BS, ids.shape[1])]),
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    return torch.stack(found.logits, 1).float()
+
+
+class _Following(LogitsProcessor):
+    """Leaves given tokens as the only choice; `output_logits` are those before it."""
+
+    def __init__(self, follow_BS: Tensor, width: int) -> None:
+        self.follow_BS = follow_BS
+        self.width = width
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        token_B = self.follow_BS[:, input_ids.shape[1] - self.width]
+        return torch.full_like(scores, -torch.inf).scatter_(1, token_B[:, None], 0.0)

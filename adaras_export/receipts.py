@@ -9,7 +9,7 @@ import platform
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from importlib.metadata import distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ OFF = ("off, prefill logits", "off, decode logits")
 
 _VERSION = 2
 _LIBRARIES = ("adaras-export", "torch", "transformers", "safetensors")
+_OF_TARGET = {"onnx": ("onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "onnxruntime-genai")}
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Receipt:
     tensors: Sequence[Disclosed]
     chat_template: bool = False
     datasets: Sequence[str] = ()
-    versions: Mapping[str, str] = field(default_factory=lambda: current_versions())
+    versions: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _require_types(vars(self), _TYPES)
@@ -227,9 +228,21 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def current_versions() -> dict[str, str]:
-    """Of Python, this library, and the libraries that decide figures."""
-    return {"python": platform.python_version(), **{name: version(name) for name in _LIBRARIES}}
+def current_versions(target: str) -> dict[str, str]:
+    """Of Python, this library, and the libraries that decide what a target writes, and figures."""
+    found = {name: one.version for name in _OF_TARGET.get(target, ()) for one in distributions(name=name)}
+    return {"python": platform.python_version(), **{name: version(name) for name in _LIBRARIES}, **found}
+
+
+def version_checks(receipt: Receipt) -> list[Check]:
+    """What the export was made with, where that is not what is here: a report, since it need not matter."""
+    here = current_versions(receipt.target)
+    other = [
+        f"{name} {was} (here {here.get(name, 'none')})"
+        for name, was in sorted(receipt.versions.items())
+        if here.get(name) != was
+    ]
+    return [Check("versions other than the export's", len(other), None, ", ".join(other))] if other else []
 
 
 def _require_types(values: Mapping[str, Any], types: Mapping[str, type | tuple[type, ...]]) -> None:

@@ -1,7 +1,7 @@
 """PEFT adapters, opened and played the same way by every target that writes one. Knows no method and no rule."""
 
 import warnings
-from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 
 from adaras_export.errors import ArtifactError, first_line
-from adaras_export.parity import Mode, Play, play_model
+from adaras_export.parity import Mode
 
 ADAPTER_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -41,9 +41,7 @@ def adapted(model: Any, folder: Path) -> Any:  # noqa: ANN401 - a class of Trans
         raise ArtifactError(f"{folder}: cannot be opened ({first_line(error)})") from error
 
 
-def play_adapted(model: Any, rows: Sequence[Sequence[int]], mode: Mode, follow_BS: torch.Tensor | None) -> Play:  # noqa: ANN401
-    """As `Player` says: off is the model without its adapter, everything else with it."""
-    if mode != "off":
-        return play_model(model, rows, follow_BS)
-    with model.disable_adapter():
-        return play_model(model, rows, follow_BS)
+def set_to(model: Any, mode: Mode) -> AbstractContextManager[Any]:  # noqa: ANN401 - PEFT's class
+    """As `base.Generating` says: off is the model without its adapter, everything else with it."""
+    off: AbstractContextManager[Any] = model.disable_adapter()
+    return off if mode == "off" else nullcontext()

@@ -1,6 +1,7 @@
 """What every export target promises: the protocol, and the reference that most artifacts must equal."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -12,7 +13,16 @@ from adaras_export import buildable
 from adaras_export.disclosure import Disclosed
 from adaras_export.errors import ExportError
 from adaras_export.generation import Sampling, complete_ids
-from adaras_export.parity import Artifact, Check, Reference, ReferencePlayer
+from adaras_export.parity import (
+    Artifact,
+    Check,
+    Mode,
+    Play,
+    Reference,
+    ReferencePlayer,
+    generate_logits,
+    play_model,
+)
 from adaras_export.rule import SteeringRule
 
 Feature = Literal["gate", "start", "dial"]
@@ -66,6 +76,11 @@ class Exporter(Protocol):
     @property
     def relation(self) -> str:
         """What the artifact is to its base, in the words of the Hub: finetune, adapter, ..."""
+        ...
+
+    @property
+    def fetches_base(self) -> bool:
+        """Whether the artifact says where its base is, and opens what is there."""
         ...
 
     @property
@@ -168,6 +183,15 @@ class Refreshing(Protocol):
         ...
 
 
+@runtime_checkable
+class Remaking(Protocol):
+    """An exporter whose artifacts are told from others only by writing one again, which may take minutes."""
+
+    def made_anew(self, folder: Path, rule: SteeringRule, base: Path) -> Sequence[Check]:
+        """Compare what is stored, which `Exporter.inspect` has found harmless, with what is written here and now."""
+        ...
+
+
 def require_effect(rule: SteeringRule, target: str) -> None:
     """Refuse a rule that would give an artifact without effect.
 
@@ -180,9 +204,23 @@ def require_effect(rule: SteeringRule, target: str) -> None:
 
 
 class Generating:
-    """An opened artifact that is a model of Transformers or PEFT; see `parity.Answering`."""
+    """An opened artifact that is a model of Transformers or PEFT; `set_to` is what its kinds differ in."""
 
     model: Any
+
+    def set_to(self, mode: Mode) -> AbstractContextManager[Any]:  # noqa: ARG002 - this one has no dial
+        """The model steered as ``mode`` says, with the dials that users have, while the context lasts."""
+        return nullcontext()
+
+    def play(self, rows: Sequence[Sequence[int]], mode: Mode, follow_BS: torch.Tensor | None) -> Play:
+        """As `parity.Player` says."""
+        with self.set_to(mode):
+            return play_model(self.model, rows, follow_BS)
+
+    def generate(self, rows: Sequence[Sequence[int]], mode: Mode, follow_BS: torch.Tensor) -> torch.Tensor:
+        """As `parity.Generating` says."""
+        with self.set_to(mode):
+            return generate_logits(self.model, rows, follow_BS)
 
     def answer(
         self,
@@ -203,4 +241,9 @@ def stock_reference(rule: SteeringRule, base: Path, *, everywhere: bool = False)
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     whole = ReferencePlayer(model.eval(), rule)
     player = ReferencePlayer(model, rule, everywhere=True) if everywhere else whole
-    return Reference(player, int(model.config.vocab_size), whole if everywhere else None)
+    return Reference(player, *sizes_of(model), whole if everywhere else None)
+
+
+def sizes_of(model: Any) -> tuple[int, int]:  # noqa: ANN401 - a class of Transformers
+    """How many token ids a model knows, and how many tokens it takes."""
+    return int(model.config.vocab_size), int(model.config.max_position_embeddings)

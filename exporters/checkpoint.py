@@ -96,7 +96,7 @@ def write_index(out: Path, weight_map: dict[str, str]) -> None:
 
 def index_check(folder: Path, weight_map: dict[str, str]) -> Check:
     """Compare what `write_index` wrote."""
-    differing = storage.read_json(folder / INDEX_FILE) != _index(folder, weight_map)
+    differing = not same_json(storage.read_json(folder / INDEX_FILE), _index(folder, weight_map))
     return Check("index of the weights that differs", float(differing), 0, INDEX_FILE if differing else "")
 
 
@@ -138,7 +138,7 @@ def changed_companions(folder: Path, base: Path, tokenizers: Collection[str] = (
     if _TOKENIZER_SETTINGS in changed and (folder / _TOKENIZER_SETTINGS).exists():
         found, expected = (storage.read_json(path / _TOKENIZER_SETTINGS) for path in (folder, base))
         name = found.get("tokenizer_class")
-        if name in tokenizers and found == {**expected, "tokenizer_class": name}:
+        if name in tokenizers and same_json(found, {**expected, "tokenizer_class": name}):
             changed.remove(_TOKENIZER_SETTINGS)
     return sorted(changed)
 
@@ -250,7 +250,19 @@ def stored(located: Mapping[str, Path], name: str) -> Array:
 
 def differing_keys(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
     """The entries that only one of two mappings has, or that differ."""
-    return [key for key in sorted({*found, *expected}) if found.get(key) != expected.get(key)]
+    one, other = ({key: [value] for key, value in values.items()} for values in (found, expected))
+    return [key for key in sorted({*found, *expected}) if not same_json(one.get(key, []), other.get(key, []))]
+
+
+def same_json(one: Any, other: Any) -> bool:  # noqa: ANN401 - JSON
+    """Whether two values are the same: Python takes true for 1 and 1 for 1.0, other readers of a config do not."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same_json(value, other[key]) for key, value in one.items())
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(same_json, one, other))
+    return bool(one == other)
 
 
 def same_content(path: Path, other: Path) -> bool:

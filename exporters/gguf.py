@@ -54,6 +54,7 @@ class GgufExporter:
     commission: Commission | None = None
 
     name: ClassVar[str] = "gguf"
+    fetches_base: ClassVar[bool] = False
     library: ClassVar[str] = "llama.cpp"
     options: ClassVar[frozenset[str]] = frozenset({"into"})
     rounded: ClassVar[bool] = False

@@ -5,14 +5,14 @@ of `adaras_export.runtime` is copied as it is. Exact: gate, start and a dial for
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from adaras_export import models, payload_history, storage
 from adaras_export.disclosure import Disclosed
@@ -42,7 +42,7 @@ from adaras_export.exporters.checkpoint import (
     write_json,
     write_tensors,
 )
-from adaras_export.parity import FLOAT32, Artifact, Check, Mode, Play, Reference, play_model
+from adaras_export.parity import FLOAT32, Artifact, Check, Mode, Reference
 from adaras_export.rule import Gate, SteeringRule
 from adaras_export.storage import Array, link_or_copy
 
@@ -58,6 +58,7 @@ class HuggingFaceExporter:
     options: frozenset[str] = frozenset()
     library: str = "transformers"
     relation: str = "finetune"
+    fetches_base: bool = False
     rounded: bool = False
     copy: bool = False
 
@@ -242,16 +243,15 @@ class _SteeredRepo(Generating):
     def findings(self) -> Sequence[Check]:
         return [Check.empty("keys in the loading report", self.loading_report)]
 
-    def play(self, rows: Sequence[Sequence[int]], mode: Mode, follow_BS: torch.Tensor | None) -> Play:
+    @contextmanager
+    def set_to(self, mode: Mode) -> Iterator[None]:
         steering = self.model.steering
-        if mode == "off":
-            with steering.off():
-                return play_model(self.model, rows, follow_BS)
-        threshold = steering.threshold
-        if mode != "rule":
+        threshold, off = steering.threshold, steering.off() if mode == "off" else nullcontext()
+        if mode not in ("rule", "off"):
             steering.threshold = 2.0 if mode == "always" else mode  # every p(correct) is below 2
         try:
-            return play_model(self.model, rows, follow_BS)
+            with off:
+                yield
         finally:
             steering.threshold = threshold
 

@@ -46,6 +46,7 @@ class ThinExporter:
     options: frozenset[str] = frozenset()
     library: str = "transformers"
     relation: str = "adapter"
+    fetches_base: bool = True
     rounded: bool = False
     commission: Commission | None = None
 

@@ -53,6 +53,7 @@ def build_graph(base: Path, graph: Path, family: str) -> None:
                 f"{base}: heads of {head_size}; GroupQueryAttention expects a multiple of 16; leave out --genai"
             )
         _make_concrete(model, head_size)
+        model.producer_version = None  # the builder's, with the commit of whatever repository it was started in
         ir.save(model, graph, external_data=DATA_FILE)
 
 

@@ -6,19 +6,20 @@ with `adaptive` an adapter of our own method that knows both (peft_adaptive.py).
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from safetensors.numpy import save
 
 from adaras_export import models, storage
 from adaras_export.disclosure import Disclosed
 from adaras_export.errors import ExportError
+from adaras_export.exporters import adapters
 from adaras_export.exporters import peft_words as words
-from adaras_export.exporters.adapters import ADAPTER_FILE, CONFIG_FILE, adapted, play_adapted
+from adaras_export.exporters.adapters import ADAPTER_FILE, CONFIG_FILE, adapted
 from adaras_export.exporters.base import (
     Commission,
     Exporter,
@@ -40,7 +41,7 @@ from adaras_export.exporters.checkpoint import (
     vectors,
     write_json,
 )
-from adaras_export.parity import FLOAT32, Artifact, Check, Mode, Play, Reference
+from adaras_export.parity import FLOAT32, Artifact, Check, Mode, Reference
 from adaras_export.rule import SteeringRule
 from adaras_export.storage import Array
 
@@ -56,6 +57,7 @@ class PeftExporter:
     options: frozenset[str] = frozenset({"adaptive", "merge"})
     library: str = "peft"
     relation: str = "adapter"
+    fetches_base: bool = True
     rounded: bool = False
     commission: Commission | None = None
 
@@ -216,6 +218,6 @@ class Adapted(Generating):
         lost |= {name for name, value in taken.items() if not stores(self.path, name, value)}
         return [Check.empty("adapter tensors that PEFT did not take", sorted(lost))]
 
-    def play(self, rows: Sequence[Sequence[int]], mode: Mode, follow_BS: torch.Tensor | None) -> Play:
-        """As `Player` says."""
-        return play_adapted(self.model, rows, mode, follow_BS)
+    def set_to(self, mode: Mode) -> AbstractContextManager[Any]:
+        """As `Generating` says."""
+        return adapters.set_to(self.model, mode)

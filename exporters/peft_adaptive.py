@@ -4,20 +4,20 @@ The whole rule, exactly, with a dial for the strength; but whoever opens it need
 `adaras_export.peft_method` adds the method ADARAS.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from adaras_export import models
 from adaras_export.exporters import peft_words as words
 from adaras_export.exporters.base import Feature, stock_reference
 from adaras_export.exporters.checkpoint import vectors
 from adaras_export.exporters.peft import Adapted, PeftExporter, base_entries, open_adapted
-from adaras_export.parity import Artifact, Mode, Play, Reference, play_model
+from adaras_export.parity import Artifact, Mode, Reference
 from adaras_export.peft_method import METHOD
 from adaras_export.rule import SteeringRule
 from adaras_export.storage import Array
@@ -100,13 +100,14 @@ def _key(rule: SteeringRule, layer: int) -> str:
 class _Adaptive(Adapted):
     """The base with such an adapter on it."""
 
-    def play(self, rows: Sequence[Sequence[int]], mode: Mode, follow_BS: torch.Tensor | None) -> Play:
-        if mode in ("rule", "off"):
-            return super().play(rows, mode, follow_BS)
+    @contextmanager
+    def set_to(self, mode: Mode) -> Iterator[None]:
         dials = self.model.steering
         threshold = dials.threshold
-        dials.threshold = 2.0 if mode == "always" else mode  # every p(correct) is below 2
+        if mode not in ("rule", "off"):
+            dials.threshold = 2.0 if mode == "always" else mode  # every p(correct) is below 2
         try:
-            return play_model(self.model, rows, follow_BS)
+            with super().set_to(mode):
+                yield
         finally:
             dials.threshold = threshold

@@ -4,19 +4,20 @@ Plain PEFT files, without a bias, as servers take them. See `constant_neuron` fo
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from safetensors.numpy import save
 
 from adaras_export import models, storage
-from adaras_export.exporters.adapters import ADAPTER_FILE, CONFIG_FILE, adapted, play_adapted
+from adaras_export.exporters import adapters
+from adaras_export.exporters.adapters import ADAPTER_FILE, CONFIG_FILE, adapted
 from adaras_export.exporters.base import Generating
-from adaras_export.exporters.checkpoint import opened, stores, strange_names, vectors, write_json
+from adaras_export.exporters.checkpoint import opened, same_json, stores, strange_names, vectors, write_json
 from adaras_export.exporters.constant_neuron import picking
-from adaras_export.parity import Check, Mode, Play, Tolerance
+from adaras_export.parity import Check, Mode, Tolerance
 from adaras_export.rule import SteeringRule
 from adaras_export.storage import Array
 
@@ -66,7 +67,7 @@ def changed_settings(rule: SteeringRule, folder: Path) -> list[str]:
     """What of the adapter is other than it should be, besides its tensors: PEFT follows settings, and reads pickles."""
     found, path = {item.name for item in (folder / FOLDER).glob("*")}, folder / FOLDER / CONFIG_FILE
     wrong = sorted(f"{FOLDER}/{name}" for name in found ^ {CONFIG_FILE, ADAPTER_FILE})
-    if path.exists() and storage.read_json(path) != adapter_config(rule):
+    if path.exists() and not same_json(storage.read_json(path), adapter_config(rule)):
         wrong.append(f"{FOLDER}/{CONFIG_FILE}")
     return wrong
 
@@ -103,6 +104,6 @@ class SwitchableCheckpoint(Generating):
             Check.empty("adapter keys that were not loaded", self.lost),
         ]
 
-    def play(self, rows: Sequence[Sequence[int]], mode: Mode, follow_BS: torch.Tensor | None) -> Play:
-        """As `Player` says."""
-        return play_adapted(self.model, rows, mode, follow_BS)
+    def set_to(self, mode: Mode) -> AbstractContextManager[Any]:
+        """As `Generating` says."""
+        return adapters.set_to(self.model, mode)

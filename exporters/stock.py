@@ -10,8 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from adaras_export.disclosure import Disclosed
 from adaras_export.errors import require
 from adaras_export.exporters import hf, steering_lora
@@ -27,7 +25,7 @@ from adaras_export.exporters.base import (
 )
 from adaras_export.exporters.checkpoint import disclosed, opened, unknown_files
 from adaras_export.exporters.stock_plan import Plan
-from adaras_export.parity import FLOAT32, Artifact, Check, Mode, Play, Reference, play_model
+from adaras_export.parity import FLOAT32, Artifact, Check, Reference
 from adaras_export.rule import SteeringRule
 
 
@@ -39,6 +37,7 @@ class StockExporter:
     options: frozenset[str] = frozenset({"switchable"})
     library: str = "transformers"
     relation: str = "finetune"
+    fetches_base: bool = False
     rounded: bool = False
     copy: bool = False
     switchable: bool = False
@@ -130,6 +129,3 @@ class _Checkpoint(Generating):
 
     def findings(self) -> Sequence[Check]:
         return [Check.empty("keys in the loading report", self.loading_report)]
-
-    def play(self, rows: Sequence[Sequence[int]], mode: Mode, follow_BS: torch.Tensor | None) -> Play:  # noqa: ARG002
-        return play_model(self.model, rows, follow_BS)

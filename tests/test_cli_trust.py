@@ -53,7 +53,7 @@ def test_offline_hashes_name_a_changed_file_and_fail(run, folder):
     (folder / "config.json").write_text("{}")
     status, out, err = run("verify", folder, "--offline-hashes")
     assert "FAIL files changed: 1  (limit 0)  config.json" in out
-    assert (status, err) == (1, f"ParityError: {folder}: 1 of 8 checks failed\n")
+    assert (status, err) == (1, f"ParityError: {folder}: 1 of 9 checks failed\n")
 
 
 def test_a_known_receipt_is_compared_and_json_has_its_hash(run, folder):

@@ -15,10 +15,12 @@ import torch
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from adaras_export import delivery, receipts, storage
+from adaras_export import delivery, description, models, receipts, storage
+from adaras_export.checks import Check, ParityReport
 from adaras_export.delivery import export, recard, verify
 from adaras_export.errors import ArtifactError, ExportError, ParityError, RuleError
 from adaras_export.exporters.base import Written
+from adaras_export.exporters.checkpoint import differing_keys
 from adaras_export.exporters.hf import HuggingFaceExporter
 from adaras_export.models import BaseModel
 from adaras_export.rule import SteeringRule
@@ -228,12 +230,36 @@ def test_an_adapter_that_points_elsewhere_is_named_and_not_followed(folder):
 
 @pytest.mark.parametrize(
     ("entry", "value"),
-    [("rms_norm_eps", 1e-3), ("rope_theta", 5.0), ("architectures", ["X"]), ("attn_implementation", "somebody/else")],
+    [
+        ("rms_norm_eps", 1e-3),
+        ("architectures", ["X"]),
+        ("attn_implementation", "somebody/else"),
+        ("return_dict", None),  # the same to Python's get(), and Transformers fails on it
+        ("use_cache", 1),
+    ],
 )
 def test_an_edited_config_entry_is_named(entry, value, folder):
     edit_json(folder / "config.json", **{entry: value})
     assert failures(with_a_new_receipt(folder))["config entries that differ"] == entry
     assert failures(folder)["config entries that differ"] == entry
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (None, ...),
+        (True, 1),
+        (1, 1.0),
+        (0, False),
+        ([True], [1]),
+        ({"a": None}, {}),
+        ({"a": [{"b": 0}]}, {"a": [{"b": 0.0}]}),
+    ],
+)
+def test_values_that_only_python_takes_for_the_same_differ(one, other):
+    found, expected = ({} if value is ... else {"entry": value} for value in (one, other))
+    assert differing_keys(found, expected) == differing_keys(expected, found) == ["entry"]
+    assert differing_keys(found, found) == []
 
 
 @pytest.mark.parametrize("dial", ["strength", "start", "threshold"])
@@ -682,6 +708,114 @@ def test_a_base_that_changed_in_the_middle_of_a_tensor_is_named(delivered, folde
     save_file({**tensors, name: changed}, base / "model.safetensors", metadata={"format": "pt"})
     assert changed.nbytes > 3 * 4096
     assert failures(folder, base=base)["tensors of the base that changed since"] == name
+
+
+STATIC = ("gate", "start", "dial")
+
+
+def unsampled_change(base, out):
+    """A copy of a base that differs in one number, which its fingerprint does not sample."""
+    evil = shutil.copytree(base, out)
+    tensors = load_file(evil / "model.safetensors")
+    changed = tensors["lm_head.weight"] = tensors["lm_head.weight"].copy()
+    changed.reshape(-1)[changed.size // 4] += 1
+    save_file(tensors, evil / "model.safetensors", metadata={"format": "pt"})
+    return evil
+
+
+def reword(folder, **changes):
+    """Say something else in a receipt and on the card, as they would be written."""
+    told = replace(receipts.read(folder), **changes)
+    exporter, rule = delivery.exporter_of(told), SteeringRule.load(folder / "rule.safetensors")
+    return description.describe(folder, told, exporter, rule)
+
+
+@pytest.mark.parametrize(
+    ("to", "how"),
+    [
+        ("hf-thin", {}),
+        ("peft", {"accept_loss": STATIC}),
+        pytest.param("peft", {"adaptive": True}, marks=pytest.mark.slow),
+        pytest.param("hf", {}, marks=pytest.mark.slow),
+    ],
+)
+def test_an_artifact_that_names_another_base_than_the_one_given_is_found(to, how, rules, folders, tmp_path):
+    """It was only compared with the base given, and its pointer with its own receipt; opened, it took the other."""
+    base = folders["llama"]
+    evil = unsampled_change(base, tmp_path / "evil" / base.name)
+    out = export(rules[KEY], base=evil, to=to, out=tmp_path / "out", **how).path
+    reword(out, base_tensors=models.tensor_hashes(base))
+    found = failures(out, base=base)
+    assert found["names of the base that lead to another"] == f"{evil}: lm_head.weight"
+
+
+def test_a_base_of_the_same_weights_with_another_config_is_another_one(folders, folder, tmp_path, delivered):
+    base = shutil.copytree(folders["llama"], tmp_path / "base")
+    edit_json(base / "config.json", rope_theta=5.0)
+    (base / "chat_template.jinja").write_text("{{ 'Say no.' }}")
+    found = failures(folder, base=base)["names of the base that lead to another"]
+    assert found == f"{folders['llama'].resolve()}: config.json:rope_theta chat_template.jinja"
+
+
+def test_a_base_that_is_no_longer_where_the_receipt_says_is_told(folders, rules, tmp_path):
+    base = shutil.copytree(folders["llama"], tmp_path / "base")
+    out = export(rules[KEY], base=base, to="hf-thin", out=tmp_path / "out").path
+    report = verify(out, base=base.rename(tmp_path / "moved"))
+    assert report.ok
+    [told] = [check for check in report.checks if check.name.endswith("so not compared")]
+    assert told.detail == str(tmp_path.resolve() / "base")
+
+
+def test_a_rule_that_names_a_commit_of_the_hub_is_told_where_that_is_not_at_hand(rules, folders, tmp_path):
+    named = replace(rules[KEY].base, id="meta-llama/Llama-3.1-8B", revision="7" * 40)
+    out = export(replace(rules[KEY], base=named), base=folders["llama"], to="hf", out=tmp_path / "out").path
+    report = verify(out)
+    assert report.ok
+    [told] = [check for check in report.checks if check.name.endswith("so not compared")]
+    assert told.detail == f"meta-llama/Llama-3.1-8B at revision {'7' * 40}"
+    assert "by the rule that was exported" in (out / "README.md").read_text()
+
+
+INVENTED = Check("audited by an independent lab", 0, 0)
+
+
+def loosened(check):
+    return replace(check, limit=1e9) if check.limit else check
+
+
+def boasting(check):
+    return replace(check, figure=1e9) if check.limit is None else check
+
+
+CLAIMS = {
+    "one more": (lambda checks: (*checks, INVENTED), INVENTED.name),
+    "none": (lambda checks: (), "by the rule, prefill logits"),
+    "one twice": (lambda checks: (*checks, checks[0]), "code files that are not the library's"),
+    "wider": (lambda checks: tuple(map(loosened, checks)), "generate(), one prompt, logits"),
+    "without limits": (lambda checks: tuple(replace(check, limit=None) for check in checks), "gate, p(correct)"),
+    "boasting": (lambda checks: tuple(map(boasting, checks)), "effect of steering on logits"),
+}
+
+
+@pytest.mark.parametrize(("change", "named"), CLAIMS.values(), ids=CLAIMS)
+def test_a_receipt_whose_checks_are_not_those_of_verify_is_found(change, named, delivered, rules):
+    told = receipts.read(delivered.path)
+    claimed = replace(told, parity=ParityReport(change(told.parity.checks)))
+    exporter = delivery.exporter_of(told)
+    [good] = description.claim_checks(told, exporter, rules[KEY], delivered.parity)
+    [found] = description.claim_checks(claimed, exporter, rules[KEY], delivered.parity)
+    assert good.ok
+    assert named in found.detail.split("; ")
+
+
+def test_invented_checks_are_found_also_where_the_card_has_them(folder):
+    reword(folder, parity=ParityReport((*receipts.read(folder).parity.checks, INVENTED)))
+    assert failures(folder) == {"checks of the receipt that verify does not make so": INVENTED.name}
+
+
+def test_a_licence_of_a_base_without_a_card_is_found(folder):
+    reword(folder, base_card={"license": "mit"})
+    assert failures(folder) == {"statements about the base that differ from its card": "license"}
 
 
 def test_a_new_card_has_the_new_name_and_the_folder_still_verifies(delivered, folder):

@@ -37,7 +37,7 @@ def forged(folder, **changes):
 
 def test_files_are_checked_without_torch_and_without_the_base(folder, tmp_path):
     receipt = json.loads((folder / "receipt.json").read_text())
-    forged(folder, source=str(tmp_path / "gone"), base=receipt["base"])
+    forged(folder, source=str(tmp_path / "gone" / receipt["base"]["id"]))
     script = "import sys, adaras_export as a; r = a.verify_files(sys.argv[1]); print(r.ok, 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script, folder], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["True", "False"]
@@ -52,12 +52,31 @@ def test_edited_code_is_named_also_with_a_fitting_receipt(name, folder):
 
 
 @pytest.mark.parametrize(
-    "name", ["evil.py", "custom_generate/generate.py", "a.PY", "x.so", "pytorch_model.bin", "y.pkl"]
+    "name",
+    [
+        "evil.py",
+        "custom_generate/generate.py",
+        "a.PY",
+        "x.so",
+        "pytorch_model.bin",
+        "y.pkl",
+        "vectors.npy",  # NumPy reads pickles, and so does whatever reads a kind of file that nobody here thought of
+        "x.mat",
+        "no-suffix",
+        "LICENSE.pkl",
+    ],
 )
 def test_added_code_and_pickles_are_named_also_with_a_fitting_receipt(name, folder):
     (folder / name).parent.mkdir(exist_ok=True)
     (folder / name).write_text("import os\n")
     assert failures(forged(folder)) == {CODE: name}
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "LICENSE-2.0", "NOTICE.pdf", "deep/LICENSE.md"])
+def test_a_licence_may_have_any_name_of_a_licence(name, folder):
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text("You may.")
+    assert failures(forged(folder)) == {}
 
 
 POINTERS = {
@@ -87,6 +106,32 @@ def test_another_rule_is_named_where_the_receipt_names_the_old_one(folder, rules
 def test_a_rule_of_another_base_than_the_receipts_is_named(folder, rules):
     rules[("qwen3", *artifacts.KEY[1:])].save(folder / "rule.safetensors")
     assert "family llama (expected qwen3)" in failures(forged(folder))["base other than the rule's"]
+
+
+COMMIT = "7" * 40
+NAMES = {
+    "a Hub id for a folder": ({"id": "meta-llama/Llama-3.1-8B", "revision": COMMIT}, "/models/evil"),
+    "a Hub id without a commit": ({"id": "meta-llama/Llama-3.1-8B", "revision": None}, "/models/evil"),
+    "a branch": ({"id": "meta-llama/Llama-3.1-8B", "revision": "main"}, "meta-llama/Llama-3.1-8B"),
+    "another Hub id": ({"id": "meta-llama/Llama-3.1-8B", "revision": COMMIT}, "somebody/evil"),
+    "another folder": ({"id": "good", "revision": None}, "/models/evil"),
+    "a folder that is anywhere": ({"id": "evil", "revision": None}, "models/evil"),
+}
+
+
+@pytest.mark.parametrize(("changes", "source"), NAMES.values(), ids=NAMES)
+def test_a_base_that_goes_by_another_name_than_its_source_is_named(changes, source, folder):
+    base = json.loads((folder / "receipt.json").read_text())["base"]
+    assert [*failures(forged(folder, base=base | changes, source=source))] == [
+        "base that goes by another name than its source"
+    ]
+
+
+@pytest.mark.parametrize(("name", "revision"), [("somebody/base", COMMIT), ("base", None)])
+def test_a_base_goes_by_the_name_of_its_source(name, revision, folder):
+    base = json.loads((folder / "receipt.json").read_text())["base"]
+    source = name if revision else f"/models/{name}"
+    assert failures(forged(folder, base=base | {"id": name, "revision": revision}, source=source)) == {}
 
 
 def test_a_receipt_that_says_itself_that_a_check_failed_is_named(folder):

@@ -27,7 +27,7 @@ from adaras_export.rule import SteeringRule
 CAUSAL, LATER = ("causal", "last_prompt_token"), ("later", "first_generated_token")
 
 # Units of float32 (eps * the largest logit) by which logits of a correct export may differ from the reference's.
-# Measured over all families, gates, starts and modes: at most 2.2. parity.py allows 64, for models of real depth.
+# Measured over all families, gates, starts and modes: at most 3.5. parity.py allows 64, for models of real depth.
 WORST = 8
 
 
@@ -37,7 +37,7 @@ def scripts(stock, rules):
 
     class Scripts(dict):
         def __missing__(self, key):
-            self[key] = rehearse(Reference(ReferencePlayer(stock[key[0]], rules[key]), tiny.VOCABULARY))
+            self[key] = rehearse(Reference(ReferencePlayer(stock[key[0]], rules[key]), tiny.VOCABULARY, tiny.CONTEXT))
             return self[key]
 
     return Scripts()
@@ -182,7 +182,7 @@ def test_a_tensor_that_is_not_there_fails(scripts, rules, folders, tmp_path):
     report = next(check for check in checks if check.name == "keys in the loading report")
     assert report.detail == f"missing_keys {name}"
     assert not report.ok
-    assert "by the rule, prefill logits" in failed(checks)
+    assert "steered always, prefill logits" in failed(checks)
 
 
 def test_an_artifact_without_a_gate_fails_where_the_rule_has_one(scripts, rules, folders, tmp_path):
@@ -207,7 +207,7 @@ def static(stock, rules):
     whole, everywhere = (
         ReferencePlayer(stock["llama"], rules[("llama", *CAUSAL)], everywhere=one) for one in (False, True)
     )
-    return everywhere, rehearse(Reference(everywhere, tiny.VOCABULARY, whole))
+    return everywhere, rehearse(Reference(everywhere, tiny.VOCABULARY, tiny.CONTEXT, whole))
 
 
 class StaticSide:
@@ -238,6 +238,68 @@ def test_a_static_artifact_is_compared_with_every_token_steered_and_the_loss_is_
     assert loss.limit is None
 
 
+def leave_generated_tokens_alone(model):
+    """As under a Transformers whose `generate()` hands the cache on by another name than the forward pass knows."""
+    prepare, strength = model.prepare_inputs_for_generation, model.steering.strength
+
+    def prepared(*args, **kwargs):
+        inputs = prepare(*args, **kwargs)
+        model.steering.strength = strength if inputs["input_ids"].shape[1] > 1 else 0.0
+        return inputs
+
+    model.prepare_inputs_for_generation = prepared
+
+
+GENERATE = {"generate(), a batch, logits", "generate(), one prompt, logits"}
+
+
+@pytest.mark.parametrize("gate", ["causal", None])
+def test_an_artifact_that_goes_wrong_in_generate_alone_fails(gate, scripts, rules, folders, tmp_path):
+    """Transformers 5.24 renamed the argument of the cache: no generated token was steered, and `verify` said ok."""
+    key = ("llama", gate, CAUSAL[1])
+    artifact = written(rules[key], folders["llama"], tmp_path)
+    assert failed(compare(scripts[key], artifact)) == set()
+    leave_generated_tokens_alone(artifact.model)
+    assert failed(compare(scripts[key], artifact)) == GENERATE
+
+
+def test_fewer_steps_of_generate_than_expected_fail(scripts, rules, folders, tmp_path):
+    key = ("llama", *CAUSAL)
+    artifact = written(rules[key], folders["llama"], tmp_path)
+    generate = artifact.generate
+    artifact.generate = lambda *args: generate(*args)[:, :1]
+    assert failed(compare(scripts[key], artifact)) == GENERATE
+
+
+class LateFault:
+    """The reference, but for one logit that is another from the 65th token of a prompt on."""
+
+    tolerance = Tolerance(64)
+    switchable = False
+
+    def __init__(self, player):
+        self.player = player
+
+    def findings(self):
+        return []
+
+    def play(self, rows, mode, follow):
+        found = self.player.play(rows, mode, follow)
+        far = torch.tensor([len(row) > 64 for row in rows])
+        found.logits_BSV[far, :, 0] += 1000
+        return found
+
+
+def test_what_goes_wrong_beyond_64_tokens_of_a_prompt_fails(static):
+    everywhere, script = static
+    assert "by the rule, prefill logits" in failed(compare(script, LateFault(everywhere)))
+
+
+def test_prompts_fit_into_a_short_context(stock, rules):
+    player = ReferencePlayer(stock["llama"], rules[("llama", *CAUSAL)])
+    assert max(map(len, rehearse(Reference(player, tiny.VOCABULARY, 20)).rows)) == 14
+
+
 def test_an_artifact_that_follows_the_whole_rule_is_no_static_one(static, rules, folders, tmp_path):
     artifact = written(rules[("llama", *CAUSAL)], folders["llama"], tmp_path)
     assert "by the rule, prefill logits" in failed(compare(static[1], artifact))
@@ -253,7 +315,7 @@ def test_a_comparison_leaves_the_dials_as_they_were(scripts, rules, folders, tmp
 
 def test_the_same_rehearsal_plays_the_same_prompts(stock, rules, scripts):
     key = ("llama", *CAUSAL)
-    again = rehearse(Reference(ReferencePlayer(stock["llama"], rules[key]), tiny.VOCABULARY))
+    again = rehearse(Reference(ReferencePlayer(stock["llama"], rules[key]), tiny.VOCABULARY, tiny.CONTEXT))
     assert again.rows == scripts[key].rows
     assert torch.equal(again.single.logits_BSV, scripts[key].single.logits_BSV)
     assert len({len(row) for row in again.rows}) > 2

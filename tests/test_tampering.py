@@ -1,7 +1,4 @@
-"""Random tampering with an export of every target is named; also, by `verify`, where the receipt was made to fit.
-
-What a fitting receipt can hide is in docs/receipt.md, and here in `HIDDEN`.
-"""
+"""Random tampering with an export of every target is named; also, by `verify`, where the receipt was made to fit."""
 
 import json
 import os
@@ -23,9 +20,6 @@ MARKS = {"onnx": [pytest.mark.onnx]}
 each_export = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow, *MARKS.get(name, [])]) for name in artifacts.EXPORTS]
 )
-
-# Where verify, with a receipt that fits, may see nothing: weights of a graph that computes the same up to rounding.
-HIDDEN = {"onnx/model.onnx", "onnx/model.onnx_data"}
 
 
 def said_by(job, folder, **how):
@@ -65,7 +59,7 @@ def require_named_although_it_fits(folder, touched):
     ]
     named = [line for line in said if any(receipts.shown(name) in line for name in touched)]
     lost_index = [line for line in said if "no model.safetensors and no index" in line]
-    assert held or named or lost_index or {*touched} <= HIDDEN, said
+    assert held or named or lost_index, said
 
 
 def test_whatever_is_tampered_with_is_named_by_its_hash(exported, tmp_path):
@@ -74,7 +68,7 @@ def test_whatever_is_tampered_with_is_named_by_its_hash(exported, tmp_path):
 
 @each_export
 def test_whatever_is_tampered_with_is_named_by_its_hash_in_every_target(name, exported, tmp_path):
-    tamper_often(exported[name], tmp_path / "copy", 60, require_named_by_their_hash)
+    tamper_often(exported[name], tmp_path / "copy", 30, require_named_by_their_hash)
 
 
 @each_export

@@ -17,6 +17,7 @@ from adaras_export.rule import Gate, NeuronSet, SteeringRule
 LAYERS, MLP_SIZE, HIDDEN_SIZE = 4, 48, 32
 VOCABULARY = 258  # one token a byte, <pad>, <eos>
 PAD, EOS = 256, 257
+CONTEXT = 128
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<eos>{% endfor %}"
@@ -34,7 +35,7 @@ _SIZES = {
     "num_hidden_layers": LAYERS,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
+    "max_position_embeddings": CONTEXT,
     "bos_token_id": None,
     "eos_token_id": EOS,
     "pad_token_id": PAD,

@@ -345,6 +345,36 @@ def test_export_records_id_and_revision_and_verify_finds_them(hub_base, rules, t
     )
 
 
+@pytest.fixture(scope="module")
+def evil_hub_base(folders, tmp_path_factory):
+    """The id of another base in the cache of this process; the fingerprint does not sample what differs."""
+    evil = shutil.copytree(folders["llama"], tmp_path_factory.mktemp("evil") / "base")
+    edit_tensors(evil / "model.safetensors", lambda tensors: tensors["lm_head.weight"][64, 0].neg_())
+    assert models.tensor_fingerprint(evil) == models.tensor_fingerprint(folders["llama"])
+    put_into_the_hub_cache(evil, huggingface_hub.constants.HF_HUB_CACHE, "tiny/evil", COMMIT)
+    return "tiny/evil"
+
+
+def test_a_repository_that_names_another_base_of_the_hub_than_the_one_given_is_found(
+    hub_base, evil_hub_base, rules, folders, tmp_path
+):
+    out = export(rules[KEY], base=hub_base, to="hf-thin", out=tmp_path / "out").path
+    assert verify(out, base=folders["llama"]).ok
+    settings, receipt = (json.loads((out / file).read_text()) for file in ("config.json", "receipt.json"))
+    absent = "names of the base that lead to nothing on this machine, so not compared"
+    for name, base, check in (
+        (evil_hub_base, folders["llama"], "names of the base that lead to another"),
+        ("tiny/far", hub_base, absent),
+    ):
+        settings["adaras"]["base"]["id"] = name
+        edit_json(out / "config.json", adaras=settings["adaras"])
+        named = {"source": name, "base": receipt["base"] | {"id": name}}
+        edit_json(out / "receipt.json", **named, files=receipts.hashes(out))
+        found = {one.name: one.detail for one in verify(out, base=base).failed()}
+        assert found.pop(check).startswith(f"{name} at revision {COMMIT}")
+        assert found.keys() == {"card other than its receipt's"}
+
+
 def test_a_base_that_the_hub_does_not_give_is_refused_in_one_line(rules, folders, tmp_path):
     EXPORTER.commissioned(Commission("tiny/nowhere", COMMIT)).write(rules[KEY], folders["llama"], tmp_path)
     with pytest.raises(OSError, match="tiny/nowhere: the base model's weights are not there") as caught:

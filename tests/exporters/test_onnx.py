@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -365,7 +366,7 @@ def edit(folder, change):
     ir.save(model, folder / GRAPH)
     path = folder / "receipt.json"
     receipt = json.loads(path.read_text())
-    receipt["files"][GRAPH] = storage.sha256_file(folder / GRAPH)
+    receipt["files"] |= {name: storage.sha256_file(folder / name) for name in (GRAPH, f"{GRAPH}_data")}
     path.write_text(json.dumps(receipt))
 
 
@@ -377,6 +378,58 @@ def test_a_changed_vector_is_found(folder):
 
     edit(folder, negate)
     assert {"steering tensors that differ", "by the rule, prefill logits"} <= failed(verify(folder))
+
+
+def node(graph, op, inputs, name, **attributes):
+    made = ir.node(op, inputs, attributes=attributes, name=f"evil/{name}")
+    made.outputs[0].name = f"evil.{name}"
+    graph.append(made)
+    return made.outputs[0]
+
+
+def say_one_token_far_into_a_prompt(model):
+    """1000 more on one logit wherever the position is above 80, which no prompt of the comparison reaches."""
+    graph, logits = model.graph, model.graph.outputs[0]
+    [positions] = [value for value in graph.inputs if value.name == "position_ids"]
+    chosen = np.zeros(tiny.VOCABULARY, np.float32)
+    chosen[7] = 1000
+    limit, axis, vector = (
+        ir.Value(name=f"evil.{name}", const_value=ir.tensor(value, name=f"evil.{name}"))
+        for name, value in {"limit": np.int64(80), "axis": np.array([-1]), "vector": chosen}.items()
+    )
+    for value in (limit, axis, vector):
+        graph.register_initializer(value)
+    far = node(graph, "Cast", [node(graph, "Greater", [positions, limit], "far")], "number", to=1)
+    added = node(graph, "Mul", [node(graph, "Unsqueeze", [far, axis], "wide"), vector], "added")
+    logits.name, name = "evil.logits", logits.name
+    backdoor = node(graph, "Add", [logits, added], "backdoor")
+    backdoor.name, backdoor.type, backdoor.shape = name, logits.type, logits.shape
+    graph.outputs[0] = backdoor
+
+
+def swap_two_numbers_of_a_weight(model):
+    """In the data file, and of a token that no prompt of the comparison has."""
+    tensor = model.graph.initializers["model.embed_tokens.weight"].const_value
+    with Path(tensor.path).open("r+b") as file:
+        file.seek(tensor.offset)
+        two = file.read(8)
+        file.seek(tensor.offset)
+        file.write(two[4:] + two[:4])
+
+
+ANEW = "operators or weights other than a fresh export's"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [(say_one_token_far_into_a_prompt, "evil/backdoor"), (swap_two_numbers_of_a_weight, "onnx/model.onnx_data")],
+)
+def test_a_graph_that_computes_the_same_on_the_prompts_of_the_comparison_only_is_found(change, named, folder):
+    edit(folder, change)
+    found = {check.name: check.detail for check in verify(folder).failed()}
+    assert named in found[ANEW].split()
+    assert not any(name.endswith("logits") for name in found), found
 
 
 def another_operator(model):
@@ -488,6 +541,9 @@ def test_the_builders_graph_equals_the_oracle_too(name, tmp_path):
     rule = tiny.make_rule(models.BaseModel.of(base), gate=tiny.calibrated_gate(model, "causal"))
     (tmp_path / "out").mkdir()
     EXPORTER.commissioned(Commission("base", options={"genai": True})).write(rule, base, tmp_path / "out")
+    assert not onnx.load(
+        tmp_path / "out" / GRAPH, load_external_data=False
+    ).producer_version  # a commit of any repository
     runner = Runner(session(tmp_path / "out" / GRAPH))
     for row, answer in zip(PROMPTS, tiny.answers(model, rule), strict=True):
         require_oracle(runner.respond([row])[0], [answer])
