@@ -137,7 +137,7 @@ def test_a_missing_library_names_the_extra_before_anything_is_checked(monkeypatc
         raise ModuleNotFoundError(name, name=name)
 
     monkeypatch.setattr(importlib, "import_module", missing)
-    with pytest.raises(MissingExtraError, match=r"pip install 'scikit-learn>=1.5' 'scipy>=1.13' 'math-verify>=0.7'"):
+    with pytest.raises(MissingExtraError, match=r"pip install .*'math-verify>=0.7'"):
         checker("math_verify")
 
 

@@ -96,7 +96,8 @@ def test_input_that_all_refuse_is_refused_in_one_line(folders, tmp_path):
     told, _ = identified(2, tmp_path / "nothing", tmp_path, folders["llama"])
     assert [status for status, _ in told] == [2, 2]
     [line] = "".join(text for _, text in told).splitlines()
-    assert line.startswith("TraceError: ")
+    assert line.startswith("UsageError: ")
+    assert "nothing" in line
 
 
 @pytest.mark.parametrize("killed", [0, pytest.param(1, marks=pytest.mark.slow)])

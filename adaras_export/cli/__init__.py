@@ -5,6 +5,7 @@ One module a stage; what a command needs of the library it imports when it runs.
 """
 
 import logging
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -54,6 +55,10 @@ def main() -> None:
     except AdarasError as error:
         _fail(type(error).__name__, str(error), 2)
     except _USAGE_ERROR as error:
+        if (
+            os.environ.get("LOCAL_RANK", "0") != "0"
+        ):  # each process of a group finds this; the first of a machine says it
+            sys.exit(2)
         command = "" if error.ctx is None else f"; see {error.ctx.command_path} --help"
         message = error.format_message().rstrip(".").replace(": Value error, ", ": ")  # later versions of Typer say so
         _fail("UsageError", message + command, 2)

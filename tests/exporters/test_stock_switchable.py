@@ -206,7 +206,7 @@ def test_another_gate_than_silu_is_refused(rules, folders, tmp_path):
 
 def test_without_peft_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(MissingExtraError, match=r"target stock with --switchable needs peft.*pip install 'peft>=0.18'"):
+    with pytest.raises(MissingExtraError, match=r"target stock with --switchable needs peft.*pip install 'peft<"):
         StockExporter().commissioned(Commission("x", options={"switchable": True}))
     assert StockExporter().commissioned(Commission("x")).drops == {"gate", "start", "dial"}
 
