@@ -16,7 +16,7 @@ from adaras_export.models import FAMILIES
 ROOT = Path(adaras_export.__file__).resolve().parents[1]
 PACKAGE = sorted([*(ROOT / "adaras_export").rglob("*.py"), *(ROOT / "exporters").rglob("*.py")])
 PAYLOAD = sorted((ROOT / "adaras_export" / "runtime").glob("*.py"))
-CODE_LINES, ALL_LINES, LOADER_LINES = 480, 780, 140  # gpt2 has 476 and 775, most have 467 and 761; 138
+CODE_LINES, ALL_LINES, LOADER_LINES = 480, 780, 140  # gpt2 has 477 and 778, most have 468 and 764; 138
 each_file = pytest.mark.parametrize("path", PACKAGE, ids=lambda path: str(path.relative_to(ROOT)))
 
 

@@ -344,6 +344,9 @@ def parameter_names(function: Callable[..., Any], required: tuple[str, ...] = DE
     return names
 
 
+_PLAIN = (Tensor, dict, list, tuple, str, bool, int, float, type(None))
+
+
 def cache_of(arguments: Mapping[str, Any]) -> Cache | None:
     """The KV cache among the arguments of a call, whatever its name: Transformers 5.24 changed it.
 
@@ -356,7 +359,7 @@ def cache_of(arguments: Mapping[str, Any]) -> Cache | None:
             if found is not None and found is not value:
                 raise ValueError("two KV caches in one call; expected one")
             found = value
-        elif "Cache" in type(value).__name__ and not is_packed(arguments):
+        elif not isinstance(value, _PLAIN) and "Cache" in type(value).__name__ and not is_packed(arguments):
             raise ValueError(f"{type(value).__name__}: is no KV cache that steering knows; expected a Cache")
     return found
 
