@@ -90,6 +90,5 @@ def evaluate(
             report = run(loaded, tokenizer, read, watched, conduct)
     report.save(out)
     journal.unlink(missing_ok=True)
-    show(
-        report.as_record(), f"{report.table()}\n{out}: {report.verdict}{fitted(exam.sampling, max_new_tokens)}", as_json
-    )
+    verdict = report.verdict.removesuffix(".") + fitted(exam.sampling, max_new_tokens)
+    show(report.as_record(), f"{report.table()}\n{out}: {verdict}", as_json)
