@@ -271,20 +271,11 @@ def test_fewer_steps_of_generate_than_expected_fail(scripts, rules, folders, tmp
     assert failed(compare(scripts[key], artifact)) == GENERATE
 
 
-class LateFault:
-    """The reference, but for one logit that is another from the 65th token of a prompt on."""
-
-    tolerance = Tolerance(64)
-    switchable = False
-
-    def __init__(self, player):
-        self.player = player
-
-    def findings(self):
-        return []
+class LateFault(StaticSide):
+    """The same, but for one logit that is another from the 65th token of a prompt on."""
 
     def play(self, rows, mode, follow):
-        found = self.player.play(rows, mode, follow)
+        found = super().play(rows, mode, follow)
         far = torch.tensor([len(row) > 64 for row in rows])
         found.logits_BSV[far, :, 0] += 1000
         return found
