@@ -55,10 +55,9 @@ def main() -> None:
     except AdarasError as error:
         _fail(type(error).__name__, str(error), 2)
     except _USAGE_ERROR as error:
-        if (
-            os.environ.get("LOCAL_RANK", "0") != "0"
-        ):  # each process of a group finds this; the first of a machine says it
-            sys.exit(2)
+        is_of_parsing = getattr(error, "param", None) is not None  # which each process of a group does by itself
+        if is_of_parsing and os.environ.get("LOCAL_RANK", "0") != "0":
+            sys.exit(2)  # the first one of this machine tells it
         command = "" if error.ctx is None else f"; see {error.ctx.command_path} --help"
         message = error.format_message().rstrip(".").replace(": Value error, ", ": ")  # later versions of Typer say so
         _fail("UsageError", message + command, 2)
