@@ -251,7 +251,7 @@ def _require_own(folder: Path, checks: Sequence[Check]) -> None:
 
 @dataclass(frozen=True)
 class _Place:
-    """What an exported folder is about: its rule, its base and that one's folder, and what its exporter is told."""
+    """The rule of an exported folder, its base, the folder of the base, and the commission of its exporter."""
 
     rule: SteeringRule
     base: Path

@@ -60,7 +60,7 @@ def checks(folder: Path, receipt: Receipt, exporter: Exporter, rule: SteeringRul
 def name_checks(receipt: Receipt, exporter: Exporter, rule: SteeringRule, base: Path, found: BaseModel) -> list[Check]:
     """Whether what receipt and rule call the base is ``base``, or has its content; as far as that is on this machine.
 
-    An artifact that fetches its base by such a name opens what is there, whatever it was compared with.
+    An artifact that fetches its base by name opens that base, even where it was compared with another one.
     """
     places = {}
     for one in (receipt.base, rule.base):

@@ -207,44 +207,32 @@ def answered(
     if not conduct.allow_seen:
         require_fresh(exam.questions, rule.questions, "give others, or say --allow-seen and do not call it a test")
     with closing(AnswerBook(model, tokenizer, exam, conduct.journal)) as book:
-        yield _sheet(model, tokenizer, rule, exam, names, conduct, book)
-
-
-def _sheet(  # noqa: PLR0913 - what `answered` is given, and the book
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rule: SteeringRule,
-    exam: Exam,
-    names: Sequence[str],
-    conduct: Conduct,
-    book: AnswerBook,
-) -> Sheet:
-    lead = lead_of(names)
-    controls = {"flipped": rule.with_strength(-rule.strength)}
-    controls |= {f"random {seed}": random_control(model, rule, seed) for seed in conduct.random_seeds}
-    ways: dict[str, Way] = {"off": None} if lead == "everywhere" else {"off": None, "always": rule}
-    if "everywhere" in names:
-        ways["everywhere"] = Everywhere(rule)
-    ways |= {name: Everywhere(one) if lead == "everywhere" else one for name, one in controls.items()}
-    others = len(conduct.artifacts) * len(exam.questions) * exam.samples
-    book.expect(book.missing([*ways.values()], range(len(exam.questions))) + others)
-    book.ask([*ways.values()])
-    found, fires = {name: book.answers(way) for name, way in ways.items()}, np.ones(len(exam.questions), dtype=bool)
-    run = {name for name in found if lead != "gated" or name in ("off", *names)}
-    if rule.gate is not None and lead == "gated":
-        fires = gate_fires(model, tokenizer, rule.gate, exam, book)
-        gated = {"gated": found["always"], **{name: found[name] for name in controls}}
-        found |= {name: _where(fires, answers, found["off"]) for name, answers in gated.items()}
-    order = ["off", *sorted(names, key=_ORDER.index), *controls]
-    arms = {name: found[name] for name in order}
-    for opener in conduct.artifacts:
-        with opener() as way:
-            if way.name in arms:
-                raise ArtifactError(f"artifacts: two are called {way.name!r}; expected folders of different names")
-            book.ask([way])
-        arms[way.name] = book.answers(way)
-        run.add(way.name)
-    return Sheet(arms, frozenset(run), fires, _about(model, rule, exam, conduct), book)
+        lead = lead_of(names)
+        controls = {"flipped": rule.with_strength(-rule.strength)}
+        controls |= {f"random {seed}": random_control(model, rule, seed) for seed in conduct.random_seeds}
+        ways: dict[str, Way] = {"off": None} if lead == "everywhere" else {"off": None, "always": rule}
+        if "everywhere" in names:
+            ways["everywhere"] = Everywhere(rule)
+        ways |= {name: Everywhere(one) if lead == "everywhere" else one for name, one in controls.items()}
+        others = len(conduct.artifacts) * len(exam.questions) * exam.samples
+        book.expect(book.missing([*ways.values()], range(len(exam.questions))) + others)
+        book.ask([*ways.values()])
+        found, fires = {name: book.answers(way) for name, way in ways.items()}, np.ones(len(exam.questions), dtype=bool)
+        run = {name for name in found if lead != "gated" or name in ("off", *names)}
+        if rule.gate is not None and lead == "gated":
+            fires = gate_fires(model, tokenizer, rule.gate, exam, book)
+            gated = {"gated": found["always"], **{name: found[name] for name in controls}}
+            found |= {name: _where(fires, answers, found["off"]) for name, answers in gated.items()}
+        order = ["off", *sorted(names, key=_ORDER.index), *controls]
+        arms = {name: found[name] for name in order}
+        for opener in conduct.artifacts:
+            with opener() as way:
+                if way.name in arms:
+                    raise ArtifactError(f"artifacts: two are called {way.name!r}; expected folders of different names")
+                book.ask([way])
+            arms[way.name] = book.answers(way)
+            run.add(way.name)
+        yield Sheet(arms, frozenset(run), fires, _about(model, rule, exam, conduct), book)
 
 
 _ORDER = ("always", "gated", "everywhere")

@@ -48,7 +48,7 @@ def neuron_rows(path: Path) -> list[tuple[int, int, float]]:
 def questions_of(rows: Sequence[tuple[int, int, float]]) -> tuple[str, ...]:
     """Identities of the questions that these neurons were found with, where they are a published set that we know.
 
-    A set is known again by its first ten neurons, whatever its file is called. Empty for all others.
+    A published set is recognised by its first ten neurons, under any file name. Empty for all others.
     """
     first = first_neurons(rows)
     return tuple(one for entry in published().values() if entry["first_neurons"] == first for one in entry["questions"])

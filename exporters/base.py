@@ -185,7 +185,7 @@ class Refreshing(Protocol):
 
 @runtime_checkable
 class Remaking(Protocol):
-    """An exporter whose artifacts are told from others only by writing one again, which may take minutes."""
+    """An exporter whose artifacts can only be checked against a fresh export, which may take minutes."""
 
     def made_anew(self, folder: Path, rule: SteeringRule, base: Path) -> Sequence[Check]:
         """Compare what is stored, which `Exporter.inspect` has found harmless, with what is written here and now."""

@@ -162,7 +162,7 @@ class OnnxExporter:
         ]
 
     def made_anew(self, folder: Path, rule: SteeringRule, base: Path) -> Sequence[Check]:
-        """As `Remaking` says: a graph can compute whatever it likes where no prompt of the comparison leads."""
+        """As `Remaking` says: a graph may compute anything on prompts that the comparison does not try."""
         name = "operators or weights other than a fresh export's"
         with TemporaryDirectory() as scratch:
             graph = Path(scratch) / GRAPH

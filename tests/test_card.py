@@ -139,7 +139,7 @@ hostile = example("a'b\"c`d|e\\f\n---\n```\n# g <b> $x$ {repo} é 🙂\u2028: [x
 @hostile
 @given(NAMES)
 def test_code_names_a_repository_and_a_question_of_any_text_and_still_runs(name):
-    """What Python, JavaScript's JSON and a shell make of the snippet is the text, whatever it contains."""
+    """Python, JavaScript's JSON and a shell read any text in a snippet back unchanged."""
     both, words = '["{repo}", "{question}"]', "printf %s {repo}/x {question}"
     markdown = f"```python\n{both}\n```\n\n```js\n{both}\n```\n\n```bash\n{words}\n```\n"
     asked = card_text.Example(name, chat=True)
