@@ -67,7 +67,7 @@ def card(rule: SteeringRule, parity: ParityReport, context: CardContext) -> str:
     """The complete README.md, with the YAML header that the Hub reads."""
     base, example, drops = _known_base(rule, context), context.example, context.drops
     values = {
-        "header": Markdown(_header(rule, context)),
+        "header": _header(rule, context),
         "repository": context.repository,
         "base": base,
         "is_exported_base": (base.id, base.revision) == (context.base.id, context.base.revision),
@@ -93,7 +93,7 @@ def results(rule: SteeringRule, context: CardContext) -> str | None:
     return None if arm is None else results_file(context.measured, arm)
 
 
-def _header(rule: SteeringRule, context: CardContext) -> str:
+def _header(rule: SteeringRule, context: CardContext) -> Markdown:
     arm = _claimed(rule, context)
     measured = None if arm is None or context.measured is None else (context.measured, arm)
     return Header(

@@ -1,4 +1,4 @@
-"""Escape untrusted text for Markdown and for code, and fill the Markdown templates of this package.
+"""Escape untrusted text for Markdown, YAML and code, and fill the Markdown templates of this package.
 
 A name may contain anything that a file name or a JSON string may: readers see that name, and nothing else happens.
 Knows no cards and no reports.
@@ -77,6 +77,21 @@ def render(template: str, values: Mapping[str, Any]) -> Markdown:
     passes through `plain`, unless it is `Markdown`.
     """
     return Markdown(_templates().get_template(template).render(values))
+
+
+def front_matter(entries: Mapping[str, Any]) -> Markdown:
+    """The YAML header of a card, between its fences."""
+    return Markdown(f"---\n{as_yaml(entries)}---\n")
+
+
+def as_yaml(value: Any) -> str:  # noqa: ANN401 - whatever YAML can say
+    """``value`` as YAML that is read back as it was."""
+    from yaml import safe_dump, safe_load
+
+    text: str = safe_dump(value, sort_keys=False, allow_unicode=True)
+    if safe_load(text) != value:  # PyYAML folds line ends of Unicode, unless it escapes every letter beyond ASCII
+        text = safe_dump(value, sort_keys=False)
+    return text
 
 
 @cache

@@ -6,7 +6,9 @@ Knows nothing of artifacts: those have a card of their own, and `adaras_export.h
 from pathlib import Path
 
 from adaras_export import repositories
+from adaras_export.card_text import front_matter, render
 from adaras_export.errors import HubError
+from adaras_export.models import is_hub_id
 from adaras_export.repositories import MAIN, Commit
 from adaras_export.rule import SteeringRule
 
@@ -44,31 +46,11 @@ def pull(path_or_id: str | Path, revision: str | None = None, token: str | None 
 
 def card(rule: SteeringRule, name: str) -> str:
     """The README.md of a repository that holds only the rule."""
-    base = rule.base
-    gate = "all prompts" if rule.gate is None else f"prompts with p(correct) < {rule.gate.threshold:.4f}"
-    return f"""---
-library_name: adaras-export
-{f"base_model: {base.id}{chr(10)}" if base.revision else ""}tags:
-- activation-steering
-- adaras
----
-# {name}
-
-A steering rule (AdaRAS, [paper](https://arxiv.org/abs/2601.19847)) for `{base.id}`\
-{f" at revision `{base.revision}`" if base.revision else ""}: strength {rule.strength:g} on {len(rule.neurons)} \
-neurons of layers {_layers(rule)}, from `{rule.start}` on, for {gate}. It holds numbers, no code and no weights.
-
-```python
-from adaras_export import SteeringRule, export
-
-rule = SteeringRule.from_pretrained("{name}")
-export(rule, base="{base.id}", to="hf", out="steered")
-```
-
-Rule `{rule.fingerprint}` (SHA-256 of `{RULE_FILE}`). Not evaluated: steering often does not help; measure it first.
-"""
-
-
-def _layers(rule: SteeringRule) -> str:
-    layers = rule.layers()
-    return f"{layers[0]} to {layers[-1]}" if layers else "none"
+    base, is_known = rule.base, rule.base.revision is not None and is_hub_id(rule.base.id)
+    entries = {
+        "library_name": "adaras-export",
+        **({"base_model": base.id} if is_known else {}),
+        "tags": ["activation-steering", "adaras"],
+    }
+    values = {"header": front_matter(entries), "name": name, "base": base, "rule": rule, "layers": rule.layers()}
+    return render("rule_card.md", values)

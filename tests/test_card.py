@@ -15,6 +15,7 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from numpy import ones, zeros
 
+from adaras_export import rule_repository
 from adaras_export.card import card
 from adaras_export.card_effect import Measured
 from adaras_export.card_text import Example
@@ -180,3 +181,14 @@ def test_a_base_is_told_with_the_commit_that_the_rule_or_the_export_knows():
     assert "`somebody/tiny` at revision `c0ffee`" in text()
     assert "`somebody/tiny` at revision `c0ffee`" in text(rule=local)
     assert "`clone`, steered" in text(rule=local, base=local.base)
+
+
+def test_the_card_of_a_rule_alone_shows_any_name_as_it_is():
+    def rule_card(name, rule=RULE):
+        return rule_repository.card(replace(rule, base=replace(cards.BASE, id=name)), name)
+
+    for hostile in HOSTILE:
+        assert list(structure(rule_card(hostile))) == list(structure(rule_card("x")))
+        assert ModelCard(rule_card(hostile)).data.to_dict().keys() == {"library_name", "tags"}
+    assert ModelCard(rule_card("a/b")).data.base_model == "a/b"
+    assert "of no layer," in rule_card("a/b", replace(RULE, neurons=RULE.neurons.top(0)))
