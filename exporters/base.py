@@ -9,11 +9,11 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from adaras_export import buildable
-from adaras_export.disclosure import Disclosed
+from adaras_export.core import checkpoint
+from adaras_export.core.rule import SteeringRule
 from adaras_export.errors import ExportError
-from adaras_export.generation import Sampling, complete_ids
-from adaras_export.parity import (
+from adaras_export.exporters.manifest import Disclosed
+from adaras_export.exporters.parity import (
     Artifact,
     Check,
     Mode,
@@ -23,7 +23,7 @@ from adaras_export.parity import (
     generate_logits,
     play_model,
 )
-from adaras_export.rule import SteeringRule
+from adaras_export.modeling.generation import Sampling, complete_ids
 
 Feature = Literal["gate", "start", "dial"]
 
@@ -237,7 +237,7 @@ def stock_reference(rule: SteeringRule, base: Path, *, everywhere: bool = False)
     """The base model in float32, steered by hooks; ``everywhere`` leaves out gate and start."""
     from transformers import AutoModelForCausalLM
 
-    buildable.require(base)
+    checkpoint.require(base)
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     whole = ReferencePlayer(model.eval(), rule)
     player = ReferencePlayer(model, rule, everywhere=True) if everywhere else whole
