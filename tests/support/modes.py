@@ -16,9 +16,10 @@ HEAD = """\
 
 Made by `make test-matrix` from the outcomes of `tests/exporters/test_modes.py` and `tests/exporters/test_hf.py`, not by
 hand. *Exact*: the tokens are those of an independent oracle (`tests/support/oracle.py`: plain loops, no cache, no
-batch), and where a mode gives logits, p(correct) or scores, these too, to 64 float32 roundings of the largest. Each cell stands for
-five rules: no gate and a causal gate with both `start` values, and a gate that reads steered layers, with
-`first_generated_token`. *Base fails too*: the unsteered base model fails, or gives other tokens, in that mode as well.
+batch), and where a mode gives logits, p(correct) or scores, these too, to 64 float32 roundings of the largest. Each
+cell stands for five rules: no gate and a causal gate with both `start` values, and a gate that reads steered layers,
+with `first_generated_token`. *Base fails too*: the unsteered base model fails, or gives other tokens, in that mode as
+well.
 
 """
 TAIL = """\
