@@ -22,18 +22,18 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "BaseModel": "models",
-    "ExportReport": "delivery",
-    "Gate": "rule",
-    "NeuronSet": "rule",
-    "NeuronStats": "statistics",
-    "ParityReport": "checks",
-    "SteeringRule": "rule",
-    "export": "delivery",
-    "refresh": "delivery",
-    "steered": "steering",
-    "verify": "delivery",
-    "verify_files": "integrity",
+    "BaseModel": "core.base_model",
+    "ExportReport": "delivery.writer",
+    "Gate": "core.gate",
+    "NeuronSet": "core.neurons",
+    "NeuronStats": "core.neuron_stats",
+    "ParityReport": "exporters.checks",
+    "SteeringRule": "core.rule",
+    "export": "delivery.writer",
+    "refresh": "delivery.writer",
+    "steered": "modeling.steering",
+    "verify": "delivery.verifier",
+    "verify_files": "delivery.integrity",
 }
 
 __all__ = [

@@ -3,7 +3,7 @@
 python benchmarks/planted_seeds.py --out DIR [--seeds 0 1 2 3 4]
 
 Trains a model per seed into DIR/seedN (about two minutes each) unless it is there, runs the job on it, and prints one
-Markdown table. The recipe is frozen in adaras_export/demo/train_planted.py.
+Markdown table. The recipe is frozen in train_planted.py.
 """
 
 import argparse
@@ -33,7 +33,14 @@ def main() -> None:
 def rows(seed: int, out: Path) -> list[str]:
     model, folder = out / f"seed{seed}", out / f"job{seed}"
     if not model.exists():
-        command = [sys.executable, "-m", "adaras_export.demo.train_planted", "--seed", str(seed), "--out", str(model)]
+        command = [
+            sys.executable,
+            Path(__file__).with_name("train_planted.py"),
+            "--seed",
+            str(seed),
+            "--out",
+            str(model),
+        ]
         subprocess.run(command, check=True)
     folder.mkdir(parents=True)
     task = replace(demo_job.planted_task(folder), base=model)

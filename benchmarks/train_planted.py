@@ -1,6 +1,6 @@
-"""Train the embedded demo model: `python -m adaras_export.demo.train_planted --seed 0 --out DIR`.
+"""Train the embedded demo model: `python benchmarks/train_planted.py --seed 0 --out DIR`.
 
-A Qwen3 of about 0.55 million parameters learns the traces of `planted.py`, part of them careless,
+A Qwen3 of about 0.55 million parameters learns the traces of `adaras_export/demo/planted.py`, part of them careless,
 in about two minutes on one core and from nothing. The directory that it writes opens with
 AutoModelForCausalLM and AutoTokenizer. Knows nothing of steering: the recipe was tuned, and the
 shipped seed chosen, by unsteered accuracy alone.
@@ -278,7 +278,7 @@ A fifth of all questions, chosen by a hash of the operands, is kept out of train
 `adaras_export.demo.planted` draws its questions from that fifth only. To train the model again, on
 one core in about two minutes:
 
-    python -m adaras_export.demo.train_planted --seed {seed} --out DIR
+    python benchmarks/train_planted.py --seed {seed} --out DIR
 
 License: Apache-2.0. Trained on generated text only.
 """

@@ -156,10 +156,10 @@ def test_every_stage_leaves_its_file(job):
     assert len(NeuronSet.load(job / "paper.safetensors")) == 60
     assert NeuronSet.load(job / "neurons.safetensors").ranking == "attribution"
     assert len(Gate.load(job / "gate.safetensors").layer) == 8
-    core_rule = SteeringRule.load(job / "rule.safetensors")
-    assert core_rule.gate.layer.tolist() == Gate.load(job / "gate.safetensors").layer.tolist()
-    assert json.loads((job / "evaluation.json").read_text())["rule"] == core_rule.fingerprint
-    assert SteeringRule.load(job / "steered" / "rule.safetensors") == core_rule
+    rule = SteeringRule.load(job / "rule.safetensors")
+    assert rule.gate.layer.tolist() == Gate.load(job / "gate.safetensors").layer.tolist()
+    assert json.loads((job / "evaluation.json").read_text())["rule"] == rule.fingerprint
+    assert SteeringRule.load(job / "steered" / "rule.safetensors") == rule
 
 
 def untimed(path):
@@ -542,7 +542,7 @@ WRONG = {
 def bad(job, folders, tmp_path_factory):
     """A folder of bad input."""
     folder = tmp_path_factory.mktemp("bad")
-    traces, core_rule = read_traces(job / "traces.jsonl"), (job / "rule.safetensors").read_bytes()
+    traces, rule = read_traces(job / "traces.jsonl"), (job / "rule.safetensors").read_bytes()
     (folder / "malformed.jsonl").write_text('{"id": 1, "prompt": "1+1", "answer": 2}\n{"id": ]\n')
     (folder / "label.jsonl").write_text(
         '{"id": 1, "question_id": 1, "prompt": "1+1", "completion": "2", "correct": true}\n'
@@ -550,7 +550,7 @@ def bad(job, folders, tmp_path_factory):
     )
     (folder / "empty.jsonl").write_text("\n")
     write_traces(folder / "correct.jsonl", [replace(trace, correct=True) for trace in traces])
-    (folder / "cut").write_bytes(core_rule[: len(core_rule) // 2])
+    (folder / "cut").write_bytes(rule[: len(rule) // 2])
     (folder / "corrupt").write_bytes(b"\xff" * 64)
     SteeringRule.load(job / "rule.safetensors").ungated().save(folder / "ungated")
     (folder / "other.json").write_text('{"rule": "another"}')
@@ -625,7 +625,7 @@ def test_the_choices_of_options_are_those_of_the_library():
     from adaras_export import exporters
     from adaras_export.cli import demo_job, identify, machine, options
     from adaras_export.cli.export import Feature, Target
-    from adaras_export.core import rule as core_rule
+    from adaras_export.core import rule as rule
     from adaras_export.data import checkers
     from adaras_export.discovery import rankings
     from adaras_export.exporters import base
@@ -634,7 +634,7 @@ def test_the_choices_of_options_are_those_of_the_library():
     for choices, expected in (
         (options.CheckerName, checkers.CHECKERS),
         (options.Dtype, get_args(loading.Dtype)),
-        (options.Starts, get_args(core_rule.Start)),
+        (options.Starts, get_args(rule.Start)),
         (get_args(identify.RankingName)[0], rankings.RANKINGS),
         (Target, exporters.TARGETS),
         (Feature, get_args(base.Feature)),

@@ -8,8 +8,9 @@ import pytest
 from packaging.requirements import Requirement
 
 from adaras_export import errors
-from adaras_export.cli.environment import _EXTRAS, has_onnxruntime, onnxruntime, packages
+from adaras_export.cli.environment import _EXTRAS, onnxruntime, packages
 from adaras_export.errors import BrokenInstallationError, MissingExtraError, install_command, require
+from adaras_export.exporters.onnx.builds import builds
 
 
 def by_name(findings):
@@ -44,7 +45,7 @@ def test_what_is_absent_comes_with_the_command_that_brings_it():
     found = by_name(packages(installed))
     assert found["extra onnx"].ok is None
     assert "; for it, pip install 'onnx" in found["extra onnx"].text
-    assert not has_onnxruntime(installed)
+    assert not builds(installed)
 
 
 def test_a_core_library_that_is_missing_or_too_old_is_a_failure():

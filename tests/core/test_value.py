@@ -58,9 +58,9 @@ def test_another_process_with_another_hash_seed_writes_the_same_bytes(tmp_path):
     for name, value in VALUES.items():
         value.save(tmp_path / name)
     script = (
-        "import sys; from adaras_export import rule, statistics; from pathlib import Path\n"
-        "homes = {'neurons': rule.NeuronSet, 'gate': rule.Gate, 'rule': rule.SteeringRule,\n"
-        "         'stats': statistics.NeuronStats, 'attribution': statistics.AttributionStats}\n"
+        "import sys; from adaras_export.core import gate, neuron_stats, neurons, rule; from pathlib import Path\n"
+        "homes = {'neurons': neurons.NeuronSet, 'gate': gate.Gate, 'rule': rule.SteeringRule,\n"
+        "         'stats': neuron_stats.NeuronStats, 'attribution': neuron_stats.AttributionStats}\n"
         "for name, kind in homes.items(): kind.load(Path(sys.argv[1], name)).save(Path(sys.argv[1], name + '2'))"
     )
     subprocess.run([sys.executable, "-c", script, tmp_path], check=True, env={"PYTHONHASHSEED": "7"}, cwd=_root())

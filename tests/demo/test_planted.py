@@ -2,13 +2,19 @@
 
 import random
 import re
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
 
 import pytest
 import torch
 import transformers
-from places import PLANTED
+from places import PLANTED, ROOT
 
-from adaras_export.demo import planted, train_planted
+from adaras_export.demo import planted
+
+_SPEC = spec_from_file_location("train_planted", ROOT / "benchmarks" / "train_planted.py")
+train_planted = sys.modules[_SPEC.name] = module_from_spec(_SPEC)
+_SPEC.loader.exec_module(train_planted)
 
 MODEL = PLANTED
 SHORT = train_planted.Recipe(steps=4, batch_size=4, warmup_steps=2)

@@ -19,12 +19,13 @@ from processes import ended, forked
 from adaras_export.core.intervals import Estimate
 from adaras_export.core.question_identity import identity
 from adaras_export.core.traces import Trace, split
-from adaras_export.discovery import gate_features, gate_fitting
+from adaras_export.discovery import gate_fitting
 from adaras_export.discovery.gate_metrics import brier, cross_fitted, rates
 from adaras_export.discovery.gate_training import Costs, auc_interval, partial_files, train_gate, youden_threshold
 from adaras_export.discovery.identify import Reading
 from adaras_export.errors import MissingExtraError, RuleError, TraceError
 from adaras_export.modeling import activations
+from adaras_export.modeling import gate as gate_module
 from adaras_export.modeling.gate import gate_probabilities
 
 sklearn_selection = pytest.importorskip("sklearn.feature_selection")
@@ -383,7 +384,7 @@ def test_a_prompt_is_read_once_for_the_logistic_gate_and_twice_for_attention(tra
             return read(model, batch, *args)
 
         monkeypatch.setattr(activations, "read", counted)
-        monkeypatch.setattr(gate_features, "read", counted)
+        monkeypatch.setattr(gate_module, "read", counted)
         train(planted(8), pooling=pooling, validation_share=0.5)
         assert len(rows) == times * 8
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import atheris
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[up]) for up in (0, 3)] + [
+sys.path[:0] = [str(Path(__file__).resolve().parents[up]) for up in (0, 1, 3)] + [
     str(Path(__file__).resolve().parents[2] / "support")
 ]
 with atheris.instrument_imports(include=["adaras_export"]):

@@ -11,7 +11,7 @@ import signal
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[up]) for up in (0, 3)] + [
+sys.path[:0] = [str(Path(__file__).resolve().parents[up]) for up in (0, 1, 3)] + [
     str(Path(__file__).resolve().parents[2] / "support")
 ]
 

@@ -18,7 +18,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # tokenizers warn of forks otherwise
 HERE = Path(__file__).resolve()
-sys.path[:0] = map(str, (HERE.parent, HERE.parents[2] / "support", HERE.parents[3]))
+sys.path[:0] = map(str, (HERE.parent, HERE.parents[1], HERE.parents[2] / "support", HERE.parents[3]))
 
 import jobs  # noqa: E402
 

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve()
-sys.path[:0] = map(str, (HERE.parent, HERE.parents[2] / "support", HERE.parents[3]))
+sys.path[:0] = map(str, (HERE.parent, HERE.parents[1], HERE.parents[2] / "support", HERE.parents[3]))
 
 import jobs  # noqa: E402
 from exporting import finished, fork, load_libraries  # noqa: E402
