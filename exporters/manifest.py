@@ -108,7 +108,7 @@ def entries(folder: Path) -> dict[str, Path]:
 
 def files_of(folder: Path) -> dict[str, Path]:
     """The files among the `entries` of a folder."""
-    return {name: path for name, path in entries(folder).items() if _is_file(path)}
+    return {name: path for name, path in entries(folder).items() if is_file(path)}
 
 
 def shown(name: str) -> str:
@@ -116,7 +116,8 @@ def shown(name: str) -> str:
     return name if name.isascii() and name.isprintable() and " " not in name else ascii(name)
 
 
-def _is_file(path: Path) -> bool:
+def is_file(path: Path) -> bool:
+    """Whether it is a file, or a link to one."""
     try:
         return path.is_file()
     except OSError:  # a folder on the way of a link that may not be entered

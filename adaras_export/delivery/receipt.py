@@ -13,8 +13,9 @@ from typing import Any
 
 from adaras_export.core.base_model import BaseModel
 from adaras_export.errors import AdarasError, ArtifactError
+from adaras_export.exporters import manifest
 from adaras_export.exporters.checks import Check, ParityReport
-from adaras_export.exporters.manifest import RECEIPT_FILE, SIGNATURE_FILE, Disclosed, _is_file, entries, shown
+from adaras_export.exporters.manifest import RECEIPT_FILE, SIGNATURE_FILE, Disclosed, is_file, shown
 from adaras_export.files import atomic
 from adaras_export.files.hub import is_hub_id
 
@@ -178,12 +179,12 @@ UNREADABLE = "entries that are no readable files"
 
 def _contents(folder: Path) -> dict[str, str | None]:
     """SHA-256 of every entry but receipt and signature; None for what is no file that can be read."""
-    return {name: _content(path) for name, path in entries(folder).items() if name not in _NOT_HASHED}
+    return {name: _content(path) for name, path in manifest.entries(folder).items() if name not in _NOT_HASHED}
 
 
 def _content(path: Path) -> str | None:
     try:
-        return atomic.sha256_file(path) if _is_file(path) else None  # a pipe would be waited for
+        return atomic.sha256_file(path) if is_file(path) else None  # a pipe would be waited for
     except ArtifactError:
         return None
 

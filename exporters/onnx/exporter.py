@@ -35,10 +35,11 @@ from adaras_export.exporters.hf import exporter, thin
 from adaras_export.exporters.manifest import Disclosed
 from adaras_export.exporters.onnx import card_text as words
 from adaras_export.exporters.onnx import comparison, functions, quantize, web_page
+from adaras_export.exporters.onnx import graph as graphs
 from adaras_export.exporters.onnx import tensors as manifest
 from adaras_export.exporters.onnx.calibration import Prompts, calibrated
 from adaras_export.exporters.onnx.genai import build_graph, genai_config
-from adaras_export.exporters.onnx.graph import DATA_FILE, THRESHOLD, plain_graph, steer, tensors
+from adaras_export.exporters.onnx.graph import DATA_FILE, THRESHOLD, steer, tensors
 from adaras_export.exporters.onnx.session import SteeredGraph
 from adaras_export.exporters.parity import Artifact, Check, Reference, Tolerance
 from adaras_export.files import atomic, safe_read
@@ -236,11 +237,11 @@ class OnnxExporter:
         dtype = torch.float16 if self.precision == "fp16" else torch.float32
         model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
         if self.precision not in _BITS:
-            plain_graph(model, graph)
+            graphs.plain_graph(model, graph)
             return
         with TemporaryDirectory(dir=graph.parent) as scratch:
             plain = Path(scratch) / graph.name
-            plain_graph(model, plain)
+            graphs.plain_graph(model, plain)
             del model
             quantised = ir.load(plain)  # whose weights are read from the file, one by one
             quantize.quantise(quantised, _BITS[self.precision])

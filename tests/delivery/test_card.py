@@ -63,9 +63,9 @@ def test_where_the_base_has_a_chat_template_the_code_uses_it(name):
     asked = [code for _, code in core_markdown.blocks(text(name, chat_template=True)) if "What is 12 times 7?" in code]
     plain = [code for _, code in core_markdown.blocks(text(name)) if "What is 12 times 7?" in code]
     assert len(asked) == len(plain) > 0
-    ways = ("apply_chat_template", 'prompt = [{"role"', "engine.chat(", "generate([{ role", "onnx_runner", " -st ")
+    ways = ("apply_chat_template", 'prompt = [{"role"', "engine.chat(", "generate([{ role", "onnx.runner", " -st ")
     assert all(any(way in code for way in ways) for code in asked)
-    assert not any(way in code for code in plain for way in ways if way != "onnx_runner")
+    assert not any(way in code for code in plain for way in ways if way != "onnx.runner")
 
 
 def test_the_code_asks_a_question_of_the_evaluation_as_it_was_asked_there():

@@ -10,11 +10,12 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from places import TESTS
 
 from adaras_export.errors import ArtifactError, ExportError
 from adaras_export.files.staging import revised, staged
 
-RIVAL = Path(__file__).with_name("rival.py")
+RIVAL = TESTS / "system" / "reliability" / "rival.py"
 
 
 def rival(parent, word, rounds):

@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parents[2])]
+sys.path[:0] = [str(Path(__file__).parents[3])]
 
 from adaras_export.errors import ExportError  # noqa: E402
 from adaras_export.files.staging import staged  # noqa: E402
