@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from adaras_export.core import checkpoint
 from adaras_export.core.rule import SteeringRule
 from adaras_export.errors import ExportError
+from adaras_export.exporters.checks import Inspection
 from adaras_export.exporters.manifest import Disclosed
 from adaras_export.exporters.parity import (
     Artifact,
@@ -118,12 +119,8 @@ class Exporter(Protocol):
         """
         ...
 
-    def inspect(self, folder: Path, rule: SteeringRule, base: Path) -> Sequence[Check]:
-        """Compare what is stored, tensor by tensor and file by file.
-
-        The first two checks say whether its code and its settings are this library's; unless both hold, nothing of
-        the artifact runs, here or later.
-        """
+    def inspect(self, folder: Path, rule: SteeringRule, base: Path) -> Inspection:
+        """Compare what is stored, tensor by tensor and file by file; unless it is harmless, nothing of it runs."""
         ...
 
     def reference(self, folder: Path, rule: SteeringRule, base: Path) -> Reference:

@@ -35,6 +35,31 @@ class Check:
 
 
 @dataclass(frozen=True)
+class Inspection:
+    """What an artifact stores, compared with what it should store; nothing of it has run.
+
+    Attributes:
+        code: whether all that could run is this library's own.
+        settings: whether its settings are; they name code and files.
+        tensors: whether its tensors are, and whatever else is in the folder.
+    """
+
+    code: Check
+    settings: Check
+    tensors: tuple[Check, ...]
+
+    @property
+    def harmless(self) -> bool:
+        """Whether the artifact may be run: neither its code nor its settings are foreign."""
+        return self.code.ok and self.settings.ok
+
+    @property
+    def checks(self) -> tuple[Check, ...]:
+        """All checks, in the order in which they are shown."""
+        return (self.code, self.settings, *self.tensors)
+
+
+@dataclass(frozen=True)
 class ParityReport:
     """All checks of one artifact."""
 

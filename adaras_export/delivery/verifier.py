@@ -13,7 +13,7 @@ from adaras_export.delivery.receipt import Receipt, read, version_checks
 from adaras_export.errors import ArtifactError, ExportError, first_line
 from adaras_export.exporters import manifest
 from adaras_export.exporters.base import Commission, Exporter, Remaking
-from adaras_export.exporters.checks import Check, ParityReport
+from adaras_export.exporters.checks import Check, Inspection, ParityReport
 from adaras_export.exporters.manifest import RULE_FILE
 from adaras_export.exporters.parity import Artifact, compare, rehearse
 from adaras_export.files import hub
@@ -51,8 +51,9 @@ def verify(
     checks += documents.checks(folder, recorded, exporter, place.rule, place.base)
     checks += documents.name_checks(recorded, exporter, place.rule, place.base, place.found)
     exporter = exporter.commissioned(place.commission)
-    ran = _verified(exporter, folder, place.rule, place.base)
-    if isinstance(exporter, Remaking) and all(check.ok for check in ran.checks[:2]):
+    stored = _inspected(exporter, folder, place.rule, place.base)
+    ran = _compared(exporter, folder, place.rule, place.base, stored)
+    if isinstance(exporter, Remaking) and isinstance(stored, Inspection) and stored.harmless:
         checks += exporter.made_anew(folder, place.rule, place.base)
     if ran.ok:
         checks += documents.claim_checks(recorded, exporter, place.rule, ran)
@@ -76,7 +77,7 @@ def open_artifact(path: str | Path, base: str | Path | None = None) -> tuple[Art
     exporter = exporter_of(recorded)
     _require_own(folder, integrity.content_checks(folder, recorded))
     place = _Place.of(folder, recorded, base)
-    _require_own(folder, exporter.inspect(folder, place.rule, place.base))
+    _require_own(folder, exporter.inspect(folder, place.rule, place.base).checks)
     return exporter.commissioned(place.commission).load(folder), place.rule, recorded
 
 
@@ -119,23 +120,34 @@ def exporter_of(receipt: Receipt) -> Exporter:
         raise ExportError(f"{manifest.RECEIPT_FILE}: {error}; export again") from error
 
 
-def _verified(exporter: Exporter, folder: Path, rule: SteeringRule, base: Path) -> ParityReport:
-    """Look the artifact over; where its code and settings are the library's, run it against the reference."""
+def verified(exporter: Exporter, folder: Path, rule: SteeringRule, base: Path) -> ParityReport:
+    """Inspect an artifact; where it is harmless, run it against the reference."""
+    return _compared(exporter, folder, rule, base, _inspected(exporter, folder, rule, base))
+
+
+def _inspected(exporter: Exporter, folder: Path, rule: SteeringRule, base: Path) -> Inspection | Check:
     try:
-        stored = list(exporter.inspect(folder, rule, base))
+        return exporter.inspect(folder, rule, base)
     except ArtifactError as error:
-        return ParityReport((Check("what it stores cannot be read", 1, 0, str(error)),))
-    if not all(check.ok for check in stored[:2]):  # never run code that is not ours, or that its settings name
-        return ParityReport((*stored, Check("not run, because its code or its settings differ", 1, 0)))
+        return Check("what it stores cannot be read", 1, 0, str(error))
+
+
+def _compared(
+    exporter: Exporter, folder: Path, rule: SteeringRule, base: Path, stored: Inspection | Check
+) -> ParityReport:
+    if isinstance(stored, Check):
+        return ParityReport((stored,))
+    if not stored.harmless:
+        return ParityReport((*stored.checks, Check("not run, because its code or its settings differ", 1, 0)))
     try:
         script = rehearse(exporter.reference(folder, rule, base))  # one model in memory at a time
-        return ParityReport((*stored, *compare(script, exporter.load(folder))))
+        return ParityReport((*stored.checks, *compare(script, exporter.load(folder))))
     except ArtifactError as error:
-        return ParityReport((*stored, Check("it does not open or run", 1, 0, str(error))))
+        return ParityReport((*stored.checks, Check("it does not open or run", 1, 0, str(error))))
     except Exception as error:  # of damaged files libraries say all kinds of things
-        if all(check.ok for check in stored):
+        if all(check.ok for check in stored.checks):
             raise
-        return ParityReport((*stored, Check("it does not open or run", 1, 0, first_line(error))))
+        return ParityReport((*stored.checks, Check("it does not open or run", 1, 0, first_line(error))))
 
 
 def _refuse_options(exporter: Exporter, options: Mapping[str, Any]) -> None:

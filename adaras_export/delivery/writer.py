@@ -15,7 +15,7 @@ from adaras_export.core.base_model import BaseModel
 from adaras_export.core.rule import SteeringRule
 from adaras_export.delivery import documents
 from adaras_export.delivery.receipt import Receipt, current_versions, read, read_whole
-from adaras_export.delivery.verifier import _Place, _refuse_options, _verified, exporter_of
+from adaras_export.delivery.verifier import _Place, _refuse_options, exporter_of, verified
 from adaras_export.errors import ExportError, ParityError
 from adaras_export.exporters.base import Commission, Exporter, Feature, Refreshing
 from adaras_export.exporters.checks import ParityReport
@@ -85,7 +85,7 @@ def export(  # noqa: PLR0913 - one job with the options that the command line ha
         (stage / RULE_FILE).write_bytes(rule.to_bytes())
         if measured is not None:
             (stage / EVALUATION_FILE).write_bytes(measured)
-        parity = ParityReport((*written.notes, *_verified(exporter, stage, rule, folder).checks))
+        parity = ParityReport((*written.notes, *verified(exporter, stage, rule, folder).checks))
         if not parity.ok:
             raise ParityError(f"{out}: not written: " + "; ".join(check.line().strip() for check in parity.failed()))
         base_tensors = checkpoint.tensor_hashes(folder)
@@ -168,7 +168,7 @@ def refresh(path: str | Path, base: str | Path | None = None) -> ExportReport:
             raise ExportError(f"{folder}: {', '.join(foreign)}: was never code of this library; export again")
         place = _Place.of(folder, receipt, base)
         exporter.refresh(stage, place.rule, place.base)
-        parity = _verified(exporter.commissioned(place.commission), stage, place.rule, place.base)
+        parity = verified(exporter.commissioned(place.commission), stage, place.rule, place.base)
         if not parity.ok:
             found = "; ".join(check.line().strip() for check in parity.failed())
             raise ParityError(f"{folder}: not refreshed: {found}; export again")

@@ -22,6 +22,7 @@ from adaras_export.core.rule import SteeringRule
 from adaras_export.errors import ArtifactError, ExportError
 from adaras_export.exporters.base import Commission, Exporter, Feature, Written, require_effect, stock_reference
 from adaras_export.exporters.checkpoint import differing_keys, opened, plain_config, vectors
+from adaras_export.exporters.checks import Inspection
 from adaras_export.exporters.gguf import card_text as words
 from adaras_export.exporters.gguf import files as gguf_files
 from adaras_export.exporters.gguf import reader
@@ -101,14 +102,15 @@ class GgufExporter:
             gguf_files.copy_with(self.into, out / FILE, biases(rule, base))
         return Written(rule)
 
-    def inspect(self, folder: Path, rule: SteeringRule, base: Path) -> Sequence[Check]:
+    def inspect(self, folder: Path, rule: SteeringRule, base: Path) -> Inspection:
         """As `Exporter` says."""
         path = folder / (VECTOR_FILE if self.into is None else FILE)
         strange = sorted(files_of(folder).keys() - DESCRIBING - {path.name})
         files = Check.empty("files that are not the library's", strange)
-        if self.into is None:
-            return [files, *_vector_checks(path, rule, base)]
-        return [files, *checks(path, rule, base, self._carrier_content)]
+        found = (
+            _vector_checks(path, rule, base) if self.into is None else checks(path, rule, base, self._carrier_content)
+        )
+        return Inspection(files, found[0], tuple(found[1:]))
 
     def reference(self, folder: Path, rule: SteeringRule, base: Path) -> Reference:  # noqa: ARG002
         """As `Exporter` says."""

@@ -43,6 +43,7 @@ from adaras_export.exporters.checkpoint import (
     write_json,
     write_tensors,
 )
+from adaras_export.exporters.checks import Inspection
 from adaras_export.exporters.hf import card_text as words
 from adaras_export.exporters.manifest import Disclosed
 from adaras_export.exporters.parity import FLOAT32, Artifact, Check, Mode, Reference
@@ -90,13 +91,13 @@ class HuggingFaceExporter:
         config = steered_config(atomic.read_json(base / "config.json"), rule)
         refresh_repository(folder, base, config, payload(rule.base.family))
 
-    def inspect(self, folder: Path, rule: SteeringRule, base: Path) -> Sequence[Check]:
+    def inspect(self, folder: Path, rule: SteeringRule, base: Path) -> Inspection:
         """As `Exporter` says."""
         expected = steered_config(atomic.read_json(base / "config.json"), rule)
-        checks = repository_checks(folder, base, expected, payload(rule.base.family))
+        code, config, *files = repository_checks(folder, base, expected, payload(rule.base.family))
         weights = {linked_name(path) for path in checkpoint.shards(base).values()}
         unknown = unknown_files(folder, base, {*payload(rule.base.family), *REPOSITORY_FILES, *SHARED_FILES, *weights})
-        return [*checks, *_tensor_checks(folder, rule, base), unknown]
+        return Inspection(code, config, (*files, *_tensor_checks(folder, rule, base), unknown))
 
     def reference(self, folder: Path, rule: SteeringRule, base: Path) -> Reference:  # noqa: ARG002
         """As `Exporter` says."""

@@ -23,6 +23,7 @@ from adaras_export.exporters.checkpoint import (
     unknown_files,
     write_tensors,
 )
+from adaras_export.exporters.checks import Inspection
 from adaras_export.exporters.hf import card_text as words
 from adaras_export.exporters.hf import exporter
 from adaras_export.exporters.manifest import Disclosed
@@ -75,18 +76,20 @@ class ThinExporter:
         """As `Refreshing` says."""
         exporter.refresh_repository(folder, base, self._config(rule, base), payload(rule.base.family))
 
-    def inspect(self, folder: Path, rule: SteeringRule, base: Path) -> Sequence[Check]:
+    def inspect(self, folder: Path, rule: SteeringRule, base: Path) -> Inspection:
         """As `Exporter` says."""
-        checks = exporter.repository_checks(folder, base, self._config(rule, base), payload(rule.base.family))
+        found = exporter.repository_checks(folder, base, self._config(rule, base), payload(rule.base.family))
+        code, config, *files = found
         expected, path = _tensors(rule, base), folder / STEERING_FILE
         wrong = [name for name, value in expected.items() if not stores(path, name, value)]
         strange = strange_names(path, expected)
-        return [
-            *checks,
+        rest = (
+            *files,
             Check.empty("steering tensors that differ", wrong),
             Check.empty("tensors missing or unknown", strange),
             unknown_files(folder, base, {*payload(rule.base.family), *exporter.REPOSITORY_FILES, STEERING_FILE}),
-        ]
+        )
+        return Inspection(code, config, rest)
 
     def reference(self, folder: Path, rule: SteeringRule, base: Path) -> Reference:  # noqa: ARG002
         """As `Exporter` says."""

@@ -31,6 +31,7 @@ from adaras_export.exporters.checkpoint import (
     vectors,
     write_json,
 )
+from adaras_export.exporters.checks import Inspection
 from adaras_export.exporters.hf import exporter, thin
 from adaras_export.exporters.manifest import Disclosed
 from adaras_export.exporters.onnx import card_text as words
@@ -125,7 +126,7 @@ class OnnxExporter:
         copy_companions(base, out)
         return written
 
-    def inspect(self, folder: Path, rule: SteeringRule, base: Path) -> Sequence[Check]:
+    def inspect(self, folder: Path, rule: SteeringRule, base: Path) -> Inspection:
         """As `Exporter` says."""
         model = _graph(folder)
         strange = sorted({*_strange_functions(model), *_strange_operators(model), *_strange_files(model, folder)})
@@ -140,14 +141,16 @@ class OnnxExporter:
         changed = changed_companions(folder, base)
         page = web_page.differing(folder / GRAPH, folder) if self.page else []
         own = {GRAPH, GRAPH_DATA, "config.json", _GENAI_CONFIG, *(web_page.FILES if self.page else ())}
-        return [
+        return Inspection(
             Check.empty("operators or files that are not the library's", strange),
             Check.empty("config entries that differ", settings),
-            Check.empty("files of the base that differ", changed),
-            Check.empty("steering tensors that differ", wrong),
-            *([Check.empty("files of the page that differ", page)] if self.page else []),
-            unknown_files(folder, base, own),
-        ]
+            (
+                Check.empty("files of the base that differ", changed),
+                Check.empty("steering tensors that differ", wrong),
+                *([Check.empty("files of the page that differ", page)] if self.page else []),
+                unknown_files(folder, base, own),
+            ),
+        )
 
     def made_anew(self, folder: Path, rule: SteeringRule, base: Path) -> Sequence[Check]:
         """As `Remaking` says: a graph may compute anything on prompts that the comparison does not try."""

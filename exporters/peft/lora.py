@@ -39,6 +39,7 @@ from adaras_export.exporters.checkpoint import (
     vectors,
     write_json,
 )
+from adaras_export.exporters.checks import Inspection
 from adaras_export.exporters.manifest import Disclosed
 from adaras_export.exporters.parity import FLOAT32, Artifact, Check, Mode, Reference
 from adaras_export.exporters.peft import card_text as words
@@ -77,20 +78,22 @@ class PeftExporter:
         write_json(out / CONFIG_FILE, self.config(rule, base))
         return Written(rule)
 
-    def inspect(self, folder: Path, rule: SteeringRule, base: Path) -> Sequence[Check]:
+    def inspect(self, folder: Path, rule: SteeringRule, base: Path) -> Inspection:
         """As `Exporter` says."""
         expected, found = self.config(rule, base), atomic.read_json(folder / CONFIG_FILE)
         settings = differing_keys(found, expected)
         tensors, path = self.tensors(rule, base), folder / ADAPTER_FILE
         wrong = [name for name, value in tensors.items() if not stores(path, name, value)]
         strange = strange_names(path, tensors)
-        return [
+        return Inspection(
             _code_check(folder),
             Check.empty("adapter_config.json entries that differ", settings),
-            Check.empty("adapter tensors that differ", wrong),
-            Check.empty("tensors missing or unknown", strange),
-            unknown_files(folder, None, {ADAPTER_FILE, CONFIG_FILE}),
-        ]
+            (
+                Check.empty("adapter tensors that differ", wrong),
+                Check.empty("tensors missing or unknown", strange),
+                unknown_files(folder, None, {ADAPTER_FILE, CONFIG_FILE}),
+            ),
+        )
 
     def reference(self, folder: Path, rule: SteeringRule, base: Path) -> Reference:  # noqa: ARG002
         """As `Exporter` says."""

@@ -22,6 +22,7 @@ from adaras_export.exporters.base import (
     stock_reference,
 )
 from adaras_export.exporters.checkpoint import disclosed, opened, unknown_files
+from adaras_export.exporters.checks import Inspection
 from adaras_export.exporters.hf import exporter
 from adaras_export.exporters.manifest import Disclosed
 from adaras_export.exporters.parity import FLOAT32, Artifact, Check, Reference
@@ -69,18 +70,18 @@ class StockExporter:
             stock_switchable.write(rule, base, out)
         return Written(rule)
 
-    def inspect(self, folder: Path, rule: SteeringRule, base: Path) -> Sequence[Check]:
+    def inspect(self, folder: Path, rule: SteeringRule, base: Path) -> Inspection:
         """As `Exporter` says."""
         plan = Plan.of(rule, base, switchable=self.switchable)
-        checks = [*exporter.repository_checks(folder, base, plan.config, {}), *plan.checks(folder)]
+        code, config, *checks = [*exporter.repository_checks(folder, base, plan.config, {}), *plan.checks(folder)]
         if self.switchable:
             wrong = stock_switchable.changed_settings(rule, folder)
-            detail = " ".join([checks[1].detail, *wrong]).strip()
-            checks[1] = replace(checks[1], figure=checks[1].figure + len(wrong), detail=detail)
+            detail = " ".join([config.detail, *wrong]).strip()
+            config = replace(config, figure=config.figure + len(wrong), detail=detail)
             checks += stock_switchable.checks(rule, base, folder)
         adapter = stock_switchable.FILES if self.switchable else ()
         own = {*exporter.REPOSITORY_FILES, *exporter.SHARED_FILES, *plan.names.values(), *adapter}
-        return [*checks, unknown_files(folder, base, own)]
+        return Inspection(code, config, (*checks, unknown_files(folder, base, own)))
 
     def reference(self, folder: Path, rule: SteeringRule, base: Path) -> Reference:  # noqa: ARG002
         """As `Exporter` says."""

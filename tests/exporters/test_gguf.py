@@ -193,7 +193,7 @@ def weaker(rule):
 def test_a_control_vector_of_another_rule_fails_on_entries_and_logits(name, tamper, rules, folders, tmp_path):
     rule, its = rules[(name, *CAUSAL)], exporter(folders[name])
     its.write(tamper(rule), folders[name], tmp_path)
-    assert {"metadata entries or tensors that differ"} <= failed(its.inspect(tmp_path, rule, folders[name]))
+    assert {"metadata entries or tensors that differ"} <= failed(its.inspect(tmp_path, rule, folders[name]).checks)
     script = rehearse(its.reference(tmp_path, rule, folders[name]))
     assert "by the rule, prefill logits" in failed(compare(script, its.load(tmp_path)))
 
@@ -202,7 +202,7 @@ def test_a_changed_number_and_a_file_more_are_found(vectors, rules, folders, tmp
     folder = shutil.copytree(vectors["llama"], tmp_path / "copy")
     edited(folder / "control-vector.gguf", "direction.3")
     (folder / "model.gguf").write_bytes(b"")
-    checks = EXPORTER.inspect(folder, rules[("llama", *CAUSAL)], folders["llama"])
+    checks = EXPORTER.inspect(folder, rules[("llama", *CAUSAL)], folders["llama"]).checks
     assert failed(checks) == {"files that are not the library's", "directions that differ"}
     assert {check.detail for check in checks} == {"model.gguf", "direction.3", ""}
 
