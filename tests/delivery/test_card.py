@@ -19,7 +19,6 @@ from adaras_export.core.base_model import BaseModel
 from adaras_export.core.markdown import Example
 from adaras_export.core.neurons import Ranking
 from adaras_export.core.rule import _card
-from adaras_export.delivery.card import card
 from adaras_export.delivery.card_effect import Measured
 from adaras_export.errors import ArtifactError
 from adaras_export.exporters.checks import Check, ParityReport
@@ -72,16 +71,18 @@ def structure(card):
 def named(target, name, *, chat):
     """The card of a target where everything that a stranger can name is called ``name``."""
     base = replace(cards.BASE, id=name, revision=name)
-    context = cards.context(
+    changes = {"options": {"into": {"file": name}}} if target == "gguf-into" else {}
+    card = cards.card(
         target,
+        replace(RULE, base=base),
+        replace(Measured.from_record(cards.FEW, "x"), example=Example(name, chat)),
         repository=name,
         base=base,
         tensors=(replace(cards.vector(1), name=name, file=name, dtype=name),),
-        measured=replace(Measured.from_record(cards.FEW, "x"), example=Example(name, chat)),
+        parity=ParityReport((Check(name, 1.0, 2.0),)),
+        **changes,
     )
-    if "into" in context.options:
-        context = replace(context, options={"into": {"file": name}})
-    return card(replace(RULE, base=base), ParityReport((Check(name, 1.0, 2.0),)), context)
+    return card.text()
 
 
 HOSTILE = (
