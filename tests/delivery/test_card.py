@@ -143,7 +143,7 @@ def test_what_is_no_short_question_is_no_example_and_refused_in_a_file(prompt):
 
 @pytest.mark.parametrize("ranking", get_args(Ranking))
 def test_every_ranking_has_words(ranking):
-    assert "ranked by: " in text(rule=replace(RULE, neurons=replace(RULE.neurons, ranking=ranking)))
+    assert "ranked by " in text(rule=replace(RULE, neurons=replace(RULE.neurons, ranking=ranking)))
 
 
 def test_layers_are_told_one_by_one_and_tensors_by_their_ranges():
