@@ -151,7 +151,7 @@ def test_layers_are_told_one_by_one_and_tensors_by_their_ranges():
     found = text(tensors=tuple(cards.vector(layer, name) for layer, name in names.items()))
     assert "| `a.{1,3..5,12}.b` |" in found
     assert "| `c` |" in found
-    assert "Added or changed: 6," in found
+    assert "Added or changed: 6. " in found
 
 
 def test_tensors_of_one_kind_stand_apart_where_anything_but_the_layer_differs():
