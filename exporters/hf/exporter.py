@@ -44,7 +44,6 @@ from adaras_export.exporters.checkpoint import (
     write_tensors,
 )
 from adaras_export.exporters.checks import Inspection
-from adaras_export.exporters.hf import card_text as words
 from adaras_export.exporters.manifest import Disclosed
 from adaras_export.exporters.parity import FLOAT32, Artifact, Check, Mode, Reference
 from adaras_export.files import atomic
@@ -65,6 +64,7 @@ class HuggingFaceExporter:
     relation: str = "finetune"
     fetches_base: bool = False
     rounded: bool = False
+    card: str = "exporters/hf/card.md"
     copy: bool = False
 
     def commissioned(self, commission: Commission) -> Exporter:
@@ -114,22 +114,6 @@ class HuggingFaceExporter:
     def tags(self) -> Sequence[str]:
         """As `Exporter` says."""
         return ("custom_code",)
-
-    def weights(self) -> str:
-        """As `Exporter` says."""
-        return "No weight of the base is changed; its files are here as they were."
-
-    def usage(self) -> str:
-        """As `Exporter` says."""
-        return words.USAGE
-
-    def off(self) -> str:
-        """As `Exporter` says."""
-        return words.OFF
-
-    def limits(self) -> Sequence[str]:
-        """As `Exporter` says."""
-        return words.LIMITS
 
 
 EXPORTER = HuggingFaceExporter()

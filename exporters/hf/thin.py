@@ -24,7 +24,6 @@ from adaras_export.exporters.checkpoint import (
     write_tensors,
 )
 from adaras_export.exporters.checks import Inspection
-from adaras_export.exporters.hf import card_text as words
 from adaras_export.exporters.hf import exporter
 from adaras_export.exporters.manifest import Disclosed
 from adaras_export.exporters.parity import Artifact, Check, Reference
@@ -50,6 +49,7 @@ class ThinExporter:
     relation: str = "adapter"
     fetches_base: bool = True
     rounded: bool = False
+    card: str = "exporters/hf/card_thin.md"
     commission: Commission | None = None
 
     def commissioned(self, commission: Commission) -> Exporter:
@@ -111,22 +111,6 @@ class ThinExporter:
     def tags(self) -> Sequence[str]:
         """As `Exporter` says."""
         return ("custom_code",)
-
-    def weights(self) -> str:
-        """As `Exporter` says."""
-        return "No weight of the base is changed; none is here, they are fetched from where the base is."
-
-    def usage(self) -> str:
-        """As `Exporter` says."""
-        return words.THIN_USAGE
-
-    def off(self) -> str:
-        """As `Exporter` says."""
-        return words.OFF
-
-    def limits(self) -> Sequence[str]:
-        """As `Exporter` says."""
-        return words.THIN_LIMITS
 
     def _config(self, rule: SteeringRule, base: Path) -> dict[str, Any]:
         """The config of target hf, with the classes that fetch the base; "base" keeps what they put back."""

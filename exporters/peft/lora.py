@@ -42,7 +42,6 @@ from adaras_export.exporters.checkpoint import (
 from adaras_export.exporters.checks import Inspection
 from adaras_export.exporters.manifest import Disclosed
 from adaras_export.exporters.parity import FLOAT32, Artifact, Check, Mode, Reference
-from adaras_export.exporters.peft import card_text as words
 from adaras_export.files import atomic
 from adaras_export.files.safetensors_record import Array
 
@@ -60,6 +59,7 @@ class PeftExporter:
     relation: str = "adapter"
     fetches_base: bool = True
     rounded: bool = False
+    card: str = "exporters/peft/card.md"
     commission: Commission | None = None
 
     def commissioned(self, commission: Commission) -> Exporter:
@@ -110,22 +110,6 @@ class PeftExporter:
     def tags(self) -> Sequence[str]:
         """As `Exporter` says."""
         return ("lora",)
-
-    def weights(self) -> str:
-        """As `Exporter` says."""
-        return "No weight of the base is changed; none is here: this adapter adds a bias to some of its MLPs."
-
-    def usage(self) -> str:
-        """As `Exporter` says."""
-        return words.USAGE
-
-    def off(self) -> str:
-        """As `Exporter` says."""
-        return words.OFF
-
-    def limits(self) -> Sequence[str]:
-        """As `Exporter` says."""
-        return words.LIMITS
 
     def tensors(self, rule: SteeringRule, base: Path) -> dict[str, Array]:
         """What the adapter's file holds: per steered layer A = 0 (1, M), B = 0 (D, 1), and the bias (D,)."""

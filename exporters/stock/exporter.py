@@ -26,7 +26,6 @@ from adaras_export.exporters.checks import Inspection
 from adaras_export.exporters.hf import exporter
 from adaras_export.exporters.manifest import Disclosed
 from adaras_export.exporters.parity import FLOAT32, Artifact, Check, Reference
-from adaras_export.exporters.stock import card_text as words
 from adaras_export.exporters.stock import switchable as stock_switchable
 from adaras_export.exporters.stock.plan import Plan
 
@@ -48,6 +47,11 @@ class StockExporter:
     def drops(self) -> frozenset[Feature]:
         """As `Exporter` says: PEFT has a dial for adapters, and with it the switchable form."""
         return frozenset({"gate", "start"}) if self.switchable else frozenset({"gate", "start", "dial"})
+
+    @property
+    def card(self) -> str:
+        """As `Exporter` says."""
+        return f"exporters/stock/{'card_switchable' if self.switchable else 'card'}.md"
 
     def commissioned(self, commission: Commission) -> Exporter:
         """As `Exporter` says."""
@@ -98,22 +102,6 @@ class StockExporter:
     def tags(self) -> Sequence[str]:
         """As `Exporter` says."""
         return ("peft", "lora") if self.switchable else ()
-
-    def weights(self) -> str:
-        """As `Exporter` says."""
-        return words.SWITCHABLE_WEIGHTS if self.switchable else words.WEIGHTS
-
-    def usage(self) -> str:
-        """As `Exporter` says."""
-        return words.SWITCHABLE_USAGE if self.switchable else words.USAGE
-
-    def off(self) -> str:
-        """As `Exporter` says."""
-        return words.SWITCHABLE_OFF if self.switchable else words.OFF
-
-    def limits(self) -> Sequence[str]:
-        """As `Exporter` says."""
-        return words.SWITCHABLE_LIMITS if self.switchable else words.LIMITS
 
 
 EXPORTER = StockExporter()
