@@ -17,7 +17,7 @@ from adaras_export.delivery.card_effect import Measured, computed_arm, told
 from adaras_export.delivery.card_metadata import header, results_file
 from adaras_export.delivery.receipt import Receipt
 from adaras_export.evaluation.arms import Arm
-from adaras_export.exporters.base import Exporter
+from adaras_export.exporters.base import TargetSpec
 from adaras_export.exporters.manifest import Disclosed
 
 
@@ -28,13 +28,13 @@ class Card:
     Attributes:
         rule: the rule that the artifact carries.
         receipt: what it was made of, and how it was found to behave.
-        exporter: its target, with the options of the export.
+        target: what it was exported to, with the options of the export.
         measured: the evaluation; None where there is none.
     """
 
     rule: SteeringRule
     receipt: Receipt
-    exporter: Exporter
+    target: TargetSpec
     measured: Measured | None
 
     def text(self) -> str:
@@ -42,12 +42,12 @@ class Card:
         receipt, base, example = self.receipt, self._base(), self._example()
         measured = None if self.measured is None or (arm := self._claimed()) is None else (self.measured, arm)
         values = {
-            "header": header(receipt, self.exporter, base, measured),
+            "header": header(receipt, self.target, base, measured),
             "receipt": receipt,
             "repository": receipt.repository,
             "drops": receipt.drops,
             "options": receipt.options,
-            "rounded": self.exporter.rounded,
+            "rounded": self.target.rounded,
             "base": base,
             "is_exported_base": (base.id, base.revision) == (receipt.base.id, receipt.base.revision),
             "rule": self.rule,
@@ -59,7 +59,7 @@ class Card:
             "evaluate": self._command(),
             "effect": self._effect(),
         }
-        return render(self.exporter.card, values)
+        return render(self.target.card, values)
 
     def results(self) -> str | None:
         """The file of results that goes beside the card, where the Hub has a place for them."""
@@ -83,7 +83,7 @@ class Card:
 
         None where there is none.
         """
-        if self.measured is None or self.measured.seen or self.exporter.rounded:
+        if self.measured is None or self.measured.seen or self.target.rounded:
             return None
         return self.measured.arm(self._arm_name())
 
@@ -97,7 +97,7 @@ class Card:
     def _effect(self) -> Markdown | None:
         if self.measured is None:
             return None
-        return Markdown(told(self.measured, self._arm_name(), self._command(), rounded=self.exporter.rounded))
+        return Markdown(told(self.measured, self._arm_name(), self._command(), rounded=self.target.rounded))
 
 
 def _rows(tensors: Sequence[Disclosed]) -> list[Disclosed]:

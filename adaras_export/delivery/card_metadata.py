@@ -12,7 +12,7 @@ from adaras_export.delivery.card_effect import Measured
 from adaras_export.delivery.receipt import Receipt
 from adaras_export.errors import ArtifactError
 from adaras_export.evaluation.arms import Arm
-from adaras_export.exporters.base import Exporter
+from adaras_export.exporters.base import TargetSpec
 from adaras_export.files.hub import is_hub_id
 
 TAGS = ("activation-steering", "adaras")
@@ -31,12 +31,12 @@ _ORDER = (
 )
 
 
-def header(receipt: Receipt, exporter: Exporter, base: BaseModel, measured: tuple[Measured, Arm] | None) -> Markdown:
+def header(receipt: Receipt, target: TargetSpec, base: BaseModel, measured: tuple[Measured, Arm] | None) -> Markdown:
     """The header with its fences.
 
     Args:
         receipt: of the artifact.
-        exporter: its target.
+        target: what it was exported to.
         base: the base model; only one with a revision is known to be on the Hub.
         measured: the evaluation, and the arm of it that the artifact computes; None where there is none.
     """
@@ -44,16 +44,16 @@ def header(receipt: Receipt, exporter: Exporter, base: BaseModel, measured: tupl
 
     entries: dict[str, Any] = inherited(receipt.base_card, "base_card")
     if is_on_the_hub(base):
-        entries |= {"base_model": base.id, "base_model_relation": exporter.relation}
+        entries |= {"base_model": base.id, "base_model_relation": target.relation}
         if "://" not in (link := entries.get("license_link", "://")):  # a file beside the base's card
             entries["license_link"] = f"https://huggingface.co/{base.id}/blob/{base.revision}/{link}"
     if measured is not None:
         entries |= _results(receipt.repository, *measured)
     data: Any = ModelCardData(
         **entries,
-        library_name=exporter.library,
+        library_name=target.library,
         pipeline_tag=_TASK,
-        tags=sorted({*TAGS, *exporter.tags()}),
+        tags=sorted({*TAGS, *target.tags}),
         datasets=list(receipt.datasets) or None,
     )
     known = data.to_dict()

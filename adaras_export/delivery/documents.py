@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from adaras_export.core import checkpoint
 from adaras_export.core.base_model import BaseModel
+from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.core.rule import SteeringRule
 from adaras_export.delivery.card import Card
 from adaras_export.delivery.card_effect import Measured
@@ -28,7 +28,7 @@ from adaras_export.files import atomic, hub
 
 def describe(folder: Path, receipt: Receipt, exporter: Exporter, rule: SteeringRule) -> Receipt:
     """Write the card, then the receipt, which has the hashes of all the rest."""
-    for name, content in _texts(folder, receipt, exporter, rule).items():
+    for name, content in _texts(_card(folder, receipt, exporter, rule)).items():
         _put(folder / name, content)
     complete = replace(receipt, files=hashes(folder))
     complete.write(folder)
@@ -43,10 +43,10 @@ def readdressed(folder: Path, receipt: Receipt, exporter: Exporter, repository: 
     return {CARD_FILE: text, RECEIPT_FILE: complete.to_bytes()}
 
 
-def checks(folder: Path, receipt: Receipt, exporter: Exporter, rule: SteeringRule, base: Path) -> list[Check]:
+def checks(folder: Path, receipt: Receipt, exporter: Exporter, rule: SteeringRule, base: Checkpoint) -> list[Check]:
     """Whether card and receipt say of base, tensors and rule what these say themselves, and the card what they give."""
-    other = differing_keys(receipt.base_card, base_card(base))
-    other += ["chat_template"] * (receipt.chat_template != has_chat_template(base))
+    other = differing_keys(receipt.base_card, base_card(base.folder))
+    other += ["chat_template"] * (receipt.chat_template != has_chat_template(base.folder))
     left_out = sorted({*receipt.drops} ^ {*dropped(rule, exporter)})
     written = _other_than_written(folder, receipt, exporter, rule)
     return [
@@ -58,7 +58,9 @@ def checks(folder: Path, receipt: Receipt, exporter: Exporter, rule: SteeringRul
     ]
 
 
-def name_checks(receipt: Receipt, exporter: Exporter, rule: SteeringRule, base: Path, found: BaseModel) -> list[Check]:
+def name_checks(
+    receipt: Receipt, exporter: Exporter, rule: SteeringRule, base: Checkpoint, found: BaseModel
+) -> list[Check]:
     """Whether what receipt and rule call the base is ``base``, or has its content; as far as that is on this machine.
 
     An artifact that fetches its base by name opens that base, even where it was compared with another one.
@@ -68,12 +70,12 @@ def name_checks(receipt: Receipt, exporter: Exporter, rule: SteeringRule, base: 
         if one.revision is not None and (one.id, one.revision) != (found.id, found.revision):
             places[_name(one)] = hub.cached(one.id, one.revision)
     source = Path(receipt.source)
-    if receipt.base.revision is None and source.resolve() != base.resolve():
+    if receipt.base.revision is None and source.resolve() != base.folder.resolve():
         places[receipt.source] = source if source.is_dir() else None
     other = {name: _differing(place, base, receipt) for name, place in places.items() if place is not None}
     wrong = [f"{name}: {' '.join(differing)}" for name, differing in other.items() if differing]
     absent = sorted(places.keys() - other.keys())
-    is_followed = exporter.fetches_base and _name(receipt.base) in absent
+    is_followed = exporter.spec.fetches_base and _name(receipt.base) in absent
     remedy = "; the artifact opens what is there: fetch it first" if is_followed else ""
     return [
         Check("names of the base that lead to another", len(wrong), 0, "; ".join(wrong)),
@@ -88,20 +90,21 @@ def _name(base: BaseModel) -> str:
     return f"{base.id} at revision {base.revision}"
 
 
-def _differing(place: Path, base: Path, receipt: Receipt) -> list[str]:
+def _differing(place: Path, base: Checkpoint, receipt: Receipt) -> list[str]:
     """What the models in two folders differ in: tensors, settings, small files."""
     try:
-        tensors, config = checkpoint.tensor_hashes(place), atomic.read_json(place / "config.json")
+        other = Checkpoint(place)
+        tensors, config = other.hashes, other.config
     except ArtifactError as error:
         return [str(error)]
-    settings = differing_keys(config, atomic.read_json(base / "config.json"))
-    files = changed_companions(place, base)
+    settings = differing_keys(config, base.config)
+    files = changed_companions(place, base.folder)
     return [*differing_keys(tensors, receipt.base_tensors), *(f"config.json:{key}" for key in settings), *files]
 
 
 def claim_checks(receipt: Receipt, exporter: Exporter, rule: SteeringRule, ran: ParityReport) -> list[Check]:
     """Whether the checks of a receipt are those that were made now, with their limits; figures are its author's."""
-    only_written = {AGREEMENT} if exporter.rounded and rule.gate is not None else set()
+    only_written = {AGREEMENT} if exporter.spec.rounded and rule.gate is not None else set()
     told, notes = [
         [one for one in receipt.parity.checks if (one.name in only_written) == is_note] for is_note in (0, 1)
     ]
@@ -128,10 +131,10 @@ def _is_near(one: tuple[bool, float], other: tuple[bool, float]) -> bool:
 def _other_than_written(folder: Path, receipt: Receipt, exporter: Exporter, rule: SteeringRule) -> list[str]:
     """Which of card and evaluation results are not what receipt, rule and evaluation give."""
     try:
-        expected = _texts(folder, receipt, exporter, rule)
+        card = _card(folder, receipt, exporter, rule)
     except ArtifactError:  # an evaluation of another form
         return [EVALUATION_FILE]
-    return [name for name, content in expected.items() if not _has(folder / name, content)]
+    return [name for name, content in _texts(card).items() if not _has(folder / name, content)]
 
 
 def _has(path: Path, content: bytes | None) -> bool:
@@ -139,9 +142,9 @@ def _has(path: Path, content: bytes | None) -> bool:
 
 
 def dropped(rule: SteeringRule, exporter: Exporter) -> tuple[str, ...]:
-    """What a rule has and a format, as commissioned, cannot express."""
+    """What a rule has and its target, with these options, cannot express."""
     needed = {"start", "dial", *(["gate"] if rule.gate is not None else [])}
-    return tuple(sorted(exporter.drops & needed))
+    return tuple(sorted(exporter.spec.drops & needed))
 
 
 def evaluation_of(path: Path, rule: SteeringRule) -> bytes:
@@ -190,12 +193,11 @@ def has_chat_template(base: Path) -> bool:
 def _card(folder: Path, receipt: Receipt, exporter: Exporter, rule: SteeringRule) -> Card:
     path = folder / EVALUATION_FILE
     measured = Measured.from_record(atomic.read_json(path), str(path)) if path.exists() else None
-    return Card(rule, receipt, exporter, measured)
+    return Card(rule, receipt, exporter.spec, measured)
 
 
-def _texts(folder: Path, receipt: Receipt, exporter: Exporter, rule: SteeringRule) -> dict[str, bytes | None]:
+def _texts(card: Card) -> dict[str, bytes | None]:
     """What card and evaluation results are to hold; None where there are no results."""
-    card = _card(folder, receipt, exporter, rule)
     results = card.results()
     return {CARD_FILE: card.text().encode(), RESULTS_FILE: None if results is None else results.encode()}
 
@@ -212,15 +214,15 @@ def _put(path: Path, content: bytes | None) -> None:
 def _disclosure_check(exporter: Exporter, folder: Path, receipt: Receipt) -> Check:
     name = "tensors other than disclosed"
     try:
-        found = exporter.disclosed(folder, receipt.base_tensors)
+        found = exporter.spec.entries(folder, receipt.base_tensors)
     except ArtifactError as error:
         return Check(name, 1, 0, str(error))
     other = manifest.differing(found, receipt.tensors)
     return Check.empty(name, other)
 
 
-def _base_check(receipt: Receipt, base: Path) -> Check:
-    found = checkpoint.tensor_hashes(base)
+def _base_check(receipt: Receipt, base: Checkpoint) -> Check:
+    found = base.hashes
     names = {*found, *receipt.base_tensors}
     changed = sorted(name for name in names if found.get(name) != receipt.base_tensors.get(name))
     return Check.empty("tensors of the base that changed since", changed)

@@ -15,8 +15,8 @@ import torch
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from adaras_export.core import checkpoint
 from adaras_export.core.base_model import BaseModel
+from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.core.rule import SteeringRule
 from adaras_export.delivery import documents, verifier, writer
 from adaras_export.delivery.receipt import hashes, read
@@ -608,8 +608,9 @@ def test_an_unknown_target_is_refused_with_the_known_ones(rules, folders, tmp_pa
 class Gateless(HuggingFaceExporter):
     """A format that cannot express a gate."""
 
-    name: str = "gateless"
-    drops: frozenset = frozenset({"gate"})
+    @property
+    def spec(self):
+        return replace(super().spec, name="gateless", drops=frozenset({"gate"}))
 
 
 def test_a_loss_is_refused_unless_it_is_accepted_by_name(rules, folders, tmp_path, monkeypatch):
@@ -641,7 +642,9 @@ def test_a_format_without_gates_loses_nothing_of_a_rule_without_one(rules, folde
 
 @dataclass(frozen=True)
 class Dialless(HuggingFaceExporter):
-    drops: frozenset = frozenset({"dial"})
+    @property
+    def spec(self):
+        return replace(super().spec, drops=frozenset({"dial"}))
 
 
 def test_an_accepted_loss_is_printed_on_the_card(rules, folders, tmp_path, monkeypatch):
@@ -748,7 +751,7 @@ def test_an_artifact_that_names_another_base_than_the_one_given_is_found(to, how
     base = folders["llama"]
     evil = unsampled_change(base, tmp_path / "evil" / base.name)
     out = export(rules[KEY], base=evil, to=to, out=tmp_path / "out", **how).path
-    reword(out, base_tensors=checkpoint.tensor_hashes(base))
+    reword(out, base_tensors=Checkpoint(base).hashes)
     found = failures(out, base=base)
     assert found["names of the base that lead to another"] == f"{evil}: lm_head.weight"
 

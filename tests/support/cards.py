@@ -11,7 +11,7 @@ from adaras_export.core.rule import SteeringRule
 from adaras_export.delivery.card import Card
 from adaras_export.delivery.card_effect import Measured
 from adaras_export.delivery.receipt import Receipt
-from adaras_export.exporters.base import Commission
+from adaras_export.exporters.base import ExportContext
 from adaras_export.exporters.manifest import Disclosed
 from adaras_export.exporters.parity import Check, ParityReport
 
@@ -51,7 +51,7 @@ def exporter_of(name):
     target, options = TARGETS[name]
     if target in _NEEDS:
         pytest.importorskip(_NEEDS[target])
-    return exporters.load(target).commissioned(Commission("somebody/tiny", "c0ffee", options=options))
+    return exporters.load(target).with_context(ExportContext("somebody/tiny", "c0ffee", options=options))
 
 
 def vector(layer, name="model.layers.{}.mlp.steering_vector", what="added", values=None):
@@ -68,13 +68,13 @@ def sha(values):
 
 def card(name="hf", rule=RULE, measured=None, **changes):
     """The card of a target; ``changes`` are of the receipt."""
-    exporter = exporter_of(name)
+    target = exporter_of(name).spec
     needed = {"start", "dial", *(["gate"] if rule.gate is not None else [])}
     values = {
-        "target": exporter.name,
-        "options": exporter.recorded(),
+        "target": target.name,
+        "options": target.recorded(),
         "repository": "someone/tiny-steered",
-        "drops": tuple(sorted(exporter.drops & needed)),
+        "drops": tuple(sorted(target.drops & needed)),
         "rule": rule.fingerprint,
         "given_rule": rule.fingerprint,
         "base": BASE,
@@ -85,7 +85,7 @@ def card(name="hf", rule=RULE, measured=None, **changes):
         "files": {},
         "tensors": tuple(map(vector, (4, 5, 6, 7))),
     }
-    return Card(rule, Receipt(**{**values, **changes}), exporter, measured)
+    return Card(rule, Receipt(**{**values, **changes}), target, measured)
 
 
 def text(name="hf", rule=RULE, evaluation=None, **changes):
