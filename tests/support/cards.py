@@ -8,8 +8,9 @@ from adaras_export.core.base_model import BaseModel
 from adaras_export.core.gate import Gate
 from adaras_export.core.neurons import NeuronSet
 from adaras_export.core.rule import SteeringRule
-from adaras_export.delivery.card import CardContext, card
+from adaras_export.delivery.card import Card
 from adaras_export.delivery.card_effect import Measured
+from adaras_export.delivery.receipt import Receipt
 from adaras_export.exporters.base import ExportContext
 from adaras_export.exporters.manifest import Disclosed
 from adaras_export.exporters.parity import Check, ParityReport
@@ -65,33 +66,32 @@ def sha(values):
     return sha256(values.tobytes())
 
 
-def context(name="hf", rule=RULE, **changes):
-    """What the card of a target says besides the rule."""
-    exporter = exporter_of(name)
+def card(name="hf", rule=RULE, measured=None, **changes):
+    """The card of a target; ``changes`` are of the receipt."""
+    target = exporter_of(name).spec
     needed = {"start", "dial", *(["gate"] if rule.gate is not None else [])}
     values = {
+        "target": target.name,
+        "options": target.recorded(),
         "repository": "someone/tiny-steered",
-        "template": exporter.spec.card,
-        "options": exporter.spec.recorded(),
-        "library": exporter.spec.library,
-        "relation": exporter.spec.relation,
-        "tags": exporter.spec.tags,
-        "rounded": exporter.spec.rounded,
-        "drops": tuple(sorted(exporter.spec.drops & needed)),
+        "drops": tuple(sorted(target.drops & needed)),
+        "rule": rule.fingerprint,
+        "given_rule": rule.fingerprint,
         "base": BASE,
+        "source": BASE.id,
+        "base_tensors": {},
         "base_card": BASE_CARD,
-        "datasets": (),
+        "parity": PARITY,
+        "files": {},
         "tensors": tuple(map(vector, (4, 5, 6, 7))),
-        "measured": None,
-        "chat_template": False,
     }
-    return CardContext(**{**values, **changes})
+    return Card(rule, Receipt(**{**values, **changes}), target, measured)
 
 
 def text(name="hf", rule=RULE, evaluation=None, **changes):
-    """A card; ``evaluation`` is a record of `adaras-export eval`."""
+    """The text of a card; ``evaluation`` is a record of `adaras-export eval`."""
     measured = None if evaluation is None else Measured.from_record(evaluation, "evaluation.json")
-    return card(rule, PARITY, context(name, rule, measured=measured, **changes))
+    return card(name, rule, measured, **changes).text()
 
 
 def arm(name, right, fixed=0, broken=0, p_value=1.0):
