@@ -29,3 +29,13 @@ def pairwise(deep, *axes, allowed=lambda *case: True):
 def pairs(case):
     """All pairs of two axes' values in a case, each value with the number of its axis."""
     return set(itertools.combinations(enumerate(case), 2))
+
+
+def in_turn(deep, families, values):
+    """Pairs of a family and a value: all values with a deep family, with each other family the next one in turn."""
+    values, turn = list(values), itertools.count()
+    return [
+        (family, value)
+        for family in families
+        for value in (values if family in deep else [values[next(turn) % len(values)]])
+    ]

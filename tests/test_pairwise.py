@@ -2,7 +2,7 @@
 
 import itertools
 
-from pairwise import pairs, pairwise
+from pairwise import in_turn, pairs, pairwise
 
 FAMILIES, MODES, RULES, CACHES = "abcdef", range(7), "uvwxy", (True, False)
 
@@ -34,3 +34,8 @@ def test_the_selection_is_the_same_every_time_and_spreads_over_all_values():
     assert chosen == pairwise("a", FAMILIES, MODES, RULES)
     for family in FAMILIES[1:]:
         assert {rule for name, _, rule in chosen if name == family} == set(RULES)
+
+
+def test_in_turn_gives_every_family_one_value_and_the_deep_one_all():
+    chosen = in_turn("b", FAMILIES, "uvw")
+    assert chosen == [("a", "u"), ("b", "u"), ("b", "v"), ("b", "w"), ("c", "v"), ("d", "w"), ("e", "u"), ("f", "v")]
