@@ -17,8 +17,8 @@ hand. *Exact*: the tokens are those of an independent oracle (`tests/oracle.py`:
 where a mode gives logits, p(correct) or scores, these too, to 64 float32 roundings of the largest. There are five
 rules: no gate and a causal gate with both `start` values, and a gate that reads steered layers, with
 `first_generated_token`. A cell of qwen3 stands for every rule that the mode can run; a cell of another family for one
-or more of them, chosen such that each family meets each rule. *Base fails too*: the unsteered base model fails, or gives
-other tokens, in that mode as well.
+or more of them, chosen such that each family meets each rule. *Base fails too*: the unsteered base model fails, or
+gives other tokens, in that mode as well.
 
 """
 TAIL = """\
