@@ -109,7 +109,9 @@ def rules(bases, stock):
     def make(key):
         name, kind, start = key
         gate = None if kind is None else tiny.calibrated_gate(stock[name], kind)
-        return tiny.make_rule(bases[name], gate=gate, start=start, strength=tiny.STRENGTHS.get(name, 2.0))
+        return tiny.make_rule(
+            bases[name], gate=gate, start=start, strength=tiny.STRENGTHS.get(tiny.SPECS[name][0], 2.0)
+        )
 
     return tiny.Lazy(make)
 

@@ -25,15 +25,18 @@ CAUSAL, LATER = ("causal", "last_prompt_token"), ("later", "first_generated_toke
 KEY = ("llama", *CAUSAL)
 EVERYWHERE = ["greedy", "uncached", "single", "sampled"]
 ONCE = ["off", "decoder", "tokenizer", "untrusted", "again", "half"]
+FEW = ("llama", "qwen3-sharded", "gemma2", "gpt2")  # what the others would say once more, these say
 JOBS = {
-    **{(name, *CAUSAL): [*EVERYWHERE, "again", "half", "decoder"] for name in tiny.NAMES},
+    **{(name, *CAUSAL): ["greedy", "decoder"] for name in tiny.NAMES},
+    **{(name, *CAUSAL): [*EVERYWHERE, "again", "half", "decoder"] for name in FEW},
     ("qwen3", *LATER): EVERYWHERE,
-    ("gpt2", *LATER): EVERYWHERE,
-    ("qwen3", None, "last_prompt_token"): EVERYWHERE,
+    ("gpt2", *LATER): ["greedy"],
+    ("qwen3", None, "last_prompt_token"): ["greedy"],
     KEY: EVERYWHERE + ONCE,
 }
-KEYS = pytest.mark.parametrize("key", JOBS, ids=lambda key: "-".join(map(str, key)))
+KEYS = pytest.mark.parametrize("key", JOBS, ids=tiny.key_id)
 FAMILIES = pytest.mark.parametrize("name", tiny.NAMES)
+few_families = pytest.mark.parametrize("name", FEW)
 slow = pytest.mark.slow  # they share one process that opens eighteen repositories
 COMMIT, THIN_COMMIT = "5" * 40, "7" * 40
 
@@ -94,7 +97,7 @@ def put_into_the_hub_cache(folder, cache, repo, commit):
 @slow
 @KEYS
 def test_an_export_without_the_library_equals_the_oracle(key, clean, told, stock, rules):
-    require_equal_to_the_oracle(clean[key], key, told, stock, rules)
+    require_equal_to_the_oracle(clean[key], JOBS[key], key, told, stock, rules)
 
 
 @slow
@@ -149,7 +152,7 @@ def test_without_trust_remote_code_there_is_an_error_and_never_an_unsteered_mode
 
 
 @slow
-@FAMILIES
+@few_families
 def test_in_half_precision_gate_and_vectors_stay_float32(name, clean):
     own, others = clean[(name, *CAUSAL)]["half"]
     assert {dtype for key, dtype in own.items() if not key.endswith("steering_index")} == {"torch.float32"}
@@ -159,7 +162,7 @@ def test_in_half_precision_gate_and_vectors_stay_float32(name, clean):
 
 
 @slow
-@FAMILIES
+@few_families
 def test_save_pretrained_writes_a_full_repository_of_target_hf(name, clean, written, told, rules, folders):
     key = (name, *CAUSAL)
     require_answers(as_output(clean[key]["again"]), told[key])

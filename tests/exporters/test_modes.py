@@ -265,15 +265,11 @@ def allowed(family, mode, rule):
 CASES = pairwise((DEEP,), FAMILIES, (*MODES, *OTHERS), RULES, allowed=allowed)
 
 
-def case_id(value):
-    return value if isinstance(value, str) else "-".join(map(str, value))
-
-
 def each_case(*modes):
     """The selected cases of these modes; the keys are those of ``rules``."""
     assert set(modes) <= {*MODES, *OTHERS}
     cases = [(mode, (family, *rule)) for family, mode, rule in CASES if mode in modes]
-    return pytest.mark.parametrize(("mode", "key"), cases, ids=case_id)
+    return pytest.mark.parametrize(("mode", "key"), cases, ids=tiny.key_id)
 
 
 @pytest.fixture(autouse=True)
