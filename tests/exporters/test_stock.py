@@ -8,6 +8,7 @@ import tiny
 import torch
 import transformers
 from elsewhere import as_output, exports, jobs_of, run_elsewhere
+from pairwise import in_turn, pairwise
 from receipts import failures
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
@@ -26,16 +27,24 @@ LOSS = ("gate", "start", "dial")
 FIVE = pytest.mark.skipif("hy_v3" not in transformers.CONFIG_MAPPING, reason="needs a Transformers with hy_v3")
 
 
+def marks_of(name, quick=()):
+    """Qwen3 is for where its form is there; where some names are quick, the others are slow."""
+    return [pytest.mark.slow] * (bool(quick) and name not in quick) + [FIVE] * name.startswith("qwen3")
+
+
 def only_five(*names, quick=()):
-    """These names, those of Qwen3 only where its form is there; where some are quick, the others are slow."""
-    slow = {name: [pytest.mark.slow] if quick and name not in quick else [] for name in names}
-    return [pytest.param(name, marks=slow[name] + ([FIVE] if name.startswith("qwen3") else [])) for name in names]
+    return [pytest.param(name, marks=marks_of(name, quick)) for name in names]
 
 
 NAMES = [name for name in tiny.NAMES if tiny.SPECS[name][0] in FORMS and name != "mistral-window"]
 HERE = [name for name in NAMES if FORMS[tiny.SPECS[name][0]].model_type in transformers.CONFIG_MAPPING]
+QUICK = ("llama-biased", "qwen2", "qwen3")
 each_name = pytest.mark.parametrize("name", only_five(*NAMES))
-most_slow = pytest.mark.parametrize("name", only_five(*NAMES, quick=("llama-biased", "qwen2", "qwen3")))
+most_slow = pytest.mark.parametrize("name", only_five(*NAMES, quick=QUICK))
+HALVES = [
+    pytest.param(*case, marks=marks_of(case[0], QUICK))
+    for case in in_turn(QUICK, NAMES, (torch.bfloat16, torch.float16))
+]
 
 
 @pytest.fixture(scope="module")
@@ -139,15 +148,25 @@ ROPES = {
     "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
     "old-yarn": {"type": "yarn", "factor": 4.0},  # an older word, and no original length
 }
+WORDS = ("for 4", "for 5")
+
+
+def read_by_both(name, rope, written):
+    """Transformers 4 reads no base that is written for 5, and not this one."""
+    return transformers.__version__ >= "5" or (written == "for 4" and (name, rope) != ("granite", "old-yarn"))
+
+
+ROTATED = pairwise(
+    ("llama",), ("llama", "mistral", "qwen2", "qwen3", "granite", "smollm3"), ROPES, WORDS, allowed=read_by_both
+)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("written", ["for 4", "for 5"])
-@pytest.mark.parametrize("rope", ROPES)
-@pytest.mark.parametrize("name", only_five("llama", "mistral", "qwen2", "qwen3", "granite", "smollm3"))
+@pytest.mark.parametrize(
+    ("name", "rope", "written"),
+    [pytest.param(*case, marks=marks_of(case[0])) for case in ROTATED],
+)
 def test_rotary_embeddings_pass_through_in_the_words_of_both_generations(name, rope, written, folders, tmp_path):
-    if transformers.__version__ < "5" and (written == "for 5" or (name, rope) == ("granite", "old-yarn")):
-        pytest.skip("Transformers 4 does not read such a base")
     base = shutil.copytree(folders[name], tmp_path / "base")
     scaling, positions = ROPES[rope], 8 if rope == "dynamic" else 128
     old = {"rope_theta": 777.0, "rope_scaling": scaling, "rope_parameters": ...}
@@ -223,8 +242,7 @@ def test_a_checkpoint_that_was_steered_before_can_be_a_base(stocked, tmp_path):
 # What is in the folder
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@most_slow
+@pytest.mark.parametrize(("name", "dtype"), HALVES)
 def test_half_precision_weights_stay_bit_identical_and_the_biases_are_exact(name, dtype, tmp_path):
     base = saved(name, tmp_path / "base", dtype, shard="20KB")
     out = carried(base, tmp_path)
