@@ -329,11 +329,6 @@ def test_an_export_has_what_the_runtimes_need(delivered, folders):
 
 
 @pytest.mark.slow
-def test_what_was_exported_verifies_after_it_was_moved(folder):
-    assert verify(folder).ok
-
-
-@pytest.mark.slow
 def test_weights_stay_beside_the_graph_and_steering_tensors_in_it(delivered):
     model = ir.load(delivered.path / GRAPH)
     places = {
@@ -366,16 +361,6 @@ def edit(folder, change):
     receipt = json.loads(path.read_text())
     receipt["files"] |= {name: storage.sha256_file(folder / name) for name in (GRAPH, f"{GRAPH}_data")}
     path.write_text(json.dumps(receipt))
-
-
-@pytest.mark.slow
-def test_a_changed_vector_is_found(folder):
-    def negate(model):
-        value = next(one for name, one in model.graph.initializers.items() if name.endswith("steering_vector"))
-        value.const_value = ir.tensor(-value.const_value.numpy(), name=value.name)
-
-    edit(folder, negate)
-    assert {"steering tensors that differ", "by the rule, prefill logits"} <= failed(verify(folder))
 
 
 def node(graph, op, inputs, name, **attributes):

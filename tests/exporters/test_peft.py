@@ -230,14 +230,6 @@ def test_loading_warns_of_nothing_but_that_a_bias_cannot_be_merged_into_none(nam
 # What is in the folder
 
 
-def test_the_same_rule_gives_the_same_bytes_and_nothing_else(adapters, rules, folders, tmp_path):
-    key = FEW[0]
-    EXPORTER.commissioned(Commission(str(folders[key[0]]))).write(rules[key], folders[key[0]], tmp_path)
-    names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"adapter_model.safetensors", "adapter_config.json"}
-    assert all((tmp_path / name).read_bytes() == (adapters[key] / name).read_bytes() for name in names)
-
-
 def test_settings_are_only_such_as_the_oldest_peft_knows(adapters, folders):
     """PEFT warns of entries that it does not know; this file passes under 0.18.0, too."""
     settings = json.loads((adapters[FEW[0]] / "adapter_config.json").read_text())
@@ -298,27 +290,6 @@ def test_an_export_verifies_also_where_the_base_has_moved(name, delivered, folde
     assert verify(report.path, base=moved).ok
 
 
-def test_the_loss_is_refused_unless_it_is_accepted(rules, folders, tmp_path):
-    with pytest.raises(ExportError, match="peft: cannot express gate, start; drop it with --accept-loss gate,start"):
-        export(rules[FEW[0]], base=folders["qwen3"], to="peft", out=tmp_path / "out")
-    with pytest.raises(ExportError, match="cannot express start"):
-        export(rules[FEW[0]], base=folders["qwen3"], to="peft", out=tmp_path / "out", accept_loss=["gate"])
-    assert not (tmp_path / "out").exists()
-
-
-def test_the_card_says_what_it_is_and_what_was_left_out(delivered):
-    card = (delivered["qwen3"].path / "README.md").read_text()
-    for part in (
-        "library_name: peft",
-        "- lora",
-        "**Left out by this format:** gate, start.",
-        "set_scale",
-        "accepted loss",
-    ):
-        assert part in card
-    assert str(delivered["qwen3"].path.parent) not in card
-
-
 @pytest.fixture
 def folder(delivered, tmp_path):
     """A delivered copy that may be damaged."""
@@ -335,26 +306,16 @@ def change_tensors(folder, change):
 LAYER = "base_model.model.model.layers.{}.mlp.down_proj.lora_B.bias"
 
 
-def negate(tensors):
-    tensors[LAYER.format(2)] = -tensors[LAYER.format(2)]
-
-
-def swap(tensors):
-    two, three = LAYER.format(2), LAYER.format(3)
-    tensors[two], tensors[three] = tensors[three], tensors[two]
-
-
 def drop(tensors):
     del tensors[LAYER.format(3)]
 
 
-@pytest.mark.parametrize("change", [negate, swap, drop])
-def test_biases_that_are_wrong_or_gone_are_named_and_fail_the_comparison(change, folder):
-    change_tensors(folder, change)
+def test_a_bias_that_is_gone_is_named_and_fails_the_comparison(folder):
+    change_tensors(folder, drop)
     found = failures(folder)
-    assert LAYER.format(3 if change is drop else 2) in found["adapter tensors that differ"]
+    assert LAYER.format(3) in found["adapter tensors that differ"]
     assert "by the rule, prefill logits" in found
-    assert ("adapter tensors that PEFT did not take" in found) == (change is drop)
+    assert "adapter tensors that PEFT did not take" in found
 
 
 def shift(tensors):
@@ -384,19 +345,3 @@ def test_settings_that_differ_are_named_and_nothing_runs(change, folder):
     found = failures(folder)
     assert found["adapter_config.json entries that differ"] == next(iter(change))
     assert "not run, because its code or its settings differ" in found
-
-
-@pytest.mark.parametrize("name", ["modeling_evil.py", "adapter_model.bin"])
-def test_what_could_run_is_named(name, folder):
-    (folder / name).write_text("x")
-    found = failures(folder)
-    assert found["code files that are not the library's"] == name
-    assert "not run, because its code or its settings differ" in found
-
-
-def test_a_truncated_or_missing_file_is_named(folder):
-    path = folder / "adapter_model.safetensors"
-    path.write_bytes(path.read_bytes()[:-9])
-    assert "cannot be opened" in failures(folder)["it does not open or run"]
-    path.unlink()
-    assert "adapter tensors that differ" in failures(folder)

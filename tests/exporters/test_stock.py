@@ -397,11 +397,6 @@ def test_weights_of_no_floating_type_are_refused(rules, folders, tmp_path):
         EXPORTER.write(rules[("llama", *CAUSAL)], base, tmp_path)
 
 
-def test_what_is_lost_must_be_accepted(rules, folders, tmp_path):
-    with pytest.raises(ExportError, match="stock: cannot express dial, gate, start; drop it with --accept-loss"):
-        export(rules[("llama", *CAUSAL)], base=folders["llama"], to="stock", out=tmp_path / "out")
-
-
 # Delivered and verified
 
 
@@ -427,13 +422,6 @@ def test_a_delivered_checkpoint_passes_and_says_what_it_lost(name, delivered):
     assert "off, prefill logits" not in figures
 
 
-def test_its_card_needs_no_trust_and_names_the_losses(delivered):
-    card = (delivered["llama"].path / "README.md").read_text()
-    assert "vllm serve" in card
-    assert "trust_remote_code" not in card
-    assert "**Left out by this format:** dial, gate, start." in card
-
-
 def change_tensors(path, change):
     tensors = load_file(path)
     change(tensors)
@@ -441,21 +429,6 @@ def change_tensors(path, change):
 
 
 DOWN = "model.layers.{}.mlp.down_proj.bias"
-
-
-def negate(folder):
-    change_tensors(folder / "model-steering.safetensors", lambda tensors: tensors[DOWN.format(2)].__imul__(-1))
-
-
-def shift(folder):
-    def swap(tensors):
-        tensors[DOWN.format(1)], tensors[DOWN.format(2)] = tensors[DOWN.format(2)], tensors[DOWN.format(1)]
-
-    change_tensors(folder / "model-steering.safetensors", swap)
-
-
-def remove(folder):
-    change_tensors(folder / "model-steering.safetensors", lambda tensors: tensors.pop(DOWN.format(2)))
 
 
 def unname(folder):
@@ -477,10 +450,6 @@ def unbias(folder):
     edit_json(folder / "config.json", mlp_bias=False)
 
 
-def invite(folder):
-    (folder / "modeling_evil.py").write_text("raise SystemExit")
-
-
 def follow(folder):
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/else"}')
 
@@ -490,13 +459,9 @@ def point(folder):
 
 
 TAMPERED = {
-    negate: "biases that differ",
-    shift: "biases that differ",
-    remove: "biases that differ",
     unname: "tensors missing or unknown",
     flip: "weight files that are not as they should be",
     unbias: "config entries that differ",
-    invite: "code files that are not the library's",
     follow: "code files that are not the library's",
     point: "code files that are not the library's",
 }
@@ -510,14 +475,6 @@ def test_what_was_tampered_with_fails_even_with_a_receipt_that_fits(tamper, deli
     assert TAMPERED[tamper] in failed
     stopped = "not run, because its code or its settings differ" in failed
     assert stopped == (TAMPERED[tamper].startswith(("code", "config")))
-
-
-@pytest.mark.parametrize("tamper", [negate, shift, remove])
-def test_what_was_tampered_with_computes_something_else_too(tamper, delivered, tmp_path):
-    folder = shutil.copytree(delivered["llama"].path, tmp_path / "copy")
-    tamper(folder)
-    failed = {check.name for check in verify(folder).failed()}
-    assert failed & {"by the rule, prefill logits", "it does not open or run"}
 
 
 def test_a_bias_under_a_config_without_biases_is_found_in_the_loading_report(delivered, tmp_path):
