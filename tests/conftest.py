@@ -166,7 +166,8 @@ def plain_graphs_are_made_once(tmp_path_factory):
 
 
 def _weights_and_settings(model):
-    settings = model.config.to_dict() | {"_name_or_path": "", "attention": model.config._attn_implementation}
+    same = {"_name_or_path": "", "architectures": None}  # whether it was read from a folder or has just been made
+    settings = model.config.to_dict() | same | {"attention": model.config._attn_implementation}
     found = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, value in model.state_dict().items():
         found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
