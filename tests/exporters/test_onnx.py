@@ -519,7 +519,11 @@ def test_the_builders_graph_equals_the_oracle_too(name, tmp_path):
     """Rows one by one: GroupQueryAttention takes padding on the right only."""
     pytest.importorskip("onnxruntime_genai")
     assert name in onnx_genai.BUILDER_FAMILIES
-    sizes = {"head_dim": 16, "num_hidden_layers": 2, **({"original_max_position_embeddings": 128} if name == "phi3" else {})}
+    sizes = {
+        "head_dim": 16,
+        "num_hidden_layers": 2,
+        **({"original_max_position_embeddings": 128} if name == "phi3" else {}),
+    }
     base = tiny.save_base(name, tmp_path / "base", **sizes)
     model = tiny.build_model(name, **sizes)
     rule = tiny.make_rule(models.BaseModel.of(base), gate=tiny.calibrated_gate(model, "causal"))
