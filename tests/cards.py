@@ -167,7 +167,7 @@ CASES = {
         "base_card": {},
     },
 }
-# Those with a golden file: each kind of code, with a chat template or without, and each form of what is said of effects.
+# Those with golden files: each kind of code, with a chat template or without, and each form of what effects are said.
 GOLDEN = (
     *("chat-hf", "target-hf-thin", "target-peft", "target-peft-adaptive", "target-peft-merge", "target-stock"),
     *("chat-stock-switchable", "chat-onnx", "target-onnx-int4-page", "target-gguf", "target-gguf-into"),
