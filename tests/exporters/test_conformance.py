@@ -8,8 +8,10 @@ import tiny
 from safetensors.numpy import load_file, save_file
 from tiny import PROMPTS
 
-from adaras_export import delivery, receipts
-from adaras_export.delivery import export, verify
+from adaras_export.delivery import verifier
+from adaras_export.delivery.receipt import read
+from adaras_export.delivery.verifier import verify
+from adaras_export.delivery.writer import export
 from adaras_export.errors import ExportError
 
 NOT_RUN = "not run, because its code or its settings differ"
@@ -76,7 +78,7 @@ def test_an_export_verifies_where_it_was_moved_and_so_was_its_base(name, folder,
 def test_what_it_computes_is_what_the_oracle_says(name, exported, told, told_everywhere):
     _, key, how = artifacts.EXPORTS[name]
     expected = (told_everywhere if "accept_loss" in how else told)[key]
-    exporter = delivery.exporter_of(receipts.read(exported[name]))
+    exporter = verifier.exporter_of(read(exported[name]))
     play = exporter.load(exported[name]).play(PROMPTS, "rule", None)
     for row, answer in enumerate(expected):
         count = len(answer["ids"])
@@ -92,7 +94,7 @@ def test_what_it_computes_is_what_the_oracle_says(name, exported, told, told_eve
 @each_export
 def test_receipt_and_card_say_rule_options_and_losses_and_no_path_of_this_machine(name, exported, rules):
     _, key, how = artifacts.EXPORTS[name]
-    receipt, card = receipts.read(exported[name]), (exported[name] / "README.md").read_text()
+    receipt, card = read(exported[name]), (exported[name] / "README.md").read_text()
     assert receipt.rule == rules[key].fingerprint
     assert rules[key].fingerprint in card
     assert how.keys() - {"accept_loss"} <= receipt.options.keys()
@@ -207,7 +209,7 @@ LOSSY = [name for name, (_, _, how) in artifacts.EXPORTS.items() if "accept_loss
 @each(LOSSY)
 def test_what_a_format_loses_must_be_accepted_whole(name, exported, rules, folders, tmp_path):
     to, key, how = artifacts.EXPORTS[name]
-    lost = receipts.read(exported[name]).drops
+    lost = read(exported[name]).drops
     assert lost
     for accepted in ([], lost[1:]):
         options = {**how, "accept_loss": accepted}

@@ -22,14 +22,15 @@ from safetensors.numpy import load_file
 from tiny import CACHE, EOS, PAD, PROMPTS, greedy, require_answers
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
-from adaras_export.delivery import export, verify
+from adaras_export.delivery.verifier import verify
+from adaras_export.delivery.writer import export
 from adaras_export.errors import ExportError, MissingExtraError
 from adaras_export.exporters.base import Commission
-from adaras_export.exporters.peft import EXPORTER
-from adaras_export.steering import steered
+from adaras_export.exporters.peft.exporter import EXPORTER
+from adaras_export.modeling.steering import steered
 
 peft = pytest.importorskip("peft")
-from adaras_export import peft_method  # noqa: E402 - needs it
+from adaras_export.exporters.peft import method  # noqa: E402 - needs it
 
 # What Transformers 5.23 has renamed and peft 0.21 does not know yet.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -361,7 +362,7 @@ for load in (lambda: PeftModel.from_pretrained(model, adapter), lambda: model.lo
 
 def test_a_second_method_of_that_name_is_refused():
     with pytest.raises(ExportError, match=r"peft \S+: has a method ADARAS already; expected none of that name"):
-        peft_method._register()
+        method._register()
 
 
 class Closed(str, enum.Enum):
@@ -371,14 +372,14 @@ class Closed(str, enum.Enum):
 
 
 def test_a_peft_that_closes_the_door_is_refused_by_name(monkeypatch):
-    monkeypatch.setattr(peft_method.peft, "PeftType", Closed)
+    monkeypatch.setattr(method.peft, "PeftType", Closed)
     with pytest.raises(
         ExportError, match=r"peft \S+: does not let methods be added \(.*already.*\); expected a version"
     ):
-        peft_method._register()  # PEFT itself knows another list
-    monkeypatch.setattr(peft_method.peft, "PeftType", type("Plain", (str,), {"__members__": {}}))
+        method._register()  # PEFT itself knows another list
+    monkeypatch.setattr(method.peft, "PeftType", type("Plain", (str,), {"__members__": {}}))
     with pytest.raises(ExportError, match=r"does not let methods be added \(.*_member_map_.*\)"):
-        peft_method._register()
+        method._register()
 
 
 def test_the_method_is_known_to_peft_like_its_own():
@@ -387,14 +388,14 @@ def test_the_method_is_known_to_peft_like_its_own():
     assert kind in list(peft.PeftType)
     assert kind == "ADARAS"
     assert copy.deepcopy(kind) is kind
-    assert peft.PeftConfig.from_peft_type(peft_type="ADARAS").__class__ is peft_method.AdarasConfig
+    assert peft.PeftConfig.from_peft_type(peft_type="ADARAS").__class__ is method.AdarasConfig
 
 
 def test_without_peft_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
-    monkeypatch.delitem(sys.modules, peft_method.__name__)
+    monkeypatch.delitem(sys.modules, method.__name__)
     with pytest.raises(MissingExtraError, match="the method ADARAS needs peft"):
-        importlib.import_module(peft_method.__name__)
+        importlib.import_module(method.__name__)
 
 
 # Exported, verified, damaged
