@@ -186,7 +186,7 @@ def test_foreign_files_that_could_run_are_named_and_nothing_runs(name, folder):
         (folder / file).write_text("raise SystemExit")
     found = failures(folder)
     assert any(detail.split() == [*foreign] for detail in found.values()), found
-    assert NOT_RUN in found
+    assert NOT_RUN in found or name == "onnx"  # ONNX Runtime reads its graph, and no file beside it
 
 
 @each(["hf", "hf-thin"])
