@@ -43,7 +43,7 @@ GATES = {
 
 def each(names):
     """Of `artifacts.EXPORTS`."""
-    marks = {"onnx": [pytest.mark.onnx]}
+    marks = {"onnx": [pytest.mark.onnx, pytest.mark.slow]}  # torch exports a graph for it
     return pytest.mark.parametrize("name", [pytest.param(name, marks=marks.get(name, [])) for name in names])
 
 
