@@ -4,6 +4,7 @@ import atexit
 import functools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from places import ROOT
 
-from adaras_export.core import markdown
+_BLOCK = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 # Loads the libraries once and runs each code that it reads in a fork. What the code prints is compared, so that
 # nothing else may be printed.
@@ -67,7 +68,7 @@ def forking():
 def of(card, language):
     """The code of a card in one language, block by block; ``card`` is the text or the folder that has it."""
     text = card if isinstance(card, str) else (card / "README.md").read_text()
-    return [body for found, body in markdown.blocks(text) if found == language]
+    return [body for info, body in _BLOCK.findall(text) if info == language]
 
 
 def run(code, folder, *, library=False):
