@@ -17,12 +17,12 @@ NEWEST := .venv-newest
 LLAMA_SERVER := $(LLAMACPP)/server/bin/llama-server
 NODE := tests/system/runtimes/node
 PIP := -m pip install --quiet --disable-pip-version-check
-# Each test has one thread; a file stays with one process, which makes its models once. Three for two cores, because
-# many tests wait for a process of their own.
-PARALLEL := -n 3 --dist loadfile
+# Each test has one thread; a file stays with one process, which makes its models once, and files begin in their order,
+# in which the long ones come first. Three for two cores, because many tests wait for a process of their own.
+PARALLEL := -n 3 --dist loadfile --no-loadscope-reorder
 HERE := --ignore tests/system/runtimes --ignore tests/system/servers
 
-.PHONY: demo demo-smollm2 test test-matrix test-runtimes test-newest test-vllm test-serve test-llamacpp quick check bench fuzz clean
+.PHONY: demo demo-smollm2 test coverage test-matrix test-runtimes test-newest test-vllm test-serve test-llamacpp quick check bench fuzz clean
 
 demo: $(INSTALLED)  ## the whole job on the embedded synthetic model, about two minutes
 	rm -rf demo-out
@@ -32,12 +32,14 @@ demo-smollm2: $(SMOLLM2)  ## the same on SmolLM2-135M-Instruct, from a PyPI whee
 	rm -rf demo-smollm2-out
 	$(BIN)/adaras-export demo --model smollm2 --out demo-smollm2-out
 
-# The slow ones run on more models what the quick ones run on one; traced, they would take twice as long.
 test: $(SMOLLM2) $(SCAN)/.installed  ## every test, the notebook included
 	mkdir -p build && rm -f build/modes-5.json
-	$(BIN)/python -m pytest $(PARALLEL) $(HERE) -m "not slow" --cov --cov-report=term:skip-covered --modes=build/modes-5.json
-	$(BIN)/python -m pytest $(PARALLEL) $(HERE) -m slow --modes=build/modes-5.json
+	$(BIN)/python -m pytest $(PARALLEL) $(HERE) --modes=build/modes-5.json
 	$(BIN)/python -m pytest --nbmake --nbmake-timeout=600 notebooks
+
+# Traced, tests take nearly twice as long. The slow ones run on more models what the quick ones run on one.
+coverage: $(SMOLLM2) $(SCAN)/.installed  ## the quick tests, and which lines they run
+	$(BIN)/python -m pytest $(PARALLEL) $(HERE) -m "not slow" --cov --cov-report=term:skip-covered
 
 # The exports under the older Transformers, less what no Transformers takes part in, and beside the quantisers and lm-eval,
 # which slow every other process down.
@@ -47,7 +49,7 @@ test-matrix: $(INSTALLED) $(OLDER)/.installed $(PEERS)/.installed
 	$(OLDER)/bin/python -m pytest $(PARALLEL) tests/exporters tests/core/test_checkpoint.py tests/runtime tests/modeling/test_steering.py \
 		--ignore tests/exporters/test_gguf.py --ignore tests/exporters/test_onnx_page.py --ignore tests/exporters/test_stream.py \
 		-m "not (onnx and slow)" --modes=build/modes-4.json
-	$(PEERS)/bin/python -m pytest tests/exporters/test_loading.py tests/exporters/test_lm_eval.py
+	$(PEERS)/bin/python -m pytest tests/exporters/test_loading.py tests/exporters/test_lm_eval.py -k "quantised or test_lm_eval"
 	$(BIN)/python tests/support/modes.py $(if $(UPDATE),,--check) build/modes-4.json build/modes-5.json
 
 # Exported graphs in every runtime, each in an environment of its own. One that is missing is a failure here, and a
