@@ -22,7 +22,7 @@ PIP := -m pip install --quiet --disable-pip-version-check
 PARALLEL := -n 3 --dist loadfile
 HERE := --ignore tests/runtimes --ignore tests/servers
 
-.PHONY: demo demo-smollm2 test test-matrix test-runtimes test-newest test-vllm test-serve test-llamacpp quick check bench fuzz clean
+.PHONY: demo demo-smollm2 test test-matrix test-runtimes test-newest test-vllm test-serve test-llamacpp quick mutants check bench fuzz clean
 
 demo: $(INSTALLED)  ## the whole job on the embedded synthetic model, about two minutes
 	rm -rf demo-out
@@ -87,6 +87,9 @@ test-llamacpp: $(SMOLLM2) $(LLAMACPP)/.installed $(LLAMA_SERVER)
 
 quick: $(INSTALLED)  ## the tests that need neither SmolLM2, ONNX nor patience
 	$(BIN)/python -m pytest $(PARALLEL) $(HERE) -m "not slow and not onnx"
+
+mutants: $(INSTALLED)  ## ten faults, each of which must make a quick test fail
+	$(BIN)/python tests/mutants/run.py $(PARALLEL) $(HERE)
 
 check: $(INSTALLED)  ## style, types, layers
 	$(BIN)/ruff format --check .
