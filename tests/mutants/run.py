@@ -43,7 +43,7 @@ MUTANTS = (
         "neurons found in one layer are steered in the layer below, and read there, too",
         "module: nn.Module = layers[layer]",
         "module: nn.Module = layers[layer - 1]",
-        "test_models.py",
+        "test_checkpoint.py",
     ),
     Mutant(
         "flipped gate sign",
@@ -71,14 +71,14 @@ MUTANTS = (
         "an artifact with a new card has a receipt of the old one, so whoever downloads it cannot verify it",
         "complete = replace(receipt, files=",
         "complete = replace(receipt, files=receipt.files or ",
-        "test_delivery.py",
+        "test_writer.py",
     ),
     Mutant(
         "lost journal line",
         "a resumed evaluation cuts off answers that hours were spent on",
         "end += self._take(",
         "end = self._take(",
-        "test_journal.py",
+        "test_append_log.py",
     ),
     Mutant(
         "doubled trace",
@@ -92,7 +92,7 @@ MUTANTS = (
         "adjusted p-values are too small: a card claims a gain that chance explains",
         "(count - rank) * p_values[place]",
         "(count - rank - 1) * p_values[place]",
-        "test_conclusions.py",
+        "test_claims.py",
     ),
     Mutant(
         "unescaped character",
