@@ -31,7 +31,7 @@ each_target = pytest.mark.parametrize("name", cards.parameters(cards.TARGETS))
 
 @pytest.mark.parametrize("name", cards.parameters(cards.GOLDEN))
 def test_a_card_is_the_golden_one(name, pytestconfig):
-    """`pytest tests/delivery/test_card.py --update-golden` writes them anew; read the difference before it is committed."""
+    """`pytest tests/delivery/test_card.py --update-golden` writes them anew; read the difference."""
     found, path = text(**cards.CASES[name]), GOLDEN / f"{name}.md"
     if pytestconfig.option.update_golden:
         GOLDEN.mkdir(parents=True, exist_ok=True)
