@@ -147,7 +147,7 @@ NO_CONTROL = evaluation(arm("gated", 289, 29, 5, 4e-5), controls=())
 SEEN = {**GAIN, "seen": 3}
 COMPARED = evaluation(arm("gated", 289, 29, 5, 4e-5), arm("everywhere", 284, 26, 7, 0.0013), comparison=COMPARISON)
 
-# Name -> the arguments of `text`. Each has a golden file.
+# Name -> the arguments of `text`.
 CASES = {
     **{f"target-{name}": {"name": name} for name in TARGETS},
     **{f"chat-{name}": {"name": name, "chat_template": True} for name in CHATTING},
@@ -167,3 +167,9 @@ CASES = {
         "base_card": {},
     },
 }
+# Those with golden files: each kind of code, with a chat template or without, and each form of what effects are said.
+GOLDEN = (
+    *("chat-hf", "target-hf-thin", "target-peft", "target-peft-adaptive", "target-peft-merge", "target-stock"),
+    *("chat-stock-switchable", "chat-onnx", "target-onnx-int4-page", "target-gguf", "target-gguf-into"),
+    *("state-gain", "state-static-compared", "state-ungated-local-base"),
+)
