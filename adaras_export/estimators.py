@@ -12,13 +12,9 @@ from statistics import NormalDist
 import numpy as np
 
 from adaras_export.storage import Array
-from adaras_export.verdicts import Arm, Estimate, compare, paired_difference, paired_test
+from adaras_export.verdicts import Arm, Estimate, Z, compare, mean_interval, paired_difference, paired_test
 
-_RESAMPLES = 9999
-_AT_ONCE = 2**22  # numbers of resamples in memory
-_NORMAL = NormalDist()
-_Z = _NORMAL.inv_cdf(0.975)
-_POWER_Z = _Z + _NORMAL.inv_cdf(0.8)
+_POWER_Z = Z + NormalDist().inv_cdf(0.8)
 _COUNTABLE = 10**9  # additions, about a second
 _FEW = 10  # questions
 _LEAST_CHANGED = 6  # as many verdicts must change, all one way, for an exact McNemar p below 0.05
@@ -30,40 +26,15 @@ def per_question(verdicts: Array) -> Array:
     return values if values.ndim == 1 else values.mean(axis=1)
 
 
-def bootstrap_mean(values_N: Array, seed: int = 0) -> Estimate:
-    """Mean with its 95 % BCa bootstrap interval over questions (Efron 1987).
+def bootstrap_mean(values_N: Array) -> Estimate:
+    """Mean of values in [-1, 1] with its 95 % bootstrap interval over questions; see `mean_interval`.
 
-    Where all values are the same a bootstrap has no width; see `_least_width`. Values lie in [-1, 1].
+    Where all values are equal a bootstrap has no width; see `_least_width`.
     """
-    count, mean = len(values_N), float(values_N.mean())
-    levels, times = np.unique(np.round(values_N, 12), return_counts=True)  # sums in another order are equal, too
-    if len(levels) == 1:
-        width = _least_width(count)
-        return Estimate(mean, max(mean - width, -1.0), min(mean + width, 1.0))
-    # How often each value is drawn is all that a mean needs: N draws of N questions are one multinomial draw.
-    draw, shares = np.random.default_rng(seed), times / count
-    sizes = [len(part) for part in np.array_split(np.arange(_RESAMPLES), 1 + _RESAMPLES * len(levels) // _AT_ONCE)]
-    means = np.sort(np.concatenate([draw.multinomial(count, shares, size=size) @ levels / count for size in sizes]))
-    return Estimate(mean, *_bca_ends(means, mean, _acceleration(values_N - mean)))
-
-
-def _acceleration(centred_N: Array) -> float:
-    """A sixth of the skewness of the mean: what the jackknife gives for it."""
-    return float((centred_N**3).sum() / (6 * (centred_N**2).sum() ** 1.5))
-
-
-def _bca_ends(sorted_means: Array, mean: float, acceleration: float) -> tuple[float, float]:
-    slack = 1e-12  # of rounding
-    below = (sorted_means < mean - slack).mean()
-    equal = (sorted_means <= mean + slack).mean() - below
-    share = min(max(float(below + equal / 2), 1 / _RESAMPLES), 1 - 1 / _RESAMPLES)  # ties count half
-    bias = _NORMAL.inv_cdf(share)
-
-    def end(z: float) -> float:
-        shifted = bias + (bias + z) / max(1 - acceleration * (bias + z), 1e-9)
-        return float(np.quantile(sorted_means, _NORMAL.cdf(shifted)))
-
-    return end(-_Z), end(_Z)
+    found, width = mean_interval(values_N), _least_width(len(values_N))
+    if found.low < found.high:
+        return found
+    return Estimate(found.value, max(found.value - width, -1.0), min(found.value + width, 1.0))
 
 
 def difference(arm: Array, other: Array) -> Estimate:
@@ -85,7 +56,7 @@ def difference(arm: Array, other: Array) -> Estimate:
 
 def _least_width(count: int) -> float:
     """What a score test leaves open where nothing at all was seen to change; Tango's interval then."""
-    return _Z**2 / (count + _Z**2)
+    return Z**2 / (count + Z**2)
 
 
 def changed(arm: Array, other: Array) -> tuple[int, int, float]:

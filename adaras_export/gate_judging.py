@@ -12,12 +12,11 @@ import numpy as np
 
 from adaras_export.errors import RuleError
 from adaras_export.storage import Array
-from adaras_export.verdicts import Estimate, require_statistics
+from adaras_export.verdicts import Estimate, Z, require_statistics
 
 Fit = Callable[[Array, Array], float]
 """A threshold, from p(correct) and labels."""
 
-_Z = 1.959964
 _FOLDS = 10
 _BINS = 10
 
@@ -136,7 +135,7 @@ def rates(is_steered: Array, correct: Array) -> tuple[float, float]:
 def auc_interval(p_correct: Array, correct: Array) -> tuple[float, float, float]:
     """Area under the ROC curve with its 95 % interval by DeLong, Biometrics 44 (1988) 837, within [0, 1]."""
     right, wrong = _placements(p_correct, correct)
-    auc, margin = float(right.mean()), _Z * _error(right, wrong)
+    auc, margin = float(right.mean()), Z * _error(right, wrong)
     return auc, max(0.0, auc - margin), min(1.0, auc + margin)
 
 
@@ -144,7 +143,7 @@ def auc_difference(p_correct: Array, other: Array, correct: Array) -> Estimate:
     """How much larger the area of the first is on the same questions, with DeLong's interval for pairs."""
     pairs = zip(_placements(p_correct, correct), _placements(other, correct), strict=True)
     right, wrong = (one - another for one, another in pairs)
-    difference, margin = float(right.mean()), _Z * _error(right, wrong)
+    difference, margin = float(right.mean()), Z * _error(right, wrong)
     return Estimate(difference, max(-1.0, difference - margin), min(1.0, difference + margin))
 
 

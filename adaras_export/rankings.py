@@ -152,14 +152,6 @@ def paired_t(stats: NeuronStats) -> Array:
     return t
 
 
-def discoveries(p_values: Array, rate: float) -> Array:
-    """Which hypotheses are rejected at a false discovery rate, bool of any shape (Benjamini and Hochberg 1995)."""
-    flat = np.sort(p_values.ravel())
-    below = np.flatnonzero(flat <= rate * np.arange(1, flat.size + 1) / flat.size)
-    passing: Array = p_values <= (flat[below[-1]] if below.size else -1.0)
-    return passing
-
-
 _Ranked = tuple[Array, Sequence[Array], Array | None]
 """delta, the keys that count (the first most, it is the score), and which neurons may be taken; (L, M) each."""
 
@@ -182,11 +174,12 @@ def _by_cohen(stats: NeuronStats, _lowest: int, _refinement: Refinement) -> _Ran
 
 
 def _by_t(stats: NeuronStats, lowest: int, refinement: Refinement) -> _Ranked:
-    distributions: Any = require("scipy.stats", "identify", "ranking by t")
+    scipy: Any = require("scipy.stats", "identify", "ranking by t")
     t, (correct, incorrect) = paired_t(stats), stats.means()
     passing = np.zeros(t.shape, dtype=bool)
-    p_values = 2 * distributions.t.sf(np.abs(t[lowest:]), stats.correct_count - 1)
-    passing[lowest:] = discoveries(p_values, refinement.fdr)
+    p_values = 2 * scipy.t.sf(np.abs(t[lowest:]), stats.correct_count - 1)
+    adjusted = scipy.false_discovery_control(p_values, axis=None).reshape(p_values.shape)
+    passing[lowest:] = adjusted <= refinement.fdr
     if not passing.any():
         raise RuleError(
             f"ranking t: none of {p_values.size} neurons passes a false discovery rate of {refinement.fdr:g} (least "

@@ -65,15 +65,6 @@ def test_sums_too_many_to_count_are_told_by_the_normal_distribution():
     assert _swap_p_value(fewer) == pytest.approx(2 * stats.norm.sf(abs(sum(fewer)) / spread), rel=0.05)
 
 
-@pytest.mark.parametrize("shift", [0.0, 0.3])
-def test_the_interval_is_the_bca_one_of_scipy(shift):
-    values = np.random.default_rng(2).choice([-1.0, 0.0, 0.0, 0.5, 1.0], size=80) * (1 - shift) + shift
-    theirs = stats.bootstrap((values,), np.mean, method="BCa", rng=np.random.default_rng(5)).confidence_interval
-    found = bootstrap_mean(values)
-    assert (found.low, found.high) == pytest.approx((theirs.low, theirs.high), abs=0.012)
-    assert found == bootstrap_mean(values) != bootstrap_mean(values, seed=1)
-
-
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=40))
 def test_the_interval_of_a_difference_holds_it_and_has_a_width(pairs):
     found = difference(*(np.array(column) for column in zip(*pairs, strict=True)))
@@ -107,7 +98,7 @@ def test_several_answers_to_a_question_are_one_unit():
     assert per_question(rows).tolist() == [1, 1, 0]
 
 
-def simulated(draw, gain, questions=250, answers=4):
+def simulated(draw, gain, questions=100, answers=4):
     """Two arms whose questions differ in difficulty; the second is right more often by ``gain``."""
     ease = draw.uniform(0.1, 0.7, size=(questions, 1))
     return [draw.random((questions, answers)) < ease + more for more in (gain, 0)]
