@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import NormalDist
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,8 @@ RULE_ARMS = ("gated", "always", "everywhere")
 Z = NormalDist().inv_cdf(0.975)
 """Half the width of a 95 % interval of the normal distribution, in standard errors."""
 
+_RESAMPLES = 9999
+_FEW = 64  # different values
 _AT_ONCE = 1 << 17  # numbers of resamples in memory; few, so that they fit in the processor's cache
 
 
@@ -183,20 +185,32 @@ def mean_interval(values_N: Array) -> Estimate:
 
     The same values give the same interval. Where all values are equal it has no width.
     """
-    mean, scale = float(values_N.mean()), float(np.abs(values_N).max())
-    if np.ptp(values_N) <= 1e-12 * scale:  # equal but for rounding
+    mean, scale, count = float(values_N.mean()), float(np.abs(values_N).max()) or 1.0, len(values_N)
+    scaled = np.round(values_N / scale, 12)
+    levels, times = np.unique(scaled, return_counts=True)
+    if len(levels) == 1:
         return Estimate(mean, mean, mean)
 
     def statistic(resamples: Array, axis: int) -> Array:
-        # Rounded, because BCa counts the resamples whose mean equals that of the sample: the order of a sum is no difference.
-        rounded: Array = np.round(resamples.mean(axis), 12)
+        # BCa counts the resamples whose mean equals that of the sample, in whatever order either was summed up.
+        rounded: Array = np.round(resamples.mean(axis), 11)
         return rounded
 
-    bootstrap = require_statistics().bootstrap
-    draw = np.random.default_rng(0)  # `random_state` is called `rng` from SciPy 1.15 on, and still accepted
-    found = bootstrap((values_N / scale,), statistic, method="BCa", batch=1 + _AT_ONCE // len(values_N), random_state=draw)
-    low, high = found.confidence_interval
-    return Estimate(mean, float(low) * scale, float(high) * scale)
+    draw, drawn = np.random.default_rng(0), None
+    if len(levels) <= _FEW:
+        # How often each value is drawn is all that a mean needs: N draws of N questions are one multinomial draw.
+        means = np.round(draw.multinomial(count, times / count, size=_RESAMPLES) @ levels / count, 11)
+        drawn = SimpleNamespace(bootstrap_distribution=means)
+    interval = require_statistics().bootstrap(
+        (scaled,),
+        statistic,
+        n_resamples=0 if drawn else _RESAMPLES,
+        bootstrap_result=drawn,
+        method="BCa",
+        batch=1 + _AT_ONCE // count,
+        random_state=draw,  # called `rng` from SciPy 1.15 on, which takes both
+    ).confidence_interval
+    return Estimate(mean, float(interval.low) * scale, float(interval.high) * scale)
 
 
 def require_statistics() -> ModuleType:
