@@ -26,7 +26,6 @@ from adaras_export.gate_reading import Prompts, features_by_batch, means_file, t
 from adaras_export.gate_report import GateReport as GateReport
 from adaras_export.gate_report import Judged, Pooling, calibrated
 from adaras_export.gate_selection import Training, sizes
-from adaras_export.gate_selection import f_scores as f_scores
 from adaras_export.generation import encode_prompt
 from adaras_export.kept_rows import KeptRows
 from adaras_export.models import BaseModel
@@ -96,7 +95,7 @@ def train_gate(  # noqa: PLR0913 - one decision of the researcher each
     with _kept_at(partial) as place:
         read = Prompts(model, base, rows, reading or Reading(), place)
         means = read.means(below_layer)
-        training = Training.dealt(means, train, labels[train], _FOLDS[pooling], seed)
+        training = Training.of(means, train, labels[train], _FOLDS[pooling], seed)
         if pooling == "logistic":
             fitted = fit_logistic(training, wanted)
         else:

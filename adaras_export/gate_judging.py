@@ -1,7 +1,7 @@
-"""How well probabilities tell right answers from wrong ones, and from where on to steer.
+"""Gate metrics and thresholds: how well p(correct) separates right answers from wrong ones, and where to cut.
 
-Pure statistics over arrays; knows no model, no prompt and no gate. N questions; p(correct) is compared as runtimes do,
-in float32.
+Pure statistics over arrays; knows no model, no prompt and no gate. N questions. A threshold is compared with p(correct)
+in float32, as runtimes do; scikit-learn's own curves know neither that nor midpoints, and round ties apart.
 """
 
 import math
@@ -103,28 +103,24 @@ def is_below(p_correct: Array, threshold: float) -> Array:
     return below
 
 
-def dealt(correct: Array, folds: int, seed: int) -> Array:
-    """The fold of each question, (N,): of equal size within one, and each with its share of either label."""
-    draw = np.random.default_rng(seed)
-    found, start = np.zeros(len(correct), np.int64), 0
-    for label in (True, False):
-        rows = draw.permutation(np.flatnonzero(correct == label))
-        found[rows] = (start + np.arange(len(rows))) % folds
-        start += len(rows)
-    return found
+def held_out(correct: Array, folds: int, seed: int) -> list[Array]:
+    """Which questions each fold holds out, (N,) bool: every question in one, each with its share of either label.
+
+    There are as many folds as questions of the rarer label, where that is fewer than ``folds``.
+    """
+    from sklearn.model_selection import StratifiedKFold
+
+    count = min(folds, int(correct.sum()), int((~correct).sum()))
+    splits = StratifiedKFold(count, shuffle=True, random_state=seed % 2**32).split(correct, correct)
+    return [np.isin(np.arange(len(correct)), held) for _, held in splits]
 
 
 def cross_fitted(p_correct: Array, correct: Array, fit: Fit, seed: int) -> Array:
-    """Which questions are steered below a threshold that was chosen on others, (N,) bool.
-
-    Ten folds, or as many as there are questions of the rarer label.
-    """
-    folds = min(_FOLDS, int(correct.sum()), int((~correct).sum()))
-    fold, found = dealt(correct, folds, seed), np.zeros(len(correct), bool)
-    for one in range(folds):
-        own = fold == one
-        found[own] = is_below(p_correct[own], fit(p_correct[~own], correct[~own]))
-    return found
+    """Which questions are steered below a threshold that was chosen on others, in ten folds, (N,) bool."""
+    is_steered = np.zeros(len(correct), bool)
+    for held in held_out(correct, _FOLDS, seed):
+        is_steered[held] = is_below(p_correct[held], fit(p_correct[~held], correct[~held]))
+    return is_steered
 
 
 def rates(is_steered: Array, correct: Array) -> tuple[float, float]:
@@ -194,8 +190,3 @@ def reliability(p_correct: Array, correct: Array) -> tuple[Bin, ...]:
         interval = stats.binomtest(right, count).proportion_ci(confidence_level=0.95, method="wilson")
         found.append(Bin(count, float(p_correct[own].mean()), right / count, float(interval.low), float(interval.high)))
     return tuple(found)
-
-
-def brier(p_correct: Array | float, correct: Array) -> float:
-    """Mean squared distance of p(correct) from what happened: 0 is best."""
-    return float(((p_correct - correct) ** 2).mean())

@@ -14,7 +14,6 @@ from adaras_export.gate_judging import (
     Costs,
     auc_difference,
     auc_interval,
-    brier,
     cross_fitted,
     is_below,
     rates,
@@ -29,7 +28,7 @@ Pooling = Literal["logistic", "attention"]
 
 
 @dataclass(frozen=True)
-class Tried:
+class GateSetting:
     """One setting of the selection on training questions.
 
     Attributes:
@@ -106,8 +105,8 @@ class GateReport:
     brier: float
     brier_of_share: float
     over_length: Estimate
-    chosen: Tried
-    tried: tuple[Tried, ...]
+    chosen: GateSetting
+    tried: tuple[GateSetting, ...]
     calibration: tuple[Bin, ...]
     deciders: tuple[Decider, ...]
     pooling: Pooling
@@ -181,9 +180,11 @@ class Judged:
 
 
 def calibrated(
-    gate: Gate, judged: Judged, tried: Sequence[Tried], pooling: Pooling, costs: Costs | None, seed: int
+    gate: Gate, judged: Judged, tried: Sequence[GateSetting], pooling: Pooling, costs: Costs | None, seed: int
 ) -> GateReport:
     """The gate with its threshold, and what the validation questions say of it; the best of ``tried`` was chosen."""
+    from sklearn.metrics import brier_score_loss
+
     p_correct, correct = judged.p_correct, judged.correct
     fit = youden_threshold if costs is None else costs.threshold
     threshold = fit(p_correct, correct)
@@ -202,8 +203,8 @@ def calibrated(
         validation_questions=len(correct),
         apparent_sensitivity=apparent[0],
         apparent_specificity=apparent[1],
-        brier=brier(p_correct, correct),
-        brier_of_share=brier(judged.train_share, correct),
+        brier=brier_score_loss(correct, p_correct),
+        brier_of_share=brier_score_loss(correct, np.full(len(correct), judged.train_share)),
         over_length=auc_difference(p_correct, judged.by_length, correct),
         chosen=best_of(tried),
         tried=tuple(tried),
@@ -214,7 +215,7 @@ def calibrated(
     )
 
 
-def best_of(tried: Sequence[Tried]) -> Tried:
+def best_of(tried: Sequence[GateSetting]) -> GateSetting:
     """The setting with the lowest loss; ties go to fewer features, then to more regularisation."""
     return min(tried, key=lambda one: (one.log_loss or 0.0, one.features, one.regularisation or 0.0))
 

@@ -201,15 +201,19 @@ def mean_interval(values_N: Array) -> Estimate:
         # How often each value is drawn is all that a mean needs: N draws of N questions are one multinomial draw.
         means = np.round(draw.multinomial(count, times / count, size=_RESAMPLES) @ levels / count, 11)
         drawn = SimpleNamespace(bootstrap_distribution=means)
-    interval = require_statistics().bootstrap(
-        (scaled,),
-        statistic,
-        n_resamples=0 if drawn else _RESAMPLES,
-        bootstrap_result=drawn,
-        method="BCa",
-        batch=1 + _AT_ONCE // count,
-        random_state=draw,  # called `rng` from SciPy 1.15 on, which takes both
-    ).confidence_interval
+    interval = (
+        require_statistics()
+        .bootstrap(
+            (scaled,),
+            statistic,
+            n_resamples=0 if drawn else _RESAMPLES,
+            bootstrap_result=drawn,
+            method="BCa",
+            batch=1 + _AT_ONCE // count,
+            random_state=draw,  # called `rng` from SciPy 1.15 on, which takes both
+        )
+        .confidence_interval
+    )
     return Estimate(mean, float(interval.low) * scale, float(interval.high) * scale)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from adaras_export.cli.gate import gate
 from adaras_export.gate_report import GateReport
-from adaras_export.gate_selection import CANDIDATES
+from adaras_export.gate_selection import FEATURE_COUNTS
 
 PAGE = (Path(__file__).parents[1] / "docs" / "gate.md").read_text()
 
@@ -18,7 +18,7 @@ def test_the_page_names_options_of_gate_and_all_that_are_its_own():
 
 
 def test_the_page_says_what_is_tried_and_doubted():
-    *others, last = map(str, CANDIDATES)
+    *others, last = map(str, FEATURE_COUNTS)
     assert f"{', '.join(others)} or {last} neurons" in PAGE
     told = inspect.getsource(GateReport.doubts)
     for doubt in re.findall(r"`(NOT DISTINGUISHABLE[A-Z ]+)`", PAGE):

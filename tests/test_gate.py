@@ -26,7 +26,7 @@ from adaras_export.gate import (
     train_gate,
     youden_threshold,
 )
-from adaras_export.gate_judging import brier, cross_fitted, rates
+from adaras_export.gate_judging import cross_fitted, rates
 from adaras_export.neurons import Reading
 from adaras_export.question_identity import identity
 from adaras_export.traces import Trace, split
@@ -181,7 +181,9 @@ def test_the_report_judges_the_validation_questions_only(pooling, trained, stock
     correct = np.array([labels[prompt] for prompt in prompts])
     assert (report.auc, report.auc_low, report.auc_high) == pytest.approx(auc_interval(p_correct, correct))
     assert report.gate.threshold == pytest.approx(youden_threshold(p_correct, correct), abs=1e-5)
-    assert report.brier == pytest.approx(brier(p_correct, correct), abs=1e-5)
+    share = np.mean([labels[prompt] for prompt in parts_of(planted())["train"]])
+    assert report.brier == pytest.approx(np.mean((p_correct - correct) ** 2), abs=1e-5)
+    assert report.brier_of_share == pytest.approx(np.mean((share - correct) ** 2))
     assert (report.apparent_sensitivity, report.apparent_specificity) == rates(
         p_correct < report.gate.threshold, correct
     )
