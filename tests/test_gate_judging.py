@@ -79,7 +79,7 @@ def test_a_threshold_that_agrees_with_a_monotonous_change_of_all_scores_decides_
 
 def wins(p_correct, correct):
     """Of each right answer over each wrong one: 1, or a half where they tie."""
-    return 0.5 * (np.sign(p_correct[correct][:, None] - p_correct[~correct]) + 1)
+    return 0.5 * (np.sign(p_correct[correct][:, None] - p_correct[~correct]).astype(float) + 1)
 
 
 @given(outcomes)
