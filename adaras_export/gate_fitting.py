@@ -78,9 +78,10 @@ def fit_logistic(training: Training, sizes: Sequence[int]) -> Fitted:
         for c, loss in zip(REGULARISATION, np.mean(by_fold, axis=0), strict=True)
     )
     best = best_of(tried)
+    assert best.regularisation is not None  # one of those
     places = np.sort(whole[: best.features])
     with _one_thread():
-        scaler, regression = _classifier(C=best.regularisation).fit(columns(places), correct)
+        scaler, regression = _classifier(best.regularisation).fit(columns(places), correct)
     return Fitted(places, _unscaled(_logistic(regression), scaler), tried)
 
 
@@ -101,13 +102,13 @@ def _losses(values_NF: Array, correct_N: Array, held: Array) -> Array:
     return loss
 
 
-def _classifier(**settings: Any) -> Any:  # noqa: ANN401 - scikit-learn's
+def _classifier(c: float = 1.0) -> Any:  # noqa: ANN401 - scikit-learn's
     """Logistic regression on standardised features: a pipeline of scikit-learn."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    return make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000, **settings))
+    return make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=1000))
 
 
 @contextmanager
