@@ -22,9 +22,9 @@ from adaras_export.gate_judging import Costs as Costs  # for whoever trains or j
 from adaras_export.gate_judging import agreeing_threshold as agreeing_threshold
 from adaras_export.gate_judging import auc_interval as auc_interval
 from adaras_export.gate_judging import youden_threshold as youden_threshold
-from adaras_export.gate_reading import Prompts, features_by_batch, means_file, tokens_file
+from adaras_export.gate_reading import PromptReader, features_by_batch, means_file, tokens_file
 from adaras_export.gate_report import GateReport as GateReport
-from adaras_export.gate_report import Judged, Pooling, calibrated
+from adaras_export.gate_report import Pooling, ValidationScores, calibrated
 from adaras_export.gate_selection import Training, sizes
 from adaras_export.generation import encode_prompt
 from adaras_export.kept_rows import KeptRows
@@ -78,14 +78,15 @@ def train_gate(  # noqa: PLR0913 - one decision of the researcher each
             files (`partial_files`). Without it, in the folder for temporary files.
 
     Raises:
-        TraceError: a part of the questions has one label only, activations are not finite, or have no room on the disk.
-        RuleError: there are fewer neurons than features, no feature, or no such layer.
+        TraceError: the training or the validation questions have fewer than two of a label, an activation is not
+            finite, or the disk is full.
+        RuleError: ``features`` or ``below_layer`` is outside the range that the model allows.
         MissingExtraError: scikit-learn is not installed.
     """
     require("sklearn.linear_model", "identify", "training a gate")
     if not 1 <= below_layer <= base.layers:
         raise RuleError(f"gate: reads layers below {below_layer}; expected 1 to {base.layers}, the layers of {base.id}")
-    wanted = sizes(features, below_layer * base.mlp_size)
+    counts = sizes(features, below_layer * base.mlp_size)
     prompts, labels = labelled_prompts(traces)
     parts = split([str(row) for row in range(len(prompts))], _shares(validation_share), seed)
     train, validation = (np.array(sorted(map(int, parts[name]))) for name in ("train", "validation"))
@@ -93,22 +94,22 @@ def train_gate(  # noqa: PLR0913 - one decision of the researcher each
     require_both(labels[validation], "validation")
     rows = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     with _kept_at(partial) as place:
-        read = Prompts(model, base, rows, reading or Reading(), place)
-        means = read.means(below_layer)
+        reader = PromptReader(model, base, rows, reading or Reading(), place)
+        means = reader.means(below_layer)
         training = Training.of(means, train, labels[train], _FOLDS[pooling], seed)
         if pooling == "logistic":
-            fitted = fit_logistic(training, wanted)
+            fitted = fit_logistic(training, counts)
         else:
             fitted = fit_attention(
-                training, wanted, lambda places: read.tokens(places // base.mlp_size, places % base.mlp_size), seed
+                training, counts, lambda places: reader.tokens(places // base.mlp_size, places % base.mlp_size), seed
             )
         names = tuple(identity(prompt) for prompt in prompts)
         layer, index = fitted.places // base.mlp_size, fitted.places % base.mlp_size
         gate = Gate(layer, index, **fitted.weights, threshold=0.5, base=base, questions=names)
         p_correct = _probabilities(gate, fitted, means, validation)
     length = by_length(np.array([len(row) for row in rows]), train, labels[train], validation)
-    judged = Judged(p_correct, length, labels[validation], float(labels[train].mean()), len(train))
-    return calibrated(gate, judged, fitted.tried, pooling, costs, seed)
+    scores = ValidationScores(p_correct, length, labels[validation], float(labels[train].mean()), len(train))
+    return calibrated(gate, scores, fitted.tried, pooling, costs, seed)
 
 
 def partial_files(partial: Path) -> tuple[Path, Path]:
@@ -146,10 +147,10 @@ def gate_probabilities(
 ) -> Array:
     """p(correct) of every prompt, (N,) float32, from one forward pass up to the gate's last layer."""
     rows = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    module, found = gate_module(gate), np.zeros(len(rows), np.float32)
+    module, p_correct = gate_module(gate), np.zeros(len(rows), np.float32)
     for indices, features in features_by_batch(model, rows, gate.layer, gate.index, reading or Reading()):
-        found[indices] = [_probability(module, features_TF) for features_TF in features]
-    return found
+        p_correct[indices] = [_probability(module, features_TF) for features_TF in features]
+    return p_correct
 
 
 def labelled_prompts(traces: Sequence[Trace]) -> tuple[list[Prompt], Array]:
@@ -170,7 +171,7 @@ def require_both(labels: Array, part: str) -> None:
     """Refuse labels that no threshold can be fitted to.
 
     Raises:
-        TraceError: there are less than two of either kind.
+        TraceError: fewer than two questions are correct, or fewer than two are incorrect.
     """
     correct = int(labels.sum())
     if not 2 <= correct <= len(labels) - 2:

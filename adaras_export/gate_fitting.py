@@ -38,8 +38,8 @@ class Fitted:
     Attributes:
         places: (F,) columns of the means.
         weights: of `SteeringGate`, by name.
-        tried: the settings that it was chosen among.
-        tokens: the features at every token of every prompt, if it pools them unevenly.
+        tried: all settings of the cross-validation.
+        tokens: the features at every token of every prompt; None for logistic regression, which needs means only.
         token_places: (U,) their columns.
     """
 
@@ -50,11 +50,10 @@ class Fitted:
     token_places: Array | None = None
 
     def features(self, means: KeptRows, row: int) -> Array:
-        """What the classifier pools of a prompt, (T, F); its mean alone, if that is all it needs."""
+        """The features of a prompt that the classifier pools, (T, F); T is 1 where it needs the mean only."""
         if self.tokens is None or self.token_places is None:
             return means[row][self.places][None]
-        found: Array = _table(self.tokens, row, self.token_places, self.places)
-        return found
+        return _table(self.tokens, row, self.token_places, self.places)
 
 
 def fit_logistic(training: Training, sizes: Sequence[int]) -> Fitted:
@@ -144,12 +143,15 @@ def _unscaled(weights: dict[str, Array], scaler: Any) -> dict[str, Array]:  # no
     return folded
 
 
-def by_length(lengths: Array, train: Array, correct: Array, asked: Array) -> Array:
-    """p(correct) of some prompts by logistic regression on their length alone, fitted on others, (len(asked),)."""
+def by_length(lengths: Array, train: Array, correct: Array, validation: Array) -> Array:
+    """p(correct) of the validation prompts by logistic regression on the length of the training prompts.
+
+    ``lengths`` are of all prompts, in tokens; ``train`` and ``validation`` are rows of them.
+    """
     values_N1 = np.asarray(lengths, np.float64)[:, None]
     with _one_thread():
         fitted = _classifier().fit(values_N1[train], correct)
-        p_correct: Array = fitted.predict_proba(values_N1[asked])[:, 1]
+        p_correct: Array = fitted.predict_proba(values_N1[validation])[:, 1]
     return p_correct
 
 
@@ -194,8 +196,8 @@ def fit_attention(
 
 def _table(tokens: KeptRows, row: int, union: Array, places: Array) -> Array:
     """Some features at every token of a prompt, (T, F)."""
-    found: Array = tokens[row].reshape(-1, len(union))[:, np.searchsorted(union, places)]
-    return found
+    features_TF: Array = tokens[row].reshape(-1, len(union))[:, np.searchsorted(union, places)]
+    return features_TF
 
 
 def _module(weights: dict[str, Array]) -> SteeringGate:
@@ -213,7 +215,7 @@ class _Batches:
     @classmethod
     def of(cls, tokens: Sequence[Array], correct_N: Array) -> "_Batches":
         parts = []
-        for rows in batches([len(one) for one in tokens], _TOKENS, len(tokens)):
+        for rows in batches([len(features_TF) for features_TF in tokens], _TOKENS, len(tokens)):
             width = max(len(tokens[row]) for row in rows)
             padded = [np.pad(tokens[row], ((0, width - len(tokens[row])), (0, 0))) for row in rows]
             mask = [[1.0] * len(tokens[row]) + [0.0] * (width - len(tokens[row])) for row in rows]

@@ -138,7 +138,7 @@ def auc_interval(p_correct: Array, correct: Array) -> tuple[float, float, float]
 def auc_difference(p_correct: Array, other: Array, correct: Array) -> Estimate:
     """How much larger the area of the first is on the same questions, with DeLong's interval for pairs."""
     pairs = zip(_placements(p_correct, correct), _placements(other, correct), strict=True)
-    right, wrong = (one - another for one, another in pairs)
+    right, wrong = (first - second for first, second in pairs)
     difference, margin = float(right.mean()), Z * _error(right, wrong)
     return Estimate(difference, max(-1.0, difference - margin), min(1.0, difference + margin))
 
@@ -147,9 +147,9 @@ def _placements(p_correct: Array, correct: Array) -> tuple[Array, Array]:
     """For each right answer the share of wrong ones that it beats, for each wrong one that of right ones; ties half."""
     right, wrong = (np.sort(p_correct[which].astype(np.float64)) for which in (correct, ~correct))
     # In the order of the questions: differences pair them.
-    own_right, own_wrong = p_correct[correct].astype(np.float64), p_correct[~correct].astype(np.float64)
-    beaten = [np.searchsorted(wrong, own_right, side) for side in ("left", "right")]
-    beating = [len(right) - np.searchsorted(right, own_wrong, side) for side in ("right", "left")]
+    each_right, each_wrong = p_correct[correct].astype(np.float64), p_correct[~correct].astype(np.float64)
+    beaten = [np.searchsorted(wrong, each_right, side) for side in ("left", "right")]
+    beating = [len(right) - np.searchsorted(right, each_wrong, side) for side in ("right", "left")]
     return (beaten[0] + beaten[1]) / 2 / len(wrong), (beating[0] + beating[1]) / 2 / len(right)
 
 
@@ -177,16 +177,21 @@ class Bin:
 
 
 def reliability(p_correct: Array, correct: Array) -> tuple[Bin, ...]:
-    """The calibration curve, in bins of about equally many questions: ten, or fewer so that each has ten."""
+    """The calibration curve, in bins of about equally many questions: ten, or fewer so that each has ten.
+
+    The bins are those of scikit-learn's `calibration_curve`, which does not say how many questions each has.
+    """
     stats = require_statistics()
     p_correct = p_correct.astype(np.float64)
     bins = max(2, min(_BINS, len(p_correct) // 10))
     edges = np.quantile(p_correct, np.linspace(0, 1, bins + 1))
     place = np.searchsorted(edges[1:-1], p_correct)
-    found = []
-    for one in np.unique(place):
-        own = place == one
-        count, right = int(own.sum()), int(correct[own].sum())
+    curve = []
+    for number in np.unique(place):
+        within = place == number
+        count, right = int(within.sum()), int(correct[within].sum())
         interval = stats.binomtest(right, count).proportion_ci(confidence_level=0.95, method="wilson")
-        found.append(Bin(count, float(p_correct[own].mean()), right / count, float(interval.low), float(interval.high)))
-    return tuple(found)
+        curve.append(
+            Bin(count, float(p_correct[within].mean()), right / count, float(interval.low), float(interval.high))
+        )
+    return tuple(curve)

@@ -1,4 +1,4 @@
-"""What tuning found, for a person and for a program: the chosen setting, every trial, and how much of it is luck.
+"""What tuning found, for a person and for a program: the chosen setting, every trial, and the selection bias.
 
 Knows no model; settings and verdicts come from tune.py.
 """
@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from adaras_export.best_of_many import Luck
+from adaras_export.best_of_many import SelectionBias
 from adaras_export.errors import ArtifactError
 from adaras_export.rule import Start, SteeringRule
 from adaras_export.search import Search
@@ -52,7 +52,7 @@ class TuneReport:
     off: Arm
     trials: tuple[Trial, ...]
     chosen: Trial
-    luck: Luck
+    bias: SelectionBias
     search: Search
 
     @property
@@ -63,7 +63,7 @@ class TuneReport:
     @property
     def distinguishable(self) -> bool:
         """Whether chance alone would rarely make the best of so many settings as good."""
-        return self.beats_off and self.luck.p_value < 0.05
+        return self.beats_off and self.bias.p_value < 0.05
 
     def table(self) -> str:
         """All settings, one line each, beside no steering."""
@@ -82,8 +82,8 @@ class TuneReport:
     def _chance(self) -> str:
         """The winner's curse in words."""
         return (
-            f"the best of {self.luck.settings} settings gains as much by chance with p = {self.luck.p_value:.2g}; "
-            f"expect {100 * self.luck.fresh_gain:+.1f} points on fresh questions"
+            f"the best of {self.bias.settings} settings gains as much by chance with p = {self.bias.p_value:.2g}; "
+            f"expect {100 * self.bias.fresh_gain:+.1f} points on fresh questions"
         )
 
     def as_record(self) -> dict[str, Any]:
@@ -96,7 +96,7 @@ class TuneReport:
             "start": self.chosen.start,
             "beats_off": self.beats_off,
             "distinguishable": self.distinguishable,
-            "luck": self.luck.as_record(),
+            "selection_bias": self.bias.as_record(),
             "search": vars(self.search),
             "arms": [vars(arm) for arm in (self.off, *(trial.arm for trial in self.trials))],
             "trials": [{**trial.as_record(), "chosen": trial is self.chosen} for trial in self.trials],
@@ -111,7 +111,7 @@ class TuneReport:
             "",
             f"Chosen: {_cell(self.line())}.",
             "",
-            f"Tried: {self.luck.settings}; {sum(trial.stopped for trial in self.trials)} were stopped before all "
+            f"Tried: {self.bias.settings}; {sum(trial.stopped for trial in self.trials)} were stopped before all "
             f"questions; {self._chance()}. Rule: `{self.rule.fingerprint}`.",
             "",
             f"| {' | '.join(heads)} |",
