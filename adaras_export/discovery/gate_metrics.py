@@ -63,7 +63,7 @@ class Costs:
 def held_out(correct: Array, folds: int, seed: int) -> list[Array]:
     """Which questions each fold holds out, (N,) bool: every question in one, each with its share of either label.
 
-    There are as many folds as questions of the rarer label, where that is fewer than ``folds``.
+    There are as many folds as questions of the rarer label, two or more, where that is fewer than ``folds``.
     """
     from sklearn.model_selection import StratifiedKFold
 
