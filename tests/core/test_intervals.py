@@ -78,10 +78,12 @@ def test_the_interval_of_a_difference_holds_it_and_has_a_width(pairs):
     assert found.low < found.high
 
 
-def test_where_no_verdict_changes_the_interval_is_tangos():
-    same = np.array([True] * 30 + [False] * 20)
-    found, tango = difference(same, same), paired_difference(same, same)
-    assert (found.low, found.high) == pytest.approx((tango.low, tango.high), abs=1e-6)
+@pytest.mark.parametrize("value", [-1.0, 0.0, 1.0])
+def test_where_all_values_are_equal_the_interval_is_as_wide_as_tangos_of_no_change(value):
+    same = np.arange(50) < 30
+    found, tango = bootstrap_mean(np.full(50, value)), paired_difference(same, same)
+    expected = max(-1.0, value + tango.low), min(1.0, value + tango.high)
+    assert (found.low, found.high) == pytest.approx(expected, abs=1e-9)
 
 
 def test_few_changed_verdicts_are_not_taken_for_all_that_could_change():
