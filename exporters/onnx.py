@@ -51,8 +51,9 @@ from adaras_export.exporters.checkpoint import (
     vectors,
     write_json,
 )
-from adaras_export.exporters.onnx_graph import DATA_FILE, THRESHOLD
-from adaras_export.exporters.onnx_session import SteeredGraph
+from adaras_export.exporters.onnx_graph import DATA_FILE
+from adaras_export.exporters.onnx_player import SteeredGraph
+from adaras_export.exporters.onnx_session import THRESHOLD
 from adaras_export.parity import Artifact, Check, Reference, Tolerance
 from adaras_export.rule import SteeringRule
 from adaras_export.storage import Array

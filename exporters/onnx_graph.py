@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from adaras_export import models
 from adaras_export.errors import ExportError, first_line
 from adaras_export.exporters import onnx_functions
+from adaras_export.exporters.onnx_session import STRENGTH, THRESHOLD
 from adaras_export.rule import Gate, SteeringRule
 from adaras_export.storage import Array
 
 OPSET = 23
 DATA_FILE = "model.onnx_data"
-STRENGTH, THRESHOLD = "steering_strength", "steering_threshold"
 _LAST_PROMPT_TOKEN = "steering_last_prompt_token"
 _SCOPES = "pkg.torch.onnx.name_scopes"
 

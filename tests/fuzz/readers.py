@@ -19,7 +19,7 @@ from safetensors.numpy import save
 from adaras_export import delivery, description, models, onnx_runner, peft_settings, receipts, storage, traces
 from adaras_export.disclosure import Disclosed
 from adaras_export.errors import AdarasError
-from adaras_export.exporters import checkpoint, gguf_files, gguf_reader, onnx_genai, steering_lora, stream
+from adaras_export.exporters import checkpoint, gguf_files, gguf_reader, onnx_genai, onnx_session, steering_lora, stream
 from adaras_export.exporters import onnx as onnx_target
 from adaras_export.models import BaseModel
 from adaras_export.parity import Check, ParityReport
@@ -240,9 +240,8 @@ def _read_gguf(folder: Path) -> None:
 
 
 def _read_runner_settings(folder: Path) -> None:
-    onnx_runner._chat_template(folder)
-    config = storage.read_json(folder / "config.json")
-    assert all(isinstance(end, int) for end in onnx_runner.ends_of(folder, config))
+    onnx_runner.chat_template(folder)
+    assert all(isinstance(end, int) for end in onnx_session.end_ids(folder))
 
 
 def _template_seeds() -> list[bytes]:
