@@ -64,6 +64,14 @@ def content(path: Path, largest: int = LARGEST) -> bytes:
     return found
 
 
+def pieces(path: Path, first: int, last: int) -> Iterator[bytes]:
+    """The bytes of a file from offset ``first`` up to ``last``, a mebibyte at a time."""
+    with path.open("rb") as file:
+        file.seek(first)
+        for position in range(first, last, 1 << 20):
+            yield file.read(min(1 << 20, last - position))
+
+
 def text(encoded: bytes) -> str:
     """UTF-8, with or without a byte order mark.
 

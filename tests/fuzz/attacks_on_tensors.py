@@ -1,6 +1,7 @@
 """Attacks on files of tensors: by reader, what is attacked, the bytes, and what the refusal says."""
 
 import json
+import struct
 
 import numpy as np
 from fuzz.mutations import packed
@@ -44,6 +45,16 @@ def gguf(old=b"", new=b""):
     content = READERS["gguf"].seeds()[0]
     assert old in content
     return content.replace(old, new, 1)
+
+
+def _long_text(name):
+    """An entry with a text of a mebibyte."""
+    return struct.pack("<Q4sIQ", 4, name.encode(), 8, 1 << 20) + bytes(1 << 20)
+
+
+def _record(name, place):
+    """The record of a vector of four float32 numbers."""
+    return name.encode() + struct.pack("<IQIQ", 1, 4, 0, place)
 
 
 RULE = values()["rule"].to_bytes()
@@ -176,7 +187,8 @@ WEIGHT_ATTACKS = {
 GGUF_ATTACKS = {
     "empty": (b"", "ends before its entries and tensors do; expected a GGUF file"),
     "another magic": (gguf(b"GGUF", b"GGML"), "does not begin with GGUF"),
-    "version 9": (gguf(b"GGUF\x03", b"GGUF\x09"), "is of version 9, not of 2 or 3"),
+    "version 9": (gguf(b"GGUF\x03", b"GGUF\x09"), "is of version 9, or big-endian; only versions 2 and 3 are read"),
+    "big-endian": (gguf(b"GGUF\x03\x00\x00\x00", b"GGUF\x00\x00\x00\x03"), "is of version 50331648, or big-endian"),
     "2**60 entries": (
         b"GGUF" + b"\x03\x00\x00\x00" + bytes(8) + bytes(7) + b"\x10",
         "says 1152921504606846976 entries",
@@ -197,6 +209,10 @@ GGUF_ATTACKS = {
         "has arrays of arrays",
     ),
     "a text of 2**60 bytes": (gguf(b"\x01" + bytes(7) + b"a", bytes(7) + b"\x10a"), "bytes of text; at most"),
+    "texts of 20 MiB in all": (
+        b"GGUF" + struct.pack("<IQQ", 3, 0, 20) + b"".join(_long_text(f"a.{at:02}") for at in range(20)),
+        "says 1048576 bytes of text; at most [0-9]+ are read",
+    ),
     "an entry twice": (
         gguf(b"a.count", b"a.words"),
         "has the entry 'a.words' twice",
@@ -211,7 +227,11 @@ GGUF_ATTACKS = {
         gguf(b"alignment\x04\x00\x00\x00\x40\x00\x00\x00", b"alignment\x04\x00\x00\x00\x00\x00\x00\x80"),
         "aligns its tensors to 2147483648 bytes",
     ),
-    "cut off in the tensors": (gguf()[:-80], "ends before"),
+    "cut off in the tensors": (gguf()[:-80], "ends before the values of 'direction.2' do"),
+    "tensors that share their bytes": (
+        gguf(_record("direction.2", 32), _record("direction.2", 0)),
+        "has 'direction.2' where the values of another tensor are",
+    ),
 }
 
 TABLE = {"rule": RULE_ATTACKS, "stats": STATS_ATTACKS, "weights": WEIGHT_ATTACKS, "gguf": GGUF_ATTACKS}
