@@ -21,6 +21,9 @@ from safetensors import SafetensorError, safe_open
 LARGEST = 4 << 20
 """Bytes of JSON, of a table or of a header of tensors; an index of a thousand tensors has a tenth of a MiB."""
 
+PIECE = 1 << 20
+"""Bytes that are read at a time, of what may be larger than memory."""
+
 _DEEPEST = 64
 
 
@@ -65,11 +68,11 @@ def content(path: Path, largest: int = LARGEST) -> bytes:
 
 
 def pieces(path: Path, first: int, last: int) -> Iterator[bytes]:
-    """The bytes of a file from offset ``first`` up to ``last``, a mebibyte at a time."""
+    """The bytes of a file from offset ``first`` up to ``last``, `PIECE` at a time."""
     with path.open("rb") as file:
         file.seek(first)
-        for position in range(first, last, 1 << 20):
-            yield file.read(min(1 << 20, last - position))
+        for position in range(first, last, PIECE):
+            yield file.read(min(PIECE, last - position))
 
 
 def text(encoded: bytes) -> str:
