@@ -22,6 +22,7 @@ from adaras_export.exporters import onnx_functions, onnx_genai, onnx_graph
 from adaras_export.exporters.base import Commission
 from adaras_export.exporters.checkpoint import companions
 from adaras_export.exporters.onnx import EXPORTER, GRAPH
+from adaras_export.parity import compare, rehearse
 
 CAUSAL, LATER = ("causal", "last_prompt_token"), ("later", "first_generated_token")
 RULES = [CAUSAL, LATER, (None, "last_prompt_token"), (None, "first_generated_token"), ("causal", LATER[1])]
@@ -540,13 +541,16 @@ def test_the_builders_graph_equals_the_oracle_too(name, tmp_path):
     model = tiny.build_model(name, **sizes)
     rule = tiny.make_rule(models.BaseModel.of(base), gate=tiny.calibrated_gate(model, "causal"))
     (tmp_path / "out").mkdir()
-    EXPORTER.commissioned(Commission("base", options={"genai": True})).write(rule, base, tmp_path / "out")
+    exporter = EXPORTER.commissioned(Commission("base", options={"genai": True}))
+    exporter.write(rule, base, tmp_path / "out")
     assert not onnx.load(
         tmp_path / "out" / GRAPH, load_external_data=False
     ).producer_version  # a commit of any repository
     runner = Runner(session(tmp_path / "out" / GRAPH))
     for row, answer in zip(PROMPTS, tiny.answers(model, rule), strict=True):
         require_oracle(runner.respond([row])[0], [answer])
+    script = rehearse(exporter.reference(tmp_path / "out", rule, base))
+    assert [check.name for check in compare(script, exporter.load(tmp_path / "out")) if not check.ok] == []
 
 
 @pytest.mark.slow
