@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import tiny
+from onnx import TensorProto, helper, numpy_helper
 from tiny import PROMPTS
 
 from adaras_export import onnx_runner
@@ -93,12 +94,45 @@ def test_the_gate_decides_as_the_oracles_at_every_step(opened, told):
     assert (step.probability, step.steered) == (None, None)
 
 
-@pytest.mark.parametrize("token", [3, 5])
-def test_the_next_call_reads_the_chosen_token(token, opened):
-    off = {STRENGTH: 0}
-    _, after = islice(opened[NONE].decode([PROMPTS[0]], lambda logits_BV: np.array([token]), off), 2)
-    alone = next(opened[NONE].decode([[*PROMPTS[0], token]], dials=off))
-    np.testing.assert_allclose(after.logits_BV, alone.logits_BV, atol=1e-5)
+def write_echo(path):
+    """A graph whose logits are what it is fed: the token, its position, the mask's sum, the sum of all cached ids."""
+    node, value = helper.make_node, helper.make_tensor_value_info
+    fed, parts = ("input_ids", "position_ids", "attention_mask"), ("key", "value")
+    nodes = [
+        *(node("Cast", [name], [f"{name} as float"], to=TensorProto.FLOAT) for name in fed),
+        node("Unsqueeze", ["input_ids as float", "1 and 3"], ["column"]),
+        *(node("Concat", [f"past_key_values.0.{part}", "column"], [f"present.0.{part}"], axis=2) for part in parts),
+        node("ReduceSum", ["attention_mask as float", "1"], ["real"]),
+        node("ReduceSum", ["present.0.key", "1 and 2"], ["cached"], keepdims=0),
+        node("Sub", ["input_ids as float", "input_ids as float"], ["zeros"]),
+        *(node("Add", ["zeros", name], [f"{name} everywhere"]) for name in ("real", "cached")),
+        node(
+            "SequenceConstruct",
+            [*(f"{name} as float" for name in fed[:2]), "real everywhere", "cached everywhere"],
+            ["all"],
+        ),
+        node("ConcatFromSequence", ["all"], ["logits"], axis=-1, new_axis=1),
+    ]
+    cache = {part: [f"past_key_values.0.{part}", f"present.0.{part}"] for part in parts}
+    inputs = [value(name, TensorProto.INT64, ["B", None]) for name in fed]
+    inputs += [value(old, TensorProto.FLOAT, ["B", 1, None, 1]) for old, _ in cache.values()]
+    outputs = [value("logits", TensorProto.FLOAT, ["B", None, 4])]
+    outputs += [value(new, TensorProto.FLOAT, ["B", 1, None, 1]) for _, new in cache.values()]
+    axes = {"1": [1], "1 and 2": [1, 2], "1 and 3": [1, 3]}
+    constants = [numpy_helper.from_array(np.array(numbers), name) for name, numbers in axes.items()]
+    graph = helper.make_graph(nodes, "echo", inputs, outputs, constants)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), path)
+
+
+def test_each_call_is_fed_the_chosen_tokens_their_positions_the_mask_and_the_cache(tmp_path):
+    write_echo(tmp_path / "echo.onnx")
+    chosen = iter(np.array([[1, 2], [3, 4], [0, 0]]))
+    steps = islice(Session(tmp_path / "echo.onnx").decode([[5, 6], [7, 8, 9]], lambda logits_BV: next(chosen)), 3)
+    assert [step.logits_BV.tolist() for step in steps] == [
+        [[6, 1, 2, 11], [9, 2, 3, 24]],
+        [[1, 2, 3, 12], [2, 3, 4, 26]],
+        [[3, 3, 4, 15], [4, 4, 5, 30]],
+    ]
 
 
 @pytest.mark.parametrize("key", [CAUSAL, NONE], ids=str)
