@@ -17,6 +17,7 @@ from adaras_export import onnx_runner
 from adaras_export.errors import ArtifactError, TraceError
 from adaras_export.exporters import onnx_graph
 from adaras_export.exporters.onnx import OnnxExporter
+from adaras_export.exporters.onnx_chat import chat_template
 from adaras_export.exporters.onnx_session import STRENGTH, THRESHOLD, Session
 
 CAUSAL = ("llama", "causal", "last_prompt_token")
@@ -197,7 +198,7 @@ def test_the_chat_template_is_applied_as_transformers_does(exported, tokenizer):
 def test_templates_may_use_what_transformers_gives_them_and_nothing_else(folder):
     def rendered(template):
         (folder / "chat_template.jinja").write_text(template)
-        return onnx_runner.chat_template(folder).render("é")
+        return chat_template(folder).render("é")
 
     template = (
         "{%- for m in messages %}{%- if loop.index > 1 %}{% break %}{% endif %}{{ m | tojson }}{% endfor %}"

@@ -16,10 +16,19 @@ from gguf import GGUFValueType
 from onnx import TensorProto, helper
 from safetensors.numpy import save
 
-from adaras_export import delivery, description, models, onnx_runner, peft_settings, receipts, storage, traces
+from adaras_export import delivery, description, models, peft_settings, receipts, storage, traces
 from adaras_export.disclosure import Disclosed
 from adaras_export.errors import AdarasError
-from adaras_export.exporters import checkpoint, gguf_files, gguf_reader, onnx_genai, onnx_session, steering_lora, stream
+from adaras_export.exporters import (
+    checkpoint,
+    gguf_files,
+    gguf_reader,
+    onnx_chat,
+    onnx_genai,
+    onnx_session,
+    steering_lora,
+    stream,
+)
 from adaras_export.exporters import onnx as onnx_target
 from adaras_export.models import BaseModel
 from adaras_export.parity import Check, ParityReport
@@ -240,7 +249,7 @@ def _read_gguf(folder: Path) -> None:
 
 
 def _read_runner_settings(folder: Path) -> None:
-    onnx_runner.chat_template(folder)
+    onnx_chat.chat_template(folder)
     assert all(isinstance(end, int) for end in onnx_session.end_ids(folder))
 
 
