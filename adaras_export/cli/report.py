@@ -16,7 +16,7 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Make a page (.html), a text (.md) or data (.json) of evaluations; of several, rules across question sets."""
-    from adaras_export.reports.writing import made_of, require_format, written
+    from adaras_export.evaluation.report.render import made_of, require_format, written
 
     require_format(out)
     found = made_of(files)

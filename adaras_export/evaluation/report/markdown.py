@@ -1,0 +1,98 @@
+"""Blocks as Markdown, for READMEs and papers: everything but the drawings, whose numbers stand in tables.
+
+Knows no evaluation. Names stay what they are, whatever they contain.
+"""
+
+from collections.abc import Sequence
+from functools import singledispatch
+
+from adaras_export.core.markdown import cell, code, plain
+from adaras_export.evaluation.report.blocks import (
+    Beside,
+    Block,
+    Cell,
+    Chart,
+    Code,
+    Heading,
+    Items,
+    Paragraph,
+    Report,
+    Span,
+    Strong,
+    Table,
+    Verdict,
+)
+
+
+def markdown(report: Report) -> str:
+    """The whole text."""
+    parts = [f"# {plain(report.title)}", *(_block(block) for block in report.blocks)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+@singledispatch
+def _block(block: Block) -> str:
+    raise TypeError(type(block).__name__)
+
+
+@_block.register
+def _(block: Heading) -> str:
+    return f"{'#' * block.level} {_inline(block.spans)}"
+
+
+@_block.register
+def _(block: Paragraph) -> str:
+    return _inline(block.spans)
+
+
+@_block.register
+def _(block: Items) -> str:
+    return "\n".join(f"* {_inline(spans)}" for spans in block.items)
+
+
+@_block.register
+def _(block: Verdict) -> str:
+    return f"> **{plain(block.label)}.** {_inline(block.spans)}"
+
+
+@_block.register
+def _(block: Table) -> str:
+    edge = "---:" if block.numeric else "---"
+    heads = " | ".join(_in_table(head) for head in block.heads)
+    rule = "|".join(["---", *[edge] * (len(block.heads) - 1)])
+    rows = [f"| {' | '.join(map(_cell, row))} |" for row in block.rows]
+    return "\n".join([f"| {heads} |", f"|{rule}|", *rows])
+
+
+@_block.register
+def _(block: Chart) -> str:
+    del block  # a drawing repeats what a table says
+    return ""
+
+
+@_block.register
+def _(block: Beside) -> str:
+    return _block(block.table)
+
+
+def _cell(one: Cell) -> str:
+    return ", ".join("".join(map(_in_table, spans)) for spans in one.lines)
+
+
+def _in_table(span: Span) -> str:
+    """A bar would end the cell, within code as well; in words it is escaped already."""
+    return cell(_span(span)) if isinstance(span, Code) else _span(span)
+
+
+def _inline(spans: Sequence[Span]) -> str:
+    return "".join(map(_span, spans))
+
+
+def _span(span: Span) -> str:
+    if isinstance(span, Code):
+        return code(span.shown)
+    if isinstance(span, Strong):
+        return f"**{plain(span.text)}**"
+    # `plain` takes spaces at the ends, which part a span from the next one.
+    lead, trail = span[: len(span) - len(span.lstrip())], span[len(span.rstrip()) :] if span.strip() else ""
+    return f"{lead}{plain(span)}{trail}"
