@@ -13,10 +13,8 @@ from typing import Any
 
 from adaras_export.errors import AdarasError, ArtifactError, TraceError, require
 from adaras_export.exporters.onnx.chat_template import chat_template
-from adaras_export.exporters.onnx.session import PROVIDERS, STRENGTH, THRESHOLD, Session, Step, end_ids
+from adaras_export.exporters.onnx.session import GRAPH, PROVIDERS, STRENGTH, THRESHOLD, Session, Step, end_ids
 from adaras_export.files import atomic
-
-GRAPH = "onnx/model.onnx"
 
 
 def encode(folder: Path, tokenizer: Any, prompt: str, *, raw: bool = False) -> list[int]:  # noqa: ANN401
@@ -76,7 +74,7 @@ def _first_row(steps: Iterable[Step], ends: set[int]) -> Iterator[int]:
 def _graph(folder: Path) -> Path:
     path = folder / GRAPH
     if not path.is_file() or "adaras" not in atomic.read_json(folder / "config.json"):
-        raise ArtifactError(f"{folder}: is no export to target onnx; expected onnx/model.onnx and its config.json")
+        raise ArtifactError(f"{folder}: is no export to target onnx; expected {GRAPH} and its config.json")
     return path
 
 

@@ -18,6 +18,9 @@ from adaras_export.exporters.onnx.builds import require_one
 from adaras_export.files import atomic
 from adaras_export.files.safetensors_record import Array
 
+GRAPH = "onnx/model.onnx"
+"""Where the graph is in an exported folder."""
+
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 STRENGTH, THRESHOLD = "steering_strength", "steering_threshold"
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -141,7 +144,8 @@ class Session:
             raise ArtifactError(f"{self.path}: cannot be run ({first_line(error)})") from error
         values = dict(zip(self._outputs, binding.get_outputs(), strict=True))
         logits_BSV: Array = values.pop("logits").numpy()
-        return logits_BSV[:, -1], {name.replace("present.", "past_key_values."): one for name, one in values.items()}
+        cache = {name.replace("present.", "past_key_values."): value for name, value in values.items()}
+        return logits_BSV[:, -1], cache
 
     def _state(self, cache: Mapping[str, Any]) -> tuple[Any, Any] | None:
         if not self.gated:
