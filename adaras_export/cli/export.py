@@ -158,7 +158,7 @@ def card(
     before = delivery_receipt.read(folder).files
     from adaras_export.delivery import writer
 
-    receipt = writer.recard(folder, repository, evaluation, dataset or None)
+    receipt = writer.rewrite_card(folder, repository, evaluation, dataset or None)
     changed = sorted(name for name, found in receipt.files.items() if before.get(name) != found)
     gone = sorted(before.keys() - receipt.files.keys())
     record = {"path": str(folder), "repository": receipt.repository, "changed": changed, "removed": gone}
