@@ -10,12 +10,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.core.rule import SteeringRule
 from adaras_export.errors import require
 from adaras_export.exporters.base import (
     ExportContext,
     Exporter,
-    Generating,
+    SteeredModel,
     TargetSpec,
     Written,
     require_effect,
@@ -26,7 +27,7 @@ from adaras_export.exporters.checks import Inspection
 from adaras_export.exporters.hf import exporter
 from adaras_export.exporters.parity import FLOAT32, Artifact, Check, Reference
 from adaras_export.exporters.stock import switchable as stock_switchable
-from adaras_export.exporters.stock.plan import Plan
+from adaras_export.exporters.stock.plan import StockPlan
 
 
 @dataclass(frozen=True)
@@ -56,19 +57,19 @@ class StockExporter:
             require("peft", "peft", "target stock with --switchable")
         return replace(self, copy=context.copy, switchable=switchable)
 
-    def write(self, rule: SteeringRule, base: Path, out: Path) -> Written:
+    def write(self, rule: SteeringRule, base: Checkpoint, out: Path) -> Written:
         """As `Exporter` says."""
         require_effect(rule, self.spec.name)
-        plan = Plan.of(rule, base, switchable=self.switchable)
+        plan = StockPlan.of(rule, base, switchable=self.switchable)
         plan.write(out, copy=self.copy)
         exporter.write_repository(out, base, plan.config, {})
         if self.switchable:
             stock_switchable.write(rule, base, out)
         return Written(rule)
 
-    def inspect(self, folder: Path, rule: SteeringRule, base: Path) -> Inspection:
+    def inspect(self, folder: Path, rule: SteeringRule, base: Checkpoint) -> Inspection:
         """As `Exporter` says."""
-        plan = Plan.of(rule, base, switchable=self.switchable)
+        plan = StockPlan.of(rule, base, switchable=self.switchable)
         code, config, *checks = [*exporter.repository_checks(folder, base, plan.config, {}), *plan.checks(folder)]
         if self.switchable:
             wrong = stock_switchable.changed_settings(rule, folder)
@@ -77,9 +78,9 @@ class StockExporter:
             checks += stock_switchable.checks(rule, base, folder)
         adapter = stock_switchable.FILES if self.switchable else ()
         own = {*exporter.REPOSITORY_FILES, *exporter.SHARED_FILES, *plan.names.values(), *adapter}
-        return Inspection(code, config, (*checks, unknown_files(folder, base, own)))
+        return Inspection(code, config, (*checks, unknown_files(folder, base.folder, own)))
 
-    def reference(self, folder: Path, rule: SteeringRule, base: Path) -> Reference:  # noqa: ARG002
+    def reference(self, folder: Path, rule: SteeringRule, base: Checkpoint) -> Reference:  # noqa: ARG002
         """As `Exporter` says."""
         return stock_reference(rule, base, everywhere=True)
 
@@ -91,7 +92,7 @@ class StockExporter:
 EXPORTER = StockExporter()
 
 
-class _Checkpoint(Generating):
+class _Checkpoint(SteeredModel):
     """An opened artifact, which is always steered."""
 
     tolerance = FLOAT32

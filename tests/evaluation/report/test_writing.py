@@ -13,7 +13,7 @@ from adaras_export.evaluation.report.render import made_of, require_format, writ
 GOLDEN = TESTS / "golden" / "reports"
 PAGES = ("gain", "hostile", "transfer")  # one style for all; the other cases differ in words
 TEXTS = [
-    (name, suffix) for name in evaluations.CASES for suffix in (".md", ".html") if suffix == ".md" or name in PAGES
+    (name, suffix) for name in evaluations.GOLDEN for suffix in (".md", ".html") if suffix == ".md" or name in PAGES
 ]
 each_case = pytest.mark.parametrize("name", evaluations.CASES)
 
