@@ -65,7 +65,7 @@ def planted_task(_out: Path) -> Task:
     parts = planted.splits({"identify": 400, "validation": 300, "test": 1000}, seed=1)
     return Task(
         name="planted",
-        base=Path(__file__).with_name("planted_model"),
+        base=Path(planted.__file__).with_name("planted_model"),
         questions={name: [_planted_question(row) for row in rows] for name, rows in parts.items()},
         attempts=8,
         sampling=Sampling(40, temperature=1.0),
@@ -305,7 +305,7 @@ def _in_a_clean_process(folder: Path, questions: Sequence[Question], sampling: S
     arguments = [str(folder), json.dumps(prompts, default=list), str(sampling.max_new_tokens)]
     environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error"}
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("clean_process.py")), *arguments],
+        [sys.executable, str(Path(planted.__file__).with_name("clean_process.py")), *arguments],
         capture_output=True,
         text=True,
         check=False,
