@@ -9,12 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from adaras_export.card_effect import Measured, computed_arm, told
+from adaras_export.card_effect import computed_arm, effect_text
 from adaras_export.card_header import Header, results_file
 from adaras_export.card_text import Example, cell, code, filled, plain
 from adaras_export.checks import ParityReport
 from adaras_export.disclosure import Disclosed
 from adaras_export.models import BaseModel
+from adaras_export.record import Evaluation
 from adaras_export.rule import SteeringRule
 from adaras_export.verdicts import Arm
 
@@ -56,14 +57,14 @@ class CardContext:
     base_card: Mapping[str, Any]
     datasets: Sequence[str]
     tensors: Sequence[Disclosed]
-    measured: Measured | None
+    measured: Evaluation | None
     chat_template: bool
 
     @property
     def example(self) -> Example:
         """A question of the evaluation as it was asked there, or any one as the base wants it."""
-        found = None if self.measured is None else self.measured.example
-        return found or Example("What is 12 times 7?", self.chat_template)
+        asked = None if self.measured is None else Example.of(self.measured.example)
+        return asked or Example("What is 12 times 7?", self.chat_template)
 
 
 def card(rule: SteeringRule, parity: ParityReport, context: CardContext) -> str:
@@ -249,8 +250,8 @@ def _effect(rule: SteeringRule, context: CardContext) -> str:
     command = f"`adaras-export eval --compare {ways}`" if static else "`adaras-export eval`"
     if context.measured is None:
         return f"## Effect\n\n{_NOT_EVALUATED.format(command)}\n"
-    said = told(context.measured, _arm_name(rule, context), command, rounded=context.rounded)
-    return f"## Effect\n\n{said}"
+    text = effect_text(context.measured, _arm_name(rule, context), command, rounded=context.rounded)
+    return f"## Effect\n\n{text}"
 
 
 _NOT_EVALUATED = (

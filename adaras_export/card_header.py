@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from adaras_export.card_effect import Measured
 from adaras_export.errors import ArtifactError
 from adaras_export.models import BaseModel, is_hub_id
+from adaras_export.record import Evaluation
 from adaras_export.verdicts import Arm
 
 TAGS = ("activation-steering", "adaras")
@@ -50,7 +50,7 @@ class Header:
     relation: str
     tags: Sequence[str]
     datasets: Sequence[str]
-    measured: tuple[Measured, Arm] | None
+    measured: tuple[Evaluation, Arm] | None
 
     def text(self) -> str:
         """The header with its fences."""
@@ -86,7 +86,7 @@ class Header:
             return link
         return f"https://huggingface.co/{self.base.id}/blob/{self.base.revision}/{link}"
 
-    def _results(self, measured: Measured, arm: Arm) -> dict[str, Any]:
+    def _results(self, measured: Evaluation, arm: Arm) -> dict[str, Any]:
         from huggingface_hub import EvalResult
 
         result = EvalResult(
@@ -102,7 +102,7 @@ class Header:
         return {"model_name": self.repository, "eval_results": [result], "metrics": ["accuracy"]}
 
 
-def results_file(measured: Measured | None, arm: Arm | None) -> str | None:
+def results_file(measured: Evaluation | None, arm: Arm | None) -> str | None:
     """The file for `.eval_results`: where the questions are a task of a benchmark on the Hub; None elsewhere."""
     if measured is None or arm is None or measured.dataset is None or measured.task is None:
         return None
@@ -143,5 +143,5 @@ def _yaml(value: Any) -> str:  # noqa: ANN401 - whatever YAML can say
     return text
 
 
-def _interval(measured: Measured, arm: Arm) -> str:
+def _interval(measured: Evaluation, arm: Arm) -> str:
     return f"n = {measured.questions}, 95 % Wilson interval {arm.low:.3f} to {arm.high:.3f}"

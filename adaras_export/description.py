@@ -11,7 +11,6 @@ from typing import Any
 
 from adaras_export import disclosure, models, receipts, storage
 from adaras_export.card import CardContext, card, results
-from adaras_export.card_effect import Measured
 from adaras_export.card_header import inherited
 from adaras_export.checks import Check, ParityReport
 from adaras_export.errors import ArtifactError, ExportError, first_line
@@ -20,6 +19,7 @@ from adaras_export.exporters.calibration import AGREEMENT
 from adaras_export.exporters.checkpoint import changed_companions, differing_keys, holds
 from adaras_export.models import BaseModel
 from adaras_export.receipts import CARD_FILE, EVALUATION_FILE, RECEIPT_FILE, RESULTS_FILE, RULE_FILE, Receipt
+from adaras_export.record import read_evaluation
 from adaras_export.rule import SteeringRule
 
 
@@ -151,10 +151,9 @@ def evaluation_of(path: Path, rule: SteeringRule) -> bytes:
         ArtifactError: it is none.
         ExportError: it is about another rule.
     """
-    evaluation = storage.read_json(path)
-    if evaluation.get("rule") != rule.fingerprint:
-        raise ExportError(f"{path}: evaluates rule {evaluation.get('rule')}; expected {rule.fingerprint}")
-    Measured.from_record(evaluation, str(path))
+    evaluation = read_evaluation(path)
+    if evaluation.rule != rule.fingerprint:
+        raise ExportError(f"{path}: evaluates rule {evaluation.rule}; expected {rule.fingerprint}")
     return path.read_bytes()
 
 
@@ -204,7 +203,7 @@ def _context(folder: Path, receipt: Receipt, exporter: Exporter) -> CardContext:
         base_card=receipt.base_card,
         datasets=receipt.datasets,
         tensors=receipt.tensors,
-        measured=Measured.from_record(storage.read_json(path), str(path)) if path.exists() else None,
+        measured=read_evaluation(path) if path.exists() else None,
         chat_template=receipt.chat_template,
     )
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from adaras_export import card_text
 from adaras_export.card import card
-from adaras_export.errors import ArtifactError
+from adaras_export.foreign import UnreadableError
 from adaras_export.models import BaseModel
 
 GOLDEN = Path(__file__).parent / "golden" / "cards"
@@ -83,7 +83,7 @@ NO_QUESTIONS = [
 @pytest.mark.parametrize("prompt", NO_QUESTIONS)
 def test_what_is_no_short_question_is_no_example_and_refused_in_a_file(prompt):
     assert card_text.Example.of(prompt) is None
-    with pytest.raises(ArtifactError, match="expected a file of adaras-export eval"):
+    with pytest.raises(UnreadableError, match="has an example that is no short question"):
         text(evaluation={**cards.GAIN, "example": prompt})
 
 

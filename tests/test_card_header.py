@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adaras_export.card import results
-from adaras_export.card_effect import Measured
 from adaras_export.card_header import inherited
 from adaras_export.errors import ArtifactError
 from adaras_export.models import BaseModel
+from adaras_export.record import evaluation_of
 
 
 def data(**how):
@@ -110,7 +110,7 @@ def test_no_result_is_claimed_that_was_not_measured_on_this_artifact(case):
 
 
 def told_results(evaluation, name="hf"):
-    return results(RULE, cards.context(name, measured=Measured.from_record(evaluation, "evaluation.json")))
+    return results(RULE, cards.context(name, measured=evaluation_of(evaluation)))
 
 
 def test_a_task_of_a_benchmark_gets_the_file_that_its_leaderboard_reads():

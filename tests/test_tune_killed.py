@@ -12,7 +12,7 @@ import pytest
 import adaras_export
 from adaras_export.checkers import last_number
 from adaras_export.demo import planted
-from adaras_export.evaluate import Exam
+from adaras_export.evaluate import EvaluationTask
 from adaras_export.generation import Sampling, load_model
 from adaras_export.models import BaseModel
 from adaras_export.rule import NeuronSet
@@ -37,9 +37,9 @@ def started(folder):
 def whole(questions, neurons):
     """What a run that nobody killed finds."""
     model, tokenizer = load_model(str(MODEL))
-    exam = Exam(questions, last_number, Sampling(40), max_rows=8)
+    task = EvaluationTask(questions, last_number, Sampling(40), max_rows=8)
     grid = {"counts": (5, 20), "strengths": (1, 2)}
-    return tune(model, tokenizer, neurons, None, exam, base=BaseModel.of(str(MODEL)), **grid)
+    return tune(model, tokenizer, neurons, None, task, base=BaseModel.of(str(MODEL)), **grid)
 
 
 def lines(path):
