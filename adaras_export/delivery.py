@@ -106,7 +106,7 @@ def export(  # noqa: PLR0913 - one job with the options that the command line ha
     return ExportReport(out, to, dict(files), dropped, parity)
 
 
-def recard(
+def rewrite_card(
     path: str | Path,
     repository: str | None = None,
     evaluation: str | Path | None = None,

@@ -190,10 +190,8 @@ def _context(folder: Path, receipt: Receipt, exporter: Exporter) -> CardContext:
     path = folder / EVALUATION_FILE
     return CardContext(
         repository=receipt.repository,
-        usage=exporter.usage(),
-        off=exporter.off(),
-        limits=exporter.limits(),
-        weights=exporter.weights(),
+        template=exporter.card,
+        options=receipt.options,
         library=exporter.library,
         relation=exporter.relation,
         tags=exporter.tags(),

@@ -98,6 +98,16 @@ class Exporter(Protocol):
         """Whether it computes with rounded weights, so that a measurement with the base's own is not about it."""
         ...
 
+    @property
+    def card(self) -> str:
+        """The template of its model card, by its path in this package; it fills the blocks of `card.md`.
+
+        Blocks: ``weights``, what became of the base's weights; ``usage``, every way to load it, with code that runs as
+        it stands; ``off``, how to switch the steering off, which goes on from the code of ``usage``; ``limits``, what
+        the format cannot do and what goes wrong in silence, as a list.
+        """
+        ...
+
     def commissioned(self, commission: Commission) -> "Exporter":
         """This exporter with what it needs of ``commission``.
 
@@ -152,25 +162,6 @@ class Exporter(Protocol):
 
     def tags(self) -> Sequence[str]:
         """Tags of the model card that are this target's own."""
-        ...
-
-    def weights(self) -> str:
-        """A sentence for the card: what became of the base's weights."""
-        ...
-
-    def usage(self) -> str:
-        """Every way to load it, in Markdown, with code that runs as it stands.
-
-        See `card_text.filled` for what stands in braces.
-        """
-        ...
-
-    def off(self) -> str:
-        """How to switch the steering off, likewise; goes on from the code of `usage`."""
-        ...
-
-    def limits(self) -> Sequence[str]:
-        """What the format cannot do, and what goes wrong in silence; a sentence or two each."""
         ...
 
 

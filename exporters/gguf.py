@@ -21,7 +21,6 @@ from adaras_export import models, storage
 from adaras_export.disclosure import Disclosed
 from adaras_export.errors import ArtifactError, ExportError
 from adaras_export.exporters import gguf_files, gguf_model, gguf_reader
-from adaras_export.exporters import gguf_words as words
 from adaras_export.exporters.base import Commission, Exporter, Feature, Written, require_effect, stock_reference
 from adaras_export.exporters.checkpoint import differing_keys, opened, plain_config, vectors
 from adaras_export.exporters.gguf_reader import Entry
@@ -69,6 +68,11 @@ class GgufExporter:
     def relation(self) -> str:
         """As `Exporter` says."""
         return "adapter" if self.into is None else "finetune"
+
+    @property
+    def card(self) -> str:
+        """As `Exporter` says."""
+        return f"exporters/card_text/{'gguf' if self.into is None else 'gguf_into'}.md"
 
     def commissioned(self, commission: Commission) -> Exporter:
         """As `Exporter` says."""
@@ -137,24 +141,6 @@ class GgufExporter:
     def tags(self) -> Sequence[str]:
         """As `Exporter` says."""
         return ("gguf", "llama.cpp", *(["control-vector"] if self.into is None else []))
-
-    def weights(self) -> str:
-        """As `Exporter` says."""
-        if self.into is None:
-            return "No weight of the base is changed or here: this is a control vector, beside any GGUF of the base."
-        return f"`{self._carrier_name}` is here with biases in its steered layers; its other tensors are as they were."
-
-    def usage(self) -> str:
-        """As `Exporter` says."""
-        return words.VECTOR_USAGE if self.into is None else words.MODEL_USAGE
-
-    def off(self) -> str:
-        """As `Exporter` says."""
-        return words.VECTOR_OFF if self.into is None else words.MODEL_OFF
-
-    def limits(self) -> Sequence[str]:
-        """As `Exporter` says."""
-        return words.VECTOR_LIMITS if self.into is None else words.MODEL_LIMITS
 
     @property
     def _carrier_name(self) -> str:

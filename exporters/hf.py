@@ -16,7 +16,6 @@ import numpy as np
 
 from adaras_export import models, payload_history, storage
 from adaras_export.disclosure import Disclosed
-from adaras_export.exporters import hf_words as words
 from adaras_export.exporters.base import Commission, Exporter, Feature, Generating, Written, stock_reference
 from adaras_export.exporters.checkpoint import (
     INDEX_FILE,
@@ -60,6 +59,7 @@ class HuggingFaceExporter:
     relation: str = "finetune"
     fetches_base: bool = False
     rounded: bool = False
+    card: str = "exporters/card_text/hf.md"
     copy: bool = False
 
     def commissioned(self, commission: Commission) -> Exporter:
@@ -109,22 +109,6 @@ class HuggingFaceExporter:
     def tags(self) -> Sequence[str]:
         """As `Exporter` says."""
         return ("custom_code",)
-
-    def weights(self) -> str:
-        """As `Exporter` says."""
-        return "No weight of the base is changed; its files are here as they were."
-
-    def usage(self) -> str:
-        """As `Exporter` says."""
-        return words.USAGE
-
-    def off(self) -> str:
-        """As `Exporter` says."""
-        return words.OFF
-
-    def limits(self) -> Sequence[str]:
-        """As `Exporter` says."""
-        return words.LIMITS
 
 
 EXPORTER = HuggingFaceExporter()

@@ -14,7 +14,6 @@ from adaras_export import models, storage
 from adaras_export.disclosure import Disclosed
 from adaras_export.errors import ExportError
 from adaras_export.exporters import hf
-from adaras_export.exporters import hf_words as words
 from adaras_export.exporters.base import Commission, Exporter, Feature, Written, stock_reference
 from adaras_export.exporters.checkpoint import (
     STEERING_FILE,
@@ -48,6 +47,7 @@ class ThinExporter:
     relation: str = "adapter"
     fetches_base: bool = True
     rounded: bool = False
+    card: str = "exporters/card_text/hf_thin.md"
     commission: Commission | None = None
 
     def commissioned(self, commission: Commission) -> Exporter:
@@ -103,22 +103,6 @@ class ThinExporter:
     def tags(self) -> Sequence[str]:
         """As `Exporter` says."""
         return ("custom_code",)
-
-    def weights(self) -> str:
-        """As `Exporter` says."""
-        return "No weight of the base is changed; none is here, they are fetched from where the base is."
-
-    def usage(self) -> str:
-        """As `Exporter` says."""
-        return words.THIN_USAGE
-
-    def off(self) -> str:
-        """As `Exporter` says."""
-        return words.OFF
-
-    def limits(self) -> Sequence[str]:
-        """As `Exporter` says."""
-        return words.THIN_LIMITS
 
     def _config(self, rule: SteeringRule, base: Path) -> dict[str, Any]:
         """The config of target hf, with the classes that fetch the base; "base" keeps what they put back."""

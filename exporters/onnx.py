@@ -30,7 +30,6 @@ from adaras_export.exporters import (
     onnx_page,
     onnx_quantize,
 )
-from adaras_export.exporters import onnx_words as words
 from adaras_export.exporters.base import (
     Commission,
     Exporter,
@@ -85,6 +84,7 @@ class OnnxExporter:
     name: ClassVar[str] = "onnx"
     drops: ClassVar[frozenset[Feature]] = frozenset()
     library: ClassVar[str] = "transformers.js"
+    card: ClassVar[str] = "exporters/card_text/onnx.md"
     relation: ClassVar[str] = "finetune"
     fetches_base: ClassVar[bool] = False
     options: ClassVar[frozenset[str]] = frozenset({"precision", "inline", "genai", "page", "calibration"})
@@ -203,26 +203,6 @@ class OnnxExporter:
     def tags(self) -> Sequence[str]:
         """As `Exporter` says."""
         return ("onnx", "onnxruntime", "transformers.js")
-
-    def weights(self) -> str:
-        """As `Exporter` says."""
-        how = {"fp32": "in float32, none of them changed", "fp16": "rounded to float16"}
-        bits = f"those of the projections in {_BITS.get(self.precision)} bits, in symmetric blocks of 32"
-        rounded = "" if self.precision == "fp32" else " The base that it was verified against has the same rounding."
-        told = f"The base's weights are here as an ONNX graph, {how.get(self.precision, bits)}.{rounded}"
-        return f"{told} `verify` exports the base anew and compares every node and number of the graph with that."
-
-    def usage(self) -> str:
-        """As `Exporter` says."""
-        return words.USAGE + (words.PAGE_USAGE if self.page else "")
-
-    def off(self) -> str:
-        """As `Exporter` says."""
-        return words.OFF
-
-    def limits(self) -> Sequence[str]:
-        """As `Exporter` says."""
-        return words.LIMITS if self.precision == "fp32" else (*words.LIMITS, words.ROUNDED)
 
     def _tolerance(self) -> Tolerance:
         return _FLOAT16 if self.precision == "fp16" else _FLOAT32

@@ -18,7 +18,6 @@ from adaras_export import models, storage
 from adaras_export.disclosure import Disclosed
 from adaras_export.errors import ExportError
 from adaras_export.exporters import adapters
-from adaras_export.exporters import peft_words as words
 from adaras_export.exporters.adapters import ADAPTER_FILE, CONFIG_FILE, adapted
 from adaras_export.exporters.base import (
     Commission,
@@ -59,6 +58,7 @@ class PeftExporter:
     relation: str = "adapter"
     fetches_base: bool = True
     rounded: bool = False
+    card: str = "exporters/card_text/peft.md"
     commission: Commission | None = None
 
     def commissioned(self, commission: Commission) -> Exporter:
@@ -107,22 +107,6 @@ class PeftExporter:
     def tags(self) -> Sequence[str]:
         """As `Exporter` says."""
         return ("lora",)
-
-    def weights(self) -> str:
-        """As `Exporter` says."""
-        return "No weight of the base is changed; none is here: this adapter adds a bias to some of its MLPs."
-
-    def usage(self) -> str:
-        """As `Exporter` says."""
-        return words.USAGE
-
-    def off(self) -> str:
-        """As `Exporter` says."""
-        return words.OFF
-
-    def limits(self) -> Sequence[str]:
-        """As `Exporter` says."""
-        return words.LIMITS
 
     def tensors(self, rule: SteeringRule, base: Path) -> dict[str, Array]:
         """What the adapter's file holds: per steered layer A = 0 (1, M), B = 0 (D, 1), and the bias (D,)."""

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from adaras_export import models
-from adaras_export.exporters import peft_words as words
 from adaras_export.exporters.base import Feature, stock_reference
 from adaras_export.exporters.checkpoint import vectors
 from adaras_export.exporters.peft import Adapted, PeftExporter, base_entries, open_adapted
@@ -28,6 +27,7 @@ class AdaptiveExporter(PeftExporter):
     """The exporter of target `peft` with option `adaptive`."""
 
     drops: frozenset[Feature] = frozenset()
+    card: str = "exporters/card_text/peft_adaptive.md"
 
     def recorded(self) -> Mapping[str, Any]:
         """As `Exporter` says."""
@@ -44,25 +44,6 @@ class AdaptiveExporter(PeftExporter):
     def tags(self) -> Sequence[str]:
         """As `Exporter` says."""
         return ()
-
-    def weights(self) -> str:
-        """As `Exporter` says."""
-        return (
-            "No weight of the base is changed; none is here. **This adapter needs the library adaras-export beside "
-            "PEFT**, unlike the stock adapters that PEFT opens alone: it carries the gate, too."
-        )
-
-    def usage(self) -> str:
-        """As `Exporter` says."""
-        return words.ADAPTIVE_USAGE
-
-    def off(self) -> str:
-        """As `Exporter` says."""
-        return words.ADAPTIVE_OFF
-
-    def limits(self) -> Sequence[str]:
-        """As `Exporter` says."""
-        return words.ADAPTIVE_LIMITS
 
     def tensors(self, rule: SteeringRule, base: Path) -> dict[str, Array]:
         """What the adapter's file holds: the folded vectors, without the strength, and the gate."""

@@ -23,6 +23,11 @@ class MergeExporter(StockExporter):
     name: str = "peft"
     options: frozenset[str] = frozenset({"adaptive", "merge"})
 
+    @property
+    def card(self) -> str:
+        """As `Exporter` says."""
+        return "exporters/card_text/peft_merge.md"
+
     def commissioned(self, commission: Commission) -> Exporter:
         """As `Exporter` says."""
         return replace(self, copy=commission.copy)
@@ -35,13 +40,6 @@ class MergeExporter(StockExporter):
         """As `Exporter` says."""
         _require_biases(rule, base)
         return super().write(rule, base, out)
-
-    def weights(self) -> str:
-        """As `Exporter` says."""
-        return (
-            "Only the biases of the down projections of the steered layers are changed, and stored in float32; all "
-            "other weights of the base are here as they were."
-        )
 
 
 def _require_biases(rule: SteeringRule, base: Path) -> None:

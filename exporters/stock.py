@@ -13,7 +13,6 @@ from typing import Any
 from adaras_export.disclosure import Disclosed
 from adaras_export.errors import require
 from adaras_export.exporters import hf, steering_lora
-from adaras_export.exporters import stock_words as words
 from adaras_export.exporters.base import (
     Commission,
     Exporter,
@@ -46,6 +45,11 @@ class StockExporter:
     def drops(self) -> frozenset[Feature]:
         """As `Exporter` says: PEFT has a dial for adapters, and with it the switchable form."""
         return frozenset({"gate", "start"}) if self.switchable else frozenset({"gate", "start", "dial"})
+
+    @property
+    def card(self) -> str:
+        """As `Exporter` says."""
+        return f"exporters/card_text/{'stock_switchable' if self.switchable else 'stock'}.md"
 
     def commissioned(self, commission: Commission) -> Exporter:
         """As `Exporter` says."""
@@ -96,22 +100,6 @@ class StockExporter:
     def tags(self) -> Sequence[str]:
         """As `Exporter` says."""
         return ("peft", "lora") if self.switchable else ()
-
-    def weights(self) -> str:
-        """As `Exporter` says."""
-        return words.SWITCHABLE_WEIGHTS if self.switchable else words.WEIGHTS
-
-    def usage(self) -> str:
-        """As `Exporter` says."""
-        return words.SWITCHABLE_USAGE if self.switchable else words.USAGE
-
-    def off(self) -> str:
-        """As `Exporter` says."""
-        return words.SWITCHABLE_OFF if self.switchable else words.OFF
-
-    def limits(self) -> Sequence[str]:
-        """As `Exporter` says."""
-        return words.SWITCHABLE_LIMITS if self.switchable else words.LIMITS
 
 
 EXPORTER = StockExporter()

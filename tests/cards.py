@@ -70,10 +70,8 @@ def context(name="hf", rule=RULE, **changes):
     needed = {"start", "dial", *(["gate"] if rule.gate is not None else [])}
     values = {
         "repository": "someone/tiny-steered",
-        "usage": exporter.usage(),
-        "off": exporter.off(),
-        "limits": exporter.limits(),
-        "weights": exporter.weights(),
+        "template": exporter.card,
+        "options": exporter.recorded(),
         "library": exporter.library,
         "relation": exporter.relation,
         "tags": exporter.tags(),

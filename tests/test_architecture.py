@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -201,4 +202,4 @@ def test_every_target_loads_under_its_own_name():
         exporter = load(target)
         assert exporter.name == target
         assert exporter.drops <= {"gate", "start", "dial"}
-        assert "{repo}" in exporter.usage()
+        assert resources.files("adaras_export").joinpath(exporter.card).is_file()

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from adaras_export import delivery, description, models, receipts, storage
 from adaras_export.checks import Check, ParityReport
-from adaras_export.delivery import export, recard, verify
+from adaras_export.delivery import export, rewrite_card, verify
 from adaras_export.errors import ArtifactError, ExportError, ParityError, RuleError
 from adaras_export.exporters.base import Written
 from adaras_export.exporters.checkpoint import differing_keys
@@ -820,7 +820,7 @@ def test_a_licence_of_a_base_without_a_card_is_found(folder):
 
 def test_a_new_card_has_the_new_name_and_the_folder_still_verifies(delivered, folder):
     before = receipts.hashes(folder)
-    receipt = recard(folder, repository="someone/steered")
+    receipt = rewrite_card(folder, repository="someone/steered")
     after = receipts.hashes(folder)
     assert {name for name in after if after[name] != before[name]} == {"README.md"}
     assert 'from_pretrained("someone/steered"' in (folder / "README.md").read_text()
@@ -831,13 +831,13 @@ def test_a_new_card_has_the_new_name_and_the_folder_still_verifies(delivered, fo
 def test_a_folder_that_is_not_as_its_receipt_says_gets_no_new_card(folder):
     (folder / "config.json").write_text("{}")
     with pytest.raises(ArtifactError, match=r"files changed: config.json; expected the files of its receipt only"):
-        recard(folder, repository="someone/steered")
+        rewrite_card(folder, repository="someone/steered")
 
 
 def test_a_signed_folder_gets_no_new_card(folder):
     (folder / "model.sig").write_text("{}")
     with pytest.raises(ExportError, match=r"is signed, and a new card would break that; remove model.sig, sign again"):
-        recard(folder)
+        rewrite_card(folder)
 
 
 def hashes_of(path):
@@ -889,18 +889,18 @@ def test_a_file_of_tensors_that_cannot_be_read_is_said(folder):
 
 def test_a_new_evaluation_and_datasets_reach_the_card_and_go_again(delivered, folder, rules, tmp_path):
     path = write_evaluation(tmp_path / "eval.json", rules[KEY])
-    receipt = recard(folder, evaluation=path, datasets=["someone/traces"])
+    receipt = rewrite_card(folder, evaluation=path, datasets=["someone/traces"])
     assert {"evaluation.json", ".eval_results/adaras.yaml"} <= receipt.files.keys()
     assert "\n- someone/traces\n" in (folder / "README.md").read_text()
     assert verify(folder).ok
-    plain = recard(folder, evaluation=write_evaluation(path, rules[KEY], task=None), datasets=[])
+    plain = rewrite_card(folder, evaluation=write_evaluation(path, rules[KEY], task=None), datasets=[])
     assert ".eval_results/adaras.yaml" not in plain.files
     assert receipts.read(folder).datasets == []
 
 
 def test_a_card_is_made_anew_without_the_base_as_it_was(delivered, folder):
     before = receipts.hashes(folder)
-    recard(folder, repository=delivered.path.name)
+    rewrite_card(folder, repository=delivered.path.name)
     assert receipts.hashes(folder) == before
 
 
@@ -908,7 +908,7 @@ def test_a_card_is_made_anew_without_the_base_as_it_was(delivered, folder):
 def test_a_dataset_that_no_hub_could_have_is_refused_and_changes_nothing(name, folder):
     before = receipts.hashes(folder)
     with pytest.raises(ExportError, match=r"could be on no Hub; expected USER/NAME"):
-        recard(folder, datasets=[name])
+        rewrite_card(folder, datasets=[name])
     assert receipts.hashes(folder) == before
 
 

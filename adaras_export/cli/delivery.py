@@ -166,7 +166,7 @@ def card(
     before = receipts.read(folder).files
     from adaras_export import delivery
 
-    receipt = delivery.recard(folder, repository, evaluation, dataset or None)
+    receipt = delivery.rewrite_card(folder, repository, evaluation, dataset or None)
     changed = sorted(name for name, found in receipt.files.items() if before.get(name) != found)
     gone = sorted(before.keys() - receipt.files.keys())
     record = {"path": str(folder), "repository": receipt.repository, "changed": changed, "removed": gone}

@@ -1,22 +1,17 @@
 """The document of a report: figures put into the templates, as Markdown. Claims nothing that `conclusions` does not.
 
-Whatever a template inserts is escaped, unless a function here has made Markdown of it. Knows no HTML.
+The templates escape whatever they insert, unless a function here has made Markdown of it. Knows no HTML.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-from adaras_export.card_text import cell, code, plain
+from adaras_export.card_text import Markdown, code, render
 from adaras_export.conclusions import ENOUGH_DRAWS, LEVEL, Outcome, in_points
 from adaras_export.errors import printable
 from adaras_export.reports.reading import GateSummary, TuningSummary
 from adaras_export.reports.results import ArmResult, Result, Transfer, TransferCell, about, sentence
 from adaras_export.verdicts import Estimate
-
-TEMPLATES = Path(__file__).parent / "templates"
 
 _LABELS: dict[Outcome, str] = {
     "gain": "Gain shown",
@@ -28,12 +23,6 @@ _LABELS: dict[Outcome, str] = {
     "few draws": "More right, but no claim: too few random draws",
 }
 _LONGEST = 80
-
-
-class Markdown(str):
-    """Text in which everything that is not ours is escaped."""
-
-    __slots__ = ()
 
 
 Draw = Callable[[str, Any], str]
@@ -63,37 +52,24 @@ def document(
     def chart(kind: str, subject: Result | Transfer) -> Markdown:
         return Markdown("" if draw is None else f"![]({draw(kind, subject)})")
 
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        undefined=StrictUndefined,
-        finalize=_escaped,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"name": name, "names": _names, "points": points, "chance": chance}
-    text = environment.get_template("report.md").render(
-        title=title_of(results),
-        results=results,
-        transfer=transfer,
-        tunings=[summary for summary in summaries if isinstance(summary, TuningSummary)],
-        gates=[summary for summary in summaries if isinstance(summary, GateSummary)],
-        several=any(result.evaluation.samples > 1 for result in results),
-        tables=_Tables(),
-        chart=chart,
-        label=label,
-        sentence=sentence,
-        letter=letter,
-        level=LEVEL,
-        level_mark=Markdown("##" if transfer is None else "###"),
-        enough_draws=ENOUGH_DRAWS,
-        zip=zip,
-    )
+    values = {
+        "title": title_of(results),
+        "results": results,
+        "transfer": transfer,
+        "tunings": [summary for summary in summaries if isinstance(summary, TuningSummary)],
+        "gates": [summary for summary in summaries if isinstance(summary, GateSummary)],
+        "several": any(result.evaluation.samples > 1 for result in results),
+        "heading": Markdown("##" if transfer is None else "###"),
+        "level": LEVEL,
+        "enough_draws": ENOUGH_DRAWS,
+        "tables": _Tables(),
+        "chart": chart,
+        "zip": zip,
+        **{function.__name__: function for function in (name, names, label, sentence, letter, points, chance)},
+    }
+    text = render("reports/templates/report.md", values)
     paragraphs = (paragraph.strip("\n") for paragraph in text.split("\n\n"))
     return "\n\n".join(paragraph for paragraph in paragraphs if paragraph) + "\n"
-
-
-def _escaped(value: Any) -> Any:  # noqa: ANN401 - whatever a template inserts
-    return plain(value) if isinstance(value, str) and not isinstance(value, Markdown) else value
 
 
 def shortened(text: str) -> str:
@@ -104,10 +80,11 @@ def shortened(text: str) -> str:
 
 def name(text: str) -> Markdown:
     """A name of somebody else's, as a span of code."""
-    return Markdown(code(shortened(text)))
+    return code(shortened(text))
 
 
-def _names(texts: Iterable[str]) -> Markdown:
+def names(texts: Iterable[str]) -> Markdown:
+    """Names one after the other."""
     return Markdown(", ".join(map(name, texts)))
 
 
@@ -142,9 +119,9 @@ class _Tables:
 
     def compared(self, result: Result) -> Markdown:
         evaluation = result.evaluation
-        named = "" if evaluation.question_set is None else f" of {_cell_name(evaluation.question_set)}"
+        named = "" if evaluation.question_set is None else f" of {name(evaluation.question_set)}"
         rows = [
-            ("rule", _cell_name(evaluation.rule)),
+            ("rule", name(evaluation.rule)),
             (
                 "questions",
                 f"{evaluation.questions}{named}, digest of their ids {evaluation.questions_digest[:12]}",
@@ -152,8 +129,8 @@ class _Tables:
             ("of these, used to make the rule", str(evaluation.seen or "none")),
             ("answers to each question", f"{evaluation.samples}{', averaged' if evaluation.samples > 1 else ''}"),
             ("questions that the gate steers", share(evaluation.steered_share)),
-            *((key, _cell_name(words)) for key, words in about(evaluation).items()),
-            ("file", _cell_name(result.file)),
+            *((key, name(words)) for key, words in about(evaluation).items()),
+            ("file", name(result.file)),
         ]
         return _table(("what", "value"), rows, edge="---")
 
@@ -162,7 +139,7 @@ class _Tables:
         heads = ("arm", "accuracy (95 %)", *tests, "tokens", "cut off", "seconds")
         rows = [
             (
-                *(_cell_name(arm.name), _accuracy(arm.accuracy), *_against_off(arm)),
+                *(name(arm.name), _accuracy(arm.accuracy), *_against_off(arm)),
                 "" if arm.adjusted is None else chance(arm.adjusted),
                 *(f"{arm.tokens:.1f}", share(arm.cut), "" if arm.seconds is None else f"{arm.seconds:.3g}"),
             )
@@ -172,7 +149,7 @@ class _Tables:
         return _table(heads, rows)
 
     def draws(self, result: Result) -> Markdown:
-        rows = [(_cell_name(arm.name), share(arm.accuracy.value), *_against_off(arm)) for arm in result.random]
+        rows = [(name(arm.name), share(arm.accuracy.value), *_against_off(arm)) for arm in result.random]
         return _table(("draw", "accuracy", _AGAINST_OFF, "fixed", "broken", "p"), rows)
 
     def passes(self, result: Result) -> Markdown:
@@ -181,17 +158,17 @@ class _Tables:
 
     def transfer(self, transfer: Transfer) -> Markdown:
         rows = [
-            (_cell_name(rule[:12]), *map(_transfer_cell, cells))
+            (name(rule[:12]), *map(_transfer_cell, cells))
             for rule, cells in zip(transfer.rules, transfer.cells, strict=True)
         ]
-        return _table(("rule", *map(_cell_name, transfer.sets)), rows)
+        return _table(("rule", *map(name, transfer.sets)), rows)
 
     def settings(self, tuning: TuningSummary) -> Markdown:
-        rows = [(_cell_name(setting), str(count), share(right)) for setting, count, right in tuning.settings]
+        rows = [(name(setting), str(count), share(right)) for setting, count, right in tuning.settings]
         return _table(("setting", "questions", "accuracy"), rows)
 
     def gate(self, gate: GateSummary) -> Markdown:
-        rows = [(_cell_name(key), _cell_name(value)) for key, value in gate.figures.items()]
+        rows = [(name(key), name(value)) for key, value in gate.figures.items()]
         return _table(("what", "value"), rows, edge="---")
 
 
@@ -202,10 +179,6 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], edge: str = "---
     """The first column names the row; columns of numbers stand on their right edge."""
     lines = [f"| {' | '.join(row)} |" for row in (heads, *rows)]
     return Markdown("\n".join([lines[0], f"|{'|'.join(['---', *[edge] * (len(heads) - 1)])}|", *lines[1:]]))
-
-
-def _cell_name(text: str) -> str:
-    return cell(name(text))
 
 
 def _accuracy(figure: Estimate) -> str:

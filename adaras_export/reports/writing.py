@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from adaras_export.conclusions import in_points
@@ -20,7 +20,7 @@ from adaras_export.record import Evaluation
 from adaras_export.reports import charts
 from adaras_export.reports.reading import GateSummary, TuningSummary, read
 from adaras_export.reports.results import Result, Transfer, result_of, sentence, transfer_of
-from adaras_export.reports.text import TEMPLATES, document, letter, points, share, title_of
+from adaras_export.reports.text import document, letter, points, share, title_of
 from adaras_export.storage import replace_file
 from adaras_export.verdicts import require_statistics
 
@@ -67,8 +67,9 @@ class Report:
             return address
 
         body = html(document(self.results, self.transfer, self.summaries, draw), svgs)
-        environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined)
-        style = (TEMPLATES / "page.css").read_text()
+        loader = PackageLoader("adaras_export", "reports/templates")
+        environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
+        style = loader.get_source(environment, "page.css")[0]
         whole = environment.get_template("page.html").render(
             title=title_of(self.results), style=Markup(style), body=Markup(body)
         )

@@ -5,9 +5,9 @@ from html.parser import HTMLParser
 
 import evaluations
 import pytest
-
 from adaras_export.reports.blocks import Cell, Code, Paragraph, Report, Table, Verdict
 from adaras_export.reports.page import page
+
 from adaras_export.reports.reading import _evaluation
 from adaras_export.reports.results import result_of, transfer_of
 from adaras_export.reports.text import report
