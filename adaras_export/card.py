@@ -60,8 +60,8 @@ class CardContext:
     @property
     def example(self) -> Example:
         """A question of the evaluation as it was asked there, or any one as the base wants it."""
-        asked = None if self.measured is None else Example.of(self.measured.example)
-        return asked or Example("What is 12 times 7?", self.chat_template)
+        example = None if self.measured is None else self.measured.example
+        return example or Example("What is 12 times 7?", self.chat_template)
 
 
 def card(rule: SteeringRule, parity: ParityReport, context: CardContext) -> str:

@@ -30,7 +30,7 @@ from adaras_export.question_identity import is_known, parts_of
 from adaras_export.record import Evaluation
 from adaras_export.rule import Gate, SteeringRule
 from adaras_export.storage import Array, sha256
-from adaras_export.traces import Prompt, Question
+from adaras_export.traces import Question
 from adaras_export.verdicts import primary_arm, require_statistics
 
 OpenArtifact = Callable[[], AbstractContextManager[ArtifactCondition]]
@@ -225,13 +225,12 @@ def evaluation_from(rule: SteeringRule, task: EvaluationTask, answers: AnswersBy
     )
 
 
-def _example(questions: Sequence[Question], verdicts: Mapping[str, Array]) -> Prompt | None:
+def _example(questions: Sequence[Question], verdicts: Mapping[str, Array]) -> Example | None:
     """A question that steering sets right, where there is one, or else the first, of those that a card can ask."""
     fixed_N = (verdicts[primary_arm(verdicts)] > verdicts["off"]).any(axis=1)
     order = np.argsort(~fixed_N, kind="stable")
-    prompts = (questions[index].prompt for index in order)
-    prompt = next((prompt for prompt in prompts if Example.of(prompt) is not None), None)
-    return prompt if prompt is None or isinstance(prompt, str) else [dict(message) for message in prompt]
+    examples = (Example.of(questions[index].prompt) for index in order)
+    return next((example for example in examples if example is not None), None)
 
 
 def is_steered_by(

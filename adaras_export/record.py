@@ -23,7 +23,6 @@ from adaras_export.errors import ArtifactError
 from adaras_export.foreign import UnreadableError
 from adaras_export.models import is_hub_id
 from adaras_export.storage import Array, replace_file, sha256
-from adaras_export.traces import Prompt
 from adaras_export.verdicts import RULE_ARMS, Arm, Estimate, arms_table, primary_arm
 
 LARGEST = 32 << 20
@@ -139,7 +138,7 @@ class Evaluation:
         trained_on: name of the question set that the rule was made with.
         dataset: Hub id of the dataset that the questions are from.
         task: the task of that benchmark.
-        example: the prompt of one of the questions, for a card to ask; None where none is short and plain.
+        example: one of the questions, for a card to ask; None where none is short and plain.
         tokens: generated for every answer of every arm, (N, n).
         cut: which answers reached the limit of tokens, (N, n) bool.
         seconds: that an arm took; a gated arm is put together from two others and has none.
@@ -161,7 +160,7 @@ class Evaluation:
     trained_on: str | None = None
     dataset: str | None = None
     task: str | None = None
-    example: Prompt | None = None
+    example: Example | None = None
     tokens: Mapping[str, Array] = field(default_factory=dict)
     cut: Mapping[str, Array] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
@@ -212,7 +211,7 @@ class Evaluation:
             "seen": self.seen,
             "dataset": self.dataset,
             "task": self.task,
-            "example": self.example,
+            "example": None if self.example is None else self.example.prompt,
             "verdict": self.conclusion,
             "arms": [asdict(arm) for arm in self.arms],
             "differences": {name: asdict(figure) for name, figure in self.differences.items()},
@@ -284,13 +283,14 @@ def evaluation_of(record: Any) -> Evaluation:  # noqa: ANN401 - a JSON value
         sampling=_settings("sampling", values["sampling"]),
         seen=_count("seen", values["seen"], shape[0]),
         **{name: _optional(_text, name, values[name]) for name in ("question_set", "trained_on", "dataset", "task")},
-        example=values["example"],
+        example=_optional(_example, "example", values["example"]),
         tokens=_by_arm("tokens", values["tokens"], arms, table),
         cut={name: cut == 1 for name, cut in _by_arm("cut", values["cut"], arms, partial(table, most=1)).items()},
         seconds=_by_arm("seconds", values["seconds"], arms, _number, optional=arms),
         comparison=_optional(_comparison, "comparison", values.get("comparison")),
     )
-    _require_publishable(evaluation)
+    if evaluation.dataset is not None and not is_hub_id(evaluation.dataset):
+        raise UnreadableError(f"has dataset {reprlib.repr(evaluation.dataset)}, which is no Hub id")
     return evaluation
 
 
@@ -369,12 +369,11 @@ def _require_counted(arms: Mapping[str, Arm], verdicts: Mapping[str, Array]) -> 
             _require(f"accuracy of {name!r}", arm.accuracy, share)
 
 
-def _require_publishable(evaluation: Evaluation) -> None:
-    """Refuse a dataset and an example that a card could not print as they are."""
-    if evaluation.dataset is not None and not is_hub_id(evaluation.dataset):
-        raise UnreadableError(f"has dataset {reprlib.repr(evaluation.dataset)}, which is no Hub id")
-    if evaluation.example is not None and Example.of(evaluation.example) is None:
-        raise UnreadableError("has an example that is no short question")
+def _example(key: str, value: Any) -> Example:  # noqa: ANN401 - a JSON value
+    example = Example.of(value)
+    if example is None:
+        raise UnreadableError(f"has {reprlib.repr(value)} for {key}, where there should be a short question")
+    return example
 
 
 def _comparison(key: str, value: Any) -> Comparison:  # noqa: ANN401 - a JSON value

@@ -76,7 +76,7 @@ def named(target, name, *, chat):
         repository=name,
         base=base,
         tensors=(replace(cards.vector(1), name=name, file=name, dtype=name),),
-        measured=replace(evaluation_of(cards.FEW), example=[{"role": "user", "content": name}] if chat else name),
+        measured=replace(evaluation_of(cards.FEW), example=Example(name, chat)),
     )
     if "into" in context.options:
         context = replace(context, options={"into": {"file": name}})
@@ -135,7 +135,7 @@ NO_QUESTIONS = [
 @pytest.mark.parametrize("prompt", NO_QUESTIONS)
 def test_what_is_no_short_question_is_no_example_and_refused_in_a_file(prompt):
     assert Example.of(prompt) is None
-    with pytest.raises(UnreadableError, match="has an example that is no short question"):
+    with pytest.raises(UnreadableError, match="for example, where there should be a short question"):
         text(evaluation={**cards.GAIN, "example": prompt})
 
 

@@ -13,6 +13,7 @@ import torch
 
 from adaras_export import models
 from adaras_export.answer_book import AnswerCache
+from adaras_export.card_text import Example
 from adaras_export.conclusions import conclusion
 from adaras_export.errors import MissingExtraError, RuleError, TraceError
 from adaras_export.evaluate import EvaluationOptions, EvaluationTask, _example, evaluate, random_control
@@ -128,8 +129,8 @@ def test_the_batch_size_changes_no_verdict(rule, run, task):
 def test_the_example_of_a_record_is_a_question_that_was_set_right_and_that_a_card_can_ask():
     long, first, chat = Question("l", "x" * 999, "x"), Question("f", "1 + 1", "x"), QUESTIONS[-1]
     rows = {"off": np.array([[0], [0], [0]], bool), "always": np.array([[1], [0], [1]], bool)}
-    assert _example([long, first, chat], rows) == [{"role": "user", "content": "4+4"}]
-    assert _example([long, first, chat], {**rows, "always": rows["off"]}) == "1 + 1"
+    assert _example([long, first, chat], rows) == Example("4+4", chat=True)
+    assert _example([long, first, chat], {**rows, "always": rows["off"]}) == Example("1 + 1", chat=False)
     assert _example([long], {name: values[:1] for name, values in rows.items()}) is None
 
 

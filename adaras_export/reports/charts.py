@@ -153,7 +153,8 @@ def _svg(figure: "Figure", label: str) -> str:
     body = text[text.index(">", box.end()) + 1 :]
     body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", body, flags=re.DOTALL)
     body = re.sub(r'<g id="[\w.]+"', "<g", body)
-    body = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", body)
+    # One property, or two in later versions.
+    body = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", re.sub(r"font-family: [^;\"]*; ", "", body))
     for name, colour in _COLOURS.items():
         body = body.replace(colour, f"var(--{name})")
     return start + re.sub(r"\n\s*", "\n", body).strip()

@@ -137,11 +137,14 @@ def sentence(result: Result) -> str:
     return result.judgement.sentence()
 
 
+def given_name(evaluation: Evaluation) -> str:
+    """The name of the questions, or their dataset and task; empty where they have none."""
+    return evaluation.question_set or ": ".join(part for part in (evaluation.dataset, evaluation.task) if part)
+
+
 def name_of_set(evaluation: Evaluation) -> str:
     """The name of the questions, or what stands in for one."""
-    named = ": ".join(part for part in (evaluation.dataset, evaluation.task) if part)
-    digest = evaluation.questions_digest[:6]
-    return evaluation.question_set or named or f"{evaluation.questions} questions {digest}"
+    return given_name(evaluation) or f"{evaluation.questions} questions {evaluation.questions_digest[:6]}"
 
 
 def about(evaluation: Evaluation) -> dict[str, str]:

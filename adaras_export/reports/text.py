@@ -10,7 +10,7 @@ from adaras_export.card_text import Markdown, code, render
 from adaras_export.conclusions import ENOUGH_DRAWS, LEVEL, Outcome, in_points
 from adaras_export.errors import printable
 from adaras_export.reports.reading import GateSummary, TuningSummary
-from adaras_export.reports.results import ArmResult, Result, Transfer, TransferCell, about, sentence
+from adaras_export.reports.results import ArmResult, Result, Transfer, TransferCell, about, given_name, sentence
 from adaras_export.verdicts import Estimate
 
 _LABELS: dict[Outcome, str] = {
@@ -119,7 +119,7 @@ class _Tables:
 
     def compared(self, result: Result) -> Markdown:
         evaluation = result.evaluation
-        named = "" if evaluation.question_set is None else f" of {name(evaluation.question_set)}"
+        named = f" of {name(given_name(evaluation))}" if given_name(evaluation) else ""
         rows = [
             ("rule", name(evaluation.rule)),
             (

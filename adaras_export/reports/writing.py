@@ -212,8 +212,8 @@ def _dress(tokens: Sequence[Any]) -> None:
             _dress_cell(token, inner, after, names_row=before.type == "tr_open")
         elif token.type == "paragraph_open" and inner.content.startswith("![]"):
             token.tag = after.tag = "figure"
-        elif token.type == "paragraph_open" and before.type == "blockquote_open":
-            before.attrs["class"] = _tone(inner)
+        elif token.type == "blockquote_open":
+            token.attrs["class"] = _tone(after) or "quiet"
 
 
 def _dress_cell(token: Any, inner: Any, after: Any, *, names_row: bool) -> None:  # noqa: ANN401 - markdown-it's tokens

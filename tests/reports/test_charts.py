@@ -17,7 +17,7 @@ ROWS = [Row("off", "off", Estimate(0.5, 0.45, 0.55), "50.0%"), Row("x", "rule", 
 POINTS = [(k, k / 10) for k in range(1, 9)]
 DRAWINGS = {
     "intervals": lambda name: intervals(
-        [*ROWS, Row(name, "other", Estimate(0.6, 0.6, 0.6), name)], 0.5, name, signed=False
+        [*ROWS, Row(name, "other", Estimate(0.6, 0.6, 0.6), "60.0%")], 0.5, name, signed=False
     ),
     "strip": lambda name: strip([(name, 0.5)] * 5, [(name, "rule", 0.6)], name),
     "curves": lambda name: curves([(name, "off", POINTS), ("always", "rule", POINTS)], name),
@@ -41,7 +41,7 @@ def test_signed_scales_have_signs():
 
 
 @given(st.floats(-1, 1))
-@settings(max_examples=5)
+@settings(max_examples=3)
 def test_a_value_alone_has_a_scale_of_four_points(value):
     svg = intervals([Row("a", "rule", Estimate(value, value, value), "")], value, "", signed=True)
     assert 3 <= len(words(svg)) <= 13
