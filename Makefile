@@ -15,12 +15,12 @@ SERVE := .venv-serve
 LLAMACPP := .venv-llamacpp
 NEWEST := .venv-newest
 LLAMA_SERVER := $(LLAMACPP)/server/bin/llama-server
-NODE := tests/runtimes/node
+NODE := tests/system/runtimes/node
 PIP := -m pip install --quiet --disable-pip-version-check
 # Each test has one thread; a file stays with one process, which makes its models once. Three for two cores, because
 # many tests wait for a process of their own.
 PARALLEL := -n 3 --dist loadfile
-HERE := --ignore tests/runtimes --ignore tests/servers
+HERE := --ignore tests/system/runtimes --ignore tests/system/servers
 
 .PHONY: demo demo-smollm2 test test-matrix test-runtimes test-newest test-vllm test-serve test-llamacpp quick check bench fuzz clean
 
@@ -44,17 +44,17 @@ test: $(SMOLLM2) $(SCAN)/.installed  ## every test, the notebook included
 test-matrix: $(INSTALLED) $(OLDER)/.installed $(PEERS)/.installed
 	mkdir -p build && rm -f build/modes-4.json
 	test -f build/modes-5.json || $(BIN)/python -m pytest $(PARALLEL) tests/exporters --modes=build/modes-5.json
-	$(OLDER)/bin/python -m pytest $(PARALLEL) tests/exporters tests/test_models.py tests/test_runtime.py tests/test_steering.py \
+	$(OLDER)/bin/python -m pytest $(PARALLEL) tests/exporters tests/core/test_checkpoint.py tests/runtime tests/modeling/test_steering.py \
 		--ignore tests/exporters/test_gguf.py --ignore tests/exporters/test_onnx_page.py --ignore tests/exporters/test_stream.py \
 		-m "not (onnx and slow)" --modes=build/modes-4.json
 	$(PEERS)/bin/python -m pytest tests/exporters/test_loading.py tests/exporters/test_lm_eval.py
-	$(BIN)/python tests/modes.py $(if $(UPDATE),,--check) build/modes-4.json build/modes-5.json
+	$(BIN)/python tests/support/modes.py $(if $(UPDATE),,--check) build/modes-4.json build/modes-5.json
 
 # Exported graphs in every runtime, each in an environment of its own. One that is missing is a failure here, and a
 # skip where pytest is called without the option. Needs Node 20 or later, and Debian's chromium.
 test-runtimes: $(INSTALLED) $(OLDER)/.installed $(RUNTIMES)/.installed $(ORT_GPU)/.installed $(NODE)/node_modules/.installed \
 		$(LLAMACPP)/.installed
-	$(BIN)/python -m pytest tests/runtimes --require-runtimes
+	$(BIN)/python -m pytest tests/system/runtimes --require-runtimes
 
 # Exports, steering in memory and PEFT against the oracle, with the newest releases that the registry serves today: only
 # torch and pytest are pinned. Installed anew each time and without our own upper bounds, which are what was tested.
@@ -69,21 +69,21 @@ test-newest:
 	@versions=$$($(NEWEST)/bin/python -m pip freeze | grep -E '^(transformers|peft|onnxruntime|huggingface_hub)==' | xargs); \
 	echo "NEWEST: $$versions"; \
 	$(NEWEST)/bin/python -m pytest $(PARALLEL) -m "not slow" -W default::FutureWarning -W default::DeprecationWarning \
-		tests/test_steering.py tests/exporters/test_hf.py tests/exporters/test_tokenizers.py tests/exporters/test_peft.py \
+		tests/modeling/test_steering.py tests/exporters/test_hf.py tests/exporters/test_tokenizers.py tests/exporters/test_peft.py \
 		tests/exporters/test_peft_adaptive.py tests/exporters/test_onnx.py \
 		&& echo "NEWEST: ok with $$versions" || { echo "NEWEST: FAILED with $$versions"; exit 1; }
 
 # Static artifacts in vLLM, and traces collected with it, on the CPU: 3.5 GB of it.
 test-vllm: $(INSTALLED) $(VLLM)/.installed
-	$(BIN)/python -m pytest tests/servers/test_vllm*.py --require-runtimes
+	$(BIN)/python -m pytest tests/system/servers/test_vllm*.py --require-runtimes
 
 # Traces of a served model: `transformers serve`.
 test-serve: $(INSTALLED) $(SERVE)/.installed
-	$(BIN)/python -m pytest tests/servers/test_transformers_serve.py --require-runtimes
+	$(BIN)/python -m pytest tests/system/servers/test_transformers_serve.py --require-runtimes
 
 # The programs of llama.cpp, compiled once, in ten minutes on two cores; needs a C++ compiler. docs/logs has a green run.
 test-llamacpp: $(SMOLLM2) $(LLAMACPP)/.installed $(LLAMA_SERVER)
-	$(BIN)/python -m pytest tests/servers/test_llamacpp*.py --require-runtimes
+	$(BIN)/python -m pytest tests/system/servers/test_llamacpp*.py --require-runtimes
 
 quick: $(INSTALLED)  ## the tests that need neither SmolLM2, ONNX nor patience
 	$(BIN)/python -m pytest $(PARALLEL) $(HERE) -m "not slow and not onnx"
@@ -104,7 +104,7 @@ bench: $(SMOLLM2)  ## ratios, side by side; see benchmarks/RESULTS.md
 
 fuzz: $(INSTALLED) $(FUZZ)/.installed  ## every reader of foreign files, guided by coverage: 32 minutes
 	mkdir -p build/fuzz
-	PYTHONPATH=. $(FUZZ)/bin/python tests/fuzz/atheris_readers.py build/fuzz/corpus -max_total_time=1900 -timeout=10 \
+	PYTHONPATH=. $(FUZZ)/bin/python tests/system/fuzz/atheris_readers.py build/fuzz/corpus -max_total_time=1900 -timeout=10 \
 		-rss_limit_mb=2048 -max_len=8192 -print_final_stats=1
 
 clean:

@@ -8,29 +8,32 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from adaras_export.checks import ParityReport
-    from adaras_export.delivery import ExportReport, export, verify
-    from adaras_export.integrity import verify_files
-    from adaras_export.models import BaseModel
-    from adaras_export.rule import Gate, NeuronSet, SteeringRule
-    from adaras_export.statistics import NeuronStats
-    from adaras_export.steering import steered
+    from adaras_export.core.base_model import BaseModel
+    from adaras_export.core.gate import Gate
+    from adaras_export.core.neuron_stats import NeuronStats
+    from adaras_export.core.neurons import NeuronSet
+    from adaras_export.core.rule import SteeringRule
+    from adaras_export.delivery.integrity import verify_files
+    from adaras_export.delivery.verifier import verify
+    from adaras_export.delivery.writer import ExportReport, export
+    from adaras_export.exporters.checks import ParityReport
+    from adaras_export.modeling.steering import steered
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "BaseModel": "models",
-    "ExportReport": "delivery",
-    "Gate": "rule",
-    "NeuronSet": "rule",
-    "NeuronStats": "statistics",
-    "ParityReport": "checks",
-    "SteeringRule": "rule",
-    "export": "delivery",
-    "refresh": "delivery",
-    "steered": "steering",
-    "verify": "delivery",
-    "verify_files": "integrity",
+    "BaseModel": "core.base_model",
+    "ExportReport": "delivery.writer",
+    "Gate": "core.gate",
+    "NeuronSet": "core.neurons",
+    "NeuronStats": "core.neuron_stats",
+    "ParityReport": "exporters.checks",
+    "SteeringRule": "core.rule",
+    "export": "delivery.writer",
+    "refresh": "delivery.writer",
+    "steered": "modeling.steering",
+    "verify": "delivery.verifier",
+    "verify_files": "delivery.integrity",
 }
 
 __all__ = [

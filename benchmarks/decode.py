@@ -35,7 +35,7 @@ from common import (
 from transformers import AutoModelForCausalLM, DynamicCache, Qwen3Config, StaticCache
 
 from adaras_export import BaseModel, Gate, NeuronSet, SteeringRule, exporters
-from adaras_export.generation import CACHE
+from adaras_export.modeling.generation import CACHE
 
 CUDA = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)

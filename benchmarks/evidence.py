@@ -19,23 +19,25 @@ import common
 import numpy as np
 
 from adaras_export import BaseModel, NeuronStats, SteeringRule
-from adaras_export.answer_book import AnswerCache
-from adaras_export.checkers import last_number
-from adaras_export.collect import collect
-from adaras_export.conclusions import holm, rank_p_value
+from adaras_export.core.intervals import difference, holm, rank_p_value
+from adaras_export.core.neuron_stats import AttributionStats, Tokens
+from adaras_export.core.trace_files import read_questions, read_traces, write_questions
+from adaras_export.core.traces import Question, Trace, by_question
+from adaras_export.data.checkers import last_number
+from adaras_export.data.collect import collect
 from adaras_export.demo import smollm2
+from adaras_export.discovery.gate_training import GateReport, train_gate
+from adaras_export.discovery.identify import Reading, read_attribution, read_stats
+from adaras_export.discovery.rankings import Refinement, rank
 from adaras_export.errors import TraceError
-from adaras_export.estimators import compared, difference
-from adaras_export.evaluate import is_steered_by, random_control
-from adaras_export.exam import StaticCondition, EvaluationTask, Condition
-from adaras_export.gate import GateReport, train_gate
-from adaras_export.generation import Sampling, load_model
-from adaras_export.neurons import Reading, read_attribution, read_stats
-from adaras_export.rankings import Refinement, rank
-from adaras_export.statistics import AttributionStats, Tokens
-from adaras_export.storage import Array
-from adaras_export.traces import Question, Trace, by_question, read_questions, read_traces, write_questions
-from adaras_export.verdicts import is_random
+from adaras_export.evaluation.answer_cache import AnswerCache
+from adaras_export.evaluation.arms import compared, is_random
+from adaras_export.evaluation.controls import random_control
+from adaras_export.evaluation.evaluate import is_steered_by
+from adaras_export.evaluation.task import Condition, EvaluationTask, StaticCondition
+from adaras_export.files.safetensors_record import Array
+from adaras_export.modeling.generation import Sampling
+from adaras_export.modeling.loading import load_model
 
 SIZES = {"identify": 400, "validation": 300, "test": 500}
 NEURONS = 50

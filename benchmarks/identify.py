@@ -38,15 +38,17 @@ from common import (
 from transformers import PreTrainedTokenizerBase
 
 from adaras_export import BaseModel, NeuronStats
-from adaras_export.activations import capture, right_pad
-from adaras_export.checkers import last_number
-from adaras_export.collect import Recording, collect
+from adaras_export.core.families import decoder
+from adaras_export.core.trace_files import read_traces
+from adaras_export.core.traces import Trace, balanced, by_question
+from adaras_export.data.checkers import last_number
+from adaras_export.data.collect import Recording, collect
 from adaras_export.demo import smollm2
-from adaras_export.generation import Sampling, batches, encode_trace, load_model
-from adaras_export.models import decoder
-from adaras_export.neurons import Reading, read_stats
-from adaras_export.storage import Array
-from adaras_export.traces import Trace, balanced, by_question, read_traces
+from adaras_export.discovery.identify import Reading, read_stats
+from adaras_export.files.safetensors_record import Array
+from adaras_export.modeling.activations import capture, right_pad
+from adaras_export.modeling.generation import Sampling, batches, encode_trace
+from adaras_export.modeling.loading import load_model
 
 BUDGET = "<= 1.10"
 MAX_ROWS = 64  # as in the library

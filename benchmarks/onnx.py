@@ -42,7 +42,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from adaras_export import BaseModel, SteeringRule, exporters
 from adaras_export.exporters.base import Commission
-from adaras_export.exporters.onnx import GRAPH
+from adaras_export.exporters.onnx.exporter import GRAPH
 
 CONTEXT, BLOCK = 256, 8
 BUDGET = "<= 1.02"

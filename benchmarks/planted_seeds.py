@@ -3,7 +3,7 @@
 python benchmarks/planted_seeds.py --out DIR [--seeds 0 1 2 3 4]
 
 Trains a model per seed into DIR/seedN (about two minutes each) unless it is there, runs the job on it, and prints one
-Markdown table. The recipe is frozen in adaras_export/demo/train_planted.py.
+Markdown table. The recipe is frozen in train_planted.py.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from transformers.utils import logging
 
-from adaras_export.demo import pipeline
+from adaras_export.cli import demo_job
 
 
 def main() -> None:
@@ -33,15 +33,22 @@ def main() -> None:
 def rows(seed: int, out: Path) -> list[str]:
     model, folder = out / f"seed{seed}", out / f"job{seed}"
     if not model.exists():
-        command = [sys.executable, "-m", "adaras_export.demo.train_planted", "--seed", str(seed), "--out", str(model)]
+        command = [
+            sys.executable,
+            Path(__file__).with_name("train_planted.py"),
+            "--seed",
+            str(seed),
+            "--out",
+            str(model),
+        ]
         subprocess.run(command, check=True)
     folder.mkdir(parents=True)
-    task = replace(pipeline.planted_task(folder), base=model)
-    summary = pipeline.job(task, folder, lambda _name: lambda _done, _total: None)
+    task = replace(demo_job.planted_task(folder), base=model)
+    summary = demo_job.job(task, folder, lambda _name: lambda _done, _total: None)
     return [row(seed, ranking, candidate, summary.gate.auc) for ranking, candidate in summary.candidates.items()]
 
 
-def row(seed: int, ranking: str, candidate: pipeline.Candidate, auc: float) -> str:
+def row(seed: int, ranking: str, candidate: demo_job.Candidate, auc: float) -> str:
     arms = {arm.name: arm for arm in candidate.evaluation.arms}
     random = [arm.accuracy for name, arm in arms.items() if name.startswith("random")]
     cells = [f"{arms[name].accuracy:.1%}" for name in ("off", "always", "gated", "flipped")]

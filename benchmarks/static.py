@@ -19,7 +19,7 @@ from decode import BLOCK, any_rule, decoding
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-import adaras_export.peft_method  # noqa: F401 - registers the method of `peft --adaptive`
+import adaras_export.exporters.peft.method  # noqa: F401 - registers the method of `peft --adaptive`
 from adaras_export import BaseModel, SteeringRule, exporters
 from adaras_export.exporters.base import Commission
 from adaras_export.exporters.checkpoint import copy_companions

@@ -24,8 +24,9 @@ from decode import CUDA, DEVICE, DTYPE, any_rule, finished, model_folder
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from adaras_export import BaseModel, SteeringRule, models, steered
-from adaras_export.generation import CACHE
+from adaras_export import BaseModel, SteeringRule, steered
+from adaras_export.core import families
+from adaras_export.modeling.generation import CACHE
 
 STOCK = "stock"
 CHECKED_STEPS = 4
@@ -68,7 +69,7 @@ def hook_per_neuron(model: nn.Module, rule: SteeringRule) -> Iterator[None]:
     """A forward hook of its own for each neuron."""
     with ExitStack() as undo:
         for layer in rule.layers():
-            down = models.down_projection(model, layer)
+            down = families.down_projection(model, layer)
             for index, change in changes(rule, layer):
                 undo.callback(down.register_forward_pre_hook(partial(add_one, index, change)).remove)
         yield
@@ -84,7 +85,7 @@ def hook_per_layer(model: nn.Module, rule: SteeringRule) -> Iterator[None]:
     """One forward hook for all neurons of a layer, which treats one number after the other."""
     with ExitStack() as undo:
         for layer in rule.layers():
-            down = models.down_projection(model, layer)
+            down = families.down_projection(model, layer)
             undo.callback(down.register_forward_pre_hook(partial(add_each, changes(rule, layer))).remove)
         yield
 

@@ -9,12 +9,12 @@ if TYPE_CHECKING:  # it brings torch along
     from adaras_export.exporters.base import Exporter
 
 TARGETS = {
-    "hf": "adaras_export.exporters.hf",
-    "hf-thin": "adaras_export.exporters.hf_thin",
-    "onnx": "adaras_export.exporters.onnx",
-    "peft": "adaras_export.exporters.peft",
-    "stock": "adaras_export.exporters.stock",
-    "gguf": "adaras_export.exporters.gguf",
+    "hf": "adaras_export.exporters.hf.exporter",
+    "hf-thin": "adaras_export.exporters.hf.thin",
+    "onnx": "adaras_export.exporters.onnx.exporter",
+    "peft": "adaras_export.exporters.peft.exporter",
+    "stock": "adaras_export.exporters.stock.exporter",
+    "gguf": "adaras_export.exporters.gguf.exporter",
 }
 _NEEDS = {  # what their extra, of the same name, brings
     "onnx": ("onnx", "onnx_ir", "onnxruntime", "onnxscript"),

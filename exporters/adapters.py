@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 
 from adaras_export.errors import ArtifactError, first_line
-from adaras_export.parity import Mode
+from adaras_export.exporters.parity import Mode
 
 ADAPTER_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"

@@ -9,11 +9,12 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from adaras_export import buildable
-from adaras_export.disclosure import Disclosed
+from adaras_export.core import checkpoint
+from adaras_export.core.rule import SteeringRule
 from adaras_export.errors import ExportError
-from adaras_export.generation import Sampling, complete_ids
-from adaras_export.parity import (
+from adaras_export.exporters.checks import Inspection
+from adaras_export.exporters.manifest import Disclosed
+from adaras_export.exporters.parity import (
     Artifact,
     Check,
     Mode,
@@ -23,7 +24,7 @@ from adaras_export.parity import (
     generate_logits,
     play_model,
 )
-from adaras_export.rule import SteeringRule
+from adaras_export.modeling.generation import Sampling, complete_ids
 
 Feature = Literal["gate", "start", "dial"]
 
@@ -100,7 +101,7 @@ class Exporter(Protocol):
 
     @property
     def card(self) -> str:
-        """The template of its model card, by its path in this package; it fills the blocks of `card.md`.
+        """The template of its model card, by its path in this package; it fills the blocks of `delivery/card.md`.
 
         Blocks: ``weights``, what became of the base's weights; ``usage``, every way to load it, with code that runs as
         it stands; ``off``, how to switch the steering off, which goes on from the code of ``usage``; ``limits``, what
@@ -128,12 +129,8 @@ class Exporter(Protocol):
         """
         ...
 
-    def inspect(self, folder: Path, rule: SteeringRule, base: Path) -> Sequence[Check]:
-        """Compare what is stored, tensor by tensor and file by file.
-
-        The first two checks say whether its code and its settings are this library's; unless both hold, nothing of
-        the artifact runs, here or later.
-        """
+    def inspect(self, folder: Path, rule: SteeringRule, base: Path) -> Inspection:
+        """Compare what is stored, tensor by tensor and file by file; unless it is harmless, nothing of it runs."""
         ...
 
     def reference(self, folder: Path, rule: SteeringRule, base: Path) -> Reference:
@@ -228,7 +225,7 @@ def stock_reference(rule: SteeringRule, base: Path, *, everywhere: bool = False)
     """The base model in float32, steered by hooks; ``everywhere`` leaves out gate and start."""
     from transformers import AutoModelForCausalLM
 
-    buildable.require(base)
+    checkpoint.require(base)
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     whole = ReferencePlayer(model.eval(), rule)
     player = ReferencePlayer(model, rule, everywhere=True) if everywhere else whole

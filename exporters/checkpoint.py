@@ -11,14 +11,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.numpy import save
 
-from adaras_export import buildable, foreign, models, storage
-from adaras_export.disclosure import Disclosed, What
+from adaras_export.core import checkpoint, families
+from adaras_export.core.rule import SteeringRule
 from adaras_export.errors import ArtifactError, ExportError, first_line
-from adaras_export.foreign import UnreadableError
-from adaras_export.parity import Check
-from adaras_export.receipts import DESCRIBING, entries, files_of, shown
-from adaras_export.rule import SteeringRule
-from adaras_export.storage import Array
+from adaras_export.exporters.manifest import DESCRIBING, Disclosed, What, entries, files_of, shown
+from adaras_export.exporters.parity import Check
+from adaras_export.files import atomic, safe_read
+from adaras_export.files.safe_read import UnreadableError
+from adaras_export.files.safetensors_record import Array
 
 
 def plain_config(base: Path) -> dict[str, Any]:
@@ -28,10 +28,10 @@ def plain_config(base: Path) -> dict[str, Any]:
         ArtifactError: it is not so.
         ExportError: its weights are quantised.
     """
-    config = storage.read_json(base / "config.json")
+    config = atomic.read_json(base / "config.json")
     if "quantization_config" in config:
         raise ExportError(f"{base}: is quantised; expected plain weights, which the vectors are folded from")
-    buildable.require(base)
+    checkpoint.require(base)
     return config
 
 
@@ -40,10 +40,10 @@ def vectors(rule: SteeringRule, base: Path) -> dict[int, Array]:
 
     Without the strength, which stays a dial.
     """
-    located, folded = models.shards(base), {}
+    located, folded = checkpoint.shards(base), {}
     for layer in rule.layers():
         index, delta = rule.neurons_of(layer)
-        columns_DK = models.down_columns(rule.base.family, located, layer, torch.tensor(index))
+        columns_DK = checkpoint.down_columns(rule.base.family, located, layer, torch.tensor(index))
         folded[layer] = (columns_DK.double().numpy() @ delta.astype(np.float64)).astype(np.float32)
     return folded
 
@@ -96,7 +96,7 @@ def write_index(out: Path, weight_map: dict[str, str]) -> None:
 
 def index_check(folder: Path, weight_map: dict[str, str]) -> Check:
     """Compare what `write_index` wrote."""
-    differing = not same_json(storage.read_json(folder / INDEX_FILE), _index(folder, weight_map))
+    differing = not same_json(atomic.read_json(folder / INDEX_FILE), _index(folder, weight_map))
     return Check("index of the weights that differs", float(differing), 0, INDEX_FILE if differing else "")
 
 
@@ -108,7 +108,7 @@ def _index(folder: Path, weight_map: dict[str, str]) -> dict[str, Any]:
 
 def write_tensors(out: Path, tensors: dict[str, Array]) -> None:
     """Write the file of the steering tensors."""
-    storage.replace_file(out / STEERING_FILE, save(tensors, metadata={"format": "pt"}))
+    atomic.replace_file(out / STEERING_FILE, save(tensors, metadata={"format": "pt"}))
 
 
 def opened(folder: str | Path, **how: Any) -> tuple[Any, list[str]]:
@@ -136,7 +136,7 @@ def changed_companions(folder: Path, base: Path, tokenizers: Collection[str] = (
     """Files carried from the base that are not as they were there; one of these tokenizer classes may be named."""
     changed = {name for name, source in companions(base).items() if not same_content(folder / name, source)}
     if _TOKENIZER_SETTINGS in changed and (folder / _TOKENIZER_SETTINGS).exists():
-        found, expected = (storage.read_json(path / _TOKENIZER_SETTINGS) for path in (folder, base))
+        found, expected = (atomic.read_json(path / _TOKENIZER_SETTINGS) for path in (folder, base))
         name = found.get("tokenizer_class")
         if name in tokenizers and same_json(found, {**expected, "tokenizer_class": name}):
             changed.remove(_TOKENIZER_SETTINGS)
@@ -168,9 +168,9 @@ def tokenizer_classes(base: Path) -> list[str]:
     Version 5 goes by the config's model_type, too, which an artifact may not have. All are names of version 4: 5 knows
     them.
     """
-    path, config = base / _TOKENIZER_SETTINGS, storage.read_json(base / "config.json")
-    settings = storage.read_json(path) if path.exists() else {}
-    family = models.family_of(config, str(base)).tokenizer
+    path, config = base / _TOKENIZER_SETTINGS, atomic.read_json(base / "config.json")
+    settings = atomic.read_json(path) if path.exists() else {}
+    family = families.family_of(config, str(base)).tokenizer
     named = settings.get("tokenizer_class") or config.get("tokenizer_class")
     return [named or family, family, "PreTrainedTokenizerFast"]
 
@@ -178,7 +178,7 @@ def tokenizer_classes(base: Path) -> list[str]:
 def name_tokenizer_class(out: Path, name: str) -> None:
     """Name the tokenizer's class, if there is a tokenizer."""
     path = out / _TOKENIZER_SETTINGS
-    settings = storage.read_json(path) if path.exists() else {}
+    settings = atomic.read_json(path) if path.exists() else {}
     if (out / "tokenizer.json").exists() and settings.get("tokenizer_class") != name:
         write_json(path, {**settings, "tokenizer_class": name})
 
@@ -193,7 +193,7 @@ def stores(path: Path | None, name: str, value: Array) -> bool:
     if path is None:  # not in the index
         return False
     try:
-        with foreign.tensors(path) as file:
+        with safe_read.tensors(path) as file:
             # The shape first: a foreign tensor may be larger than memory.
             if name not in file.keys() or tuple(file.get_slice(name).get_shape()) != value.shape:
                 return False
@@ -207,8 +207,8 @@ def disclosed(folder: Path, base_tensors: Mapping[str, str]) -> tuple[Disclosed,
     found = []
     for file, path in files_of(folder).items():
         if path.suffix == ".safetensors" and file not in DESCRIBING:
-            for name, entry in sorted(models.header(path).items()):
-                digest = models.tensor_hash(path, entry)
+            for name, entry in sorted(checkpoint.header(path).items()):
+                digest = checkpoint.tensor_hash(path, entry)
                 if digest != base_tensors.get(name):
                     what: What = "changed" if name in base_tensors else "added"
                     found.append(Disclosed(name, file, entry["dtype"], tuple(entry["shape"]), digest, what))
@@ -218,7 +218,7 @@ def disclosed(folder: Path, base_tensors: Mapping[str, str]) -> tuple[Disclosed,
 def stored_names(path: Path) -> set[str]:
     """The tensors of a safetensors file; none where it is truncated or missing."""
     try:
-        with foreign.tensors(path) as file:
+        with safe_read.tensors(path) as file:
             return set(file.keys())
     except UnreadableError:
         return set()
@@ -227,7 +227,7 @@ def stored_names(path: Path) -> set[str]:
 def strange_names(path: Path, expected: Iterable[str]) -> list[str]:
     """What a file of `write_tensors` has besides these tensors, or lacks of them; all, where it is truncated."""
     try:
-        with foreign.tensors(path) as file:
+        with safe_read.tensors(path) as file:
             metadata = [] if file.metadata() == {"format": "pt"} else [f"{path.name}:__metadata__"]
             return sorted({*file.keys()} ^ {*expected}) + metadata
     except UnreadableError:
@@ -243,7 +243,7 @@ def stored(located: Mapping[str, Path], name: str) -> Array:
     if name not in located:
         folder = next(iter(located.values())).parent
         raise ExportError(f"{folder}: no tensor {name}; expected the biases that its config names")
-    with foreign.tensors(located[name], "pt") as file:
+    with safe_read.tensors(located[name], "pt") as file:
         found: torch.Tensor = file.get_tensor(name)
     return found.double().numpy()
 
@@ -269,7 +269,7 @@ def same_content(path: Path, other: Path) -> bool:
     """Whether two files hold the same bytes; two names of one file, as links are, need no reading."""
     if not path.is_file():
         return False
-    return path.samefile(other) or storage.sha256_file(path) == storage.sha256_file(other)
+    return path.samefile(other) or atomic.sha256_file(path) == atomic.sha256_file(other)
 
 
 def holds(path: Path, content: bytes) -> bool:

@@ -25,7 +25,7 @@ import tiny  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
-from adaras_export.models import BaseModel  # noqa: E402
+from adaras_export.core.base_model import BaseModel  # noqa: E402
 
 torch.set_num_threads(1)
 transformers.utils.logging.disable_progress_bar()
@@ -38,9 +38,13 @@ def pytest_unconfigure():
 
 
 def pytest_addoption(parser):
-    parser.addoption("--require-runtimes", action="store_true", help="fail where tests/runtimes and servers would skip")
+    parser.addoption(
+        "--require-runtimes", action="store_true", help="fail where tests/system/runtimes and servers would skip"
+    )
     parser.addoption("--update-golden", action="store_true", help="write the files below tests/golden anew")
-    parser.addoption("--modes", metavar="FILE", type=Path, help="add what became of every mode, for tests/modes.py")
+    parser.addoption(
+        "--modes", metavar="FILE", type=Path, help="add what became of every mode, for tests/support/modes.py"
+    )
 
 
 @pytest.fixture
@@ -141,11 +145,11 @@ def plain_graphs_are_made_once(tmp_path_factory):
     if importlib.util.find_spec("onnx_ir") is None:
         yield
         return
-    from adaras_export.exporters import onnx_graph
+    from adaras_export.exporters.onnx import graph
 
     root = tmp_path_factory.getbasetemp()
     root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
-    make = onnx_graph.plain_graph
+    make = graph.plain_graph
 
     @functools.wraps(make)
     def made_once(model, out):
@@ -156,10 +160,10 @@ def plain_graphs_are_made_once(tmp_path_factory):
                 make(model, new / "graph")
                 new.rename(done)
         shutil.copy(done / "graph", out)
-        shutil.copy(done / onnx_graph.DATA_FILE, out.with_name(onnx_graph.DATA_FILE))
+        shutil.copy(done / graph.DATA_FILE, out.with_name(graph.DATA_FILE))
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(onnx_graph, "plain_graph", made_once)
+        patched.setattr(graph, "plain_graph", made_once)
         yield
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 
-from adaras_export.cli import collect, delivery, evaluate, gate, identify, machine, questions, report, tune
+from adaras_export.cli import collect, evaluate, export, gate, identify, machine, questions, report, tune
 from adaras_export.errors import AdarasError, ParityError, printable
 
 app = typer.Typer(
@@ -32,12 +32,12 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "tune": tune.tune,
     "eval": evaluate.evaluate,
     "report": report.report,
-    "export": delivery.export,
-    "verify": delivery.verify,
-    "refresh": delivery.refresh,
-    "card": delivery.card,
-    "sign": delivery.sign,
-    "push": delivery.push,
+    "export": export.export,
+    "verify": export.verify,
+    "refresh": export.refresh,
+    "card": export.card,
+    "sign": export.sign,
+    "push": export.push,
     "doctor": machine.doctor,
 }
 for _name, _command in _COMMANDS.items():

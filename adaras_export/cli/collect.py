@@ -32,9 +32,9 @@ from adaras_export.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from adaras_export.attempts import Backend
-    from adaras_export.collect import CollectReport
-    from adaras_export.generation import Sampling
+    from adaras_export.data.collect import CollectReport
+    from adaras_export.data.sampling_plan import Backend
+    from adaras_export.modeling.generation import Sampling
 
 _KEY = "OPENAI_API_KEY"
 _SERVER = "Server"
@@ -99,11 +99,12 @@ def collect(
     read, chosen = asked(questions, check)
     if endpoint is None:
         require_model(model, revision)
-    from adaras_export.attempts import Goal
-    from adaras_export.collect import Recording, collect_from, require_varied
-    from adaras_export.collect import collect as run
-    from adaras_export.generation import Sampling
-    from adaras_export.models import BaseModel, version_of
+    from adaras_export.core.base_model import BaseModel
+    from adaras_export.core.checkpoint import version_of
+    from adaras_export.data.collect import Recording, collect_from, require_varied
+    from adaras_export.data.collect import collect as run
+    from adaras_export.data.sampling_plan import Goal
+    from adaras_export.modeling.generation import Sampling
 
     sampling = Sampling(new_tokens(max_new_tokens), temperature, top_p, seed, unescaped(stop))
     name = Path(model).resolve().name if endpoint is None and Path(model).is_dir() else model
@@ -176,7 +177,7 @@ def _require_fitting(
 
 
 def _server(endpoint: str, model: str, sampling: "Sampling", given: Mapping[str, Any]) -> "Backend":
-    from adaras_export.endpoint import Endpoint, EndpointBackend
+    from adaras_export.data.backends.openai import Endpoint, EndpointBackend
 
     named = given["api-key-env"]
     key = os.environ.get(named or _KEY)
@@ -195,7 +196,7 @@ def _server(endpoint: str, model: str, sampling: "Sampling", given: Mapping[str,
 
 
 def _vllm(model: str, sampling: "Sampling", dtype: Any, revision: str | None) -> "Backend":  # noqa: ANN401 - checked
-    from adaras_export.vllm_backend import VllmBackend
+    from adaras_export.data.backends.vllm import VllmBackend
 
     quiet_libraries()
     return VllmBackend(model, sampling, dtype=dtype, revision=revision)

@@ -59,19 +59,19 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Compare off, always, gated, sign-flipped and random neurons on fresh questions. Goes on where it was stopped."""
-    from adaras_export.conclusions import arms_of
-    from adaras_export.models import BaseModel
-    from adaras_export.rule import SteeringRule
+    from adaras_export.core.base_model import BaseModel
+    from adaras_export.core.rule import SteeringRule
+    from adaras_export.evaluation.claims import arms_of
 
     read = SteeringRule.load(rule)
     arms = arms_of(read, compare.split(",")) if compare else ()
     listed, chosen = asked(questions, check)
     read.base.require_same(BaseModel.of(model, revision))  # a model in memory has no fingerprint to compare
-    from adaras_export.artifact_arms import artifact_arm
-    from adaras_export.comparison import compare_arms
-    from adaras_export.evaluate import EvaluationOptions, EvaluationTask
-    from adaras_export.evaluate import evaluate as run
-    from adaras_export.generation import Sampling
+    from adaras_export.delivery.artifact_arm import artifact_arm
+    from adaras_export.evaluation.compare import compare_arms
+    from adaras_export.evaluation.evaluate import EvaluationOptions, EvaluationTask
+    from adaras_export.evaluation.evaluate import evaluate as run
+    from adaras_export.modeling.generation import Sampling
 
     sampling = Sampling(new_tokens(max_new_tokens), temperature, top_p, seed, unescaped(stop))
     about: dict[str, Any] = {"dataset": dataset, "benchmark_task": task, "samples": samples}

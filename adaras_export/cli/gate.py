@@ -5,20 +5,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from adaras_export.cli.options import (
-    A_FILE,
-    Json,
-    Model,
-    Out,
-    Precision,
-    Revision,
-    load_model,
-    progress,
-    show,
-)
+from adaras_export.cli.options import A_FILE, Json, Model, Out, Precision, Revision, load_model, progress, show
 
 if TYPE_CHECKING:
-    from adaras_export.gate import Costs
+    from adaras_export.discovery.gate_training import Costs
 
 
 def gate(
@@ -48,14 +38,14 @@ def gate(
     as_json: Json = False,
 ) -> None:
     """Train the gate that predicts from the prompt whether the model will be right."""
-    from adaras_export.models import BaseModel
-    from adaras_export.traces import read_traces
+    from adaras_export.core.base_model import BaseModel
+    from adaras_export.core.trace_files import read_traces
 
     wanted = _features_of(features)
     read, base = read_traces(traces), BaseModel.of(model, revision)
     costs = _costs_of(threshold, cost_missed, cost_needless)
-    from adaras_export.gate import partial_files, train_gate
-    from adaras_export.neurons import Reading
+    from adaras_export.discovery.gate_training import partial_files, train_gate
+    from adaras_export.discovery.identify import Reading
 
     loaded, tokenizer = load_model(model, revision, dtype)
     partial = out.with_name(f"{out.name}.partial")
@@ -96,6 +86,6 @@ def _costs_of(threshold: str, missed: float | None, needless: float | None) -> "
         return None
     if missed is None or needless is None:
         raise typer.BadParameter("--threshold cost: expected both --cost-missed and --cost-needless")
-    from adaras_export.gate import Costs
+    from adaras_export.discovery.gate_training import Costs
 
     return Costs(missed, needless)

@@ -25,13 +25,13 @@ from adaras_export.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from adaras_export.activations import Progress
-    from adaras_export.distribution import Group
-    from adaras_export.rankings import Refinement
-    from adaras_export.reading import Job, Part, Plan
-    from adaras_export.rule import Ranking
-    from adaras_export.statistics import NeuronStats
-    from adaras_export.traces import Trace
+    from adaras_export.core.neuron_stats import NeuronStats
+    from adaras_export.core.neurons import Ranking
+    from adaras_export.core.traces import Trace
+    from adaras_export.discovery.process_group import Group
+    from adaras_export.discovery.rankings import Refinement
+    from adaras_export.discovery.reading_job import Job, Part, Plan
+    from adaras_export.modeling.activations import Progress
 
 RankingName = Annotated[
     Literal["paper", "absolute", "cohen_d", "t", "attribution"],
@@ -90,11 +90,12 @@ def identify(
 ) -> None:
     """Rank the model's neurons by labelled traces, and keep the best. Processes of accelerate launch share the work."""
     require_model(model, revision)
-    from adaras_export import distribution, neurons
-    from adaras_export.activations import Reading
-    from adaras_export.models import BaseModel
-    from adaras_export.rankings import require_room
-    from adaras_export.statistics import NeuronStats
+    from adaras_export.core.base_model import BaseModel
+    from adaras_export.core.neuron_stats import NeuronStats
+    from adaras_export.discovery import process_group
+    from adaras_export.discovery.identify import Method, job_of, require_of
+    from adaras_export.discovery.rankings import require_room
+    from adaras_export.modeling.activations import Reading
 
     choice: dict[str, Any] = {"ranking": ranking, "keep": keep, "min_layer": min_layer}
     choice["refinement"] = _refinement(ranking, per_layer, fdr, shrink=shrink, agree=agree)
@@ -103,21 +104,21 @@ def identify(
         found = "--per-class" if shard is None else "--shard"
         raise typer.BadParameter(f"{found} and --stats: the statistics are of all traces; expected one of the two")
     contrast: Any = "unpaired" if unpaired else "within_question"
-    method = neurons.Method(ranking, contrast, start, stats is not None, margin)
+    method = Method(ranking, contrast, start, stats is not None, margin)
     try:
-        with distribution.joined() as group, progress() as bar:
+        with process_group.joined() as group, progress() as bar:
             _require_alone(group, shard, device_map)
             read = _read(traces, per_class)
             recorded = None if stats is None else NeuronStats.load(stats)
-            weights = load_model(model, revision, dtype, distribution.device(), device_map, offload_folder)
+            weights = load_model(model, revision, dtype, process_group.device(), device_map, offload_folder)
             told = bar("reading traces") if group.rank == 0 else None
             reading = Reading(token_budget, told, chunk_tokens, tokens, too_long)
             base = BaseModel.of(model, revision)
             if shard is None:
                 require_room(base, keep, min_layer, per_layer)  # before the work, not after it
             if recorded is not None:
-                neurons.require_of(recorded, read, base, reading)
-            job = neurons.job_of(*weights, read, base, method, reading)
+                require_of(recorded, read, base, reading)
+            job = job_of(*weights, read, base, method, reading)
             if group.rank == 0:
                 _warn_of(job.plan, unpaired)
             with _shared(job, group, out, shares, told) as part:
@@ -126,7 +127,7 @@ def identify(
                     show(_record(part, shard), f"{out}: {_line(part, shard)}", as_json)
                 elif group.rank == 0:
                     _rank(part, recorded, out, choice, as_json)
-    except distribution.StoppedError as error:
+    except process_group.StoppedError as error:
         raise typer.Exit(2) from error
 
 
@@ -143,8 +144,8 @@ def merge(
     as_json: Json = False,
 ) -> None:
     """Rank the neurons by what the shards of one identify have read, and keep the best."""
+    from adaras_export.discovery.reading_job import Part, merged
     from adaras_export.errors import TraceError
-    from adaras_export.reading import Part, merged
 
     refinement = _refinement(ranking, per_layer, fdr, shrink=shrink, agree=agree)
     if len({*parts}) < len(parts):
@@ -155,7 +156,7 @@ def merge(
 
 
 def _refinement(ranking: "Ranking", per_layer: int | None, fdr: float, *, shrink: bool, agree: bool) -> "Refinement":
-    from adaras_export.rankings import Refinement
+    from adaras_export.discovery.rankings import Refinement
 
     refinement = Refinement(per_layer, fdr, shrink, agree)
     refinement.require_of(ranking)
@@ -179,7 +180,8 @@ def _require_alone(group: "Group", shard: str | None, device_map: str | None) ->
 
 
 def _read(traces: Path, per_class: int | None) -> "list[Trace]":
-    from adaras_export.traces import balanced, read_traces
+    from adaras_export.core.trace_files import read_traces
+    from adaras_export.core.traces import balanced
 
     read = read_traces(traces)
     return read if per_class is None else balanced(read, 0, per_class)
@@ -218,9 +220,9 @@ def _shared(
 
 
 def _rank(part: "Part", recorded: "NeuronStats | None", out: Path, choice: dict[str, Any], as_json: bool) -> None:
-    from adaras_export import neurons
+    from adaras_export.discovery.identify import ranked_part
 
-    found = neurons.ranked_part(part, recorded, **choice)
+    found = ranked_part(part, recorded, **choice)
     found.neurons.save(out)
     show(found.as_record(), f"{out}: {found.line()}", as_json)
 

@@ -19,18 +19,18 @@ def demo(
     quiet_libraries()
     import torch
 
-    from adaras_export.demo import pipeline
+    from adaras_export.cli import demo_job
 
     if model == "planted":  # its matrices are so small that a second thread only waits for the first
         torch.set_num_threads(1)
     with progress() as bar:
-        summary = pipeline.run(model, out, bar)
+        summary = demo_job.run(model, out, bar)
     show(summary.as_record(), summary.text(), as_json)
 
 
 def doctor(as_json: Json = False) -> None:
     """Say what works here: libraries, a GPU, the Hub, and every target, tried on a toy. Takes half a minute."""
-    from adaras_export.doctor import examine
+    from adaras_export.cli.checkup import examine
     from adaras_export.errors import BrokenInstallationError
 
     with progress() as bar:

@@ -13,9 +13,8 @@ import typer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from adaras_export.checkers import Checker
-    from adaras_export.generation import Sampling
-    from adaras_export.traces import Question
+    from adaras_export.core.traces import Checker, Question
+    from adaras_export.modeling.generation import Sampling
 
 # The choices of options, written out: the libraries that use them take seconds to import. A test compares them.
 CheckerName = Literal["last_number", "exact", "math_verify", "regex", "code", "reasoning_gym"]
@@ -116,7 +115,7 @@ def load_model(
 ) -> tuple[Any, Any]:
     """The stock model and its tokenizer, without the libraries' own bars."""
     quiet_libraries()
-    from adaras_export.generation import load_model
+    from adaras_export.modeling.loading import load_model
 
     return load_model(model, revision, dtype, device, device_map, offload_folder)
 
@@ -135,8 +134,8 @@ def quiet_libraries() -> None:
 
 def asked(questions: Path, check: CheckerName | None) -> "tuple[list[Question], Checker]":
     """The questions of a file, and what checks their answers; imports no torch."""
-    from adaras_export.checkers import checker_for
-    from adaras_export.traces import read_questions
+    from adaras_export.core.trace_files import read_questions
+    from adaras_export.data.checkers import checker_for
 
     read = read_questions(questions)
     return read, checker_for(read, check)
@@ -153,7 +152,7 @@ def fitting(
     """The same where it is known: as given, or so many as fit behind the longest prompt."""
     if given is not None:
         return given
-    from adaras_export.generation import room
+    from adaras_export.modeling.generation import room
 
     left = room(model, tokenizer, [question.prompt for question in questions])
     return left if 0 < left < _NEW_TOKENS else _NEW_TOKENS
@@ -192,7 +191,7 @@ def require_model(model: str, revision: str | None) -> None:
     Raises:
         HubError: it is neither a folder nor a model of the Hub.
     """
-    from adaras_export.models import fetch
+    from adaras_export.files.hub import fetch
 
     fetch(model, revision)
 

@@ -8,8 +8,8 @@ import typer
 from adaras_export.cli.options import A_FILE, Json, quiet_libraries, show, warn
 
 if TYPE_CHECKING:
-    from adaras_export.question_sets import Source
-    from adaras_export.traces import Question
+    from adaras_export.core.traces import Question
+    from adaras_export.data.question_sets import Source
 
 
 def questions(
@@ -28,8 +28,8 @@ def questions(
     as_json: Json = False,
 ) -> None:
     """Write a question set, whole or in disjoint parts."""
-    from adaras_export.question_sets import Source, deal, distinct
-    from adaras_export.traces import write_questions
+    from adaras_export.core.trace_files import write_questions
+    from adaras_export.data.question_sets import Source, deal, distinct
 
     if listed:
         _show_presets(as_json)
@@ -58,7 +58,7 @@ def questions(
 
 
 def _read(name: str, source: "Source", size: int, seed: int, instruction: str | None) -> "list[Question]":
-    from adaras_export.question_sets import PRESETS, of_file, of_preset, of_task
+    from adaras_export.data.question_sets import PRESETS, of_file, of_preset, of_task
 
     kind, _, task = name.partition(":")
     elsewhere = [option for option in ("file", "revision", "split") if getattr(source, option) is not None]
@@ -84,7 +84,7 @@ def _sizes(parts: str) -> dict[str, int]:
 
 
 def _show_presets(as_json: bool) -> None:
-    from adaras_export.question_sets import PRESETS
+    from adaras_export.data.question_sets import PRESETS
 
     fields = ("repository", "revision", "split", "licence", "checker")
     rows = {name: {field: getattr(preset, field) for field in fields} for name, preset in PRESETS.items()}

@@ -16,7 +16,7 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Make a page (.html), a text (.md) or data (.json) of evaluations; of several, rules across question sets."""
-    from adaras_export.reports.writing import report_of, require_format, write
+    from adaras_export.evaluation.report.render import report_of, require_format, write
 
     require_format(out)
     made = report_of(files)

@@ -32,9 +32,9 @@ from adaras_export.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from adaras_export.models import BaseModel
-    from adaras_export.rule import NeuronSet
-    from adaras_export.search import Span
+    from adaras_export.core.base_model import BaseModel
+    from adaras_export.core.neurons import NeuronSet
+    from adaras_export.evaluation.tune_search import Span
 
 
 def tune(
@@ -76,10 +76,10 @@ def tune(
     as_json: Json = False,
 ) -> None:
     """Choose the number of neurons and the signed strength on validation questions."""
-    from adaras_export.models import BaseModel
-    from adaras_export.rule import Gate
-    from adaras_export.search import Search
-    from adaras_export.tune_report import FORMATS
+    from adaras_export.core.base_model import BaseModel
+    from adaras_export.core.gate import Gate
+    from adaras_export.evaluation.tune_report import FORMATS
+    from adaras_export.evaluation.tune_search import Search
 
     if report is not None:
         require_choice("report", report.suffix, FORMATS)
@@ -92,9 +92,9 @@ def tune(
     read, chosen = asked(questions, check)
     base = BaseModel.of(model, revision)
     rankings, read_gate = _rankings(neurons, base), None if gate is None else Gate.load(gate)
-    from adaras_export.evaluate import EvaluationTask
-    from adaras_export.generation import Sampling
-    from adaras_export.tune import tune as run
+    from adaras_export.evaluation.evaluate import EvaluationTask
+    from adaras_export.evaluation.tune import tune as run
+    from adaras_export.modeling.generation import Sampling
 
     sampling = Sampling(new_tokens(max_new_tokens), stop=unescaped(stop))
     loaded, tokenizer = load_model(model, revision)
@@ -114,7 +114,7 @@ def tune(
 
 def _rankings(files: list[Path], base: "BaseModel") -> "NeuronSet | dict[str, NeuronSet]":
     """The neurons of every file; several are named by their files."""
-    from adaras_export.rule import NeuronSet
+    from adaras_export.core.neurons import NeuronSet
 
     read = [
         NeuronSet.from_reference_csv(one, base=base) if one.suffix == ".csv" else NeuronSet.load(one) for one in files
@@ -136,7 +136,7 @@ def _blind(rankings: "NeuronSet | dict[str, NeuronSet]") -> str:
 
 def _strengths_of(text: str) -> "list[float] | Span":
     """Numbers with commas between them, or LOW:HIGH."""
-    from adaras_export.search import Span
+    from adaras_export.evaluation.tune_search import Span
 
     if ":" not in text:
         return numbers_of("strengths", text)

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from adaras_export.core.traces import Question
 from adaras_export.errors import MissingExtraError, require
-from adaras_export.traces import Question
 
 NAME = "SmolLM2-135M-Instruct"
 

@@ -11,7 +11,7 @@ imports do not count, the unsteered base goes through the same modes first. Whil
 generated, nothing is excused. While the repository is opened, four things are, by the innermost frame of the payload:
 
 * an import statement at module level: what the import system does for it. The modules are a closed list, which
-  tests/payload_rules.py checks.
+  tests/support/payload_rules.py checks.
 * a class: `typing` and `dataclasses` compile its annotations and methods, at the wish of Transformers' base classes.
 * `from_pretrained`, which hands over to Transformers: reading (not writing) files of the repository, and of the base
   where the repository is one of hf-thin, whose loader has more functions for that. They are reported as "reads".
@@ -19,7 +19,7 @@ generated, nothing is excused. While the repository is opened, four things are, 
   importing it.
 
 What audit hooks cannot see is what compiled code does on its own (safetensors opens files in Rust). Against that stands
-the closed list of what the payload may take from torch, in tests/payload_rules.py.
+the closed list of what the payload may take from torch, in tests/support/payload_rules.py.
 """
 
 import inspect

@@ -6,7 +6,7 @@ import tiny
 import torch
 import transformers
 
-from adaras_export.exporters.hf import EXPORTER
+from adaras_export.exporters.hf.exporter import EXPORTER
 
 
 @pytest.fixture(scope="session")
@@ -30,11 +30,11 @@ def opened(written):
 @pytest.fixture(scope="session")
 def plain(tmp_path_factory):
     """The plain ONNX graph of a base, by name."""
-    from adaras_export.exporters import onnx_graph
+    from adaras_export.exporters.onnx import graph
 
     def make(name):
         out = tmp_path_factory.mktemp("plain") / "model.onnx"
-        onnx_graph.plain_graph(tiny.build_model(name), out)
+        graph.plain_graph(tiny.build_model(name), out)
         return out
 
     return tiny.Lazy(make)

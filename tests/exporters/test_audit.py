@@ -13,7 +13,7 @@ import tiny
 from elsewhere import answered, exports
 from tiny import PAD, PROMPTS
 
-from adaras_export.exporters import hf_thin
+from adaras_export.exporters.hf.thin import EXPORTER
 
 pytestmark = pytest.mark.slow  # a process for all, with two models a test
 
@@ -44,7 +44,7 @@ def audit(jobs, folder, modes=None):
 
 @pytest.fixture(scope="module")
 def thin(rules, folders, tmp_path_factory):
-    return exports(hf_thin.EXPORTER, rules, folders, tmp_path_factory)
+    return exports(EXPORTER, rules, folders, tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

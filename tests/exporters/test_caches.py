@@ -11,7 +11,7 @@ import transformers
 from tiny import CACHE, EOS, PAD, PROMPTS
 
 from adaras_export.exporters.base import Commission
-from adaras_export.steering import steered
+from adaras_export.modeling.steering import steered
 
 # What Transformers 5.23 has renamed and peft 0.21 does not know yet.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -35,7 +35,7 @@ def in_memory(key, request):
 @contextmanager
 def as_adapter(key, request):
     peft = pytest.importorskip("peft")
-    from adaras_export.exporters.peft import EXPORTER
+    from adaras_export.exporters.peft.exporter import EXPORTER
 
     folder, base = (request.getfixturevalue(name) for name in ("tmp_path", "folders"))
     options = {"adaptive": True}

@@ -9,7 +9,7 @@ import pytest
 import snippets
 import tiny
 
-from adaras_export.delivery import export, rewrite_card
+from adaras_export.delivery.writer import export, rewrite_card
 
 KEY = ("llama", "causal", "last_prompt_token")
 QUESTION = "What is 12 times 7?"

@@ -8,9 +8,12 @@ import tiny
 import tiny_gguf
 from safetensors.numpy import load_file, save_file
 
-from adaras_export import disclosure, exporters, models, storage
+from adaras_export import exporters
+from adaras_export.core import checkpoint
 from adaras_export.errors import ArtifactError
+from adaras_export.exporters import manifest
 from adaras_export.exporters.base import Commission
+from adaras_export.files import atomic
 
 START = "last_prompt_token"
 # Name -> base, gate, target and options.
@@ -63,7 +66,7 @@ def test_the_list_has_every_tensor_that_the_base_lacks_or_has_otherwise_and_no_o
         for (tensor, file), values in read(folder).items()
         if tensor not in before or not np.array_equal(before[tensor], values)
     }
-    told = exporter.disclosed(folder, models.tensor_hashes(base))
+    told = exporter.disclosed(folder, checkpoint.tensor_hashes(base))
     assert {(one.name, one.file, one.shape, one.what, one.only_zeros) for one in told} == expected
     assert len(told) == len(expected) > 0
 
@@ -72,13 +75,13 @@ def test_the_list_has_every_tensor_that_the_base_lacks_or_has_otherwise_and_no_o
 def test_the_hashes_are_those_of_the_values(name, written):
     exporter, folder, base = written[name]
     found = read(folder)
-    for one in exporter.disclosed(folder, models.tensor_hashes(base)):
-        assert one.sha256 == storage.sha256(found[one.name, one.file].tobytes())
+    for one in exporter.disclosed(folder, checkpoint.tensor_hashes(base)):
+        assert one.sha256 == atomic.sha256(found[one.name, one.file].tobytes())
 
 
 def test_the_biases_that_an_architecture_wants_besides_are_told_as_zeros(written):
     exporter, folder, base = written["stock"]
-    told = exporter.disclosed(folder, models.tensor_hashes(base))
+    told = exporter.disclosed(folder, checkpoint.tensor_hashes(base))
     zeros = {one.name for one in told if one.only_zeros}
     assert zeros == {one.name for one in told} - {f"model.layers.{layer}.mlp.down_proj.bias" for layer in (2, 3)}
 
@@ -87,7 +90,7 @@ def test_the_biases_that_an_architecture_wants_besides_are_told_as_zeros(written
 @pytest.mark.parametrize("name", ["stock-biased", "peft-merge"])
 def test_biases_that_the_base_has_are_told_as_changed(name, written):
     exporter, folder, base = written[name]
-    told = exporter.disclosed(folder, models.tensor_hashes(base))
+    told = exporter.disclosed(folder, checkpoint.tensor_hashes(base))
     assert {one.what for one in told} == {"changed"}
     assert len(told) == 2
 
@@ -97,7 +100,7 @@ def test_biases_that_the_base_has_are_told_as_changed(name, written):
 def test_one_changed_number_of_any_tensor_is_named(name, written, tmp_path):
     """One of each file; of a base's own tensor, too, which then is no longer the base's."""
     exporter, folder, base = written[name]
-    hashes, copy = models.tensor_hashes(base), shutil.copytree(folder, tmp_path / "copy")
+    hashes, copy = checkpoint.tensor_hashes(base), shutil.copytree(folder, tmp_path / "copy")
     told = exporter.disclosed(copy, hashes)
     for path in sorted(copy.rglob("*.safetensors")):
         tensors = load_file(path)
@@ -105,7 +108,7 @@ def test_one_changed_number_of_any_tensor_is_named(name, written, tmp_path):
         tensors[victim] = tensors[victim] + 1
         path.unlink()  # it may be a second name of the base's file
         save_file(tensors, path)
-        assert victim in disclosure.differing(exporter.disclosed(copy, hashes), told)
+        assert victim in manifest.differing(exporter.disclosed(copy, hashes), told)
 
 
 @pytest.fixture(scope="module")
@@ -113,8 +116,8 @@ def graph(rules, folders, plain, tmp_path_factory):
     """An exported graph, without the rest of the artifact."""
     import onnx_ir as ir
 
-    from adaras_export.exporters import onnx_graph
     from adaras_export.exporters.checkpoint import vectors
+    from adaras_export.exporters.onnx import graph as onnx_graph
 
     rule = rules["llama", "causal", START]
     model = ir.load(plain["llama"])
@@ -131,7 +134,7 @@ def test_a_graph_discloses_what_was_put_into_it_and_its_functions(graph):
     folder, added = graph
     told = exporters.load("onnx").disclosed(folder, {})
     assert {one.name: one.sha256 for one in told if one.dtype != "function"} == {
-        name: storage.sha256(values.tobytes()) for name, values in added.items()
+        name: atomic.sha256(values.tobytes()) for name, values in added.items()
     }
     functions = {one.name for one in told if one.dtype == "function"}
     assert functions == {"adaras.AdaptiveSteer", "adaras.ReasoningGate", "adaras.SteeredTokens"}
@@ -157,17 +160,17 @@ def test_steering_tensors_in_another_file_are_refused_and_that_file_is_not_read(
 @pytest.mark.slow
 @pytest.mark.onnx
 def test_the_second_graph_of_a_page_is_disclosed_too_but_for_the_dials_that_it_is_fed(graph, tmp_path):
-    from adaras_export.exporters import onnx_page
+    from adaras_export.exporters.onnx import web_page
 
     folder = shutil.copytree(graph[0], tmp_path / "copy")
-    onnx_page.write_graph(folder / "onnx" / "model.onnx", folder)
+    web_page.write_graph(folder / "onnx" / "model.onnx", folder)
     exporter = exporters.load("onnx").commissioned(Commission("base", options={"page": True}))
-    files = {file: set() for file in ("onnx/model.onnx", onnx_page.GRAPH)}
+    files = {file: set() for file in ("onnx/model.onnx", web_page.GRAPH)}
     for one in exporter.disclosed(folder, {}):
         files[one.file].add((one.name, one.sha256))
-    gone = files["onnx/model.onnx"] - files[onnx_page.GRAPH]
+    gone = files["onnx/model.onnx"] - files[web_page.GRAPH]
     assert {name for name, _ in gone} == {"steering_strength", "steering_threshold"}
-    assert files[onnx_page.GRAPH] < files["onnx/model.onnx"]
+    assert files[web_page.GRAPH] < files["onnx/model.onnx"]
 
 
 @pytest.mark.slow
@@ -187,7 +190,7 @@ def test_what_is_put_into_a_graph_afterwards_is_named(what, graph, tmp_path):
     else:
         model.functions[0].node[0].op_type = "Sub"
     onnx.save(model, folder / "onnx" / "model.onnx")
-    [name] = disclosure.differing(exporters.load("onnx").disclosed(folder, {}), told)
+    [name] = manifest.differing(exporters.load("onnx").disclosed(folder, {}), told)
     assert name.startswith({"initialiser": "more.", "number": "steering_strength", "function": "adaras."}[what])
 
 
@@ -205,6 +208,6 @@ def test_a_gguf_file_discloses_its_vectors(into, rules, folders, stock, tokenize
     added = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors if tensor.name not in before}
     told = exporter.disclosed(out, {})
     assert {(one.name, one.dtype, one.shape, one.sha256) for one in told} == {
-        (name, "F32", (tiny.HIDDEN_SIZE,), storage.sha256(tensor.data.tobytes())) for name, tensor in added.items()
+        (name, "F32", (tiny.HIDDEN_SIZE,), atomic.sha256(tensor.data.tobytes())) for name, tensor in added.items()
     }
     assert len(told) == 2

@@ -1,4 +1,4 @@
-"""Target gguf: what is in the files, and what a player of them computes. llama.cpp: tests/runtimes, tests/servers."""
+"""Target gguf: what is in the files, and what a player of them computes. llama.cpp itself: tests/system."""
 
 import json
 import shutil
@@ -14,13 +14,14 @@ import transformers
 from gguf import GGUFReader, GGUFValueType
 from tiny import greedy, require_answers
 
-from adaras_export import models
-from adaras_export.delivery import export, verify
+from adaras_export.core import families
+from adaras_export.delivery.verifier import verify
+from adaras_export.delivery.writer import export
 from adaras_export.errors import ArtifactError, ExportError, ParityError
-from adaras_export.exporters import gguf_files, gguf_reader
 from adaras_export.exporters.base import Commission
-from adaras_export.exporters.gguf import EXPORTER
-from adaras_export.parity import compare, rehearse
+from adaras_export.exporters.gguf import files, reader
+from adaras_export.exporters.gguf.exporter import EXPORTER
+from adaras_export.exporters.parity import compare, rehearse
 
 CAUSAL = ("causal", "last_prompt_token")
 REFUSED = ("gemma2", "gemma3_text", "olmo2")
@@ -93,7 +94,7 @@ def test_a_direction_is_the_folded_vector_of_its_layer_without_the_strength(name
     rule, found = rules[(name, *CAUSAL)], tensors_of(vectors[name] / "control-vector.gguf")
     assert list(found) == ["direction.2", "direction.3"]
     for layer in rule.layers():
-        weight = models.down_projection(stock[name], layer).weight.detach().double()
+        weight = families.down_projection(stock[name], layer).weight.detach().double()
         weight = weight.T if name == "gpt2" else weight
         index, delta = rule.neurons_of(layer)
         factor = 0.7 if name == "granite" else 1.0
@@ -106,7 +107,7 @@ def test_a_direction_is_the_folded_vector_of_its_layer_without_the_strength(name
 @pytest.mark.parametrize("name", NAMES)
 def test_the_metadata_is_what_llama_cpp_expects_and_names_the_rule(name, vectors, rules):
     rule = rules[(name, *CAUSAL)]
-    assert gguf_reader.opened(vectors[name] / "control-vector.gguf").entries == {
+    assert reader.opened(vectors[name] / "control-vector.gguf").entries == {
         "general.architecture": (GGUFValueType.STRING, "controlvector"),
         "controlvector.model_hint": (GGUFValueType.STRING, HINTS.get(name, name)),
         "controlvector.layer_count": (GGUFValueType.INT32, 2),
@@ -192,7 +193,7 @@ def weaker(rule):
 def test_a_control_vector_of_another_rule_fails_on_entries_and_logits(name, tamper, rules, folders, tmp_path):
     rule, its = rules[(name, *CAUSAL)], exporter(folders[name])
     its.write(tamper(rule), folders[name], tmp_path)
-    assert {"metadata entries or tensors that differ"} <= failed(its.inspect(tmp_path, rule, folders[name]))
+    assert {"metadata entries or tensors that differ"} <= failed(its.inspect(tmp_path, rule, folders[name]).checks)
     script = rehearse(its.reference(tmp_path, rule, folders[name]))
     assert "by the rule, prefill logits" in failed(compare(script, its.load(tmp_path)))
 
@@ -201,7 +202,7 @@ def test_a_changed_number_and_a_file_more_are_found(vectors, rules, folders, tmp
     folder = shutil.copytree(vectors["llama"], tmp_path / "copy")
     edited(folder / "control-vector.gguf", "direction.3")
     (folder / "model.gguf").write_bytes(b"")
-    checks = EXPORTER.inspect(folder, rules[("llama", *CAUSAL)], folders["llama"])
+    checks = EXPORTER.inspect(folder, rules[("llama", *CAUSAL)], folders["llama"]).checks
     assert failed(checks) == {"files that are not the library's", "directions that differ"}
     assert {check.detail for check in checks} == {"model.gguf", "direction.3", ""}
 
@@ -211,7 +212,7 @@ def test_an_extra_tensor_is_found_and_nothing_is_played(name, vectors, rules, fo
     out = tmp_path / "out"
     export(rules[("llama", *CAUSAL)], base=folders["llama"], to="gguf", out=out, accept_loss=STATIC)
     more = {name: np.ones(tiny.HIDDEN_SIZE + 1, np.float32)}
-    gguf_files.copy_with(vectors["llama"] / "control-vector.gguf", out / "control-vector.gguf", more)
+    files.copy_with(vectors["llama"] / "control-vector.gguf", out / "control-vector.gguf", more)
     found = failed(verify(out).checks)
     assert "metadata entries or tensors that differ" in found
     assert "not run, because its code or its settings differ" in found
@@ -245,7 +246,7 @@ def test_only_biases_are_new_in_the_model(delivered, low, sources, stock):
         assert found[name].data.tobytes() == tensor.data.tobytes()
         assert (found[name].tensor_type, found[name].shape.tolist()) == (tensor.tensor_type, tensor.shape.tolist())
     for layer in low.layers():
-        weight = models.down_projection(stock["llama"], layer).weight.detach().double().numpy()
+        weight = families.down_projection(stock["llama"], layer).weight.detach().double().numpy()
         index, delta = low.neurons_of(layer)
         bias = found[f"blk.{layer}.ffn_down.bias"].data
         np.testing.assert_allclose(bias, low.strength * weight[:, index] @ delta, rtol=1e-5, atol=1e-7)
@@ -349,8 +350,8 @@ def test_a_damaged_receipt_is_an_error_of_one_line(delivered, tmp_path):
 
 
 def test_a_copy_with_nothing_more_has_the_content_of_its_source(sources, tmp_path):
-    gguf_files.copy_with(sources["llama"], tmp_path / "copy.gguf", {})
-    assert gguf_files.content_digest(tmp_path / "copy.gguf") == gguf_files.content_digest(sources["llama"])
+    files.copy_with(sources["llama"], tmp_path / "copy.gguf", {})
+    assert files.content_digest(tmp_path / "copy.gguf") == files.content_digest(sources["llama"])
     assert (tmp_path / "copy.gguf").read_bytes() == sources["llama"].read_bytes()
 
 
@@ -371,8 +372,8 @@ def test_biases_of_another_rule_fail_on_their_logits(low, folders, sources, tmp_
 
 def test_an_artifact_that_was_exchanged_is_not_delivered(low, folders, sources, tmp_path, monkeypatch):
     """The comparison stands between writing and the final name."""
-    whole = gguf_files.copy_with
-    monkeypatch.setattr(gguf_files, "copy_with", lambda *args: whole(*args[:2], {}))
+    whole = files.copy_with
+    monkeypatch.setattr(files, "copy_with", lambda *args: whole(*args[:2], {}))
     with pytest.raises(ParityError, match="biases that differ"):
         export(low, base=folders["llama"], to="gguf", out=tmp_path / "out", accept_loss=["start", "dial"],
                into=sources["llama"])  # fmt: skip
@@ -391,8 +392,8 @@ def test_a_copy_keeps_the_alignment_that_its_source_names_also_of_a_file_that_en
     tiny_gguf.finish(writer)
     end = max(tensor.data_offset + tensor.n_bytes for tensor in GGUFReader(source).tensors)
     source.write_bytes(source.read_bytes()[:end])  # without the padding at its end
-    gguf_files.copy_with(source, copy, {"c": values["c"]})
+    files.copy_with(source, copy, {"c": values["c"]})
     found = tensors_of(copy)
     assert {name: tensor.data.tolist() for name, tensor in found.items()} == {n: v.tolist() for n, v in values.items()}
     assert all(tensor.data_offset % alignment == 0 for tensor in found.values())
-    assert gguf_files.content_digest(copy, without={"c"}) == gguf_files.content_digest(source)
+    assert files.content_digest(copy, without={"c"}) == files.content_digest(source)

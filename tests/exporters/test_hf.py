@@ -18,9 +18,9 @@ from elsewhere import as_output, jobs_of, require_equal_to_the_oracle, run_elsew
 from safetensors import safe_open
 from tiny import CACHE, PROMPTS, greedy, require_answers
 
-from adaras_export import models
+from adaras_export.core import checkpoint, families
 from adaras_export.errors import ArtifactError, ExportError
-from adaras_export.exporters.hf import EXPORTER, payload, steered_config, steering_tensors
+from adaras_export.exporters.hf.exporter import EXPORTER, payload, steered_config, steering_tensors
 
 CAUSAL, LATER = ("causal", "last_prompt_token"), ("later", "first_generated_token")
 EVERYWHERE = ["greedy", "uncached", "single", "sampled"]
@@ -113,7 +113,7 @@ def test_in_half_precision_gate_and_vectors_stay_float32(clean):
 @pytest.mark.parametrize("name", tiny.NAMES)
 def test_weights_are_hard_links_to_the_base(name, written, folders):
     folder = written[(name, *CAUSAL)]
-    located = models.shards(folders[name])
+    located = checkpoint.shards(folders[name])
     index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     for tensor, source in located.items():
         assert (folder / index[tensor]).stat().st_ino == source.stat().st_ino
@@ -172,7 +172,7 @@ def test_vectors_are_the_folded_deltas_without_the_strength(name, rules, stock, 
     rule = rules[(name, *CAUSAL)]
     tensors = steering_tensors(rule, folders[name])
     for layer in rule.layers():
-        weight = models.down_projection(stock[name], layer).weight.detach()
+        weight = families.down_projection(stock[name], layer).weight.detach()
         expected = [0.0] * tiny.HIDDEN_SIZE
         for index, delta in zip(*rule.neurons_of(layer), strict=True):
             for row in range(tiny.HIDDEN_SIZE):

@@ -13,12 +13,16 @@ from elsewhere import as_output, exports, jobs_of, require_equal_to_the_oracle, 
 from safetensors.torch import load_file, save_file
 from tiny import greedy, require_answers
 
-from adaras_export import models, receipts
-from adaras_export.delivery import export, verify
+from adaras_export.core import checkpoint
+from adaras_export.delivery.receipt import hashes
+from adaras_export.delivery.verifier import verify
+from adaras_export.delivery.writer import export
 from adaras_export.errors import ArtifactError, ExportError
-from adaras_export.exporters import hf, hf_thin
 from adaras_export.exporters.base import Commission
-from adaras_export.exporters.hf_thin import EXPORTER
+from adaras_export.exporters.hf import thin as thin_target
+from adaras_export.exporters.hf.exporter import EXPORTER as FULL
+from adaras_export.exporters.hf.exporter import STEERING_FILE, payload, steered_config, steering_tensors
+from adaras_export.exporters.hf.thin import EXPORTER
 from adaras_export.runtime import thin_adaras
 
 CAUSAL, LATER = ("causal", "last_prompt_token"), ("later", "first_generated_token")
@@ -164,14 +168,14 @@ def test_save_pretrained_writes_a_full_repository_of_target_hf(name, clean, writ
     key = (name, *CAUSAL)
     require_answers(as_output(clean[key]["again"]), told[key])
     again, family = Path(f"{written[key]}-again"), tiny.SPECS[name][0]
-    assert {path.name: path.read_bytes() for path in again.glob("*.py")} == hf.payload(family)
+    assert {path.name: path.read_bytes() for path in again.glob("*.py")} == payload(family)
     text = (again / "config.json").read_text()
-    expected = hf.steered_config(json.loads((folders[name] / "config.json").read_text()), rules[key])
+    expected = steered_config(json.loads((folders[name] / "config.json").read_text()), rules[key])
     assert json.loads(text)["adaras"] == expected["adaras"]
     assert json.loads(text)["auto_map"] == expected["auto_map"]
     assert str(folders[name]) not in text
-    stored = models.shards(again)
-    assert {*models.shards(folders[name]), *hf.steering_tensors(rules[key], folders[name])} == {*stored}
+    stored = checkpoint.shards(again)
+    assert {*checkpoint.shards(folders[name]), *steering_tensors(rules[key], folders[name])} == {*stored}
 
 
 # What is in the folder
@@ -180,19 +184,19 @@ def test_save_pretrained_writes_a_full_repository_of_target_hf(name, clean, writ
 @FAMILIES
 def test_a_thin_repository_has_kilobytes_and_one_small_file_of_tensors(name, written):
     files = [path for path in written[(name, *CAUSAL)].rglob("*") if path.is_file()]
-    assert [path.name for path in files if path.suffix == ".safetensors"] == [hf.STEERING_FILE]
+    assert [path.name for path in files if path.suffix == ".safetensors"] == [STEERING_FILE]
     assert not [path for path in files if path.name.endswith(".index.json")]
     assert sum(path.stat().st_size for path in files if not path.name.startswith("tokenizer")) < 60_000
 
 
 def test_the_config_is_that_of_hf_but_for_the_loading_classes_and_the_base(rules, folders, written):
-    expected = hf.steered_config(json.loads((folders["llama"] / "config.json").read_text()), rules[KEY])
+    expected = steered_config(json.loads((folders["llama"] / "config.json").read_text()), rules[KEY])
     found = json.loads((written[KEY] / "config.json").read_text())
     record = found["adaras"].pop("base")
     assert record == {
         "id": str(folders["llama"].resolve()),
         "revision": None,
-        "fingerprint": models.tensor_fingerprint(folders["llama"]),
+        "fingerprint": checkpoint.tensor_fingerprint(folders["llama"]),
         "auto_map": expected["auto_map"],
     }
     assert {key for key in found if found[key] != expected[key]} == {"auto_map"}
@@ -289,7 +293,7 @@ def test_the_fingerprint_of_the_payload_is_the_librarys(tmp_path):
     """Types and sizes at which the head, middle and tail of a tensor meet, and the places where they lie."""
     path = tmp_path / "model.safetensors"
     save_file(ODD, path)
-    expected = models.tensor_fingerprint(tmp_path)
+    expected = checkpoint.tensor_fingerprint(tmp_path)
     thin_adaras._require_fingerprint("x", {"": str(path)}, expected)
     for place in (0, 4095 // 8, 10_000, 20_000):
         save_file({**ODD, "long": ODD["long"].index_fill(0, torch.tensor([place]), -1.0)}, path)
@@ -350,7 +354,7 @@ def evil_hub_base(folders, tmp_path_factory):
     """The id of another base in the cache of this process; the fingerprint does not sample what differs."""
     evil = shutil.copytree(folders["llama"], tmp_path_factory.mktemp("evil") / "base")
     edit_tensors(evil / "model.safetensors", lambda tensors: tensors["lm_head.weight"][64, 0].neg_())
-    assert models.tensor_fingerprint(evil) == models.tensor_fingerprint(folders["llama"])
+    assert checkpoint.tensor_fingerprint(evil) == checkpoint.tensor_fingerprint(folders["llama"])
     put_into_the_hub_cache(evil, huggingface_hub.constants.HF_HUB_CACHE, "tiny/evil", COMMIT)
     return "tiny/evil"
 
@@ -369,7 +373,7 @@ def test_a_repository_that_names_another_base_of_the_hub_than_the_one_given_is_f
         settings["adaras"]["base"]["id"] = name
         edit_json(out / "config.json", adaras=settings["adaras"])
         named = {"source": name, "base": receipt["base"] | {"id": name}}
-        edit_json(out / "receipt.json", **named, files=receipts.hashes(out))
+        edit_json(out / "receipt.json", **named, files=hashes(out))
         found = {one.name: one.detail for one in verify(out, base=base).failed()}
         assert found.pop(check).startswith(f"{name} at revision {COMMIT}")
         assert found.keys() == {"card other than its receipt's"}
@@ -434,7 +438,7 @@ def test_a_config_of_the_callers_own_is_used(thin, stock):
     assert "base" in config.adaras  # not written to
 
 
-@pytest.mark.parametrize("order", [(EXPORTER, hf.EXPORTER), (hf.EXPORTER, EXPORTER)], ids=["thin-full", "full-thin"])
+@pytest.mark.parametrize("order", [(EXPORTER, FULL), (FULL, EXPORTER)], ids=["thin-full", "full-thin"])
 def test_full_and_thin_repositories_in_folders_of_the_same_name_do_not_meet(order, rules, folders, told, tmp_path):
     """Transformers 5 knows the classes of a local folder by its name and the content of its code."""
     for exporter, name in zip(order, "ab", strict=True):
@@ -473,7 +477,7 @@ def damage_shape(tensors):
 
 @pytest.mark.parametrize("change", [damage_drop, damage_add, damage_shape])
 def test_a_steering_file_that_does_not_fit_the_config_is_refused(change, thin):
-    edit_tensors(thin / hf.STEERING_FILE, change)
+    edit_tensors(thin / STEERING_FILE, change)
     expected = r"model-steering.safetensors: missing, unknown or of another shape: (layers|steering_gate).\S+; expected"
     with pytest.raises(ValueError, match=expected):
         opened(thin)
@@ -493,13 +497,13 @@ def folder(delivered, tmp_path):
 def failures(folder):
     """What verify says, also when the receipt was made to match."""
     receipt = json.loads((folder / "receipt.json").read_text())
-    edit_json(folder / "receipt.json", files={**receipt["files"], **receipts.hashes(folder)})
+    edit_json(folder / "receipt.json", files={**receipt["files"], **hashes(folder)})
     return {check.name: check.detail for check in verify(folder).failed()}
 
 
 def test_an_export_is_complete_and_verifies_also_from_elsewhere(delivered, folder, base):
     assert delivered.parity.ok
-    assert {"README.md", "config.json", "rule.safetensors", "thin_adaras.py", hf.STEERING_FILE} < set(delivered.files)
+    assert {"README.md", "config.json", "rule.safetensors", "thin_adaras.py", STEERING_FILE} < set(delivered.files)
     assert json.loads((folder / "receipt.json").read_text())["target"] == "hf-thin"
     assert "argument, `base=`." in (folder / "README.md").read_text()
     assert verify(folder).ok
@@ -530,14 +534,14 @@ def test_a_config_that_names_another_base_is_named_and_not_followed(folder):
 
 @pytest.mark.parametrize("tensor", ["layers.3.mlp.steering_vector", "steering_gate.output_bias"])
 def test_a_negated_tensor_is_named_and_fails_the_comparison(tensor, folder):
-    edit_tensors(folder / hf.STEERING_FILE, lambda tensors: tensors[tensor].neg_())
+    edit_tensors(folder / STEERING_FILE, lambda tensors: tensors[tensor].neg_())
     found = failures(folder)
     assert found["steering tensors that differ"] == tensor
     assert any(name.endswith("logits") or name == "gate, p(correct)" for name in found), found
 
 
 def test_a_truncated_or_missing_steering_file_is_named(folder):
-    path = folder / hf.STEERING_FILE
+    path = folder / STEERING_FILE
     path.write_bytes(path.read_bytes()[:-9])
     assert "steering tensors that differ" in failures(folder)
     path.unlink()
@@ -547,4 +551,4 @@ def test_a_truncated_or_missing_steering_file_is_named(folder):
 
 
 def test_the_loader_is_only_in_thin_repositories():
-    assert set(hf_thin.payload("llama")) - set(hf.payload("llama")) == {"thin_adaras.py"}
+    assert set(thin_target.payload("llama")) - set(payload("llama")) == {"thin_adaras.py"}

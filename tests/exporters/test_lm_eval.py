@@ -6,22 +6,22 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import oracle
 import pytest
 import tiny
 import torch
+from places import DOCS
 from tiny import PAD, left_padded
 
-from adaras_export.exporters.hf import EXPORTER
+from adaras_export.exporters.hf.exporter import EXPORTER
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not importlib.util.find_spec("lm_eval"), reason="lm_eval is not installed: the extra lm-eval"),
 ]
 KEY = ("qwen3", "causal", "last_prompt_token")
-DOCS = Path(__file__).parents[2] / "docs" / "evaluating.md"
+PAGE = DOCS / "evaluating.md"
 QUESTIONS = ("Hi!", "Why?", "What is", "hello wor", "is 7 odd?", "Answer:", "2+2=")
 CHOICES = ("abc", "d", "e", "ef")  # two of one token: the harness scores those with one forward pass
 TASK = """\
@@ -200,7 +200,7 @@ def test_in_a_batch_of_scored_continuations_shorter_rows_are_not_steered(evaluat
 def test_the_class_of_the_docs_scores_continuations_as_generated(
     batch_size, steered, tasks, reference, tokenizer, tmp_path
 ):
-    (code,) = re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     (tmp_path / "steered_lm.py").write_text(code)
     (tmp_path / "score.py").write_text(SCORE)
     printed = run(["score.py", steered, tasks, batch_size], tmp_path)

@@ -20,11 +20,12 @@ from huggingface_hub import HfApi
 from tiny import PROMPTS, greedy, left_padded, require_answers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from adaras_export.core.base_model import BaseModel
+from adaras_export.core.gate import Gate
+from adaras_export.core.neurons import NeuronSet
 from adaras_export.demo import smollm2
-from adaras_export.exporters.hf import EXPORTER, payload
-from adaras_export.models import BaseModel
-from adaras_export.rule import Gate, NeuronSet
-from adaras_export.steering import steered
+from adaras_export.exporters.hf.exporter import EXPORTER, payload
+from adaras_export.modeling.steering import steered
 
 CAUSAL, LATER = ("causal", "last_prompt_token"), ("later", "first_generated_token")
 QWEN3 = ("qwen3", *CAUSAL)

@@ -15,13 +15,16 @@ import torch
 from onnx.reference import ReferenceEvaluator
 from tiny import PROMPTS
 
-from adaras_export import models
-from adaras_export.delivery import export, verify
+from adaras_export.core import base_model
+from adaras_export.delivery.verifier import verify
+from adaras_export.delivery.writer import export
 from adaras_export.errors import ExportError
-from adaras_export.exporters import onnx_functions, onnx_genai, onnx_graph
 from adaras_export.exporters.base import Commission
 from adaras_export.exporters.checkpoint import companions
-from adaras_export.exporters.onnx import EXPORTER, GRAPH
+from adaras_export.exporters.onnx import functions
+from adaras_export.exporters.onnx import graph as onnx_graph
+from adaras_export.exporters.onnx.exporter import EXPORTER, GRAPH
+from adaras_export.exporters.onnx.genai import BUILDER_FAMILIES
 
 CAUSAL, LATER = ("causal", "last_prompt_token"), ("later", "first_generated_token")
 RULES = [CAUSAL, LATER, (None, "last_prompt_token"), (None, "first_generated_token"), ("causal", LATER[1])]
@@ -272,8 +275,8 @@ def test_names_in_the_graph_say_the_layer(steered, rules):
         assert f"/model/layers.{layer}/mlp/adaras/AdaptiveSteer" in nodes
         assert f"/model/layers.{layer}/mlp/down_proj/MatMul" in nodes
         assert f"model.layers.{layer}.mlp.steering_vector" in model.graph.initializers
-    assert {name for _, name, _ in model.functions} == set(onnx_functions.functions()) - {"PastDecision"}
-    assert model.opset_imports[onnx_functions.DOMAIN] == onnx_functions.VERSION
+    assert {name for _, name, _ in model.functions} == set(functions.functions()) - {"PastDecision"}
+    assert model.opset_imports[functions.DOMAIN] == functions.VERSION
 
 
 def test_an_ungated_graph_has_no_gate_and_no_more_layers_than_its_base(steered):
@@ -327,7 +330,7 @@ def test_an_export_has_what_the_runtimes_need(delivered, folders):
     assert genai["model"]["decoder"]["num_hidden_layers"] == tiny.LAYERS + 1
     assert genai["model"]["eos_token_id"] == tiny.EOS
     assert delivered.parity.ok
-    assert models.BaseModel.of(folders["llama"]).layers == tiny.LAYERS  # the base is as it was
+    assert base_model.BaseModel.of(folders["llama"]).layers == tiny.LAYERS  # the base is as it was
 
 
 @pytest.mark.slow
@@ -359,14 +362,14 @@ def test_an_inlined_export_has_no_functions_and_computes_the_same(rules, folders
 
 def edit(folder, change):
     """Change the graph of an export, and its receipt with it, as someone who hides it would."""
-    from adaras_export import storage
+    from adaras_export.files import atomic
 
     model = ir.load(folder / GRAPH)
     change(model)
     ir.save(model, folder / GRAPH)
     path = folder / "receipt.json"
     receipt = json.loads(path.read_text())
-    receipt["files"] |= {name: storage.sha256_file(folder / name) for name in (GRAPH, f"{GRAPH}_data")}
+    receipt["files"] |= {name: atomic.sha256_file(folder / name) for name in (GRAPH, f"{GRAPH}_data")}
     path.write_text(json.dumps(receipt))
 
 
@@ -531,14 +534,14 @@ def test_a_graph_of_another_form_is_refused(plain, rules, folders):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", onnx_genai.BUILDER_FAMILIES)
+@pytest.mark.parametrize("name", BUILDER_FAMILIES)
 def test_the_builders_graph_equals_the_oracle_too(name, tmp_path):
     """Rows one by one: GroupQueryAttention takes padding on the right only."""
     pytest.importorskip("onnxruntime_genai")
     sizes = {"head_dim": 16, **({"original_max_position_embeddings": 128} if name == "phi3" else {})}
     base = tiny.save_base(name, tmp_path / "base", **sizes)
     model = tiny.build_model(name, **sizes)
-    rule = tiny.make_rule(models.BaseModel.of(base), gate=tiny.calibrated_gate(model, "causal"))
+    rule = tiny.make_rule(base_model.BaseModel.of(base), gate=tiny.calibrated_gate(model, "causal"))
     (tmp_path / "out").mkdir()
     EXPORTER.commissioned(Commission("base", options={"genai": True})).write(rule, base, tmp_path / "out")
     assert not onnx.load(

@@ -9,8 +9,8 @@ import onnxruntime
 import pytest
 
 from adaras_export.errors import ExportError
-from adaras_export.exporters import onnx_page
-from adaras_export.exporters.onnx import EXPORTER
+from adaras_export.exporters.onnx import web_page
+from adaras_export.exporters.onnx.exporter import EXPORTER
 
 pytestmark = pytest.mark.onnx
 
@@ -42,25 +42,25 @@ def test_what_npm_complains_of_is_passed_on_in_one_line(npm, tmp_path):
     npm("echo 'npm error code E404' >&2; echo 'npm error not found' >&2; exit 1")
     message = r"npm pack @huggingface/transformers@[\d.]+ failed \(npm error code E404 npm error not found\); expected"
     with pytest.raises(ExportError, match=message):
-        onnx_page.write_files(tmp_path)
+        web_page.write_files(tmp_path)
 
 
 @pytest.mark.parametrize("script", ["exit 3", "echo absent.tgz; exit 3"])
 def test_an_npm_that_says_nothing_is_refused_by_its_status(script, npm, tmp_path):
     npm(script)
     with pytest.raises(ExportError, match=r"failed \(exit status 3\)"):
-        onnx_page.write_files(tmp_path)
+        web_page.write_files(tmp_path)
 
 
 def test_a_package_with_other_content_is_refused_before_it_is_opened(npm, tmp_path):
     npm("echo other > package.tgz; echo package.tgz")
     with pytest.raises(ExportError, match=r"has SHA-512 .*; expected 5\+voSeUC.*: npm config get registry"):
-        onnx_page.write_files(tmp_path)
+        web_page.write_files(tmp_path)
     assert not (tmp_path / "vendor" / "transformers.min.js").exists()
 
 
 def test_the_page_names_no_other_server():
-    for name, content in onnx_page._own().items():
+    for name, content in web_page._own().items():
         text = content.decode().replace("http://www.w3.org/2000/svg", "")
         assert not re.search(r"https?:|//[a-z]+\.", text), name
 
@@ -85,8 +85,8 @@ def graph(tmp_path):
 
 
 def test_the_dials_are_inputs_that_have_to_be_fed(graph, tmp_path):
-    onnx_page.write_graph(graph, tmp_path)
-    path = tmp_path / onnx_page.GRAPH
+    web_page.write_graph(graph, tmp_path)
+    path = tmp_path / web_page.GRAPH
     onnx.checker.check_model(path, full_check=True)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     assert [one.name for one in session.get_inputs()] == ["x", "steering_strength", "steering_threshold"]
@@ -97,12 +97,12 @@ def test_the_dials_are_inputs_that_have_to_be_fed(graph, tmp_path):
 
 
 def test_a_page_that_was_changed_is_named(graph, tmp_path):
-    for name, content in onnx_page._own().items():
+    for name, content in web_page._own().items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)
-    onnx_page.write_graph(graph, tmp_path)
-    assert onnx_page.differing(graph, tmp_path) == []
+    web_page.write_graph(graph, tmp_path)
+    assert web_page.differing(graph, tmp_path) == []
     (tmp_path / "app.js").unlink()
     (tmp_path / "vendor" / "NOTICE.txt").write_text("")
-    (tmp_path / onnx_page.GRAPH).write_bytes(graph.read_bytes())
-    assert onnx_page.differing(graph, tmp_path) == ["app.js", "vendor/NOTICE.txt", onnx_page.GRAPH]
+    (tmp_path / web_page.GRAPH).write_bytes(graph.read_bytes())
+    assert web_page.differing(graph, tmp_path) == ["app.js", "vendor/NOTICE.txt", web_page.GRAPH]

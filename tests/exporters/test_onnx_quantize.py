@@ -16,16 +16,21 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from adaras_export.delivery import export, verify
+from adaras_export.core.question_identity import identity
+from adaras_export.core.rule import SteeringRule
+from adaras_export.core.trace_files import write_questions, write_traces
+from adaras_export.core.traces import Question, Trace
+from adaras_export.delivery.verifier import verify
+from adaras_export.delivery.writer import export
+from adaras_export.discovery.gate_training import agreeing_threshold, youden_threshold
 from adaras_export.errors import ExportError, TraceError
-from adaras_export.exporters import calibration, checkpoint, onnx_functions, onnx_graph, onnx_quantize
+from adaras_export.exporters import checkpoint
 from adaras_export.exporters.base import Commission
-from adaras_export.exporters.onnx import EXPORTER, GRAPH
-from adaras_export.gate import agreeing_threshold, gate_probabilities, youden_threshold
-from adaras_export.parity import compare, rehearse
-from adaras_export.question_identity import identity
-from adaras_export.rule import SteeringRule
-from adaras_export.traces import Question, Trace, write_questions, write_traces
+from adaras_export.exporters.onnx import calibration, functions, quantize
+from adaras_export.exporters.onnx import graph as onnx_graph
+from adaras_export.exporters.onnx.exporter import EXPORTER, GRAPH
+from adaras_export.exporters.parity import compare, rehearse
+from adaras_export.modeling.gate import gate_probabilities
 
 CAUSAL, LATER = ("causal", "last_prompt_token"), ("later", "first_generated_token")
 GATED, TIED = ("qwen3", *CAUSAL), ("qwen2", *CAUSAL)
@@ -107,7 +112,7 @@ def test_a_wrong_sign_a_shifted_layer_and_vectors_of_the_rounded_weights_fail(pr
     two, three = sorted(vectors)
     rounded = {
         int(one.module.split(".")[2]): one.weight_NK
-        for one in onnx_quantize._projections(ir.load(tmp_path / "out" / GRAPH))
+        for one in quantize._projections(ir.load(tmp_path / "out" / GRAPH))
         if one.module.endswith("down_proj")
     }
     folded = {}
@@ -132,7 +137,7 @@ def test_p_correct_is_the_oracles_on_the_rounded_weights(precision, rules, folde
     rule = rules[GATED]
     chosen = written(precision, rule, folders["qwen3"], tmp_path / "out")
     model = tiny.build_model("qwen3")
-    onnx_quantize.overwrite(model, ir.load(tmp_path / "out" / GRAPH))
+    quantize.overwrite(model, ir.load(tmp_path / "out" / GRAPH))
     expected = [oracle.p_correct(model, prompt, tiny.plain_gate(rule.gate)) for prompt in tiny.PROMPTS]
     found = chosen.load(tmp_path / "out").p_correct(tiny.PROMPTS)
     assert found == pytest.approx(expected, abs=1e-5)
@@ -152,7 +157,7 @@ def test_the_integers_are_those_of_onnx_runtimes_own_tool(precision, plain):
     theirs = {one.name: onnx.numpy_helper.to_array(one) for one in tool.model.model.graph.initializer}
     nodes = {one.output[0]: one for one in tool.model.model.graph.node if one.op_type == "MatMulNBits"}
     model = ir.load(plain["qwen3"])
-    onnx_quantize.quantise(model, BITS[precision])
+    quantize.quantise(model, BITS[precision])
     found = projections(model)
     assert len(found) == len(nodes) == 7 * tiny.LAYERS + 1
     for node in found:
@@ -169,7 +174,7 @@ def test_only_projections_are_rounded_and_nothing_is_left_of_the_exact_ones(plai
     assert {path.name for path in (tmp_path / "out/onnx").iterdir()} == {"model.onnx", "model.onnx_data"}
     sizes = [path.with_name("model.onnx_data").stat().st_size for path in (tmp_path / "out" / GRAPH, plain["qwen2"])]
     assert sizes[0] < 0.6 * sizes[1]  # most of what is left are the embeddings
-    assert {name for _, name, _ in model.functions} == set(onnx_functions.functions()) - {"PastDecision"}
+    assert {name for _, name, _ in model.functions} == set(functions.functions()) - {"PastDecision"}
     assert {"steering_strength", "steering_threshold"} <= {value.name for value in model.graph.inputs}
     stored, before = model.graph.initializers, exact.graph.initializers
     wanted = onnx_graph.tensors(rules[TIED], checkpoint.vectors(rules[TIED], folders["qwen2"]))
@@ -188,7 +193,7 @@ def test_loading_the_quantiser_leaves_everybodys_logging_alone(plain):
     handlers, level = [*root.handlers], root.level
     root.handlers.clear()  # else basicConfig would do nothing
     try:
-        onnx_quantize.quantise(ir.load(plain["qwen3"]), 8)
+        quantize.quantise(ir.load(plain["qwen3"]), 8)
         assert (root.handlers, root.level) == ([], level)
     finally:
         root.handlers[:] = handlers
@@ -491,4 +496,4 @@ def test_a_graph_without_projections_is_refused(plain):
     for node in model.graph:
         node.name = ""
     with pytest.raises(ExportError, match="no MatMul with a weight of its own"):
-        onnx_quantize.quantise(model, 4)
+        quantize.quantise(model, 4)

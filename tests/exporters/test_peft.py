@@ -14,12 +14,13 @@ from receipts import failures
 from safetensors.numpy import load_file, save_file
 from tiny import EOS, PROMPTS, greedy, require_answers
 
-from adaras_export import delivery
-from adaras_export.delivery import export, verify
+from adaras_export.core.base_model import BaseModel
+from adaras_export.delivery import verifier
+from adaras_export.delivery.verifier import verify
+from adaras_export.delivery.writer import export
 from adaras_export.errors import ExportError
 from adaras_export.exporters.base import Commission
-from adaras_export.exporters.peft import EXPORTER
-from adaras_export.models import BaseModel
+from adaras_export.exporters.peft.exporter import EXPORTER
 
 peft = pytest.importorskip("peft")
 
@@ -369,7 +370,7 @@ def test_a_layer_that_is_shifted_fails_even_if_the_settings_are_shifted_too(fold
     (folder / "adapter_config.json").write_text(json.dumps(settings))
     assert failures(folder)["adapter_config.json entries that differ"] == "target_modules"
     reference = EXPORTER.reference(folder, rules[FEW[0]], folders["qwen3"])
-    found = delivery.compare(delivery.rehearse(reference), EXPORTER.load(folder))
+    found = verifier.compare(verifier.rehearse(reference), EXPORTER.load(folder))
     assert "by the rule, prefill logits" in {check.name for check in found if not check.ok}
 
 

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import oracle
@@ -16,20 +15,21 @@ import tiny
 import torch
 import transformers
 from packaging import version
+from places import ROOT
 from receipts import failures
 from safetensors.numpy import load_file, save_file
 from tiny import CACHE, EOS, PAD, PROMPTS, greedy, require_answers
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
-import adaras_export
-from adaras_export.delivery import export, verify
+from adaras_export.delivery.verifier import verify
+from adaras_export.delivery.writer import export
 from adaras_export.errors import ExportError
 from adaras_export.exporters.base import Commission
-from adaras_export.exporters.peft import EXPORTER
-from adaras_export.steering import steered
+from adaras_export.exporters.peft.exporter import EXPORTER
+from adaras_export.modeling.steering import steered
 
 peft = pytest.importorskip("peft")
-from adaras_export import peft_method  # noqa: E402 - needs it
+from adaras_export.exporters.peft import method  # noqa: E402 - needs it
 
 # What Transformers 5.23 has renamed and peft 0.21 does not know yet.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -342,7 +342,7 @@ def test_another_base_is_refused(adapters, tmp_path):
 
 def run(script):
     """In another process, which finds the library where this one does."""
-    root = Path(adaras_export.__file__).parents[1]
+    root = ROOT
     return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=root)
 
 
@@ -361,7 +361,7 @@ def test_without_the_library_peft_and_transformers_refuse_it_by_name(adapters, f
 
 def test_a_second_method_of_that_name_is_refused():
     with pytest.raises(ExportError, match=r"peft \S+: has a method ADARAS already; expected none of that name"):
-        peft_method._register()
+        method._register()
 
 
 class Closed(str, enum.Enum):
@@ -371,14 +371,14 @@ class Closed(str, enum.Enum):
 
 
 def test_a_peft_that_closes_the_door_is_refused_by_name(monkeypatch):
-    monkeypatch.setattr(peft_method.peft, "PeftType", Closed)
+    monkeypatch.setattr(method.peft, "PeftType", Closed)
     with pytest.raises(
         ExportError, match=r"peft \S+: does not let methods be added \(.*already.*\); expected a version"
     ):
-        peft_method._register()  # PEFT itself knows another list
-    monkeypatch.setattr(peft_method.peft, "PeftType", type("Plain", (str,), {"__members__": {}}))
+        method._register()  # PEFT itself knows another list
+    monkeypatch.setattr(method.peft, "PeftType", type("Plain", (str,), {"__members__": {}}))
     with pytest.raises(ExportError, match=r"does not let methods be added \(.*_member_map_.*\)"):
-        peft_method._register()
+        method._register()
 
 
 def test_the_method_is_known_to_peft_like_its_own():
@@ -387,12 +387,12 @@ def test_the_method_is_known_to_peft_like_its_own():
     assert kind in list(peft.PeftType)
     assert kind == "ADARAS"
     assert copy.deepcopy(kind) is kind
-    assert peft.PeftConfig.from_peft_type(peft_type="ADARAS").__class__ is peft_method.AdarasConfig
+    assert peft.PeftConfig.from_peft_type(peft_type="ADARAS").__class__ is method.AdarasConfig
 
 
 @pytest.mark.slow
 def test_without_peft_the_extra_is_named():
-    done = run("import sys\nsys.modules['peft'] = None\nimport adaras_export.peft_method")
+    done = run("import sys\nsys.modules['peft'] = None\nimport adaras_export.exporters.peft.method")
     assert "MissingExtraError: the method ADARAS needs peft" in done.stderr.splitlines()[-1]
 
 

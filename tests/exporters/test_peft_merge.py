@@ -10,11 +10,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tiny import greedy, require_answers
 
-from adaras_export import models
-from adaras_export.delivery import export, verify
+from adaras_export.core import base_model, checkpoint
+from adaras_export.delivery.verifier import verify
+from adaras_export.delivery.writer import export
 from adaras_export.errors import ExportError
 from adaras_export.exporters.base import Commission
-from adaras_export.exporters.peft import EXPORTER
+from adaras_export.exporters.peft.exporter import EXPORTER
 
 peft = pytest.importorskip("peft")
 
@@ -41,8 +42,8 @@ def opened(folder, **how):
 
 def stored(folder):
     """Every tensor of a checkpoint, by name."""
-    files = {path: load_file(path) for path in {*models.shards(folder).values()}}
-    return {name: files[path][name] for name, path in models.shards(folder).items()}
+    files = {path: load_file(path) for path in {*checkpoint.shards(folder).values()}}
+    return {name: files[path][name] for name, path in checkpoint.shards(folder).items()}
 
 
 @pytest.fixture(scope="module")
@@ -125,12 +126,12 @@ def halves(tmp_path_factory):
 
 
 def test_a_bfloat16_base_in_several_files_keeps_its_bits_and_gets_exact_biases(halves, tmp_path):
-    base = models.BaseModel.of(halves)
+    base = base_model.BaseModel.of(halves)
     rule = tiny.make_rule(base, gate=tiny.make_gate())
     out = merge(rule, halves, tmp_path / "out").path
     model = opened(out)[0].eval()
     require_answers(greedy(model), tiny.answers_everywhere(opened(halves)[0].eval(), rule))
-    theirs = models.shards(halves)
+    theirs = checkpoint.shards(halves)
     exact = {name for name, tensor in stored(out).items() if tensor.dtype == torch.float32}
     assert exact == {BIAS, BIAS.replace("3", "2")}
     untouched = set(theirs.values()) - {theirs[BIAS], theirs[BIAS.replace("3", "2")]}

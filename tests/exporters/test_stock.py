@@ -13,13 +13,15 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from tiny import PROMPTS, greedy, require_answers
 
-from adaras_export import models
-from adaras_export.delivery import export, verify
+from adaras_export.core import checkpoint
+from adaras_export.core.base_model import BaseModel
+from adaras_export.core.families import FAMILIES
+from adaras_export.delivery.verifier import verify
+from adaras_export.delivery.writer import export
 from adaras_export.errors import ExportError
-from adaras_export.exporters import stock_families, stream
-from adaras_export.exporters.stock import EXPORTER
-from adaras_export.exporters.stock_families import FORMS, Form
-from adaras_export.models import BaseModel
+from adaras_export.exporters.stock import families, stream
+from adaras_export.exporters.stock.exporter import EXPORTER
+from adaras_export.exporters.stock.families import FORMS, Form
 
 CAUSAL = ("causal", "last_prompt_token")
 LOSS = ("gate", "start", "dial")
@@ -228,8 +230,8 @@ def test_a_checkpoint_that_was_steered_before_can_be_a_base(stocked, tmp_path):
 def test_half_precision_weights_stay_bit_identical_and_the_biases_are_exact(name, dtype, tmp_path):
     base = saved(name, tmp_path / "base", dtype, shard="20KB")
     out = carried(base, tmp_path)
-    located, ours = models.shards(out), stream.streams(out / "model-steering.safetensors")
-    for tensor, path in models.shards(base).items():
+    located, ours = checkpoint.shards(out), stream.streams(out / "model-steering.safetensors")
+    for tensor, path in checkpoint.shards(base).items():
         if tensor not in ours:
             assert stream.same_tensors(path, stream.streams(path))
             assert stream._equal(stream.streams(located[tensor])[tensor], stream.streams(path)[tensor]), tensor
@@ -249,7 +251,7 @@ def test_a_type_that_the_config_does_not_name_is_that_of_the_weights(tmp_path):
 def test_weights_are_hard_links_where_the_base_had_no_bias(name, stocked, folders):
     out = stocked[(name, *CAUSAL)]
     index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
-    for tensor, source in models.shards(folders[name]).items():
+    for tensor, source in checkpoint.shards(folders[name]).items():
         assert (out / index[tensor]).stat().st_ino == source.stat().st_ino
     assert not (out / "model.safetensors").exists()  # it would hide the index
     assert all(file.startswith("model") for file in index.values())
@@ -258,7 +260,7 @@ def test_weights_are_hard_links_where_the_base_had_no_bias(name, stocked, folder
 @pytest.mark.parametrize("name", ["llama-biased", "gpt2", "gpt_neox"])
 def test_a_file_with_a_bias_that_changes_is_written_anew_without_it(name, stocked, folders, rules):
     out, base = stocked[(name, *CAUSAL)], folders[name] / "model.safetensors"
-    family = models.FAMILIES[tiny.SPECS[name][0]]
+    family = FAMILIES[tiny.SPECS[name][0]]
     ours = {f"{family.decoder}.{family.layers}.{layer}.{family.down}.bias" for layer in (2, 3)}
     assert load_file(out / "model-steering.safetensors").keys() == ours
     expected = {tensor: value for tensor, value in stream.streams(base).items() if tensor not in ours}
@@ -349,7 +351,7 @@ def test_a_family_without_an_ordinary_form_is_refused(name, rules, folders, tmp_
 
 
 def test_a_transformers_without_the_form_is_refused(rules, folders, tmp_path, monkeypatch):
-    monkeypatch.setitem(stock_families.FORMS, "qwen3", Form("hy_v99", "HYV99ForCausalLM"))
+    monkeypatch.setitem(families.FORMS, "qwen3", Form("hy_v99", "HYV99ForCausalLM"))
     with pytest.raises(ExportError, match=rf"HYV99ForCausalLM, which transformers {transformers.__version__} does not"):
         EXPORTER.write(rules[("qwen3", *CAUSAL)], folders["qwen3"], tmp_path)
 

@@ -16,14 +16,15 @@ from receipts import failures
 from safetensors.numpy import load_file, save_file
 from tiny import PROMPTS, greedy, require_answers
 
-from adaras_export import models
-from adaras_export.delivery import export, verify
+from adaras_export.core import base_model, checkpoint
+from adaras_export.delivery.verifier import verify
+from adaras_export.delivery.writer import export
 from adaras_export.errors import ExportError, MissingExtraError
-from adaras_export.exporters import stream
 from adaras_export.exporters.base import Commission
-from adaras_export.exporters.constant_neuron import NEURONS
-from adaras_export.exporters.stock import StockExporter
-from adaras_export.exporters.stock_families import FORMS
+from adaras_export.exporters.stock import stream
+from adaras_export.exporters.stock.constant_neuron import NEURONS
+from adaras_export.exporters.stock.exporter import StockExporter
+from adaras_export.exporters.stock.families import FORMS
 
 peft = pytest.importorskip("peft", reason="needs the peft extra")
 
@@ -159,8 +160,8 @@ def test_weights_keep_their_bits_inside_the_wider_ones(name, dtype, bases, tmp_p
         path.unlink()
     tiny.build_model(name).to(dtype).save_pretrained(base, max_shard_size="20KB")
     (tmp_path / "out").mkdir()
-    EXPORTER.write(tiny.make_rule(models.BaseModel.of(base)), base, tmp_path / "out")
-    located, old = models.shards(tmp_path / "out"), models.shards(base)
+    EXPORTER.write(tiny.make_rule(base_model.BaseModel.of(base)), base, tmp_path / "out")
+    located, old = checkpoint.shards(tmp_path / "out"), checkpoint.shards(base)
     for tensor, path in old.items():
         found, expected = stream.streams(located[tensor])[tensor], stream.streams(path)[tensor]
         if "mlp" not in tensor:
@@ -309,8 +310,8 @@ _MEASURE = """
 import re, sys
 from pathlib import Path
 import peft, safetensors.torch, transformers
-from adaras_export.exporters.stock import StockExporter
-from adaras_export.rule import SteeringRule
+from adaras_export.exporters.stock.exporter import StockExporter
+from adaras_export.core.rule import SteeringRule
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 def peak():
@@ -330,7 +331,7 @@ print(peak() - before)
 def test_a_large_checkpoint_is_written_with_little_memory(switchable_too, tmp_path):
     sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 6, "vocab_size": 258}
     base = tiny.save_base("llama-biased", tmp_path / "base", **sizes)
-    tiny.make_rule(models.BaseModel.of(base)).save(tmp_path / "rule.safetensors")
+    tiny.make_rule(base_model.BaseModel.of(base)).save(tmp_path / "rule.safetensors")
     (tmp_path / "out").mkdir()
     command = [sys.executable, "-c", _MEASURE, tmp_path / "rule.safetensors", base, tmp_path / "out"]
     done = subprocess.run([*command, str(int(switchable_too))], capture_output=True, text=True, check=True)

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from adaras_export.errors import ArtifactError, ExportError
-from adaras_export.exporters import stream
+from adaras_export.exporters.stock import stream
 
 TYPES = ("float64", "float32", "bfloat16", "float16", "int64", "int32", "int8", "uint8", "bool", "float8_e4m3fn")
 

@@ -12,8 +12,9 @@ import transformers
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
-from adaras_export.exporters.hf import payload, repository_checks, steered_config, write_repository
-from adaras_export.models import FAMILIES, BaseModel
+from adaras_export.core.base_model import BaseModel
+from adaras_export.core.families import FAMILIES
+from adaras_export.exporters.hf.exporter import payload, repository_checks, steered_config, write_repository
 
 TEXTS = (
     "What is 1234 + 56?",

@@ -1,0 +1,216 @@
+"""A checkpoint on disk: its tensors by file, their hashes, and whether Transformers can build what its config says.
+
+A config is foreign, and its sizes are believed: asked to open it, Transformers makes room first, and what it raises for
+a value that it cannot use is of any type. It is tried without memory. Knows no rule.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adaras_export.core.families import FAMILIES, family_of
+from adaras_export.errors import ArtifactError, first_line
+from adaras_export.files import safe_read
+from adaras_export.files.atomic import read_json
+from adaras_export.files.hub import fetch
+from adaras_export.files.safe_read import UnreadableError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# No way out of the folder, on any system.
+_FILE_NAME = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9_.+-]{0,200}\.safetensors")
+_SAMPLE_BYTES = 4096
+
+# What its config classes, module constructors and PyTorch raise for a text, a zero or a list in place of a size.
+_BAD_SIZES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+def require(folder: Path) -> None:
+    """Refuse a base that Transformers would not open, or only after making room for what its weights are not.
+
+    Raises:
+        ArtifactError: as said.
+        UnsupportedModelError: the architecture is not in the table.
+    """
+    path = folder / "config.json"
+    config = read_json(path)
+    family = family_of(config, str(folder))
+    expected = _shapes(path, config, family.model_type)
+    if "quantization_config" in config:  # packed into other shapes
+        return
+    located = shards(folder)
+    prefix = "" if decoder_key(family.model_type, located) else f"{family.decoder}."
+    headers = {file: header(file) for file in {*located.values()}}
+    for name, file in located.items():
+        found = headers[file].get(name, {}).get("shape")
+        if found != expected.get(prefix + name, expected.get(name, found)):
+            wanted = expected.get(prefix + name, expected.get(name))
+            raise ArtifactError(f"{file}: {name} has shape {found}; expected {wanted}, as config.json says")
+
+
+def _shapes(path: Path, config: dict[str, Any], family: str) -> dict[str, list[int]]:
+    """The shape of each tensor of the model that a config describes, by name."""
+    import torch
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM, __version__
+
+    left_out = ("auto_map", "model_type", "quantization_config")
+    plain = {key: value for key, value in config.items() if key not in left_out}
+    auto: Any = AutoModelForCausalLM
+    try:
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            model = auto.from_config(CONFIG_MAPPING[family].from_dict(plain))
+    except (*_BAD_SIZES, OSError, StrictDataclassError) as error:
+        raise ArtifactError(
+            f"{path}: {first_line(error)}; expected a config that transformers {__version__} can build a {family} from"
+        ) from error
+    return {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def shards(folder: Path) -> dict[str, Path]:
+    """The file of each tensor of a checkpoint, by tensor name.
+
+    Raises:
+        ArtifactError: there are no safetensors weights, or the index names a file that is missing.
+    """
+    index = folder / "model.safetensors.index.json"
+    single = folder / "model.safetensors"
+    if index.exists():
+        return _indexed(index)
+    if single.exists():
+        return dict.fromkeys(header(single), single)
+    if pickles := sorted(path.name for path in folder.glob("pytorch_model*.bin*")):
+        raise ArtifactError(
+            f"{folder}: has its weights as pickles only ({pickles[0]}); expected safetensors: open it with "
+            "from_pretrained and write it with save_pretrained first"
+        )
+    raise ArtifactError(f"{folder}: no model.safetensors and no index; expected safetensors weights")
+
+
+def _indexed(index: Path) -> dict[str, Path]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ArtifactError(f"{index}: has no weight_map; expected tensor names and their files")
+    files = {str(file) for file in weight_map.values()}
+    # Links are followed: a snapshot of the Hub's cache consists of them.
+    if strange := sorted(
+        file for file in files if not _FILE_NAME.fullmatch(file) or not (index.parent / file).is_file()
+    ):
+        raise ArtifactError(
+            f"{index}: names files that are not in the folder: {', '.join(strange[:5])}; expected plain names of "
+            "safetensors files beside it"
+        )
+    return {name: index.parent / str(file) for name, file in weight_map.items()}
+
+
+def tensor_fingerprint(folder: Path, only: set[str] | None = None) -> str:
+    """SHA-256 over every tensor's name, type, shape and a sample of its bytes: its head, middle and tail.
+
+    Tells one checkpoint from another in milliseconds, whatever its size; that no byte of a file was
+    changed is for the file hashes of a receipt to say. ``only`` limits it to some tensor names.
+    """
+    digest = hashlib.sha256()
+    located = shards(folder)
+    entries = _entries(located)
+    for name in sorted(located if only is None else only & located.keys()):
+        path, entry = located[name], entries[name]
+        digest.update(json.dumps([name, entry["dtype"], entry["shape"]]).encode())
+        start = data_start(path)
+        first, last = (start + offset for offset in entry["data_offsets"])
+        with path.open("rb") as file:
+            for position in (first, (first + last - _SAMPLE_BYTES) // 2, last - _SAMPLE_BYTES):
+                file.seek(max(first, position))
+                digest.update(file.read(min(_SAMPLE_BYTES, last - max(first, position))))
+    return digest.hexdigest()
+
+
+def tensor_hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of the bytes of every tensor of a checkpoint, by tensor name; reads them all."""
+    located = shards(folder)
+    entries = _entries(located)
+    return {name: tensor_hash(located[name], entries[name]) for name in sorted(located)}
+
+
+def tensor_hash(path: Path, entry: Mapping[str, Any]) -> str:
+    """SHA-256 of the bytes of one tensor; ``entry`` is its entry of `header`."""
+    digest, (first, last) = hashlib.sha256(), entry["data_offsets"]
+    with path.open("rb") as file:
+        file.seek(data_start(path) + first)
+        for position in range(first, last, 1 << 20):
+            digest.update(file.read(min(1 << 20, last - position)))
+    return digest.hexdigest()
+
+
+def data_start(path: Path) -> int:
+    """Where the tensors of a safetensors file begin, in bytes; it is one, as `header` has found."""
+    with path.open("rb") as file:
+        return 8 + int.from_bytes(file.read(8), "little")
+
+
+def header(path: Path) -> dict[str, dict[str, Any]]:
+    """The header of a safetensors file, checked by the library itself, without the metadata.
+
+    Raises:
+        ArtifactError: it is no safetensors file.
+    """
+    try:
+        entries, _ = safe_read.header(path)
+        with safe_read.opened(path):  # refuses truncated files and overlapping tensors
+            pass
+    except UnreadableError as error:
+        raise ArtifactError(f"{path}: {error}; expected a safetensors file") from error
+    entries.pop("__metadata__", None)
+    return entries
+
+
+def _entries(located: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
+    """Type, shape and offsets of each tensor of a checkpoint; ``located`` as `shards` gives it."""
+    headers = {path: header(path) for path in sorted({*located.values()})}
+    for name, path in located.items():
+        if name not in headers[path]:
+            raise ArtifactError(f"{path}: tensor {name} is missing; the index names it")
+    return {name: headers[path][name] for name, path in located.items()}
+
+
+def _no_tensor(name: str, folder: Path, family: str) -> ArtifactError:
+    return ArtifactError(f"{folder}: no tensor {name}; expected the plain weights of a {family} model")
+
+
+def down_columns(family: str, located: Mapping[str, Path], layer: int, index: "Tensor") -> "Tensor":
+    """W_down[:, index] of a layer of a checkpoint, (D, K), in its stored type; ``located`` as `shards` gives it.
+
+    Raises:
+        ArtifactError: there is no such tensor.
+    """
+    name = f"{layers_key(family, located)}.{layer}.{FAMILIES[family].down}.weight"
+    if name not in located:
+        raise _no_tensor(name, next(iter(located.values())).parent, family)
+    with safe_read.tensors(located[name], "pt") as file:
+        weight: Tensor = file.get_tensor(name)
+    return weight[index].T if FAMILIES[family].transposed else weight[:, index]
+
+
+def decoder_key(family: str, names: Collection[str]) -> str:
+    """What the keys of a checkpoint's decoder begin with: "model." or the like, nothing where it holds no more."""
+    prefix = f"{FAMILIES[family].decoder}."
+    return prefix if any(name.startswith(prefix) for name in names) else ""
+
+
+def layers_key(family: str, names: Collection[str]) -> str:
+    """The key of the list of decoder layers in a checkpoint with these tensor names."""
+    return f"{decoder_key(family, names)}{FAMILIES[family].layers}"
+
+
+def version_of(path_or_id: str | Path, revision: str | None = None) -> str:
+    """What tells two models of one name apart: the commit of a Hub id, the fingerprint of a folder's tensors.
+
+    Raises:
+        HubError: there is neither.
+        ArtifactError: the folder has no tensors.
+    """
+    folder = fetch(path_or_id, revision)
+    return tensor_fingerprint(folder)[:16] if folder == Path(path_or_id) else folder.name

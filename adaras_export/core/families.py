@@ -1,0 +1,160 @@
+"""What this project knows of model architectures, and what identifies a base model.
+
+The only file that names modules of a model. Knows nothing of steering. An architecture that is
+not in the table is refused: a guessed module path would steer the wrong thing without an error.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import reduce
+from typing import TYPE_CHECKING, Any, cast
+
+from adaras_export.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where one architecture keeps its MLP.
+
+    Attributes:
+        model_type: the name in config.json.
+        stem: what the family's classes are called: Qwen3 in Qwen3ForCausalLM.
+        decoder: the module that holds the decoder layers, below the language model; checkpoints of the decoder alone
+            leave it out of their keys.
+        layers: the list of decoder layers, below the decoder.
+        down: path of the down projection, below one decoder layer.
+        transposed: whether its weight is stored (M, D), as GPT-2's Conv1D does, instead of (D, M).
+        sizes: the keys of config.json for L, M and D.
+        mlp_ratio: M / D where the config says null for M.
+        tokenizer: the tokenizer's class where a checkpoint leaves that to its model_type: what Transformers 4 opens.
+    """
+
+    model_type: str
+    stem: str
+    decoder: str = "model"
+    layers: str = "layers"
+    down: str = "mlp.down_proj"
+    transposed: bool = False
+    sizes: tuple[str, str, str] = ("num_hidden_layers", "intermediate_size", "hidden_size")
+    mlp_ratio: int | None = None
+    tokenizer: str = "LlamaTokenizer"
+
+    @property
+    def payload(self) -> str:
+        """The file of `adaras_export.runtime` that carries this family's steered classes."""
+        return f"modeling_adaras_{self.model_type}.py"
+
+    def sizes_in(self, config: Mapping[str, Any]) -> tuple[int, int, int]:
+        """L, M and D of a config that has these keys."""
+        layers, mlp_size, hidden_size = (config[key] for key in self.sizes)
+        if mlp_size is None and self.mlp_ratio is not None and isinstance(hidden_size, int):
+            mlp_size = self.mlp_ratio * hidden_size
+        return layers, mlp_size, hidden_size
+
+
+_TABLE = (
+    Family("llama", "Llama"),
+    Family("mistral", "Mistral"),
+    Family("qwen2", "Qwen2", tokenizer="Qwen2Tokenizer"),
+    Family("qwen3", "Qwen3", tokenizer="Qwen2Tokenizer"),
+    Family("gemma2", "Gemma2", tokenizer="GemmaTokenizer"),
+    Family("gemma3_text", "Gemma3", tokenizer="GemmaTokenizer"),
+    Family("olmo2", "Olmo2", tokenizer="GPTNeoXTokenizer"),
+    Family("granite", "Granite", tokenizer="GPT2Tokenizer"),
+    Family("smollm3", "SmolLM3", tokenizer="PreTrainedTokenizerFast"),
+    Family("phi3", "Phi3"),
+    Family("gpt_neox", "GPTNeoX", decoder="gpt_neox", down="mlp.dense_4h_to_h", tokenizer="GPTNeoXTokenizer"),
+    Family(
+        "gpt2",
+        "GPT2",
+        decoder="transformer",
+        layers="h",
+        down="mlp.c_proj",
+        transposed=True,
+        sizes=("n_layer", "n_inner", "n_embd"),
+        mlp_ratio=4,
+        tokenizer="GPT2Tokenizer",
+    ),
+)
+FAMILIES = {family.model_type: family for family in _TABLE}
+
+_EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+
+
+def family_of(config: Mapping[str, Any], subject: str) -> Family:
+    """The table entry for a config.json.
+
+    Raises:
+        UnsupportedModelError: a mixture of experts, or an architecture that is not in the table.
+    """
+    model_type = str(config.get("model_type"))
+    experts = [key for key in _EXPERT_KEYS if config.get(key)]
+    if experts:
+        raise UnsupportedModelError(
+            f"{subject}: {model_type} is a mixture of experts ({experts[0]} = {config[experts[0]]}); a neuron of an "
+            f"expert has no constant contribution to fold; expected a dense model of: {', '.join(FAMILIES)}"
+        )
+    if model_type not in FAMILIES:
+        raise UnsupportedModelError(
+            f"{subject}: model_type {model_type} is not supported; expected one of: {', '.join(FAMILIES)}; a new "
+            "family is one entry in adaras_export/core/families.py and one payload file"
+        )
+    return FAMILIES[model_type]
+
+
+def decoder(model: "nn.Module") -> "nn.Module":
+    """The module of a causal language model that runs the decoder layers (without the LM head).
+
+    Raises:
+        UnsupportedModelError: the architecture is not in the table.
+    """
+    module: nn.Module = reduce(getattr, _family(model).decoder.split("."), model)
+    return module
+
+
+def input_device(model: "nn.Module") -> Any:  # noqa: ANN401 - torch is not imported here
+    """The torch.device that token ids go to; Accelerate's, where it moves weights about while the model runs."""
+    embedding = cast("Any", model).get_input_embeddings()
+    hook = getattr(embedding, "_hf_hook", None)  # only where there is a device map
+    placed = None if hook is None else getattr(hook, "execution_device", None)
+    return embedding.weight.device if placed is None else placed
+
+
+def decoder_layer(model: "nn.Module", layer: int) -> "nn.Module":
+    """A decoder layer, counted from 0; the hidden states are what leaves it, or the first of several values."""
+    layers: Any = getattr(decoder(model), _family(model).layers)
+    module: nn.Module = layers[layer]
+    return module
+
+
+def down_projection(model: "nn.Module", layer: int) -> "nn.Module":
+    """The down projection of a 0-based decoder layer; what enters it is h."""
+    module: nn.Module = reduce(getattr, _family(model).down.split("."), decoder_layer(model, layer))
+    return module
+
+
+def mlp(model: "nn.Module", layer: int) -> "nn.Module":
+    """The module that holds the down projection of a 0-based decoder layer; it treats every token alone."""
+    parent, _, _ = _family(model).down.rpartition(".")
+    module: nn.Module = reduce(getattr, parent.split("."), decoder_layer(model, layer))
+    return module
+
+
+def down_name(family: str, layer: int) -> str:
+    """The name that the down projection of a 0-based decoder layer has in a causal language model of a family."""
+    known = FAMILIES[family]
+    return f"{known.decoder}.{known.layers}.{layer}.{known.down}"
+
+
+def sizes_of(model: "nn.Module") -> tuple[str, int, int, int]:
+    """Family, L, M and D of a model in memory."""
+    config: Any = model.config
+    return _family(model).model_type, *_family(model).sizes_in(config.to_dict())
+
+
+def _family(model: "nn.Module") -> Family:
+    config: Any = model.config
+    return family_of(config.to_dict(), config.name_or_path or type(model).__name__)

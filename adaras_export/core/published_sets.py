@@ -1,0 +1,83 @@
+"""Files of the reference code (github.com/cat-sk/AdaRAS), read without it; and what its neurons were found with."""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from adaras_export.errors import RuleError
+from adaras_export.files import safe_read
+from adaras_export.files.atomic import sha256
+from adaras_export.files.safe_read import UnreadableError
+
+_COLUMNS = ("overall_neuron_index", "layer", "neuron_index_in_layer", "weight")
+
+
+def neuron_rows(path: Path) -> list[tuple[int, int, float]]:
+    """Layer, index and delta of every row of a `top_200.csv`.
+
+    Raises:
+        RuleError: a column is missing, or a row is not of that form or contradicts the others (path:line).
+    """
+    rows: list[tuple[int, int, float]] = []
+    sizes: set[float] = set()
+    try:
+        reader = csv.DictReader(io.StringIO(safe_read.text(safe_read.content(path)), newline=""))
+        _require_columns(path, reader.fieldnames or ())
+        for row in reader:
+            overall, layer, index, delta = _numbers(f"{path}:{reader.line_num}", row)
+            rows.append((layer, index, delta))
+            if layer:
+                sizes.add((overall - index) / layer)
+            if len(sizes) > 1 or (not layer and overall != index):
+                raise RuleError(
+                    f"{path}:{reader.line_num}: overall_neuron_index {overall} contradicts the rows above; "
+                    "expected layer * neurons per layer + neuron_index_in_layer"
+                )
+    except (UnreadableError, csv.Error) as error:
+        raise RuleError(f"{path}: {error}; expected a CSV file of the reference") from error
+    if not rows:
+        raise RuleError(f"{path}: has no rows; expected one neuron a row")
+    return rows
+
+
+def questions_of(rows: Sequence[tuple[int, int, float]]) -> tuple[str, ...]:
+    """Identities of the questions that these neurons were found with, where they are a published set that we know.
+
+    A published set is recognised by its first ten neurons, under any file name. Empty for all others.
+    """
+    first = first_neurons(rows)
+    return tuple(one for entry in published().values() if entry["first_neurons"] == first for one in entry["questions"])
+
+
+def first_neurons(rows: Sequence[tuple[int, int, float]]) -> str:
+    """16 hex digits over layer and index of the first ten neurons."""
+    return sha256(json.dumps([[layer, index] for layer, index, _ in rows[:10]]).encode())[:16]
+
+
+def published() -> dict[str, Any]:
+    """By the name of a set: `first_neurons`, and identities of the questions of the traces that it was found with."""
+    found: dict[str, Any] = json.loads(files("adaras_export.core").joinpath("published_sets.json").read_text())
+    return found
+
+
+def _require_columns(path: Path, found: Sequence[str]) -> None:
+    if missing := [name for name in _COLUMNS if name not in found]:
+        raise RuleError(f"{path}: columns {missing} are missing; expected {', '.join(_COLUMNS)}")
+    if twice := sorted({name for name in found if found.count(name) > 1}):
+        raise RuleError(f"{path}: columns {twice} are given more than once; expected each once")
+
+
+def _numbers(place: str, row: Mapping[str, str]) -> tuple[int, int, int, float]:
+    try:
+        overall, layer, index = (int(row[name]) for name in _COLUMNS[:3])
+        delta = float(row["weight"])
+    except (TypeError, ValueError) as error:
+        raise RuleError(f"{place}: {error}; expected numbers") from error
+    if max(abs(overall), abs(layer), abs(index)) >= 1 << 53 or not math.isfinite(delta):
+        raise RuleError(f"{place}: holds NaN, infinity or a number of more than 53 bits; expected those of a neuron")
+    return overall, layer, index, delta

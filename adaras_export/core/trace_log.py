@@ -1,0 +1,139 @@
+"""A file of traces that grows: every line that was written stays, and a crash costs at most the last one.
+
+Knows nothing of how traces are made.
+"""
+
+import json
+import os
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from adaras_export.core.trace_files import read_traces, trace_line
+from adaras_export.core.traces import Question, Settings, Trace, digest
+from adaras_export.errors import TraceError
+from adaras_export.files import safe_read
+from adaras_export.files.atomic import append
+from adaras_export.files.locks import locked
+from adaras_export.files.safe_read import UnreadableError
+
+_LINE_START = b'{"id": '
+
+
+def append_traces(out: Path, traces: Sequence[Trace]) -> None:
+    """Add lines; they are on disk when this returns.
+
+    Raises:
+        TraceError: the file cannot be written.
+    """
+    content = "".join(f"{trace_line(trace)}\n" for trace in traces).encode()
+    try:
+        append(out, content)
+    except OSError as error:
+        raise _unwritable(out, error) from error
+
+
+@contextmanager
+def claimed(out: Path) -> Iterator[None]:
+    """The file is written by this process alone; made if there is none, and gone again if nothing was written.
+
+    Raises:
+        TraceError: another process writes it, or it cannot be written.
+    """
+    try:
+        lock = locked(out)
+    except OSError as error:
+        raise _unwritable(out, error) from error
+    if lock is None:
+        raise TraceError(f"{out}: another process is writing it; wait for its end, or choose another file")
+    try:
+        yield
+    finally:
+        if out.is_file() and out.stat().st_size == 0:
+            out.unlink()
+        os.close(lock)
+
+
+def resume(
+    out: Path, questions: Sequence[Question], model: str | None = None, settings: Settings | None = None
+) -> dict[str, Trace]:
+    """The traces that a claimed file holds, by id; a broken last line is mended.
+
+    Raises:
+        TraceError: it cannot be read or written, is no file of traces, or holds one of a question that is not given,
+            of another ``model``, or of other ``settings``.
+    """
+    try:
+        if out.is_file():
+            _mend_last_line(out)
+    except OSError as error:
+        raise _unwritable(out, error) from error
+    if not out.is_file() or out.stat().st_size == 0:
+        return {}
+    traces = read_traces(out)
+    prompts = {question.id: digest(question.prompt) for question in questions}
+    for trace in traces:
+        _require_question(out, trace, prompts)
+        if model is not None and trace.model not in (None, model):
+            raise TraceError(
+                f"{out}: trace {trace.id} was written by {trace.model}; expected one of {model}, or a new file"
+            )
+        if trace.settings is not None and settings is not None:
+            _require_settings(out, trace, trace.settings, settings)
+    return {trace.id: trace for trace in traces}
+
+
+def _require_question(out: Path, trace: Trace, prompts: Mapping[str, str]) -> None:
+    if trace.question_id not in prompts:
+        raise TraceError(
+            f"{out}: holds question {trace.question_id}, which is not among the {len(prompts)} given; expected all "
+            "that it holds, and new ones if you like; or choose a new file"
+        )
+    if prompts[trace.question_id] != digest(trace.prompt):
+        raise TraceError(
+            f"{out}: trace {trace.id} has another prompt than question {trace.question_id}; "
+            "expected a file of the same questions, or a new one"
+        )
+
+
+def _require_settings(out: Path, trace: Trace, found: Settings, given: Settings) -> None:
+    """Traces of two settings in one file would be contrasted for what the settings do."""
+    other = [name for name in dict.fromkeys((*found, *given)) if found.get(name) != given.get(name)]
+    if other:
+        told = ", ".join(f"{name} {json.dumps(found.get(name))} (now {json.dumps(given.get(name))})" for name in other)
+        raise TraceError(
+            f"{out}: trace {trace.id} was sampled with {told}; expected the same settings; give those of the file, "
+            "or choose a new file"
+        )
+
+
+def _mend_last_line(out: Path) -> None:
+    """Cut off a line that a crash left unfinished; end one that lacks only its line end."""
+    with out.open("rb") as file:
+        last = b"".join(deque(file, maxlen=1))
+    if last.endswith(b"\n") or not last:
+        return
+    if last[: len(_LINE_START)] != _LINE_START[: len(last)]:
+        raise TraceError(f"{out}: last line is no trace of ours; expected a file of traces or a new one")
+    with out.open("r+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        if _is_json(last):
+            file.write(b"\n")
+        else:
+            file.truncate(end - len(last))
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        safe_read.parsed(line, exact=True)
+    except UnreadableError:
+        return False
+    return True
+
+
+def _unwritable(out: Path, error: OSError) -> TraceError:
+    return TraceError(
+        f"{out}: cannot be written ({error.strerror}); "
+        "expected a writable place with room; run again to go on with what it holds"
+    )

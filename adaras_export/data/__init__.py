@@ -1,0 +1,1 @@
+"""Questions, checkers of answers, the sandbox, and traces sampled from a model."""

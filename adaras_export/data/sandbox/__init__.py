@@ -1,0 +1,1 @@
+"""Runs code of models without rights, in a process of its own."""

@@ -1,0 +1,235 @@
+"""How an artifact is described: card, evaluation results and receipt, written into its folder or held against it.
+
+Runs nothing. What the texts say is for the exporter, `card` and `receipts` to know.
+"""
+
+import math
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from adaras_export.core import checkpoint
+from adaras_export.core.base_model import BaseModel
+from adaras_export.core.rule import SteeringRule
+from adaras_export.delivery.card import CardContext, card, results
+from adaras_export.delivery.card_metadata import inherited
+from adaras_export.delivery.receipt import Receipt, hashes
+from adaras_export.errors import ArtifactError, ExportError, first_line
+from adaras_export.evaluation.record import read_evaluation
+from adaras_export.exporters import manifest
+from adaras_export.exporters.base import Exporter
+from adaras_export.exporters.checkpoint import changed_companions, differing_keys, holds
+from adaras_export.exporters.checks import Check, ParityReport
+from adaras_export.exporters.manifest import CARD_FILE, EVALUATION_FILE, RECEIPT_FILE, RESULTS_FILE, RULE_FILE
+from adaras_export.exporters.onnx.calibration import AGREEMENT
+from adaras_export.files import atomic, hub
+
+
+def describe(folder: Path, receipt: Receipt, exporter: Exporter, rule: SteeringRule) -> Receipt:
+    """Write the card, then the receipt, which has the hashes of all the rest."""
+    context = _context(folder, receipt, exporter)
+    atomic.replace_file(folder / CARD_FILE, card(rule, receipt.parity, context).encode())
+    _put(folder / RESULTS_FILE, results(rule, context))
+    complete = replace(receipt, files=hashes(folder))
+    complete.write(folder)
+    return complete
+
+
+def readdressed(folder: Path, receipt: Receipt, exporter: Exporter, repository: str) -> dict[str, bytes]:
+    """Card and receipt of an exported folder as they are under another name, by file; writes nothing."""
+    renamed = replace(receipt, repository=repository)
+    context = _context(folder, renamed, exporter)
+    text = card(SteeringRule.load(folder / RULE_FILE), receipt.parity, context).encode()
+    complete = replace(renamed, files={**receipt.files, CARD_FILE: atomic.sha256(text)})
+    return {CARD_FILE: text, RECEIPT_FILE: complete.to_bytes()}
+
+
+def checks(folder: Path, receipt: Receipt, exporter: Exporter, rule: SteeringRule, base: Path) -> list[Check]:
+    """Whether card and receipt say of base, tensors and rule what these say themselves, and the card what they give."""
+    other = differing_keys(receipt.base_card, base_card(base))
+    other += ["chat_template"] * (receipt.chat_template != has_chat_template(base))
+    left_out = sorted({*receipt.drops} ^ {*dropped(rule, exporter)})
+    written = _other_than_written(folder, receipt, exporter, rule)
+    return [
+        _base_check(receipt, base),
+        _disclosure_check(exporter, folder, receipt),
+        Check.empty("card other than its receipt's", written),
+        Check.empty("statements about the base that differ from its card", other),
+        Check.empty("features left out, or not, other than the receipt's", left_out),
+    ]
+
+
+def name_checks(receipt: Receipt, exporter: Exporter, rule: SteeringRule, base: Path, found: BaseModel) -> list[Check]:
+    """Whether what receipt and rule call the base is ``base``, or has its content; as far as that is on this machine.
+
+    An artifact that fetches its base by name opens that base, even where it was compared with another one.
+    """
+    places = {}
+    for one in (receipt.base, rule.base):
+        if one.revision is not None and (one.id, one.revision) != (found.id, found.revision):
+            places[_name(one)] = hub.cached(one.id, one.revision)
+    source = Path(receipt.source)
+    if receipt.base.revision is None and source.resolve() != base.resolve():
+        places[receipt.source] = source if source.is_dir() else None
+    other = {name: _differing(place, base, receipt) for name, place in places.items() if place is not None}
+    wrong = [f"{name}: {' '.join(differing)}" for name, differing in other.items() if differing]
+    absent = sorted(places.keys() - other.keys())
+    is_followed = exporter.fetches_base and _name(receipt.base) in absent
+    remedy = "; the artifact opens what is there: fetch it first" if is_followed else ""
+    return [
+        Check("names of the base that lead to another", len(wrong), 0, "; ".join(wrong)),
+        *([Check(_ABSENT, len(absent), 0 if is_followed else None, "; ".join(absent) + remedy)] if absent else []),
+    ]
+
+
+_ABSENT = "names of the base that lead to nothing on this machine, so not compared"
+
+
+def _name(base: BaseModel) -> str:
+    return f"{base.id} at revision {base.revision}"
+
+
+def _differing(place: Path, base: Path, receipt: Receipt) -> list[str]:
+    """What the models in two folders differ in: tensors, settings, small files."""
+    try:
+        tensors, config = checkpoint.tensor_hashes(place), atomic.read_json(place / "config.json")
+    except ArtifactError as error:
+        return [str(error)]
+    settings = differing_keys(config, atomic.read_json(base / "config.json"))
+    files = changed_companions(place, base)
+    return [*differing_keys(tensors, receipt.base_tensors), *(f"config.json:{key}" for key in settings), *files]
+
+
+def claim_checks(receipt: Receipt, exporter: Exporter, rule: SteeringRule, ran: ParityReport) -> list[Check]:
+    """Whether the checks of a receipt are those that were made now, with their limits; figures are its author's."""
+    only_written = {AGREEMENT} if exporter.rounded and rule.gate is not None else set()
+    told, notes = [
+        [one for one in receipt.parity.checks if (one.name in only_written) == is_note] for is_note in (0, 1)
+    ]
+    theirs, ours = (Counter(check.name for check in checks) for checks in (told, ran.checks))
+    bounds = {check.name: _bound(check) for check in ran.checks}
+    other = [one.name for one in told if one.name in bounds and not _is_near(_bound(one), bounds[one.name])]
+    wrong = [*(theirs - ours), *(ours - theirs), *other]
+    return [
+        Check("checks of the receipt that verify does not make so", len(wrong), 0, "; ".join(wrong)),
+        *(replace(check, name=f"{check.name}: by the receipt, not measured again", limit=None) for check in notes),
+    ]
+
+
+def _bound(check: Check) -> tuple[bool, float]:
+    """What says how good an artifact had to be: the limit, or where there is none, the figure that is reported."""
+    return (False, check.figure) if check.limit is None else (True, check.limit)
+
+
+def _is_near(one: tuple[bool, float], other: tuple[bool, float]) -> bool:
+    """Up to what another processor rounds otherwise."""
+    return one[0] == other[0] and math.isclose(one[1], other[1], rel_tol=0.01, abs_tol=1e-6)
+
+
+def _other_than_written(folder: Path, receipt: Receipt, exporter: Exporter, rule: SteeringRule) -> list[str]:
+    """Which of card and evaluation results are not what receipt, rule and evaluation give."""
+    try:
+        context = _context(folder, receipt, exporter)
+    except ArtifactError:  # an evaluation of another form
+        return [EVALUATION_FILE]
+    expected = {CARD_FILE: card(rule, receipt.parity, context), RESULTS_FILE: results(rule, context)}
+    return [name for name, text in expected.items() if not _has(folder / name, text)]
+
+
+def _has(path: Path, text: str | None) -> bool:
+    return not path.exists() if text is None else holds(path, text.encode())
+
+
+def dropped(rule: SteeringRule, exporter: Exporter) -> tuple[str, ...]:
+    """What a rule has and a format, as commissioned, cannot express."""
+    needed = {"start", "dial", *(["gate"] if rule.gate is not None else [])}
+    return tuple(sorted(exporter.drops & needed))
+
+
+def evaluation_of(path: Path, rule: SteeringRule) -> bytes:
+    """A file of `adaras-export eval` about ``rule``, as it goes into the artifact.
+
+    Raises:
+        ArtifactError: it is none.
+        ExportError: it is about another rule.
+    """
+    evaluation = read_evaluation(path)
+    if evaluation.rule != rule.fingerprint:
+        raise ExportError(f"{path}: evaluates rule {evaluation.rule}; expected {rule.fingerprint}")
+    return path.read_bytes()
+
+
+def base_card(base: Path) -> dict[str, Any]:
+    """What the base's own model card says that ours repeats.
+
+    Raises:
+        ArtifactError: its header is no YAML.
+    """
+    readme = base / "README.md"
+    if not readme.exists():
+        return {}
+    from huggingface_hub import metadata_load
+    from yaml import YAMLError
+
+    try:
+        return inherited(metadata_load(readme) or {}, str(readme))
+    except (ValueError, YAMLError) as error:
+        raise ArtifactError(
+            f"{readme}: its header cannot be read ({first_line(error)}); expected YAML; mend it"
+        ) from error
+
+
+def has_chat_template(base: Path) -> bool:
+    """Whether the base's tokenizer has a chat template that is used where none is named."""
+    path = base / "tokenizer_config.json"
+    found = atomic.read_json(path).get("chat_template") if path.exists() else None
+    if isinstance(found, list):  # named ones
+        return any(isinstance(one, dict) and one.get("name") == "default" for one in found)
+    return found is not None or (base / "chat_template.jinja").exists()
+
+
+def _context(folder: Path, receipt: Receipt, exporter: Exporter) -> CardContext:
+    path = folder / EVALUATION_FILE
+    return CardContext(
+        repository=receipt.repository,
+        template=exporter.card,
+        options=receipt.options,
+        library=exporter.library,
+        relation=exporter.relation,
+        tags=exporter.tags(),
+        rounded=exporter.rounded,
+        drops=receipt.drops,
+        base=receipt.base,
+        base_card=receipt.base_card,
+        datasets=receipt.datasets,
+        tensors=receipt.tensors,
+        measured=read_evaluation(path) if path.exists() else None,
+        chat_template=receipt.chat_template,
+    )
+
+
+def _put(path: Path, text: str | None) -> None:
+    """Write a file that some artifacts have, or see to it that there is none."""
+    if text is None:
+        path.unlink(missing_ok=True)
+        return
+    path.parent.mkdir(exist_ok=True)
+    atomic.replace_file(path, text.encode())
+
+
+def _disclosure_check(exporter: Exporter, folder: Path, receipt: Receipt) -> Check:
+    name = "tensors other than disclosed"
+    try:
+        found = exporter.disclosed(folder, receipt.base_tensors)
+    except ArtifactError as error:
+        return Check(name, 1, 0, str(error))
+    other = manifest.differing(found, receipt.tensors)
+    return Check.empty(name, other)
+
+
+def _base_check(receipt: Receipt, base: Path) -> Check:
+    found = checkpoint.tensor_hashes(base)
+    names = {*found, *receipt.base_tensors}
+    changed = sorted(name for name in names if found.get(name) != receipt.base_tensors.get(name))
+    return Check.empty("tensors of the base that changed since", changed)

@@ -1,0 +1,156 @@
+"""Proves an artifact: files, tensors, card and parity with the rule. Writes nothing."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from adaras_export import exporters
+from adaras_export.core.base_model import BaseModel
+from adaras_export.core.rule import SteeringRule
+from adaras_export.delivery import documents, integrity
+from adaras_export.delivery.receipt import Receipt, read, version_checks
+from adaras_export.errors import ArtifactError, ExportError, first_line
+from adaras_export.exporters import manifest
+from adaras_export.exporters.base import Commission, Exporter, Remaking
+from adaras_export.exporters.checks import Check, Inspection, ParityReport
+from adaras_export.exporters.manifest import RULE_FILE
+from adaras_export.exporters.parity import Artifact, compare, rehearse
+from adaras_export.files import hub
+
+
+def verify(
+    path: str | Path,
+    base: str | Path | None = None,
+    *,
+    receipt: str | None = None,
+    key: str | Path | None = None,
+) -> ParityReport:
+    """Check an exported folder: its files, what it stores, and what it computes.
+
+    Code of the artifact runs only after it was found to be, byte for byte, this library's own.
+
+    Args:
+        path: the folder.
+        base: the base model, where it is no longer at the place that the receipt names; what is at that place, or in
+            the Hub's cache under that name, must be the same.
+        receipt: the SHA-256 that ``receipt.json`` must have, as its author told it elsewhere.
+        key: PEM file of the public key that the folder must be signed with.
+
+    Raises:
+        ArtifactError: the folder is no export, or the base cannot be found.
+    """
+    folder = Path(path)
+    recorded = read(folder)
+    exporter = exporter_of(recorded)
+    checks = [*integrity.origin_checks(folder, receipt, key), *integrity.content_checks(folder, recorded)]
+    checks += version_checks(recorded)
+    if any(check.name in integrity.FATAL and not check.ok for check in checks):
+        return ParityReport((*checks, Check("not looked into, because of that", 1, 0)))
+    place = _Place.of(folder, recorded, base)
+    checks += documents.checks(folder, recorded, exporter, place.rule, place.base)
+    checks += documents.name_checks(recorded, exporter, place.rule, place.base, place.found)
+    exporter = exporter.commissioned(place.commission)
+    stored = _inspected(exporter, folder, place.rule, place.base)
+    ran = _compared(exporter, folder, place.rule, place.base, stored)
+    if isinstance(exporter, Remaking) and isinstance(stored, Inspection) and stored.harmless:
+        checks += exporter.made_anew(folder, place.rule, place.base)
+    if ran.ok:
+        checks += documents.claim_checks(recorded, exporter, place.rule, ran)
+    return ParityReport((*checks, *ran.checks))
+
+
+def open_artifact(path: str | Path, base: str | Path | None = None) -> tuple[Artifact, SteeringRule, Receipt]:
+    """Open an exported folder to run it, with the rule that it carries and its receipt.
+
+    Its code runs only after it was found to be, byte for byte, this library's own.
+
+    Args:
+        path: the folder.
+        base: the base model, where it is no longer at the place that the receipt names.
+
+    Raises:
+        ArtifactError: the folder is no export, is not as it was written, or the base cannot be found.
+    """
+    folder = Path(path)
+    recorded = read(folder)
+    exporter = exporter_of(recorded)
+    _require_own(folder, integrity.content_checks(folder, recorded))
+    place = _Place.of(folder, recorded, base)
+    _require_own(folder, exporter.inspect(folder, place.rule, place.base).checks)
+    return exporter.commissioned(place.commission).load(folder), place.rule, recorded
+
+
+def _require_own(folder: Path, checks: Sequence[Check]) -> None:
+    if wrong := next((check for check in checks if not check.ok), None):
+        raise ArtifactError(f"{folder}: {wrong.name}: {wrong.detail}; expected it as it was written; see verify")
+
+
+@dataclass(frozen=True)
+class _Place:
+    """The rule of an exported folder, its base, the folder of the base, and the commission of its exporter."""
+
+    rule: SteeringRule
+    base: Path
+    found: BaseModel
+    commission: Commission
+
+    @classmethod
+    def of(cls, folder: Path, recorded: Receipt, base: str | Path | None) -> "_Place":
+        rule = SteeringRule.load(folder / RULE_FILE)
+        place, revision = recorded.source if base is None else base, recorded.base.revision
+        base_folder, found = hub.fetch(place, revision), BaseModel.of(place, revision)
+        rule.base.require_same(found)
+        elsewhere = None if base is None else base_folder
+        told = Commission(recorded.source, revision, elsewhere, options=recorded.options)
+        return cls(rule, base_folder, found, told)
+
+
+def exporter_of(receipt: Receipt) -> Exporter:
+    """The exporter that wrote a folder, as it was commissioned.
+
+    Raises:
+        ExportError: there is no such target, or it has no such option.
+    """
+    try:
+        exporter = exporters.load(receipt.target)
+        _refuse_options(exporter, receipt.options)
+        return exporter.commissioned(Commission(receipt.source, receipt.base.revision, options=receipt.options))
+    except ExportError as error:
+        raise ExportError(f"{manifest.RECEIPT_FILE}: {error}; export again") from error
+
+
+def verified(exporter: Exporter, folder: Path, rule: SteeringRule, base: Path) -> ParityReport:
+    """Inspect an artifact; where it is harmless, run it against the reference."""
+    return _compared(exporter, folder, rule, base, _inspected(exporter, folder, rule, base))
+
+
+def _inspected(exporter: Exporter, folder: Path, rule: SteeringRule, base: Path) -> Inspection | Check:
+    try:
+        return exporter.inspect(folder, rule, base)
+    except ArtifactError as error:
+        return Check("what it stores cannot be read", 1, 0, str(error))
+
+
+def _compared(
+    exporter: Exporter, folder: Path, rule: SteeringRule, base: Path, stored: Inspection | Check
+) -> ParityReport:
+    if isinstance(stored, Check):
+        return ParityReport((stored,))
+    if not stored.harmless:
+        return ParityReport((*stored.checks, Check("not run, because its code or its settings differ", 1, 0)))
+    try:
+        script = rehearse(exporter.reference(folder, rule, base))  # one model in memory at a time
+        return ParityReport((*stored.checks, *compare(script, exporter.load(folder))))
+    except ArtifactError as error:
+        return ParityReport((*stored.checks, Check("it does not open or run", 1, 0, str(error))))
+    except Exception as error:  # of damaged files libraries say all kinds of things
+        if all(check.ok for check in stored.checks):
+            raise
+        return ParityReport((*stored.checks, Check("it does not open or run", 1, 0, first_line(error))))
+
+
+def _refuse_options(exporter: Exporter, options: Mapping[str, Any]) -> None:
+    if unknown := sorted(options.keys() - exporter.options):
+        known = ", ".join(sorted(exporter.options)) or "none"
+        raise ExportError(f"{exporter.name}: has no option {', '.join(unknown)}; expected of: {known}")

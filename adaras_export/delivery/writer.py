@@ -1,0 +1,201 @@
+"""From a rule to an artifact under its final name, and back to the proof that it behaves like the rule.
+
+Written beside its destination, verified, given card and receipt, and only then renamed: what fails never gets
+its name. Knows no format; the exporters do.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, get_args
+
+from adaras_export import exporters
+from adaras_export.core import checkpoint
+from adaras_export.core.base_model import BaseModel
+from adaras_export.core.rule import SteeringRule
+from adaras_export.delivery import documents
+from adaras_export.delivery.receipt import Receipt, current_versions, read, read_whole
+from adaras_export.delivery.verifier import _Place, _refuse_options, exporter_of, verified
+from adaras_export.errors import ExportError, ParityError
+from adaras_export.exporters.base import Commission, Exporter, Feature, Refreshing
+from adaras_export.exporters.checks import ParityReport
+from adaras_export.exporters.manifest import EVALUATION_FILE, RULE_FILE, SIGNATURE_FILE
+from adaras_export.exporters.payload_history import known
+from adaras_export.files import atomic, hub
+from adaras_export.files.staging import revised, staged
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What `export` delivered: the folder, the SHA-256 of its files, what the format left out, the checks."""
+
+    path: Path
+    target: str
+    files: dict[str, str]
+    drops: tuple[str, ...]
+    parity: ParityReport
+
+
+def export(  # noqa: PLR0913 - one job with the options that the command line has
+    rule: SteeringRule,
+    *,
+    base: str | Path,
+    to: str,
+    out: str | Path,
+    accept_loss: Sequence[str] = (),
+    evaluation: str | Path | None = None,
+    strength: float | None = None,
+    copy: bool = False,
+    **options: Any,
+) -> ExportReport:
+    """Write ``rule`` on ``base`` as an artifact of target ``to`` into the new folder ``out``, and verify it.
+
+    Args:
+        rule: what to steer.
+        base: folder or Hub id of the model that the rule belongs to.
+        to: a target of `adaras_export.exporters.TARGETS`.
+        out: a folder that does not exist yet.
+        accept_loss: features ("gate", "start", "dial") that the format may leave out.
+        evaluation: JSON file of `adaras-export eval`, for the card.
+        strength: another strength than the rule's.
+        copy: copy weight files that would be hard-linked to the base's.
+        options: what the target offers besides, see `Exporter.options`: onnx has precision, inline, genai, page and
+            calibration; peft has adaptive and merge; stock has switchable; gguf has into.
+
+    Raises:
+        ExportError: the target cannot express the rule or has no such option, or ``out`` exists, is being written by
+            another process, lies in the base's folder, or cannot be written.
+        RuleError: the rule belongs to another model.
+        ParityError: the artifact does not behave like the rule.
+    """
+    out, exporter, given = Path(out), exporters.load(to), rule.fingerprint
+    rule = rule if strength is None else rule.with_strength(strength)
+    _refuse_options(exporter, options)
+    exporter = exporter.commissioned(Commission(str(base), copy=copy, options=options))
+    dropped = _refuse_loss(rule, exporter, accept_loss)
+    folder = hub.fetch(base, rule.base.revision)
+    found = BaseModel.of(base, rule.base.revision)
+    rule.base.require_same(found)
+    origin = found.id if found.revision else str(folder.resolve())
+    exporter = exporter.commissioned(Commission(origin, found.revision, copy=copy, options=options))
+    measured = None if evaluation is None else documents.evaluation_of(Path(evaluation), rule)
+    with staged(out, folder) as stage:
+        written = exporter.write(rule, folder, stage)
+        rule = written.rule
+        (stage / RULE_FILE).write_bytes(rule.to_bytes())
+        if measured is not None:
+            (stage / EVALUATION_FILE).write_bytes(measured)
+        parity = ParityReport((*written.notes, *verified(exporter, stage, rule, folder).checks))
+        if not parity.ok:
+            raise ParityError(f"{out}: not written: " + "; ".join(check.line().strip() for check in parity.failed()))
+        base_tensors = checkpoint.tensor_hashes(folder)
+        receipt = Receipt(
+            target=to,
+            options=dict(exporter.recorded()),
+            repository=out.name,
+            drops=dropped,
+            rule=rule.fingerprint,
+            given_rule=given,
+            base=found,
+            source=origin,
+            base_tensors=base_tensors,
+            base_card=documents.base_card(folder),
+            chat_template=documents.has_chat_template(folder),
+            parity=parity,
+            files={},
+            tensors=tuple(exporter.disclosed(stage, base_tensors)),
+            versions=current_versions(to),
+        )
+        files = documents.describe(stage, receipt, exporter, rule).files
+    return ExportReport(out, to, dict(files), dropped, parity)
+
+
+def rewrite_card(
+    path: str | Path,
+    repository: str | None = None,
+    evaluation: str | Path | None = None,
+    datasets: Sequence[str] | None = None,
+) -> Receipt:
+    """Write card and receipt of an exported folder anew; nothing else of it changes.
+
+    Args:
+        path: the folder.
+        repository: what the card is to call it, a Hub id for one; default: as before.
+        evaluation: JSON file of `adaras-export eval`; default: the one that the artifact has.
+        datasets: Hub ids of the datasets that the rule was made with; default: as before.
+
+    Raises:
+        ArtifactError: the folder is no export, or its files are not those of its receipt.
+        ExportError: the evaluation is of another rule, or the folder is signed.
+    """
+    folder = Path(path)
+    read(folder)  # refuses what is no export, before a copy is made of it
+    with revised(folder) as stage:
+        receipt = read_whole(folder)
+        _refuse_signed(folder)
+        rule = SteeringRule.load(folder / RULE_FILE)
+        named = tuple(receipt.datasets if datasets is None else datasets)
+        if strange := [name for name in named if not hub.is_hub_id(name)]:
+            raise ExportError(f"datasets: {', '.join(map(repr, strange))} could be on no Hub; expected USER/NAME")
+        if evaluation is not None:
+            atomic.replace_file(stage / EVALUATION_FILE, documents.evaluation_of(Path(evaluation), rule))
+        renamed = replace(receipt, repository=repository or receipt.repository, datasets=named)
+        return documents.describe(stage, renamed, exporter_of(receipt), rule)
+
+
+def refresh(path: str | Path, base: str | Path | None = None) -> ExportReport:
+    """Give an exported folder of an earlier version the code and settings of this one, and verify it anew.
+
+    Its weights stay as they are, and the files that share them. Earlier code is replaced and never run.
+
+    Args:
+        path: the folder, of target hf or hf-thin.
+        base: the base model, where it is no longer at the place that the receipt names.
+
+    Raises:
+        ArtifactError: the folder is no export, its files are not those of its receipt, or the base cannot be found.
+        ExportError: it is signed, its code was never this library's, or its target carries none.
+        ParityError: with the new code it does not behave like its rule; then nothing was changed.
+    """
+    folder = Path(path)
+    exporter = exporter_of(read(folder))
+    if not isinstance(exporter, Refreshing):
+        raise ExportError(f"{folder}: target {exporter.name} carries no code that could be refreshed; export again")
+    with revised(folder) as stage:
+        receipt = read_whole(folder)
+        _refuse_signed(folder)
+        if foreign := [name for name in receipt.files if name.endswith(".py") and not known(folder, name)]:
+            raise ExportError(f"{folder}: {', '.join(foreign)}: was never code of this library; export again")
+        place = _Place.of(folder, receipt, base)
+        exporter.refresh(stage, place.rule, place.base)
+        parity = verified(exporter.commissioned(place.commission), stage, place.rule, place.base)
+        if not parity.ok:
+            found = "; ".join(check.line().strip() for check in parity.failed())
+            raise ParityError(f"{folder}: not refreshed: {found}; export again")
+        renewed = replace(
+            receipt,
+            chat_template=documents.has_chat_template(place.base),
+            parity=parity,
+            versions=current_versions(receipt.target),
+        )
+        files = documents.describe(stage, renewed, exporter, place.rule).files
+    return ExportReport(folder, receipt.target, dict(files), tuple(receipt.drops), parity)
+
+
+def _refuse_signed(folder: Path) -> None:
+    if (folder / SIGNATURE_FILE).exists():
+        raise ExportError(f"{folder}: is signed, and a new card would break that; remove {SIGNATURE_FILE}, sign again")
+
+
+def _refuse_loss(rule: SteeringRule, exporter: Exporter, accepted: Sequence[str]) -> tuple[str, ...]:
+    if unknown := sorted({*accepted} - {*get_args(Feature)}):
+        raise ExportError(
+            f"--accept-loss: no feature {', '.join(unknown)}; expected of: {', '.join(get_args(Feature))}"
+        )
+    dropped = documents.dropped(rule, exporter)
+    if refused := [feature for feature in dropped if feature not in accepted]:
+        raise ExportError(
+            f"{exporter.name}: cannot express {', '.join(refused)}; drop it with --accept-loss "
+            f"{','.join(sorted({*accepted, *refused}))}, or choose target hf"
+        )
+    return dropped

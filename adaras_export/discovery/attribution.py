@@ -1,0 +1,167 @@
+"""The causal effect of every neuron on whether completions come out right: one gradient per question.
+
+For a question, margin(c) = mean log p(correct completions) - mean log p(incorrect completions), teacher-forced, with
+a constant c (L, M) added to h at the steered tokens; its gradient, at c = 0 unless another point is asked for, is what
+this module computes. Goes beyond the paper, whose ranking is a difference of means (see `rankings`).
+
+Long completions are exact, too: layers are run again in the backward pass instead of being remembered, and logits are
+made of a few tokens at a time. Whatever the weights are, the gradient is summed up in float32.
+
+B rows (traces), T tokens after the cached prompt, L layers, M MLP neurons.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+
+from adaras_export.core import families
+from adaras_export.core.rule import Start
+from adaras_export.files.safetensors_record import Array
+from adaras_export.modeling.activations import behind
+from adaras_export.modeling.generation import CACHE, Prefilled
+
+
+@dataclass(frozen=True)
+class WeightedCompletion:
+    """A completion, the row of its prompt among the prefilled ones, and its weight in the margin."""
+
+    prompt_row: int
+    ids: Sequence[int]
+    weight: float
+
+
+def margin_gradients(
+    model: PreTrainedModel,
+    prompts: Prefilled,
+    completions: Sequence[WeightedCompletion],
+    start: Start,
+    *,
+    longest: int = 4096,
+    at: Array | None = None,
+) -> Tensor:
+    """The part of each completion in the gradient of its question's margin, (B, L, M) float32 on the CPU.
+
+    Only the last prompt token and the completion are run with gradients: no earlier token is steered, so the cached
+    rest of the prompt, computed once for all completions of a question, cannot depend on c.
+
+    Args:
+        model: the model; its weights ask for no gradient meanwhile.
+        prompts: prefilled; they stay as they are.
+        completions: B of them.
+        start: the first steered token.
+        at: where the gradient is taken, c (L, M); None: 0, no steering.
+        longest: where completions have more tokens, the activations of one layer are in memory at a time.
+    """
+    device = prompts.ids.device
+    own = prompts.repeated([completion.prompt_row for completion in completions])
+    inputs: Mapping[str, Any] = behind(own, [completion.ids for completion in completions])
+    ids_BT = inputs["input_ids"]
+    own_BT = inputs["attention_mask"][:, -ids_BT.shape[1] :]
+    steered_BT = own_BT.clone()
+    if start == "first_generated_token":
+        steered_BT[:, 0] = 0
+    recomputing = _recomputing(model, inputs) if ids_BT.shape[1] > longest else nullcontext(inputs)
+    with _offsets(model, steered_BT, at) as offsets_B1M, torch.enable_grad(), recomputing as inputs:
+        log_p_BT = _log_probabilities(model, inputs, min(longest, _HEAD_TOKENS)) * own_BT[:, 1:]
+        weights_B = torch.tensor([completion.weight for completion in completions], device=device)
+        gradients = torch.autograd.grad((log_p_BT.sum(1) * weights_B).sum(), offsets_B1M)
+    return torch.cat([gradient.float().cpu() for gradient in gradients], dim=1)
+
+
+_HEAD_TOKENS = 1024
+
+
+def _log_probabilities(model: PreTrainedModel, inputs: Mapping[str, Any], most: int) -> Tensor:
+    """log p of every token but the first, (B, T - 1) float32; logits of at most ``most`` tokens at a time."""
+    ids_BT = inputs["input_ids"]
+    if ids_BT.numel() <= most:
+        return _chosen(model(**inputs).logits[:, :-1], ids_BT[:, 1:])
+    hidden_BTD = model.base_model(**inputs).last_hidden_state
+
+    def piece(hidden_BSD: Tensor, ids_BS: Tensor) -> Tensor:
+        return _chosen(_head(model, hidden_BSD), ids_BS)
+
+    size = max(1, most // len(ids_BT))
+    parts = zip(hidden_BTD[:, :-1].split(size, 1), ids_BT[:, 1:].split(size, 1), strict=True)
+    return torch.cat([_again(piece, hidden, ids) for hidden, ids in parts], dim=1)
+
+
+def _chosen(logits_BTV: Tensor, ids_BT: Tensor) -> Tensor:
+    logits_BTV = logits_BTV.float()
+    chosen_BT = logits_BTV.gather(-1, ids_BT.unsqueeze(-1)).squeeze(-1)
+    return chosen_BT - logits_BTV.logsumexp(-1)
+
+
+def _head(model: PreTrainedModel, hidden_BTD: Tensor) -> Tensor:
+    """Logits of the decoder's output; some families scale or cap them, which only their own forward pass knows."""
+    decoder: Any = model.base_model
+    decoder.forward = lambda *_args, **_kwargs: BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden_BTD)
+    try:
+        logits: Tensor = model(inputs_embeds=hidden_BTD, use_cache=False).logits
+    finally:
+        del decoder.forward  # the class has the real one
+    return logits
+
+
+def _again(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - any function of tensors
+    """Its result; what lies between is computed again in the backward pass."""
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+
+@contextmanager
+def _recomputing(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Layers that are computed again in the backward pass, and inputs whose cache bears it."""
+    with ExitStack() as undo:
+        for number in range(families.sizes_of(model)[1]):
+            layer: Any = families.decoder_layer(model, number)
+            layer.forward = partial(_again, layer.forward)
+            undo.callback(delattr, layer, "forward")
+        yield {**inputs, CACHE: _UnchangingCache.of(inputs[CACHE])}
+
+
+class _UnchangingCache(DynamicCache):
+    """The keys and values of a prefix; every layer sees what follows it, and nothing is kept of that."""
+
+    @classmethod
+    def of(cls, cache: Cache) -> "_UnchangingCache":
+        own = cls()
+        vars(own).update(vars(cache))
+        return own
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - as the base class has it
+        layer: Any = copy.copy(self.layers[layer_idx])
+        return layer.update(key_states, value_states, *args, **kwargs)
+
+
+@contextmanager
+def _offsets(model: nn.Module, steered_BT: Tensor, at: Array | None) -> Iterator[list[Tensor]]:
+    """Constants (B, 1, M) per layer that take part in the forward pass; no weight asks for a gradient meanwhile."""
+    _, layers, mlp_size, _ = families.sizes_of(model)
+    steered_BT1 = steered_BT.unsqueeze(-1)
+    offsets = []
+    with ExitStack() as undo:
+        for parameter in model.parameters():
+            undo.callback(parameter.requires_grad_, parameter.requires_grad)
+            parameter.requires_grad_(False)  # noqa: FBT003 - torch's signature
+        for layer in range(layers):
+            down = families.down_projection(model, layer)
+            weight = next(down.parameters())
+            kind: dict[str, Any] = {"dtype": torch.promote_types(weight.dtype, torch.float32), "device": weight.device}
+            point_M = torch.zeros(mlp_size, **kind) if at is None else torch.tensor(at[layer], **kind)
+            offset = point_M.repeat(len(steered_BT), 1, 1).requires_grad_()
+
+            def add(_module: nn.Module, args: tuple[Tensor, ...], offset: Tensor = offset) -> tuple[Tensor, ...]:
+                return (args[0] + (offset * steered_BT1.to(offset)).to(args[0].dtype), *args[1:])
+
+            undo.callback(down.register_forward_pre_hook(add).remove)
+            offsets.append(offset)
+        yield offsets

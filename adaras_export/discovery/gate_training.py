@@ -1,0 +1,136 @@
+"""Train and calibrate a gate: from the prompts of labelled traces, predict whether the model will be right.
+
+The forward maths is the runtime's own (`SteeringGate`); this file only brings together what finds its weights.
+Standardisation is folded into them, so that the runtime needs none.
+
+N prompts, T tokens, F features, M MLP neurons.
+"""
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from adaras_export.core.base_model import BaseModel
+from adaras_export.core.gate import Gate
+from adaras_export.core.intervals import auc_interval as auc_interval
+from adaras_export.core.question_identity import identity
+from adaras_export.core.traces import Trace, labelled_prompts, require_both, split
+from adaras_export.discovery.gate_features import Prompts, means_file, tokens_file
+from adaras_export.discovery.gate_fitting import Fitted, by_length, fit_attention, fit_logistic
+from adaras_export.discovery.gate_metrics import (
+    Costs as Costs,  # for whoever trains or judges a gate by way of this module
+)
+from adaras_export.discovery.gate_report import GateReport as GateReport
+from adaras_export.discovery.gate_report import Judged, Pooling, calibrated
+from adaras_export.discovery.gate_selection import Training, sizes
+from adaras_export.discovery.gate_selection import f_scores as f_scores
+from adaras_export.errors import RuleError, require
+from adaras_export.files.memory_mapped import KeptRows
+from adaras_export.files.safetensors_record import Array
+from adaras_export.modeling.activations import Reading
+from adaras_export.modeling.gate import _probability, gate_module
+from adaras_export.modeling.gate import agreeing_threshold as agreeing_threshold
+from adaras_export.modeling.gate import youden_threshold as youden_threshold
+from adaras_export.modeling.generation import encode_prompt
+
+_FOLDS = {"logistic": 5, "attention": 3}
+
+
+def train_gate(  # noqa: PLR0913 - one decision of the researcher each
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    traces: Sequence[Trace],
+    base: BaseModel,
+    *,
+    below_layer: int,
+    features: int | None = None,
+    pooling: Pooling = "logistic",
+    costs: Costs | None = None,
+    validation_share: float = 0.4,
+    seed: int = 0,
+    reading: Reading | None = None,
+    partial: Path | None = None,
+) -> GateReport:
+    """Train on some questions, calibrate the threshold on the others.
+
+    A question counts as correct where most of its traces are. Features are the neurons of layers below
+    ``below_layer`` whose mean over the prompt has the highest ANOVA F-score on the training questions. Their number and
+    the regularisation are chosen together by cross-validation there, each fold with scores and scaling of its own.
+
+    Args:
+        model: the model to steer; it reads the prompts.
+        tokenizer: its tokenizer.
+        traces: labelled traces; several attempts at a question are welcome.
+        base: the model's identity.
+        below_layer: the gate reads layers 0 to ``below_layer - 1``: at most the first steered layer, for a
+            decision in the same pass.
+        features: number of features (F); None: the best of 8, 16, 32, 64 and 128.
+        pooling: "logistic" is logistic regression on the mean over the prompt tokens; "attention" is the paper's
+            classifier, with a softmax over the tokens and one hidden layer.
+        costs: of wrong decisions, for the threshold that costs least; None: the threshold of Youden's J.
+        validation_share: share of the questions that calibrate and judge.
+        seed: of the splits of questions, and of the attention gate's training.
+        reading: batch size and progress.
+        partial: where what is read is kept meanwhile, so that a run that was killed goes on; the caller removes the
+            files (`partial_files`). Without it, in the folder for temporary files.
+
+    Raises:
+        TraceError: a part of the questions has one label only, activations are not finite, or have no room on the disk.
+        RuleError: there are fewer neurons than features, no feature, or no such layer.
+        MissingExtraError: scikit-learn is not installed.
+    """
+    require("sklearn.linear_model", "identify", "training a gate")
+    if not 1 <= below_layer <= base.layers:
+        raise RuleError(f"gate: reads layers below {below_layer}; expected 1 to {base.layers}, the layers of {base.id}")
+    wanted = sizes(features, below_layer * base.mlp_size)
+    prompts, labels = labelled_prompts(traces)
+    parts = split([str(row) for row in range(len(prompts))], _shares(validation_share), seed)
+    train, validation = (np.array(sorted(map(int, parts[name]))) for name in ("train", "validation"))
+    require_both(labels[train], "training")
+    require_both(labels[validation], "validation")
+    rows = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    with _kept_at(partial) as place:
+        read = Prompts(model, base, rows, reading or Reading(), place)
+        means = read.means(below_layer)
+        training = Training.dealt(means, train, labels[train], _FOLDS[pooling], seed)
+        if pooling == "logistic":
+            fitted = fit_logistic(training, wanted)
+        else:
+            fitted = fit_attention(
+                training, wanted, lambda places: read.tokens(places // base.mlp_size, places % base.mlp_size), seed
+            )
+        names = tuple(identity(prompt) for prompt in prompts)
+        layer, index = fitted.places // base.mlp_size, fitted.places % base.mlp_size
+        gate = Gate(layer, index, **fitted.weights, threshold=0.5, base=base, questions=names)
+        p_correct = _probabilities(gate, fitted, means, validation)
+    length = by_length(np.array([len(row) for row in rows]), train, labels[train], validation)
+    judged = Judged(p_correct, length, labels[validation], float(labels[train].mean()), len(train))
+    return calibrated(gate, judged, fitted.tried, pooling, costs, seed)
+
+
+def partial_files(partial: Path) -> tuple[Path, Path]:
+    """The files that `train_gate` keeps."""
+    return means_file(partial), tokens_file(partial)
+
+
+@contextmanager
+def _kept_at(partial: Path | None) -> Iterator[Path]:
+    if partial is not None:
+        yield partial
+        return
+    with tempfile.TemporaryDirectory(prefix="adaras-gate-") as folder:
+        yield Path(folder) / "means"
+
+
+def _probabilities(gate: Gate, fitted: Fitted, means: KeptRows, rows: Array) -> Array:
+    """p(correct) of prompts that were read for the training, (N,) float32, without reading them again."""
+    module = gate_module(gate)
+    return np.array([_probability(module, fitted.features(means, row)) for row in rows], np.float32)
+
+
+def _shares(validation: float) -> dict[str, float]:
+    return {"train": 1 - validation, "validation": validation}

@@ -1,0 +1,1 @@
+"""Does it help: tune, evaluate, compare, claim, report."""

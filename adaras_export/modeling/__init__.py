@@ -1,0 +1,1 @@
+"""A stock model in memory: load, generate, capture activations, steer, gate."""

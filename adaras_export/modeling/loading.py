@@ -1,0 +1,73 @@
+"""Loads a stock model and its tokenizer, in the numeric type that the user chose. Runs no code of a repository."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from adaras_export.core import checkpoint
+from adaras_export.errors import ArtifactError, first_line, require
+from adaras_export.files.hub import fetch
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+def load_model(
+    base: str | Path,
+    revision: str | None = None,
+    dtype: Dtype = "float32",
+    device: str | None = None,
+    device_map: str | Mapping[str, str | int] | None = None,
+    offload_folder: str | Path | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A stock model in eval mode and its tokenizer, padding on the left; runs no foreign code.
+
+    Without a ``device``: CUDA where torch sees one, else the CPU. With a ``device_map``, Accelerate puts the modules
+    where it says, or as "auto" fills GPUs, then memory, then the disk (``offload_folder``); ``device`` does not count.
+
+    Raises:
+        MissingExtraError: a device map without Accelerate.
+        ArtifactError: no model there, or its tensors are not exactly those of the architecture.
+        UnsupportedModelError: the architecture is not in the table.
+    """
+    folder = fetch(base, revision)
+    checkpoint.require(folder)
+    placing: dict[str, Any] = {}
+    if device_map is not None:
+        require("accelerate", "distributed", "a device map")
+        placing = {"device_map": device_map, "offload_folder": offload_folder}
+    try:
+        with torch.random.fork_rng(devices=[]):  # a tensor that the files lack is filled from it
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True, **placing
+            )
+        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        # ImportError: a folder without tokenizer.json may need sentencepiece or protobuf.
+        reason = first_line(error)
+        raise ArtifactError(f"{base}: cannot be loaded ({reason}); expected a complete model folder") from error
+    model, loading = loaded
+    _require_exact(loading, str(base))
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if device_map is None:
+        model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return model.eval(), tokenizer
+
+
+def _require_exact(loading: Mapping[str, Any], subject: str) -> None:
+    """Refuse a load that left a tensor random or dropped one: Transformers only logs it."""
+    wrong = [f"{kind} {key}" for kind in ("missing", "unexpected") for key in sorted(loading[f"{kind}_keys"])]
+    if wrong:
+        raise ArtifactError(
+            f"{subject}: {len(wrong)} tensors do not fit its config.json ({', '.join(wrong[:5])}); "
+            "expected exactly the tensors of the architecture"
+        )

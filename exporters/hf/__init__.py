@@ -1,0 +1,1 @@
+"""Custom code that `from_pretrained` loads: the whole rule."""

@@ -1,0 +1,314 @@
+"""Target `hf`: a Hugging Face repository with custom code that opens with plain `from_pretrained`.
+
+The base checkpoint's files are hard-linked, one small file holds the folded vectors and the gate, and the payload
+of `adaras_export.runtime` is copied as it is. Exact: gate, start and a dial for the strength.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from adaras_export.core import checkpoint, families
+from adaras_export.core.gate import Gate
+from adaras_export.core.rule import SteeringRule
+from adaras_export.exporters import payload_history
+from adaras_export.exporters.base import Commission, Exporter, Feature, Generating, Written, stock_reference
+from adaras_export.exporters.checkpoint import (
+    INDEX_FILE,
+    STEERING_FILE,
+    changed_companions,
+    copy_companions,
+    differing_keys,
+    disclosed,
+    holds,
+    index_check,
+    linked_name,
+    name_tokenizer_class,
+    opened,
+    plain_config,
+    same_content,
+    stores,
+    strange_names,
+    tokenised_differently,
+    tokenizer_classes,
+    unknown_files,
+    vectors,
+    write_index,
+    write_json,
+    write_tensors,
+)
+from adaras_export.exporters.checks import Inspection
+from adaras_export.exporters.manifest import Disclosed
+from adaras_export.exporters.parity import FLOAT32, Artifact, Check, Mode, Reference
+from adaras_export.files import atomic
+from adaras_export.files.atomic import link_or_copy
+from adaras_export.files.safetensors_record import Array
+
+_SHARED_PAYLOAD = "steering_adaras.py"
+
+
+@dataclass(frozen=True)
+class HuggingFaceExporter:
+    """The exporter of target `hf`."""
+
+    name: str = "hf"
+    drops: frozenset[Feature] = frozenset()
+    options: frozenset[str] = frozenset()
+    library: str = "transformers"
+    relation: str = "finetune"
+    fetches_base: bool = False
+    rounded: bool = False
+    card: str = "exporters/hf/card.md"
+    copy: bool = False
+
+    def commissioned(self, commission: Commission) -> Exporter:
+        """As `Exporter` says."""
+        return replace(self, copy=commission.copy)
+
+    def recorded(self) -> Mapping[str, Any]:
+        """As `Exporter` says."""
+        return {}
+
+    def write(self, rule: SteeringRule, base: Path, out: Path) -> Written:
+        """As `Exporter` says."""
+        config = plain_config(base)
+        for path in sorted({*checkpoint.shards(base).values()}):
+            link_or_copy(path, out / linked_name(path), copy=self.copy)
+        tensors = steering_tensors(rule, base)
+        write_tensors(out, tensors)
+        write_index(out, _weight_map(base, tensors))
+        write_repository(out, base, steered_config(config, rule), payload(rule.base.family))
+        return Written(rule)
+
+    def refresh(self, folder: Path, rule: SteeringRule, base: Path) -> None:
+        """As `Refreshing` says."""
+        config = steered_config(atomic.read_json(base / "config.json"), rule)
+        refresh_repository(folder, base, config, payload(rule.base.family))
+
+    def inspect(self, folder: Path, rule: SteeringRule, base: Path) -> Inspection:
+        """As `Exporter` says."""
+        expected = steered_config(atomic.read_json(base / "config.json"), rule)
+        code, config, *files = repository_checks(folder, base, expected, payload(rule.base.family))
+        weights = {linked_name(path) for path in checkpoint.shards(base).values()}
+        unknown = unknown_files(folder, base, {*payload(rule.base.family), *REPOSITORY_FILES, *SHARED_FILES, *weights})
+        return Inspection(code, config, (*files, *_tensor_checks(folder, rule, base), unknown))
+
+    def reference(self, folder: Path, rule: SteeringRule, base: Path) -> Reference:  # noqa: ARG002
+        """As `Exporter` says."""
+        return stock_reference(rule, base)
+
+    def load(self, folder: Path) -> Artifact:
+        """As `Exporter` says. Runs the repository's code, which `inspect` has found to be this library's own."""
+        return open_repository(folder)
+
+    def disclosed(self, folder: Path, base_tensors: Mapping[str, str]) -> Sequence[Disclosed]:
+        """As `Exporter` says."""
+        return disclosed(folder, base_tensors)
+
+    def tags(self) -> Sequence[str]:
+        """As `Exporter` says."""
+        return ("custom_code",)
+
+
+EXPORTER = HuggingFaceExporter()
+
+
+REPOSITORY_FILES = frozenset({"config.json", "tokenizer_config.json"})
+"""What `write_repository` writes besides code and what the base has."""
+
+SHARED_FILES = frozenset({INDEX_FILE, STEERING_FILE})
+
+
+def write_repository(out: Path, base: Path, config: dict[str, Any], code: dict[str, bytes]) -> None:
+    """Write all that a repository holds besides tensors: config, code, and the small files of the base."""
+    write_json(out / "config.json", config)
+    for name, content in code.items():
+        (out / name).write_bytes(content)
+    copy_companions(base, out)
+    classes = _tokenizer_classes(base, code)
+    fitting = classes if code else (name for name in classes if _opens_alike(out, base, name))
+    name_tokenizer_class(out, next(iter(fitting), classes[0]))  # if none fits, the checks will tell
+
+
+def refresh_repository(folder: Path, base: Path, config: dict[str, Any], code: dict[str, bytes]) -> None:
+    """Write code, config and the tokenizer's class anew, as `write_repository` writes them; other files stay."""
+    for name, content in code.items():
+        atomic.replace_file(folder / name, content)
+    write_json(folder / "config.json", config)
+    name_tokenizer_class(folder, tokenizer_classes(base)[0])
+
+
+def repository_checks(folder: Path, base: Path, config: dict[str, Any], code: dict[str, bytes]) -> list[Check]:
+    """Compare what `write_repository` wrote; code and config come first."""
+    strange = _strange_code(folder, code)
+    found = atomic.read_json(folder / "config.json")
+    settings = differing_keys(found, config)
+    trust = [
+        payload_history.check("code files that are not the library's", folder, strange),
+        Check.empty("config entries that differ", settings),
+    ]
+    changed = changed_companions(folder, base, _tokenizer_classes(base, code))
+    carried = Check.empty("files of the base that differ", changed)
+    # Opening a tokenizer may run code, and a damaged one may not open.
+    trusted = all(check.ok for check in (*trust, carried))
+    tokens = _tokenizer_checks(folder, base, trust_remote_code=bool(code)) if trusted else []
+    return [*trust, carried, *tokens]
+
+
+def open_repository(folder: Path, **how: str) -> Artifact:
+    """Open a repository with its own code, in float32; ``how`` goes to its `from_pretrained`.
+
+    Raises:
+        ArtifactError: it does not open.
+    """
+    return _SteeredRepo(*opened(folder, trust_remote_code=True, **how))
+
+
+def steered_config(config: dict[str, Any], rule: SteeringRule) -> dict[str, Any]:
+    """The base's config.json with our classes and the settings of the rule; a model_type of its own.
+
+    With the base's model_type, whoever forgets trust_remote_code would get an unsteered model without an error.
+    """
+    family = families.FAMILIES[rule.base.family]
+    name, module = f"AdaRAS{family.stem}", family.payload.removesuffix(".py")
+    return {
+        **config,
+        "model_type": f"adaras_{family.model_type}",
+        "architectures": [f"{name}ForCausalLM"],
+        "auto_map": {
+            "AutoConfig": f"{module}.{name}Config",
+            "AutoModel": f"{module}.{name}Model",
+            "AutoModelForCausalLM": f"{module}.{name}ForCausalLM",
+        },
+        "adaras": {
+            "rule": rule.fingerprint,
+            "strength": rule.strength,
+            "start": rule.start,
+            "layers": rule.layers(),
+            "threshold": 1.0 if rule.gate is None else rule.gate.threshold,
+            "gate": None if rule.gate is None else _gate_settings(rule.gate),
+        },
+    }
+
+
+def steering_tensors(rule: SteeringRule, base: Path) -> dict[str, Array]:
+    """The tensors that an export adds, by checkpoint key.
+
+    Per steered layer its vector; per gate layer the feature indices, int64; the gate's weights, float32.
+    """
+    located, family = checkpoint.shards(base), rule.base.family
+    layers = checkpoint.layers_key(family, located)
+    tensors = {f"{layers}.{layer}.mlp.steering_vector": vector for layer, vector in vectors(rule, base).items()}
+    if rule.gate is not None:
+        for layer in np.unique(rule.gate.layer):
+            tensors[f"{layers}.{layer}.mlp.steering_index"] = rule.gate.index[rule.gate.layer == layer]
+        gate = f"{checkpoint.decoder_key(family, located)}steering_gate"
+        tensors |= {f"{gate}.{name}": value for name, value in rule.gate.weights().items()}
+    return tensors
+
+
+def payload(family: str) -> dict[str, bytes]:
+    """The code files of a family's exports."""
+    files = resources.files("adaras_export.runtime")
+    return {name: (files / name).read_bytes() for name in (_SHARED_PAYLOAD, families.FAMILIES[family].payload)}
+
+
+class _SteeredRepo(Generating):
+    """An opened export. Modes are set with the dials that users have."""
+
+    tolerance = FLOAT32
+    switchable = True
+
+    def __init__(self, model: Any, loading_report: list[str]) -> None:  # noqa: ANN401 - a class of the repository
+        self.model = model
+        self.loading_report = loading_report
+
+    def findings(self) -> Sequence[Check]:
+        return [Check.empty("keys in the loading report", self.loading_report)]
+
+    @contextmanager
+    def set_to(self, mode: Mode) -> Iterator[None]:
+        steering = self.model.steering
+        threshold, off = steering.threshold, steering.off() if mode == "off" else nullcontext()
+        if mode not in ("rule", "off"):
+            steering.threshold = 2.0 if mode == "always" else mode  # every p(correct) is below 2
+        try:
+            with off:
+                yield
+        finally:
+            steering.threshold = threshold
+
+
+def _gate_settings(gate: Gate) -> dict[str, Any]:
+    counts = Counter(gate.layer.tolist())
+    return {
+        "layers": sorted(counts),
+        "features": [counts[layer] for layer in sorted(counts)],
+        "hidden_size": len(gate.hidden_bias),
+    }
+
+
+def _strange_code(folder: Path, own: dict[str, bytes]) -> list[str]:
+    """Files that are not this library's and that from_pretrained would run, or follow to code elsewhere."""
+    changed = [name for name, content in own.items() if not holds(folder / name, content)]
+    names = [str(path.relative_to(folder)) for path in sorted(folder.rglob("*.py")) if "__pycache__" not in path.parts]
+    pointers = [name for name in ("adapter_config.json",) if (folder / name).exists()]
+    tokenizer = folder / "tokenizer_config.json"
+    if tokenizer.exists() and "auto_map" in atomic.read_json(tokenizer):
+        pointers.append("tokenizer_config.json:auto_map")
+    return [*changed, *(name for name in names if name not in own), *pointers]
+
+
+def _tokenizer_classes(base: Path, code: dict[str, bytes]) -> list[str]:
+    """Which classes the tokenizer may have: the base's own, where code of ours gives configs the base's model_type."""
+    classes = tokenizer_classes(base)
+    return classes[:1] if code else classes
+
+
+def _opens_alike(out: Path, base: Path, name: str) -> bool:
+    """Whether a repository without code has the base's tokenizer if it names this class."""
+    name_tokenizer_class(out, name)
+    return all(check.ok for check in _tokenizer_checks(out, base, trust_remote_code=False))
+
+
+def _tokenizer_checks(folder: Path, base: Path, *, trust_remote_code: bool) -> list[Check]:
+    """Whether both folders give the same token ids; a base without a tokenizer has nothing to compare."""
+    if not (base / "tokenizer_config.json").exists():
+        return []
+    from transformers import AutoTokenizer
+
+    ours = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    theirs = AutoTokenizer.from_pretrained(base)
+    differing = tokenised_differently(theirs, ours)
+    unnamed = "tokenizer_class" not in atomic.read_json(base / "tokenizer_config.json")
+    remedy = "the base's tokenizer_config.json has no tokenizer_class; name the one that is meant"
+    return [Check("sample texts that are tokenised differently", differing, 0, remedy if differing and unnamed else "")]
+
+
+def _weight_map(base: Path, tensors: Mapping[str, Array]) -> dict[str, str]:
+    """The file of each tensor of the artifact."""
+    kept = {name: linked_name(path) for name, path in checkpoint.shards(base).items()}
+    return kept | dict.fromkeys(tensors, STEERING_FILE)
+
+
+def _tensor_checks(folder: Path, rule: SteeringRule, base: Path) -> list[Check]:
+    expected = steering_tensors(rule, base)
+    located = checkpoint.shards(folder)
+    wrong = [name for name, value in expected.items() if not stores(located.get(name), name, value)]
+    base_located = checkpoint.shards(base)
+    strange = sorted(located.keys() ^ (expected.keys() | base_located.keys()))
+    strange += strange_names(folder / STEERING_FILE, expected)
+    names = {linked_name(path): path for path in base_located.values()}
+    weights = sorted(name for name, path in names.items() if not same_content(folder / name, path))
+    return [
+        Check.empty("steering tensors that differ", wrong),
+        Check.empty("tensors missing or unknown", strange),
+        Check.empty("base weight files that differ", weights),
+        index_check(folder, _weight_map(base, expected)),
+    ]

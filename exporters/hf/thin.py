@@ -1,0 +1,139 @@
+"""Target `hf-thin`: a repository of some kilobytes that pulls the base's weights from where they are.
+
+As `hf`, the same classes and the same rule, but without weight files: the config names the base, by Hub id and
+commit or by the path of its folder, and the fingerprint that its tensors must have.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from adaras_export.core import checkpoint
+from adaras_export.core.rule import SteeringRule
+from adaras_export.errors import ExportError
+from adaras_export.exporters.base import Commission, Exporter, Feature, Written, stock_reference
+from adaras_export.exporters.checkpoint import (
+    STEERING_FILE,
+    disclosed,
+    plain_config,
+    stores,
+    strange_names,
+    unknown_files,
+    write_tensors,
+)
+from adaras_export.exporters.checks import Inspection
+from adaras_export.exporters.hf import exporter
+from adaras_export.exporters.manifest import Disclosed
+from adaras_export.exporters.parity import Artifact, Check, Reference
+from adaras_export.files import atomic
+from adaras_export.files.safetensors_record import Array
+
+_LOADER = "thin_adaras.py"
+_LOADERS = {
+    "AutoConfig": "thin_adaras.ThinConfig",
+    "AutoModel": "thin_adaras.ThinModel",
+    "AutoModelForCausalLM": "thin_adaras.ThinModelForCausalLM",
+}
+
+
+@dataclass(frozen=True)
+class ThinExporter:
+    """The exporter of target `hf-thin`; without a commission, the base is where its folder is."""
+
+    name: str = "hf-thin"
+    drops: frozenset[Feature] = frozenset()
+    options: frozenset[str] = frozenset()
+    library: str = "transformers"
+    relation: str = "adapter"
+    fetches_base: bool = True
+    rounded: bool = False
+    card: str = "exporters/hf/card_thin.md"
+    commission: Commission | None = None
+
+    def commissioned(self, commission: Commission) -> Exporter:
+        """As `Exporter` says."""
+        return replace(self, commission=commission)
+
+    def recorded(self) -> Mapping[str, Any]:
+        """As `Exporter` says."""
+        return {}
+
+    def write(self, rule: SteeringRule, base: Path, out: Path) -> Written:
+        """As `Exporter` says."""
+        if (base / "adapter_config.json").exists():
+            raise ExportError(
+                f"{base}: has an adapter_config.json, which from_pretrained would follow; expected a plain model: "
+                "remove the file, or choose target hf"
+            )
+        plain_config(base)
+        write_tensors(out, _tensors(rule, base))
+        exporter.write_repository(out, base, self._config(rule, base), payload(rule.base.family))
+        return Written(rule)
+
+    def refresh(self, folder: Path, rule: SteeringRule, base: Path) -> None:
+        """As `Refreshing` says."""
+        exporter.refresh_repository(folder, base, self._config(rule, base), payload(rule.base.family))
+
+    def inspect(self, folder: Path, rule: SteeringRule, base: Path) -> Inspection:
+        """As `Exporter` says."""
+        found = exporter.repository_checks(folder, base, self._config(rule, base), payload(rule.base.family))
+        code, config, *files = found
+        expected, path = _tensors(rule, base), folder / STEERING_FILE
+        wrong = [name for name, value in expected.items() if not stores(path, name, value)]
+        strange = strange_names(path, expected)
+        rest = (
+            *files,
+            Check.empty("steering tensors that differ", wrong),
+            Check.empty("tensors missing or unknown", strange),
+            unknown_files(folder, base, {*payload(rule.base.family), *exporter.REPOSITORY_FILES, STEERING_FILE}),
+        )
+        return Inspection(code, config, rest)
+
+    def reference(self, folder: Path, rule: SteeringRule, base: Path) -> Reference:  # noqa: ARG002
+        """As `Exporter` says."""
+        return stock_reference(rule, base)
+
+    def load(self, folder: Path) -> Artifact:
+        """As `Exporter` says. Runs the repository's code, which `inspect` has found to be this library's own."""
+        elsewhere = None if self.commission is None else self.commission.base_elsewhere
+        return (
+            exporter.open_repository(folder)
+            if elsewhere is None
+            else exporter.open_repository(folder, base=str(elsewhere))
+        )
+
+    def disclosed(self, folder: Path, base_tensors: Mapping[str, str]) -> Sequence[Disclosed]:
+        """As `Exporter` says."""
+        return disclosed(folder, base_tensors)
+
+    def tags(self) -> Sequence[str]:
+        """As `Exporter` says."""
+        return ("custom_code",)
+
+    def _config(self, rule: SteeringRule, base: Path) -> dict[str, Any]:
+        """The config of target hf, with the classes that fetch the base; "base" keeps what they put back."""
+        config = exporter.steered_config(atomic.read_json(base / "config.json"), rule)
+        place = self.commission or Commission(str(base.resolve()))
+        record = {
+            "id": place.base_id,
+            "revision": place.base_revision,
+            "fingerprint": checkpoint.tensor_fingerprint(base),
+            "auto_map": config["auto_map"],
+        }
+        return {**config, "auto_map": _LOADERS, "adaras": config["adaras"] | {"base": record}}
+
+
+EXPORTER = ThinExporter()
+
+
+def payload(family: str) -> dict[str, bytes]:
+    """The code files of a family's exports."""
+    return {**exporter.payload(family), _LOADER: (resources.files("adaras_export.runtime") / _LOADER).read_bytes()}
+
+
+def _tensors(rule: SteeringRule, base: Path) -> dict[str, Array]:
+    """The steering tensors, named from the decoder on: the same for `AutoModel` and `AutoModelForCausalLM`."""
+    prefix = checkpoint.decoder_key(rule.base.family, checkpoint.shards(base))
+    return {name.removeprefix(prefix): value for name, value in exporter.steering_tensors(rule, base).items()}

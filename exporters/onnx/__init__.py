@@ -1,0 +1,1 @@
+"""A graph with the rule inside, for ONNX Runtime and the web."""

@@ -1,0 +1,190 @@
+"""Target `peft`: a stock LoRA adapter that is nothing but biases, for any PEFT >= 0.18 and no code of ours.
+
+W_down[:, idx] @ delta is a constant, so a LoRA with `lora_bias` and A = B = 0 holds it exactly. It knows neither gate
+nor start: every token of every sequence is steered. With `merge` it is an ordinary checkpoint instead (peft_merge.py),
+with `adaptive` an adapter of our own method that knows both (peft_adaptive.py).
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save
+
+from adaras_export.core import families
+from adaras_export.core.rule import SteeringRule
+from adaras_export.exporters import adapters
+from adaras_export.exporters.adapters import ADAPTER_FILE, CONFIG_FILE, adapted
+from adaras_export.exporters.base import (
+    Commission,
+    Exporter,
+    Feature,
+    Generating,
+    Written,
+    require_effect,
+    stock_reference,
+)
+from adaras_export.exporters.checkpoint import (
+    differing_keys,
+    disclosed,
+    opened,
+    plain_config,
+    stored_names,
+    stores,
+    strange_names,
+    unknown_files,
+    vectors,
+    write_json,
+)
+from adaras_export.exporters.checks import Inspection
+from adaras_export.exporters.manifest import Disclosed
+from adaras_export.exporters.parity import FLOAT32, Artifact, Check, Mode, Reference
+from adaras_export.files import atomic
+from adaras_export.files.safetensors_record import Array
+
+_CODE = {".py", ".bin", ".pt", ".pth", ".pkl"}  # what could run when a folder is opened, pickles included
+
+
+@dataclass(frozen=True)
+class PeftExporter:
+    """The exporter of target `peft`; without a commission, the base is where its folder is."""
+
+    name: str = "peft"
+    drops: frozenset[Feature] = frozenset({"gate", "start"})
+    options: frozenset[str] = frozenset({"adaptive", "merge"})
+    library: str = "peft"
+    relation: str = "adapter"
+    fetches_base: bool = True
+    rounded: bool = False
+    card: str = "exporters/peft/card.md"
+    commission: Commission | None = None
+
+    def commissioned(self, commission: Commission) -> Exporter:
+        """As `Exporter` says."""
+        return replace(self, commission=commission)
+
+    def recorded(self) -> Mapping[str, Any]:
+        """As `Exporter` says."""
+        return {}
+
+    def write(self, rule: SteeringRule, base: Path, out: Path) -> Written:
+        """As `Exporter` says."""
+        require_effect(rule, self.name)
+        plain_config(base)
+        atomic.replace_file(out / ADAPTER_FILE, save(self.tensors(rule, base), metadata={"format": "pt"}))
+        write_json(out / CONFIG_FILE, self.config(rule, base))
+        return Written(rule)
+
+    def inspect(self, folder: Path, rule: SteeringRule, base: Path) -> Inspection:
+        """As `Exporter` says."""
+        expected, found = self.config(rule, base), atomic.read_json(folder / CONFIG_FILE)
+        settings = differing_keys(found, expected)
+        tensors, path = self.tensors(rule, base), folder / ADAPTER_FILE
+        wrong = [name for name, value in tensors.items() if not stores(path, name, value)]
+        strange = strange_names(path, tensors)
+        return Inspection(
+            _code_check(folder),
+            Check.empty("adapter_config.json entries that differ", settings),
+            (
+                Check.empty("adapter tensors that differ", wrong),
+                Check.empty("tensors missing or unknown", strange),
+                unknown_files(folder, None, {ADAPTER_FILE, CONFIG_FILE}),
+            ),
+        )
+
+    def reference(self, folder: Path, rule: SteeringRule, base: Path) -> Reference:  # noqa: ARG002
+        """As `Exporter` says."""
+        return stock_reference(rule, base, everywhere=True)
+
+    def load(self, folder: Path) -> Artifact:
+        """As `Exporter` says."""
+        return Adapted(open_adapted(folder, self.commission), folder)
+
+    def disclosed(self, folder: Path, base_tensors: Mapping[str, str]) -> Sequence[Disclosed]:
+        """As `Exporter` says."""
+        return disclosed(folder, base_tensors)
+
+    def tags(self) -> Sequence[str]:
+        """As `Exporter` says."""
+        return ("lora",)
+
+    def tensors(self, rule: SteeringRule, base: Path) -> dict[str, Array]:
+        """What the adapter's file holds: per steered layer A = 0 (1, M), B = 0 (D, 1), and the bias (D,)."""
+        mlp, width, held = rule.base.mlp_size, rule.base.hidden_size, {}
+        for layer, vector in vectors(rule, base).items():
+            name = f"base_model.model.{families.down_name(rule.base.family, layer)}"
+            held[f"{name}.lora_A.weight"] = np.zeros((1, mlp), np.float32)
+            held[f"{name}.lora_B.weight"] = np.zeros((width, 1), np.float32)
+            held[f"{name}.lora_B.bias"] = np.float32(rule.strength) * vector
+        return held
+
+    def config(self, rule: SteeringRule, base: Path) -> dict[str, Any]:
+        """The adapter_config.json: entries that PEFT 0.18 knows, since it warns of others."""
+        return {
+            **base_entries(self.commission, base),
+            "peft_type": "LORA",
+            "r": 1,
+            "lora_alpha": 1,
+            "lora_dropout": 0.0,
+            "lora_bias": True,
+            "bias": "none",
+            "fan_in_fan_out": families.FAMILIES[rule.base.family].transposed,
+            "target_modules": [families.down_name(rule.base.family, layer) for layer in rule.layers()],
+        }
+
+
+def base_entries(commission: Commission | None, base: Path) -> dict[str, Any]:
+    """The entries of an adapter_config.json that do not depend on its method."""
+    place = commission or Commission(str(base.resolve()))
+    return {
+        "base_model_name_or_path": place.base_id,
+        "revision": place.base_revision,
+        "task_type": "CAUSAL_LM",
+        "inference_mode": True,
+    }
+
+
+def _code_check(folder: Path) -> Check:
+    """Whether there is nothing in a folder that could run."""
+    found = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix in _CODE)
+    return Check.empty("code files that are not the library's", found)
+
+
+def open_adapted(folder: Path, commission: Commission | None) -> Any:  # noqa: ANN401 - PEFT's class
+    """The stock base in float32 with the adapter on it, as its users open it.
+
+    Raises:
+        ArtifactError: base or adapter do not open.
+    """
+    place = atomic.read_json(folder / CONFIG_FILE)
+    elsewhere = None if commission is None else commission.base_elsewhere
+    name, commit = (place["base_model_name_or_path"], place["revision"]) if elsewhere is None else (elsewhere, None)
+    model = adapted(opened(name, revision=commit or "main")[0], folder)
+    # PEFT freezes the base, and PyTorch multiplies by frozen weights in another order: 1e-6 off, adapter or not.
+    return model.requires_grad_(requires_grad=True)
+
+
+class Adapted(Generating):
+    """The base with the adapter on it."""
+
+    tolerance = FLOAT32
+    switchable = True
+
+    def __init__(self, model: Any, folder: Path) -> None:  # noqa: ANN401 - PEFT's class
+        self.model = model
+        self.path = folder / ADAPTER_FILE
+
+    def findings(self) -> Sequence[Check]:
+        """Adapters that lost their biases on the way are known in the field."""
+        marked = {name: value for name, value in self.model.state_dict().items() if ".default" in name}
+        taken = {name.replace(".default", ""): value.numpy() for name, value in marked.items()}
+        lost = stored_names(self.path) ^ taken.keys()
+        lost |= {name for name, value in taken.items() if not stores(self.path, name, value)}
+        return [Check.empty("adapter tensors that PEFT did not take", sorted(lost))]
+
+    def set_to(self, mode: Mode) -> AbstractContextManager[Any]:
+        """As `Generating` says."""
+        return adapters.set_to(self.model, mode)

@@ -1,0 +1,53 @@
+"""Target `peft` with `merge`: the biases of the adapter added to those of the base, in an ordinary checkpoint.
+
+What PEFT's `merge_and_unload` amounts to where the base has biases, and what target `stock` writes for such a base:
+file by file, every other tensor with its bits, and the sums in float32, which PEFT would round to the base's type.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from adaras_export.core import checkpoint, families
+from adaras_export.core.rule import SteeringRule
+from adaras_export.errors import ExportError
+from adaras_export.exporters.base import Commission, Exporter, Written
+from adaras_export.exporters.stock.exporter import StockExporter
+
+
+@dataclass(frozen=True)
+class MergeExporter(StockExporter):
+    """The exporter of target `peft` with option `merge`."""
+
+    name: str = "peft"
+    options: frozenset[str] = frozenset({"adaptive", "merge"})
+
+    @property
+    def card(self) -> str:
+        """As `Exporter` says."""
+        return "exporters/peft/card_merge.md"
+
+    def commissioned(self, commission: Commission) -> Exporter:
+        """As `Exporter` says."""
+        return replace(self, copy=commission.copy)
+
+    def recorded(self) -> Mapping[str, Any]:
+        """As `Exporter` says."""
+        return {"merge": True}
+
+    def write(self, rule: SteeringRule, base: Path, out: Path) -> Written:
+        """As `Exporter` says."""
+        _require_biases(rule, base)
+        return super().write(rule, base, out)
+
+
+def _require_biases(rule: SteeringRule, base: Path) -> None:
+    located, family = checkpoint.shards(base), families.FAMILIES[rule.base.family]
+    layers = checkpoint.layers_key(family.model_type, located)
+    names = [f"{layers}.{layer}.{family.down}.bias" for layer in rule.layers()]
+    if missing := [name for name in names if name not in located]:
+        raise ExportError(
+            f"{base}: has no {missing[0]} to merge into; expected biases on the down projections: write an ordinary "
+            "checkpoint with --to stock, or the adapter without --merge"
+        )

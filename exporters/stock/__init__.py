@@ -1,0 +1,1 @@
+"""A checkpoint of a stock architecture, steered at every token."""

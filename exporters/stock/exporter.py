@@ -1,0 +1,121 @@
+"""Target `stock`: an ordinary checkpoint whose down projections have the steering as their bias.
+
+Opens with plain `from_pretrained`, without custom code, and in every server that knows its architecture. Static: every
+token of every sequence is steered; no gate, no dial. Weights stay as they are, see `stock_families` for the classes.
+With `switchable` the checkpoint computes what the base does, and an ordinary LoRA beside it turns the steering on.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from adaras_export.core.rule import SteeringRule
+from adaras_export.errors import require
+from adaras_export.exporters.base import (
+    Commission,
+    Exporter,
+    Feature,
+    Generating,
+    Written,
+    require_effect,
+    stock_reference,
+)
+from adaras_export.exporters.checkpoint import disclosed, opened, unknown_files
+from adaras_export.exporters.checks import Inspection
+from adaras_export.exporters.hf import exporter
+from adaras_export.exporters.manifest import Disclosed
+from adaras_export.exporters.parity import FLOAT32, Artifact, Check, Reference
+from adaras_export.exporters.stock import switchable as stock_switchable
+from adaras_export.exporters.stock.plan import Plan
+
+
+@dataclass(frozen=True)
+class StockExporter:
+    """The exporter of target `stock`."""
+
+    name: str = "stock"
+    options: frozenset[str] = frozenset({"switchable"})
+    library: str = "transformers"
+    relation: str = "finetune"
+    fetches_base: bool = False
+    rounded: bool = False
+    copy: bool = False
+    switchable: bool = False
+
+    @property
+    def drops(self) -> frozenset[Feature]:
+        """As `Exporter` says: PEFT has a dial for adapters, and with it the switchable form."""
+        return frozenset({"gate", "start"}) if self.switchable else frozenset({"gate", "start", "dial"})
+
+    @property
+    def card(self) -> str:
+        """As `Exporter` says."""
+        return f"exporters/stock/{'card_switchable' if self.switchable else 'card'}.md"
+
+    def commissioned(self, commission: Commission) -> Exporter:
+        """As `Exporter` says."""
+        switchable = bool(commission.options.get("switchable", False))
+        if switchable:
+            require("peft", "peft", "target stock with --switchable")
+        return replace(self, copy=commission.copy, switchable=switchable)
+
+    def recorded(self) -> Mapping[str, Any]:
+        """As `Exporter` says."""
+        return {"switchable": True} if self.switchable else {}
+
+    def write(self, rule: SteeringRule, base: Path, out: Path) -> Written:
+        """As `Exporter` says."""
+        require_effect(rule, self.name)
+        plan = Plan.of(rule, base, switchable=self.switchable)
+        plan.write(out, copy=self.copy)
+        exporter.write_repository(out, base, plan.config, {})
+        if self.switchable:
+            stock_switchable.write(rule, base, out)
+        return Written(rule)
+
+    def inspect(self, folder: Path, rule: SteeringRule, base: Path) -> Inspection:
+        """As `Exporter` says."""
+        plan = Plan.of(rule, base, switchable=self.switchable)
+        code, config, *checks = [*exporter.repository_checks(folder, base, plan.config, {}), *plan.checks(folder)]
+        if self.switchable:
+            wrong = stock_switchable.changed_settings(rule, folder)
+            detail = " ".join([config.detail, *wrong]).strip()
+            config = replace(config, figure=config.figure + len(wrong), detail=detail)
+            checks += stock_switchable.checks(rule, base, folder)
+        adapter = stock_switchable.FILES if self.switchable else ()
+        own = {*exporter.REPOSITORY_FILES, *exporter.SHARED_FILES, *plan.names.values(), *adapter}
+        return Inspection(code, config, (*checks, unknown_files(folder, base, own)))
+
+    def reference(self, folder: Path, rule: SteeringRule, base: Path) -> Reference:  # noqa: ARG002
+        """As `Exporter` says."""
+        return stock_reference(rule, base, everywhere=True)
+
+    def load(self, folder: Path) -> Artifact:
+        """As `Exporter` says."""
+        return stock_switchable.SwitchableCheckpoint(folder) if self.switchable else _Checkpoint(*opened(folder))
+
+    def disclosed(self, folder: Path, base_tensors: Mapping[str, str]) -> Sequence[Disclosed]:
+        """As `Exporter` says."""
+        return disclosed(folder, base_tensors)
+
+    def tags(self) -> Sequence[str]:
+        """As `Exporter` says."""
+        return ("peft", "lora") if self.switchable else ()
+
+
+EXPORTER = StockExporter()
+
+
+class _Checkpoint(Generating):
+    """An opened artifact, which is always steered."""
+
+    tolerance = FLOAT32
+    switchable = False
+
+    def __init__(self, model: Any, loading_report: list[str]) -> None:  # noqa: ANN401 - a class of Transformers
+        self.model = model
+        self.loading_report = loading_report
+
+    def findings(self) -> Sequence[Check]:
+        return [Check.empty("keys in the loading report", self.loading_report)]

@@ -1,0 +1,157 @@
+"""What a stock artifact holds: which of the base's files stay as they are, which are rewritten, what is added.
+
+The same for writing it and for checking it. Knows no architecture, see `stock_families`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from adaras_export.core import checkpoint, families
+from adaras_export.core.rule import SteeringRule
+from adaras_export.errors import ExportError
+from adaras_export.exporters.checkpoint import (
+    STEERING_FILE,
+    index_check,
+    linked_name,
+    plain_config,
+    same_content,
+    stored,
+    stores,
+    strange_names,
+    vectors,
+    write_index,
+    write_tensors,
+)
+from adaras_export.exporters.parity import Check
+from adaras_export.exporters.stock import stream
+from adaras_export.exporters.stock.constant_neuron import NEURONS, constants, weights, wider
+from adaras_export.exporters.stock.families import Form, expressed, form_of, has_biases
+from adaras_export.files.atomic import link_or_copy
+from adaras_export.files.safetensors_record import Array
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What an artifact of one rule holds besides the small files.
+
+    Attributes:
+        config: its config.json.
+        biases: the tensors that it adds or puts in place of the base's, float32: exact whatever the weights' type is,
+            and one type for one small file; loaders cast them to that of the model.
+        widened: the axis along which a weight of the base grows by `NEURONS` zero rows or columns.
+        located: the base's file of each of its tensors.
+        rewritten: the base's files that hold one of ``biases`` or ``widened``; the others stay as they are. Two values
+            of one name in two files would not be the same for all readers.
+    """
+
+    config: dict[str, Any]
+    biases: dict[str, Array]
+    widened: dict[str, int]
+    located: Mapping[str, Path]
+    rewritten: frozenset[Path]
+
+    @classmethod
+    def of(cls, rule: SteeringRule, base: Path, *, switchable: bool = False) -> "Plan":
+        """The plan of a rule on the checkpoint in ``base``: its biases steer, or a constant neuron lets a LoRA steer.
+
+        Raises:
+            ExportError: the checkpoint cannot carry it.
+        """
+        found, located, family = plain_config(base), checkpoint.shards(base), rule.base.family
+        form, present = form_of(family, str(base)), has_biases(found, family)
+        config = expressed(found, family, _dtype(rule, located), str(base))
+        biases = _missing(rule, located, form, present=present)
+        if switchable:
+            config |= wider(config, form, str(base))
+            added, widened = constants(rule, located, biases), weights(rule, located)
+        else:
+            added, widened = _steered(rule, base, biases), {}
+        biases |= added
+        changed = biases.keys() | widened.keys()
+        rewritten = {path for path in located.values() if changed & checkpoint.header(path).keys()}
+        return cls(config, biases, widened, located, frozenset(rewritten))
+
+    @property
+    def names(self) -> dict[Path, str]:
+        """What each weight file of the base is called here."""
+        return {path: linked_name(path) for path in sorted({*self.located.values()})}
+
+    def weight_map(self) -> dict[str, str]:
+        """The file of each tensor of the artifact."""
+        names = self.names
+        kept = {name: names[path] for name, path in self.located.items()}
+        return kept | dict.fromkeys(self.biases, STEERING_FILE)
+
+    def kept(self, path: Path) -> dict[str, stream.Stream]:
+        """The tensors that stay of a base's file, some of them wider."""
+        kept = {name: tensor for name, tensor in stream.streams(path).items() if name not in self.biases}
+        wide = {name: stream.padded(kept[name], axis, NEURONS) for name, axis in self.widened.items() if name in kept}
+        return kept | wide
+
+    def write(self, out: Path, *, copy: bool) -> None:
+        """Write the weight files, the biases and the index."""
+        for path, name in self.names.items():
+            if path in self.rewritten:
+                stream.write(out / name, self.kept(path))
+            else:
+                link_or_copy(path, out / name, copy=copy)
+        write_tensors(out, self.biases)
+        write_index(out, self.weight_map())
+
+    def checks(self, folder: Path) -> list[Check]:
+        """Compare what `write` wrote."""
+        located = checkpoint.shards(folder)
+        wrong = [name for name, value in self.biases.items() if not stores(located.get(name), name, value)]
+        strange = sorted(located.keys() ^ self.weight_map().keys())
+        strange += strange_names(folder / STEERING_FILE, self.biases)
+        differing = sorted(name for path, name in self.names.items() if not self._carried(path, folder / name))
+        return [
+            Check.empty("biases that differ", wrong),
+            Check.empty("tensors missing or unknown", strange),
+            Check.empty("weight files that are not as they should be", differing),
+            index_check(folder, self.weight_map()),
+        ]
+
+    def _carried(self, path: Path, target: Path) -> bool:
+        if path not in self.rewritten:
+            return same_content(target, path)
+        return stream.same_tensors(target, self.kept(path))
+
+
+def _dtype(rule: SteeringRule, located: Mapping[str, Path]) -> str:
+    """The type of the base's weights, as a config names it: its down projections have it."""
+    family = rule.base.family
+    name = f"{checkpoint.layers_key(family, located)}.0.{families.FAMILIES[family].down}.weight"
+    found = checkpoint.header(located[name])[name]["dtype"]
+    names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+    if found not in names:
+        raise ExportError(f"{located[name]}: {name} is {found}; expected one of: {', '.join(names)}")
+    return names[found]
+
+
+def _missing(rule: SteeringRule, located: Mapping[str, Path], form: Form, *, present: bool) -> dict[str, Array]:
+    """The biases that the form has and the base lacks, as zeros."""
+    family = families.FAMILIES[rule.base.family]
+    layers, biases = checkpoint.layers_key(family.model_type, located), {}
+    for layer in range(rule.base.layers):
+        for path in () if present else form.biased:
+            size = rule.base.hidden_size if path == family.down else rule.base.mlp_size
+            biases[f"{layers}.{layer}.{path}.bias"] = np.zeros(size, np.float32)
+        if form.output:
+            biases[f"{layers}.{layer}.self_attn.o_proj.bias"] = np.zeros(rule.base.hidden_size, np.float32)
+    return biases
+
+
+def _steered(rule: SteeringRule, base: Path, zeros: Mapping[str, Array]) -> dict[str, Array]:
+    """The biases of the steered down projections: the base's, where it has them, plus strength * vector."""
+    located, family = checkpoint.shards(base), families.FAMILIES[rule.base.family]
+    layers, biases = checkpoint.layers_key(family.model_type, located), {}
+    for layer, vector_D in vectors(rule, base).items():
+        name = f"{layers}.{layer}.{family.down}.bias"
+        before = zeros[name] if name in zeros else stored(located, name)
+        biases[name] = (before + rule.strength * vector_D.astype(np.float64)).astype(np.float32)
+    return biases

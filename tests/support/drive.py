@@ -1,0 +1,124 @@
+"""Runs exports in the environments of other runtimes, by the drivers in tests/system; judges results."""
+
+import os
+import shutil
+from collections import namedtuple
+
+import pytest
+import torch
+from elsewhere import answered, as_output
+from places import ROOT, TESTS
+from tiny import EOS, LAYERS, PAD, PROMPTS, require_answers
+
+DRIVERS = TESTS / "system" / "runtimes" / "drivers"
+SERVERS = TESTS / "system" / "servers" / "drivers"
+NODE = TESTS / "system" / "runtimes" / "node"
+LLAMA_CPP = ROOT / ".venv-llamacpp" / "server" / "bin"  # programs that `make test-llamacpp` compiles
+
+# What runs a driver, the file that says that its environment is there, what builds that, and variables that it wants.
+Environment = namedtuple("Environment", "command built target settings", defaults=["test-runtimes", {}])
+
+
+def _python(folder, driver):
+    return Environment([ROOT / folder / "bin" / "python", DRIVERS / driver], ROOT / folder / ".installed")
+
+
+def _node(driver):
+    return Environment(["node", NODE / driver], NODE / "node_modules" / ".installed")
+
+
+def _vllm(driver):
+    # Memory for its KV cache; no telemetry; compiling its small kernels takes longer here than it saves.
+    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "TORCHDYNAMO_DISABLE": "1"}
+    return _python(".venv-vllm", SERVERS / driver)._replace(target="test-vllm", settings=settings)
+
+
+def _llama_server(driver):
+    return _python(".venv-llamacpp", SERVERS / driver)._replace(
+        target="test-llamacpp", built=LLAMA_CPP / "llama-server"
+    )
+
+
+def _transformers_serve():
+    folder = ROOT / ".venv-serve"
+    command = [folder / "bin" / "python", "-m", "transformers.cli.transformers", "serve"]
+    return Environment(command, folder / ".installed", "test-serve")
+
+
+RUNTIMES = {
+    "onnxruntime": _python(".venv-runtimes", "run_onnxruntime.py"),
+    "onnxruntime-gpu": _python(".venv-ort-gpu", "run_onnxruntime.py"),
+    "genai": _python(".venv-runtimes", "run_genai.py"),
+    "openvino": _python(".venv-runtimes", "run_openvino.py"),
+    "optimum": _python(".venv-4.57", "run_optimum.py"),
+    "transformers.js": _node("run_transformers.mjs"),
+    "web": _node("run_web.mjs"),
+    "page": _python(".venv-runtimes", "run_page.py"),
+    "vllm": _vllm("run_vllm.py"),
+    "vllm-server": _vllm("run_vllm_server.py"),
+    "transformers-serve": _transformers_serve(),
+    "llamacpp": _python(".venv-llamacpp", "run_llamacpp.py"),
+    "llama-server": _llama_server("run_llama_server.py"),
+    "modelscan": Environment([ROOT / ".venv-scan" / "bin" / "modelscan"], ROOT / ".venv-scan" / ".installed", "test"),
+}
+
+
+def job(folder, key, modes, **more):
+    """What a driver is to do with the export in ``folder`` of the rule ``key``."""
+    state = None if key[1] is None else LAYERS  # the KV layer behind the model's own
+    asked = {"folder": str(folder), "rows": PROMPTS, "pad": PAD, "end": EOS, "steps": 6, "state": state, "modes": modes}
+    return {**asked, **more}
+
+
+def run_driver(runtime, jobs, folder):
+    """What the driver of a runtime or server found, by the keys of ``jobs``; ``folder`` is its home."""
+    environment = {"PATH": os.environ["PATH"], "HOME": str(folder), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment |= RUNTIMES[runtime].settings
+    found, _ = answered(RUNTIMES[runtime].command, jobs, folder, environment)
+    return dict(zip(jobs, found, strict=True))
+
+
+def require_built(runtime, *, required):
+    """Skip the running test, or fail it, where the environment of a runtime or server is absent."""
+    environment = RUNTIMES[runtime]
+    if environment.built.exists() and shutil.which(environment.command[0]):
+        return
+    missing = f"{runtime} is not installed; make {environment.target} builds its environment"
+    (pytest.fail if required else pytest.skip)(missing)
+
+
+def require_result(result, expected):
+    """Assert that tokens, logits, p(correct) and decisions are the oracle's, of a batch or a list of single rows."""
+    if isinstance(result, list):
+        for one, answer in zip(result, expected, strict=True):
+            require_result(one, [answer])
+        return
+    require_answers(as_output(result), expected)
+    gated = [answer for answer in expected if answer["probability"] is not None]
+    for (probability, steered), answer in zip(result["decisions"], gated, strict=True):
+        assert probability == pytest.approx(answer["probability"], abs=1e-5)
+        assert steered == answer["steered"]
+
+
+def as_answers(results):
+    """The results of single rows in the form that the oracle gives."""
+    answers = []
+    for result in results:
+        [ids], logits = result["sequences"], torch.tensor(result["logits"])[:, 0]
+        [(probability, steered)] = result["decisions"]
+        answers.append({"ids": ids, "logits": logits, "probability": probability, "steered": steered})
+    return answers
+
+
+def negated(source, target):
+    """An export like ``source`` that steers the other way."""
+    import onnx
+
+    shutil.copytree(source, target)
+    path = target / "onnx" / "model.onnx"
+    graph = onnx.load(path, load_external_data=False)
+    [strength] = [tensor for tensor in graph.graph.initializer if tensor.name == "steering_strength"]
+    value = onnx.numpy_helper.to_array(strength)
+    strength.CopyFrom(onnx.numpy_helper.from_array(-value, strength.name))
+    onnx.save(graph, path)
+    return target

@@ -1,0 +1,250 @@
+"""Tiny real models, a real tokenizer, and rules that fit them: built from configurations, seeded."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import oracle
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from adaras_export.core.base_model import BaseModel
+from adaras_export.core.gate import Gate
+from adaras_export.core.neurons import NeuronSet
+from adaras_export.core.rule import SteeringRule
+from adaras_export.modeling.generation import CACHE as CACHE
+
+LAYERS, MLP_SIZE, HIDDEN_SIZE = 4, 48, 32
+VOCABULARY = 258  # one token a byte, <pad>, <eos>
+PAD, EOS = 256, 257
+CONTEXT = 128
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<eos>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+# Lengths 1 to 11: a prompt that is only its last token, and more tokens than the sliding window holds.
+# All are printable ASCII, so that they survive being decoded and encoded: the first is "Hi!".
+PROMPTS = ([39, 72, 0], [16], [54, 71, 64, 83, 0, 72, 82], [20, 3, 41, 59, 26, 53, 58, 7, 93, 38, 46])
+
+_SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN_SIZE,
+    "intermediate_size": MLP_SIZE,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": CONTEXT,
+    "bos_token_id": None,
+    "eos_token_id": EOS,
+    "pad_token_id": PAD,
+    "initializer_range": 0.3,  # the usual 0.02 gives logits that hardly depend on the tokens
+}
+
+_GEMMA = {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 4}
+
+# Name -> model_type, and what this one has besides the sizes (an ellipsis: what it has not).
+SPECS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {"tie_word_embeddings": False}),
+    "llama-biased": ("llama", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
+    "mistral": ("mistral", {"tie_word_embeddings": False, "sliding_window": None}),
+    "mistral-window": ("mistral", {"tie_word_embeddings": False, "sliding_window": 4}),
+    "qwen2": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("qwen3", {"tie_word_embeddings": False, "head_dim": 16}),
+    "qwen3-sharded": ("qwen3", {"tie_word_embeddings": True, "head_dim": 8}),
+    "gemma2": ("gemma2", _GEMMA),
+    "gemma3_text": ("gemma3_text", {"tie_word_embeddings": False, **_GEMMA}),
+    "olmo2": ("olmo2", {"tie_word_embeddings": False}),
+    "granite": ("granite", {"residual_multiplier": 0.7, "embedding_multiplier": 2.0, "logits_scaling": 0.5}),
+    "smollm3": ("smollm3", {"tie_word_embeddings": True, "no_rope_layer_interval": 2}),
+    "phi3": ("phi3", {"tie_word_embeddings": False}),
+    "gpt_neox": ("gpt_neox", {"rotary_pct": 0.5, "num_key_value_heads": ...}),
+    "gpt2": ("gpt2", {"n_inner": MLP_SIZE, "num_key_value_heads": ..., "intermediate_size": ...}),
+}
+NAMES = tuple(SPECS)
+
+
+def mostly_slow(cases: Any, quick: tuple[str, ...] = ("llama", "qwen3", "gpt2")) -> list[Any]:
+    """Parameters, names of `SPECS` or keys that begin with one, of which all but those of ``quick`` are marked slow."""
+    names = [case if isinstance(case, str) else case[0] for case in cases]
+    marks = [() if name in quick else pytest.mark.slow for name in names]
+    return [pytest.param(case, marks=mark) for case, mark in zip(cases, marks, strict=True)]
+
+
+def key_id(key: Any) -> str:
+    """How pytest names a key of the fixtures."""
+    return "-".join(map(str, key))
+
+
+# Behind a norm after the MLP, a strength of 2 would change few tokens.
+STRENGTHS = {"gemma2": 20.0, "gemma3_text": 20.0, "olmo2": 40.0, "gpt2": 6.0}
+
+
+def build_tokenizer() -> Any:
+    """Every byte is a token, so that any text survives the round trip; then <pad> and <eos>."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE(vocab={letter: n for n, letter in enumerate(letters)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens(["<pad>", "<eos>"])  # in the order of PAD and EOS; Transformers would sort them by role
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", padding_side="left"
+    )
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def build_model(name: str, **changes: Any) -> Any:
+    """A model of `SPECS` with random weights, seeded by its name; leaves the global generator as it was."""
+    model_type, own = SPECS[name]
+    settings = {key: value for key, value in {**_SIZES, **own, **changes}.items() if value is not ...}
+    config = transformers.AutoConfig.for_model(model_type, **settings)
+    with torch.random.fork_rng():
+        torch.manual_seed(NAMES.index(name))
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        for parameter_name, parameter in model.named_parameters():
+            if parameter_name.endswith("bias"):  # they begin as zeros, which would test nothing
+                torch.nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
+def save_base(name: str, folder: Path, **changes: Any) -> Path:
+    """A checkpoint folder with tokenizer, chat template and generation settings; "-sharded" ones in several files."""
+    shard = {"max_shard_size": "30KB"} if name.endswith("-sharded") else {}
+    model = build_model(name, **changes)
+    model.generation_config.max_new_tokens = 6
+    model.save_pretrained(folder, **shard)
+    build_tokenizer().save_pretrained(folder)
+    settings = folder / "tokenizer_config.json"  # Transformers 5 writes a name of its own that 4.57 does not know
+    settings.write_text(settings.read_text().replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'))
+    return folder
+
+
+def make_neurons(seed: int = 0, layers: tuple[int, ...] = (2, 3), count: int = 6) -> NeuronSet:
+    """Neurons of some layers, in no order, with deltas that change the greedy tokens of the tiny models."""
+    draw = np.random.default_rng(seed)
+    places = [(layer, index) for layer in layers for index in draw.permutation(MLP_SIZE).tolist()]
+    chosen = draw.permutation(len(places))[:count]
+    layer, index = zip(*(places[place] for place in chosen), strict=True)
+    return NeuronSet(layer=layer, index=index, delta=draw.normal(size=count) + 1.0)
+
+
+def make_gate(seed: int = 0, layers: tuple[int, ...] = (0, 1), threshold: float = 0.5) -> Gate:
+    """A gate of five features that weighs tokens unevenly."""
+    draw = np.random.default_rng(seed)
+    features, hidden = 5, 4
+    return Gate(
+        layer=draw.choice(layers, features),
+        index=draw.permutation(MLP_SIZE)[:features],
+        attention_weight=draw.normal(size=features),
+        attention_bias=0.25,
+        hidden_weight=0.25 * draw.normal(size=(hidden, features)),
+        hidden_bias=1 + 0.5 * draw.normal(size=hidden),  # units that are always off would test nothing
+        output_weight=2 * draw.normal(size=hidden),
+        output_bias=-0.1,
+        threshold=threshold,
+    )
+
+
+# Which gate a rule has: the layers that it reads. Steering begins in layer 2.
+GATES = {"causal": (0, 1), "later": (0, 2, 3)}
+
+
+def make_rule(base: BaseModel, *, gate: Gate | None = None, strength: float = 2.0, **fields: Any) -> SteeringRule:
+    """A rule for a tiny model."""
+    fields = {"neurons": make_neurons(), **fields}
+    return SteeringRule(strength=strength, base=base, gate=gate, **fields)
+
+
+def calibrated_gate(model: Any, kind: str) -> Gate:
+    """A gate that steers about half of `PROMPTS`, with its threshold in the widest gap of p(correct) there."""
+    gate = make_gate(layers=GATES[kind])
+    found = sorted(oracle.p_correct(model, prompt, plain_gate(gate)) for prompt in PROMPTS)
+    gaps = [(found[at + 1] - found[at], at) for at in range(len(found) - 1)]
+    _, at = max(gaps)
+    return make_gate(layers=GATES[kind], threshold=(found[at] + found[at + 1]) / 2)
+
+
+def plain_gate(gate: Gate) -> dict[str, Any]:
+    """A gate as the oracle takes it: lists and numbers."""
+    numbers = {name: value.tolist() for name, value in gate.weights().items()}
+    features = list(zip(gate.layer.tolist(), gate.index.tolist(), strict=True))
+    return {"features": features, "threshold": gate.threshold, **numbers}
+
+
+def plain_rule(rule: SteeringRule) -> dict[str, Any]:
+    """A rule as the oracle takes it: lists and numbers."""
+    columns = (rule.neurons.layer.tolist(), rule.neurons.index.tolist(), rule.neurons.delta.tolist())
+    return {
+        "neurons": list(zip(*columns, strict=True)),
+        "strength": rule.strength,
+        "start": rule.start,
+        "gate": None if rule.gate is None else plain_gate(rule.gate),
+    }
+
+
+def answers(model: Any, rule: SteeringRule, steps: int = 6, **how: Any) -> list[dict[str, Any]]:
+    """What the oracle says of every prompt of `PROMPTS`, up to the end-of-sequence token."""
+    return [oracle.respond(model, prompt, plain_rule(rule), steps, ends=(EOS,), **how) for prompt in PROMPTS]
+
+
+def answers_everywhere(model: Any, rule: SteeringRule, steps: int = 6) -> list[dict[str, Any]]:
+    """What the oracle says where every token of every sequence is steered, as in static artifacts."""
+    plain = {**plain_rule(rule), "gate": None, "start": "everywhere"}
+    return [oracle.respond(model, prompt, plain, steps, ends=(EOS,)) for prompt in PROMPTS]
+
+
+def greedy(model: Any, rows: Any = PROMPTS, **how: Any) -> Any:
+    """generate() on a left-padded batch, with the raw logits of each step."""
+    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": PAD, **how}
+    return model.generate(**left_padded(rows), return_dict_in_generate=True, output_logits=True, **settings)
+
+
+def require_answers(out: Any, expected: list[dict[str, Any]], slack: float = 1) -> float:
+    """Assert that what `greedy` returned are these answers; the largest distance of logits, in limits.
+
+    ``slack``: how many limits are allowed, of what rounds more than float32.
+    """
+    logits_BSV = torch.stack(out.logits, dim=1).float()
+    new = out.sequences[:, -logits_BSV.shape[1] :].tolist()
+    worst = 0.0
+    for row, logits_SV, answer in zip(new, logits_BSV, expected, strict=True):
+        count = len(answer["ids"])
+        assert row[:count] == answer["ids"]
+        assert set(row[count:]) <= {PAD}
+        distance = float((logits_SV[:count] - answer["logits"]).abs().max())
+        worst = max(worst, distance / logit_limit(answer["logits"]))
+    assert worst <= slack, f"{worst:.2f} times the limit"
+    return worst
+
+
+def left_padded(rows: Any, pad: int = PAD) -> dict[str, torch.Tensor]:
+    """Ids and mask, ended flush."""
+    width = max(map(len, rows))
+    ids = [[pad] * (width - len(row)) + list(row) for row in rows]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+
+
+def logit_limit(expected: torch.Tensor) -> float:
+    """How far float32 logits may lie apart that are the same sums in another order: 64 units of the largest.
+
+    Measured over all families, gates, starts, cached and not, steered by hooks or exported: at most 17.1 units (qwen2);
+    one negated delta of six moves the logits by 7 * 10^4 units at least.
+    """
+    return 64 * torch.finfo(torch.float32).eps * max(1.0, float(expected.abs().max()))
+
+
+class Lazy(dict):
+    """A dict that makes a missing value on first use."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.make = make
+
+    def __missing__(self, key):
+        self[key] = self.make(key)
+        return self[key]
