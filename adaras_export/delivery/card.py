@@ -172,7 +172,7 @@ def _effect(rule: SteeringRule, context: CardContext) -> Markdown:
     if context.measured is None:
         return Markdown(f"{_NOT_EVALUATED.format(command)}\n")
     arm = _arm_name(rule, context)
-    return Markdown(effect_text(context.measured, arm, command, rounded=context.rounded))
+    return effect_text(context.measured, arm, command, rounded=context.rounded)
 
 
 _NOT_EVALUATED = (

@@ -86,7 +86,7 @@ def _results(repository: str, measured: Evaluation, arm: Arm) -> dict[str, Any]:
         dataset_type=measured.dataset or "unknown",
         dataset_name=measured.dataset or f"{measured.questions} questions, not published under a name",
         metric_type="accuracy",
-        metric_name=f"Accuracy, greedy ({_interval(measured, arm)})",
+        metric_name=f"Accuracy, {measured.decoding} ({_interval(measured, arm)})",
         metric_value=round(arm.accuracy, 6),
     )
     return {"model_name": repository, "eval_results": [result], "metrics": ["accuracy"]}
@@ -96,7 +96,7 @@ def results_file(measured: Evaluation | None, arm: Arm | None) -> str | None:
     """The file for `.eval_results`: where the questions are a task of a benchmark on the Hub; None elsewhere."""
     if measured is None or arm is None or measured.dataset is None or measured.task is None:
         return None
-    notes = f"adaras-export eval, arm {arm.name}, greedy, {_interval(measured, arm)}"
+    notes = f"adaras-export eval, arm {arm.name}, {measured.decoding}, {_interval(measured, arm)}"
     dataset = {"id": measured.dataset, "task_id": measured.task}
     entry = {"dataset": dataset, "value": round(arm.accuracy, 6), "notes": notes}
     return as_yaml([entry])
@@ -125,4 +125,4 @@ def is_on_the_hub(base: BaseModel) -> bool:
 
 
 def _interval(measured: Evaluation, arm: Arm) -> str:
-    return f"n = {measured.questions}, 95 % Wilson interval {arm.low:.3f} to {arm.high:.3f}"
+    return f"n = {measured.questions}, 95 % {measured.interval} interval {arm.low:.3f} to {arm.high:.3f}"

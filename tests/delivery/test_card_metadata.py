@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import cards
+import evaluations
 import pytest
 import yaml
 from cards import RULE, text
@@ -118,8 +119,14 @@ def test_a_task_of_a_benchmark_gets_the_file_that_its_leaderboard_reads():
 
     [entry] = parse_eval_result_entries(yaml.safe_load(told_results(cards.GAIN)))
     assert (entry.dataset_id, entry.task_id, entry.value) == ("someone/sums", "two_digits", 0.578)
-    assert "arm gated" in entry.notes
+    assert "arm gated, greedy, n = 500, 95 % Wilson interval" in entry.notes
     assert entry.verify_token is None
+
+
+def test_machines_are_not_told_that_sampled_answers_are_greedy():
+    record = {**evaluations.SAMPLED, "dataset": "a/b", "task": "c"}
+    notes = yaml.safe_load(results(RULE.ungated(), cards.context(measured=evaluation_from_record(record))))[0]["notes"]
+    assert "arm always, 8 answers each at temperature 0.7, n = 60, 95 % bootstrap interval" in notes
 
 
 def test_where_no_task_is_named_there_is_no_such_file():

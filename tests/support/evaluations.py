@@ -82,7 +82,7 @@ HOSTILE = record(
     rule=NASTY,
     model={NASTY: NASTY},
     checker=NASTY,
-    sampling={NASTY: NASTY},
+    sampling={NASTY: NASTY, "temperature": 0},
 )
 TUNED = {
     "rule": RULE,
