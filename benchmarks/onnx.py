@@ -41,7 +41,8 @@ from decode import any_rule
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from adaras_export import BaseModel, SteeringRule, exporters
-from adaras_export.exporters.base import Commission
+from adaras_export.core.checkpoint import Checkpoint
+from adaras_export.exporters.base import ExportContext
 from adaras_export.exporters.onnx.exporter import GRAPH
 
 CONTEXT, BLOCK = 256, 8
@@ -77,8 +78,8 @@ def graphs(base: Path, out: Path, precision: str) -> dict[str, Path]:
     for name, rule in rules(base).items():
         folder = out / name
         folder.mkdir(parents=True)
-        exporters.load("onnx").commissioned(Commission("base", options={"precision": precision})).write(
-            rule, base, folder
+        exporters.load("onnx").with_context(ExportContext("base", options={"precision": precision})).write(
+            rule, Checkpoint(base), folder
         )
         found[name] = folder / GRAPH
     return found
@@ -182,7 +183,7 @@ def beside_torch(paths: Mapping[str, Path], base: Path, arguments: Namespace) ->
     """The same steered decoding step in both runtimes, float32, always steered."""
     rule = rules(base)["ungated"]
     with tempfile.TemporaryDirectory(dir=base.parent) as out:
-        exporters.load("hf").write(rule, base, Path(out))
+        exporters.load("hf").write(rule, Checkpoint(base), Path(out))
         model: Any = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True, dtype=torch.float32).eval()
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
@@ -206,10 +207,10 @@ def exported(arguments: Namespace) -> dict[str, float]:
     """One export without verification: seconds, and MB beyond what the imports take."""
     folder = prepare(arguments)
     rule = rules(folder)["gated"]
-    exporter = exporters.load("onnx").commissioned(Commission("base", options={"precision": arguments.side}))
+    exporter = exporters.load("onnx").with_context(ExportContext("base", options={"precision": arguments.side}))
     with tempfile.TemporaryDirectory(dir=folder.parent) as out, Memory() as memory:
         start = time.perf_counter()
-        exporter.write(rule, folder, Path(out))
+        exporter.write(rule, Checkpoint(folder), Path(out))
         seconds = time.perf_counter() - start
     weights = sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 1e6
     return {"seconds": seconds, "resident": memory.resident, "weights": weights}

@@ -1,6 +1,6 @@
 """What every export target promises: the protocol, and the reference that most artifacts must equal."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from adaras_export.core import checkpoint
+from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.core.rule import SteeringRule
 from adaras_export.errors import ExportError
 from adaras_export.exporters.checks import Inspection
@@ -30,15 +30,15 @@ Feature = Literal["gate", "start", "dial"]
 
 
 @dataclass(frozen=True)
-class Commission:
-    """What an exporter is told besides the rule and the folders.
+class ExportContext:
+    """What an exporter needs to know besides the rule and the folders.
 
     Attributes:
         base_id: what from_pretrained finds the base by: its Hub id, or the absolute path of its folder.
         base_revision: the commit of a Hub id.
         base_elsewhere: the base's folder for `Exporter.load`, where it is no longer at that place.
         copy: copy weight files, also where they could be linked.
-        options: what else the user chose, by name; only of the target's own `Exporter.options`.
+        options: what else the user chose, by name; only those of `TargetSpec.options`.
     """
 
     base_id: str
@@ -61,67 +61,58 @@ class Written:
     notes: tuple[Check, ...] = ()
 
 
+@dataclass(frozen=True)
+class TargetSpec:
+    """What a target is, with the options that the user chose, whatever the rule and the base.
+
+    Attributes:
+        name: the target.
+        card: the template of its model card, by its path in this package; it fills the blocks of `delivery/card.md`:
+            ``weights``, what became of the base's weights; ``usage``, every way to load it, with code that runs as it
+            stands; ``off``, how to switch the steering off, which goes on from the code of ``usage``; ``limits``, what
+            the format cannot do and what goes wrong in silence, as a list.
+        entries: lists every tensor in the files of an artifact that is not the base's, from the folder and the SHA-256
+            of each tensor of the base; reads the files as data, and raises `ArtifactError` where it cannot.
+        drops: what the format cannot express.
+        options: names of the options that are this target's own.
+        recorded: gives the options that `verify` must know, for the receipt; may read a file to name it by its hash.
+        library: what opens it, as the Hub names it.
+        relation: what the artifact is to its base, as the Hub names it: finetune, adapter, ...
+        tags: tags of the model card that are this target's own.
+        fetches_base: whether the artifact says where its base is, and opens what is there.
+        rounded: whether it computes with rounded weights, so that a measurement with the base's own is not about it.
+    """
+
+    name: str
+    card: str
+    entries: Callable[[Path, Mapping[str, str]], Sequence[Disclosed]]
+    drops: frozenset[Feature] = frozenset()
+    options: frozenset[str] = frozenset()
+    recorded: Callable[[], Mapping[str, Any]] = dict
+    library: str = "transformers"
+    relation: str = "finetune"
+    tags: tuple[str, ...] = ()
+    fetches_base: bool = False
+    rounded: bool = False
+
+
 class Exporter(Protocol):
-    """One target: writes an artifact, looks it over without running it, and opens it for the comparison."""
+    """One target: writes an artifact, inspects it without running it, and opens it for the comparison."""
 
     @property
-    def name(self) -> str:
-        """The target."""
+    def spec(self) -> TargetSpec:
+        """What the target is, with the options of the context."""
         ...
 
-    @property
-    def drops(self) -> frozenset[Feature]:
-        """What the format, with the options of the commission, cannot express."""
-        ...
-
-    @property
-    def relation(self) -> str:
-        """What the artifact is to its base, in the words of the Hub: finetune, adapter, ..."""
-        ...
-
-    @property
-    def fetches_base(self) -> bool:
-        """Whether the artifact says where its base is, and opens what is there."""
-        ...
-
-    @property
-    def library(self) -> str:
-        """What the Hub is to say that opens it."""
-        ...
-
-    @property
-    def options(self) -> frozenset[str]:
-        """Names of the options that are this target's own."""
-        ...
-
-    @property
-    def rounded(self) -> bool:
-        """Whether it computes with rounded weights, so that a measurement with the base's own is not about it."""
-        ...
-
-    @property
-    def card(self) -> str:
-        """The template of its model card, by its path in this package; it fills the blocks of `delivery/card.md`.
-
-        Blocks: ``weights``, what became of the base's weights; ``usage``, every way to load it, with code that runs as
-        it stands; ``off``, how to switch the steering off, which goes on from the code of ``usage``; ``limits``, what
-        the format cannot do and what goes wrong in silence, as a list.
-        """
-        ...
-
-    def commissioned(self, commission: Commission) -> "Exporter":
-        """This exporter with what it needs of ``commission``.
+    def with_context(self, context: ExportContext) -> "Exporter":
+        """This exporter with what it needs of ``context``.
 
         Raises:
             ExportError: an option has no such value, or options exclude each other.
         """
         ...
 
-    def recorded(self) -> Mapping[str, Any]:
-        """The options that `verify` must know, for the receipt."""
-        ...
-
-    def write(self, rule: SteeringRule, base: Path, out: Path) -> Written:
+    def write(self, rule: SteeringRule, base: Checkpoint, out: Path) -> Written:
         """Write the artifact of ``rule`` on the checkpoint in ``base`` into the empty folder ``out``.
 
         Raises:
@@ -129,11 +120,11 @@ class Exporter(Protocol):
         """
         ...
 
-    def inspect(self, folder: Path, rule: SteeringRule, base: Path) -> Inspection:
+    def inspect(self, folder: Path, rule: SteeringRule, base: Checkpoint) -> Inspection:
         """Compare what is stored, tensor by tensor and file by file; unless it is harmless, nothing of it runs."""
         ...
 
-    def reference(self, folder: Path, rule: SteeringRule, base: Path) -> Reference:
+    def reference(self, folder: Path, rule: SteeringRule, base: Checkpoint) -> Reference:
         """What the artifact in ``folder`` must equal."""
         ...
 
@@ -145,28 +136,12 @@ class Exporter(Protocol):
         """
         ...
 
-    def disclosed(self, folder: Path, base_tensors: Mapping[str, str]) -> Sequence[Disclosed]:
-        """Every tensor in the artifact's files that is not the base's; reads the files as data, runs nothing.
-
-        Args:
-            folder: the artifact.
-            base_tensors: SHA-256 of each tensor of the base, by its name there.
-
-        Raises:
-            ArtifactError: a file cannot be read.
-        """
-        ...
-
-    def tags(self) -> Sequence[str]:
-        """Tags of the model card that are this target's own."""
-        ...
-
 
 @runtime_checkable
 class Refreshing(Protocol):
     """An exporter whose artifacts carry code of this library, which a later version may have mended."""
 
-    def refresh(self, folder: Path, rule: SteeringRule, base: Path) -> None:
+    def refresh(self, folder: Path, rule: SteeringRule, base: Checkpoint) -> None:
         """Replace code and settings of an artifact by those that `write` writes today; its tensors stay."""
         ...
 
@@ -175,7 +150,7 @@ class Refreshing(Protocol):
 class Remaking(Protocol):
     """An exporter whose artifacts can only be checked against a fresh export, which may take minutes."""
 
-    def made_anew(self, folder: Path, rule: SteeringRule, base: Path) -> Sequence[Check]:
+    def made_anew(self, folder: Path, rule: SteeringRule, base: Checkpoint) -> Sequence[Check]:
         """Compare what is stored, which `Exporter.inspect` has found harmless, with what is written here and now."""
         ...
 
@@ -191,7 +166,7 @@ def require_effect(rule: SteeringRule, target: str) -> None:
         raise ExportError(f"{target}: the rule has {found}; expected an effect, or there is nothing to put into a file")
 
 
-class Generating:
+class SteeredModel:
     """An opened artifact that is a model of Transformers or PEFT; `set_to` is what its kinds differ in."""
 
     model: Any
@@ -221,12 +196,12 @@ class Generating:
         return complete_ids(self.model, tokenizer, rows, sampling, keys)
 
 
-def stock_reference(rule: SteeringRule, base: Path, *, everywhere: bool = False) -> Reference:
+def stock_reference(rule: SteeringRule, base: Checkpoint, *, everywhere: bool = False) -> Reference:
     """The base model in float32, steered by hooks; ``everywhere`` leaves out gate and start."""
     from transformers import AutoModelForCausalLM
 
-    checkpoint.require(base)
-    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    base.require_buildable()
+    model: Any = AutoModelForCausalLM.from_pretrained(base.folder, dtype=torch.float32)
     whole = ReferencePlayer(model.eval(), rule)
     player = ReferencePlayer(model, rule, everywhere=True) if everywhere else whole
     return Reference(player, *sizes_of(model), whole if everywhere else None)

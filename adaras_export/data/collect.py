@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from adaras_export.core.base_model import BaseModel
 from adaras_export.core.neuron_stats import NeuronStats
-from adaras_export.core.trace_log import append_traces, claimed, resume
+from adaras_export.core.trace_log import TraceLog
 from adaras_export.core.traces import Checker, Question, Settings, Trace, by_question, name_of
 from adaras_export.data.backends.local import Ledger, LocalBackend
 from adaras_export.data.sampling_plan import Attempt, Backend, Completion, Goal, Plan
@@ -153,9 +153,9 @@ def collect_from(  # noqa: PLR0913 - each is a decision of its own
     # Where the first questions could be all that are asked, they must not be chosen by their length.
     plan = Plan(arranged if goal.wanted is None else questions, goal, batch_size, whole=backend.streams)
     settings = {**backend.settings, "check": name_of(check), "revision": revision}
-    with claimed(Path(out)):
-        held = resume(Path(out), questions, name, settings)
-        run = _Run(backend, check, Path(out), held, name, settings, resumed=len(held))
+    with TraceLog(Path(out)) as log:
+        held = log.resume(questions, name, settings)
+        run = _Run(backend, check, log, held, name, settings, resumed=len(held))
         run.complete(plan, progress or _nobody, finished or _nobody)
     return run.report(time.perf_counter() - started)
 
@@ -193,7 +193,7 @@ class _Run:
 
     backend: Backend
     check: Checker
-    out: Path
+    log: TraceLog
     traces: dict[str, Trace]
     name: str | None
     settings: Settings
@@ -243,7 +243,7 @@ class _Run:
             for attempt, completion in piece
             if completion.text.strip()
         ]
-        append_traces(self.out, fresh)
+        self.log.append(fresh)
         self.traces.update({trace.id: trace for trace in fresh})
         self.blank += len(piece) - len(fresh)
         self.cut += sum(completion.cut for _, completion in piece if completion.text.strip())

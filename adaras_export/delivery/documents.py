@@ -1,6 +1,6 @@
 """How an artifact is described: card, evaluation results and receipt, written into its folder or held against it.
 
-Runs nothing. What the texts say is for the exporter, `card` and `receipts` to know.
+Runs nothing. What the texts say is for the exporter, `card` and `receipt` to know.
 """
 
 import math
@@ -9,10 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from adaras_export.core import checkpoint
 from adaras_export.core.base_model import BaseModel
+from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.core.rule import SteeringRule
-from adaras_export.delivery.card import CardContext, card, results
+from adaras_export.delivery.card import Card
 from adaras_export.delivery.card_metadata import inherited
 from adaras_export.delivery.receipt import Receipt, hashes
 from adaras_export.errors import ArtifactError, ExportError, first_line
@@ -28,9 +28,8 @@ from adaras_export.files import atomic, hub
 
 def describe(folder: Path, receipt: Receipt, exporter: Exporter, rule: SteeringRule) -> Receipt:
     """Write the card, then the receipt, which has the hashes of all the rest."""
-    context = _context(folder, receipt, exporter)
-    atomic.replace_file(folder / CARD_FILE, card(rule, receipt.parity, context).encode())
-    _put(folder / RESULTS_FILE, results(rule, context))
+    for name, content in _texts(_card(folder, receipt, exporter, rule)).items():
+        _put(folder / name, content)
     complete = replace(receipt, files=hashes(folder))
     complete.write(folder)
     return complete
@@ -39,16 +38,15 @@ def describe(folder: Path, receipt: Receipt, exporter: Exporter, rule: SteeringR
 def readdressed(folder: Path, receipt: Receipt, exporter: Exporter, repository: str) -> dict[str, bytes]:
     """Card and receipt of an exported folder as they are under another name, by file; writes nothing."""
     renamed = replace(receipt, repository=repository)
-    context = _context(folder, renamed, exporter)
-    text = card(SteeringRule.load(folder / RULE_FILE), receipt.parity, context).encode()
+    text = _card(folder, renamed, exporter, SteeringRule.load(folder / RULE_FILE)).text().encode()
     complete = replace(renamed, files={**receipt.files, CARD_FILE: atomic.sha256(text)})
     return {CARD_FILE: text, RECEIPT_FILE: complete.to_bytes()}
 
 
-def checks(folder: Path, receipt: Receipt, exporter: Exporter, rule: SteeringRule, base: Path) -> list[Check]:
+def checks(folder: Path, receipt: Receipt, exporter: Exporter, rule: SteeringRule, base: Checkpoint) -> list[Check]:
     """Whether card and receipt say of base, tensors and rule what these say themselves, and the card what they give."""
-    other = differing_keys(receipt.base_card, base_card(base))
-    other += ["chat_template"] * (receipt.chat_template != has_chat_template(base))
+    other = differing_keys(receipt.base_card, base_card(base.folder))
+    other += ["chat_template"] * (receipt.chat_template != has_chat_template(base.folder))
     left_out = sorted({*receipt.drops} ^ {*dropped(rule, exporter)})
     written = _other_than_written(folder, receipt, exporter, rule)
     return [
@@ -60,7 +58,9 @@ def checks(folder: Path, receipt: Receipt, exporter: Exporter, rule: SteeringRul
     ]
 
 
-def name_checks(receipt: Receipt, exporter: Exporter, rule: SteeringRule, base: Path, found: BaseModel) -> list[Check]:
+def name_checks(
+    receipt: Receipt, exporter: Exporter, rule: SteeringRule, base: Checkpoint, found: BaseModel
+) -> list[Check]:
     """Whether what receipt and rule call the base is ``base``, or has its content; as far as that is on this machine.
 
     An artifact that fetches its base by name opens that base, even where it was compared with another one.
@@ -70,12 +70,12 @@ def name_checks(receipt: Receipt, exporter: Exporter, rule: SteeringRule, base: 
         if one.revision is not None and (one.id, one.revision) != (found.id, found.revision):
             places[_name(one)] = hub.cached(one.id, one.revision)
     source = Path(receipt.source)
-    if receipt.base.revision is None and source.resolve() != base.resolve():
+    if receipt.base.revision is None and source.resolve() != base.folder.resolve():
         places[receipt.source] = source if source.is_dir() else None
     other = {name: _differing(place, base, receipt) for name, place in places.items() if place is not None}
     wrong = [f"{name}: {' '.join(differing)}" for name, differing in other.items() if differing]
     absent = sorted(places.keys() - other.keys())
-    is_followed = exporter.fetches_base and _name(receipt.base) in absent
+    is_followed = exporter.spec.fetches_base and _name(receipt.base) in absent
     remedy = "; the artifact opens what is there: fetch it first" if is_followed else ""
     return [
         Check("names of the base that lead to another", len(wrong), 0, "; ".join(wrong)),
@@ -90,20 +90,21 @@ def _name(base: BaseModel) -> str:
     return f"{base.id} at revision {base.revision}"
 
 
-def _differing(place: Path, base: Path, receipt: Receipt) -> list[str]:
+def _differing(place: Path, base: Checkpoint, receipt: Receipt) -> list[str]:
     """What the models in two folders differ in: tensors, settings, small files."""
     try:
-        tensors, config = checkpoint.tensor_hashes(place), atomic.read_json(place / "config.json")
+        other = Checkpoint(place)
+        tensors, config = other.hashes, other.config
     except ArtifactError as error:
         return [str(error)]
-    settings = differing_keys(config, atomic.read_json(base / "config.json"))
-    files = changed_companions(place, base)
+    settings = differing_keys(config, base.config)
+    files = changed_companions(place, base.folder)
     return [*differing_keys(tensors, receipt.base_tensors), *(f"config.json:{key}" for key in settings), *files]
 
 
 def claim_checks(receipt: Receipt, exporter: Exporter, rule: SteeringRule, ran: ParityReport) -> list[Check]:
     """Whether the checks of a receipt are those that were made now, with their limits; figures are its author's."""
-    only_written = {AGREEMENT} if exporter.rounded and rule.gate is not None else set()
+    only_written = {AGREEMENT} if exporter.spec.rounded and rule.gate is not None else set()
     told, notes = [
         [one for one in receipt.parity.checks if (one.name in only_written) == is_note] for is_note in (0, 1)
     ]
@@ -130,21 +131,20 @@ def _is_near(one: tuple[bool, float], other: tuple[bool, float]) -> bool:
 def _other_than_written(folder: Path, receipt: Receipt, exporter: Exporter, rule: SteeringRule) -> list[str]:
     """Which of card and evaluation results are not what receipt, rule and evaluation give."""
     try:
-        context = _context(folder, receipt, exporter)
+        card = _card(folder, receipt, exporter, rule)
     except ArtifactError:  # an evaluation of another form
         return [EVALUATION_FILE]
-    expected = {CARD_FILE: card(rule, receipt.parity, context), RESULTS_FILE: results(rule, context)}
-    return [name for name, text in expected.items() if not _has(folder / name, text)]
+    return [name for name, content in _texts(card).items() if not _has(folder / name, content)]
 
 
-def _has(path: Path, text: str | None) -> bool:
-    return not path.exists() if text is None else holds(path, text.encode())
+def _has(path: Path, content: bytes | None) -> bool:
+    return not path.exists() if content is None else holds(path, content)
 
 
 def dropped(rule: SteeringRule, exporter: Exporter) -> tuple[str, ...]:
-    """What a rule has and a format, as commissioned, cannot express."""
+    """What a rule has and its target, with these options, cannot express."""
     needed = {"start", "dial", *(["gate"] if rule.gate is not None else [])}
-    return tuple(sorted(exporter.drops & needed))
+    return tuple(sorted(exporter.spec.drops & needed))
 
 
 def evaluation_of(path: Path, rule: SteeringRule) -> bytes:
@@ -189,47 +189,39 @@ def has_chat_template(base: Path) -> bool:
     return found is not None or (base / "chat_template.jinja").exists()
 
 
-def _context(folder: Path, receipt: Receipt, exporter: Exporter) -> CardContext:
+def _card(folder: Path, receipt: Receipt, exporter: Exporter, rule: SteeringRule) -> Card:
     path = folder / EVALUATION_FILE
-    return CardContext(
-        repository=receipt.repository,
-        template=exporter.card,
-        options=receipt.options,
-        library=exporter.library,
-        relation=exporter.relation,
-        tags=exporter.tags(),
-        rounded=exporter.rounded,
-        drops=receipt.drops,
-        base=receipt.base,
-        base_card=receipt.base_card,
-        datasets=receipt.datasets,
-        tensors=receipt.tensors,
-        measured=read_evaluation(path) if path.exists() else None,
-        chat_template=receipt.chat_template,
-    )
+    measured = read_evaluation(path) if path.exists() else None
+    return Card(rule, receipt, exporter.spec, measured)
 
 
-def _put(path: Path, text: str | None) -> None:
+def _texts(card: Card) -> dict[str, bytes | None]:
+    """What card and evaluation results are to hold; None where there are no results."""
+    results = card.results()
+    return {CARD_FILE: card.text().encode(), RESULTS_FILE: None if results is None else results.encode()}
+
+
+def _put(path: Path, content: bytes | None) -> None:
     """Write a file that some artifacts have, or see to it that there is none."""
-    if text is None:
+    if content is None:
         path.unlink(missing_ok=True)
         return
     path.parent.mkdir(exist_ok=True)
-    atomic.replace_file(path, text.encode())
+    atomic.replace_file(path, content)
 
 
 def _disclosure_check(exporter: Exporter, folder: Path, receipt: Receipt) -> Check:
     name = "tensors other than disclosed"
     try:
-        found = exporter.disclosed(folder, receipt.base_tensors)
+        found = exporter.spec.entries(folder, receipt.base_tensors)
     except ArtifactError as error:
         return Check(name, 1, 0, str(error))
     other = manifest.differing(found, receipt.tensors)
     return Check.empty(name, other)
 
 
-def _base_check(receipt: Receipt, base: Path) -> Check:
-    found = checkpoint.tensor_hashes(base)
+def _base_check(receipt: Receipt, base: Checkpoint) -> Check:
+    found = base.hashes
     names = {*found, *receipt.base_tensors}
     changed = sorted(name for name in names if found.get(name) != receipt.base_tensors.get(name))
     return Check.empty("tensors of the base that changed since", changed)

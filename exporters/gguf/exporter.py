@@ -11,16 +11,24 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
 from gguf import GGUFValueType
 
 from adaras_export.core import families
+from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.core.rule import SteeringRule
 from adaras_export.errors import ArtifactError, ExportError
-from adaras_export.exporters.base import Commission, Exporter, Feature, Written, require_effect, stock_reference
+from adaras_export.exporters.base import (
+    ExportContext,
+    Exporter,
+    TargetSpec,
+    Written,
+    require_effect,
+    stock_reference,
+)
 from adaras_export.exporters.checkpoint import differing_keys, opened, plain_config, vectors
 from adaras_export.exporters.checks import Inspection
 from adaras_export.exporters.gguf import files as gguf_files
@@ -29,7 +37,6 @@ from adaras_export.exporters.gguf.model import BIAS, FILE, biases, checks, requi
 from adaras_export.exporters.gguf.reader import Entry
 from adaras_export.exporters.manifest import DESCRIBING, Disclosed, files_of
 from adaras_export.exporters.parity import FLOAT32, Artifact, Check, Mode, Play, Reference, play_model
-from adaras_export.files import atomic
 from adaras_export.files.safetensors_record import Array
 
 VECTOR_FILE = "control-vector.gguf"
@@ -53,48 +60,41 @@ class GgufExporter:
     """The exporter of target `gguf`; ``into`` is a GGUF model, or what the receipt says of it."""
 
     into: Path | Mapping[str, str] | None = None
-    commission: Commission | None = None
-
-    name: ClassVar[str] = "gguf"
-    fetches_base: ClassVar[bool] = False
-    library: ClassVar[str] = "llama.cpp"
-    options: ClassVar[frozenset[str]] = frozenset({"into"})
-    rounded: ClassVar[bool] = False
+    context: ExportContext | None = None
 
     @property
-    def drops(self) -> frozenset[Feature]:
-        """As `Exporter` says: the scale of a control vector is a dial, a bias has none."""
-        static: frozenset[Feature] = frozenset({"gate", "start"})
-        return static if self.into is None else static | {"dial"}
-
-    @property
-    def relation(self) -> str:
+    def spec(self) -> TargetSpec:
         """As `Exporter` says."""
-        return "adapter" if self.into is None else "finetune"
+        return TargetSpec(
+            "gguf",
+            f"exporters/gguf/{'card' if self.into is None else 'card_into'}.md",
+            self._entries,
+            # The scale of a control vector is a dial, a bias has none.
+            drops=frozenset({"gate", "start"} if self.into is None else {"gate", "start", "dial"}),
+            options=frozenset({"into"}),
+            recorded=self._recorded,
+            library="llama.cpp",
+            relation="adapter" if self.into is None else "finetune",
+            tags=("gguf", "llama.cpp", *(["control-vector"] if self.into is None else [])),
+        )
 
-    @property
-    def card(self) -> str:
+    def with_context(self, context: ExportContext) -> Exporter:
         """As `Exporter` says."""
-        return f"exporters/gguf/{'card' if self.into is None else 'card_into'}.md"
-
-    def commissioned(self, commission: Commission) -> Exporter:
-        """As `Exporter` says."""
-        into = commission.options.get("into")
+        into = context.options.get("into")
         if into is None or isinstance(into, Mapping):
             if into is not None and (into.keys() != {"file", "content"} or not all(map(_is_text, into.values()))):
                 raise ArtifactError(f"receipt: says of --into {sorted(into)}; expected content and file; export again")
-            return replace(self, into=into, commission=commission)
+            return replace(self, into=into, context=context)
         if not isinstance(into, str | Path) or not Path(into).is_file():
             raise ExportError(f"gguf: --into {into}: no such file; expected a GGUF model")
-        return replace(self, into=Path(into), commission=commission)
+        return replace(self, into=Path(into), context=context)
 
-    def recorded(self) -> Mapping[str, Any]:
-        """As `Exporter` says."""
+    def _recorded(self) -> Mapping[str, Any]:
         return {} if self.into is None else {"into": {"file": self._carrier_name, "content": self._carrier_content}}
 
-    def write(self, rule: SteeringRule, base: Path, out: Path) -> Written:
+    def write(self, rule: SteeringRule, base: Checkpoint, out: Path) -> Written:
         """As `Exporter` says."""
-        require_effect(rule, self.name)
+        require_effect(rule, "gguf")
         _require_expressible(rule)
         config = plain_config(base)
         if self.into is None:
@@ -106,7 +106,7 @@ class GgufExporter:
             gguf_files.copy_with(self.into, out / FILE, biases(rule, base))
         return Written(rule)
 
-    def inspect(self, folder: Path, rule: SteeringRule, base: Path) -> Inspection:
+    def inspect(self, folder: Path, rule: SteeringRule, base: Checkpoint) -> Inspection:
         """As `Exporter` says."""
         path = folder / (VECTOR_FILE if self.into is None else FILE)
         strange = sorted(files_of(folder).keys() - DESCRIBING - {path.name})
@@ -116,7 +116,7 @@ class GgufExporter:
         )
         return Inspection(files, found[0], tuple(found[1:]))
 
-    def reference(self, folder: Path, rule: SteeringRule, base: Path) -> Reference:  # noqa: ARG002
+    def reference(self, folder: Path, rule: SteeringRule, base: Checkpoint) -> Reference:  # noqa: ARG002
         """As `Exporter` says."""
         return stock_reference(rule, base, everywhere=True)
 
@@ -125,8 +125,8 @@ class GgufExporter:
 
         Of a GGUF model, whose weights may be quantised, only the biases are played.
         """
-        place = self.commission
-        assert place is not None, "only a commission says where the base is"
+        place = self.context
+        assert place is not None, "only a context says where the base is"
         name, commit = (place.base_elsewhere, None) if place.base_elsewhere else (place.base_id, place.base_revision)
         model, _ = opened(name, revision=commit)
         if self.into is None:
@@ -136,15 +136,10 @@ class GgufExporter:
         changes = {where(model, layer): torch.from_numpy(vector) for layer, vector in directions.items()}
         return _Player(model, changes, switchable=self.into is None)
 
-    def disclosed(self, folder: Path, base_tensors: Mapping[str, str]) -> Sequence[Disclosed]:  # noqa: ARG002
-        """As `Exporter` says."""
+    def _entries(self, folder: Path, _base_tensors: Mapping[str, str]) -> Sequence[Disclosed]:
         if self.into is None:
             return gguf_files.disclosed(folder, VECTOR_FILE)
         return gguf_files.disclosed(folder, FILE, ending=BIAS)
-
-    def tags(self) -> Sequence[str]:
-        """As `Exporter` says."""
-        return ("gguf", "llama.cpp", *(["control-vector"] if self.into is None else []))
 
     @property
     def _carrier_name(self) -> str:
@@ -190,15 +185,15 @@ def _metadata(rule: SteeringRule) -> dict[str, Entry]:
     }
 
 
-def _directions(rule: SteeringRule, base: Path, config: Mapping[str, Any]) -> dict[str, Array]:
+def _directions(rule: SteeringRule, base: Checkpoint, config: Mapping[str, Any]) -> dict[str, Array]:
     """The tensors of a control vector: without the strength, which is its scale."""
     factor = np.float32(config.get("residual_multiplier", 1.0) if rule.base.family == "granite" else 1.0)
     return {f"direction.{layer}": factor * vector for layer, vector in vectors(rule, base).items()}
 
 
-def _vector_checks(path: Path, rule: SteeringRule, base: Path) -> list[Check]:
+def _vector_checks(path: Path, rule: SteeringRule, base: Checkpoint) -> list[Check]:
     file, expected_entries = reader.opened(path), _metadata(rule)
-    expected = _directions(rule, base, atomic.read_json(base / "config.json"))
+    expected = _directions(rule, base, base.config)
     other = differing_keys(file.entries, expected_entries)
     other += sorted({tensor.name for tensor in file.tensors} - expected.keys())
     other += gguf_files.strange(file, expected)

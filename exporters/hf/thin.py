@@ -4,16 +4,15 @@ As `hf`, the same classes and the same rule, but without weight files: the confi
 commit or by the path of its folder, and the fingerprint that its tensors must have.
 """
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from adaras_export.core import checkpoint
+from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.core.rule import SteeringRule
 from adaras_export.errors import ExportError
-from adaras_export.exporters.base import Commission, Exporter, Feature, Written, stock_reference
+from adaras_export.exporters.base import ExportContext, Exporter, TargetSpec, Written, stock_reference
 from adaras_export.exporters.checkpoint import (
     STEERING_FILE,
     disclosed,
@@ -25,9 +24,7 @@ from adaras_export.exporters.checkpoint import (
 )
 from adaras_export.exporters.checks import Inspection
 from adaras_export.exporters.hf import exporter
-from adaras_export.exporters.manifest import Disclosed
 from adaras_export.exporters.parity import Artifact, Check, Reference
-from adaras_export.files import atomic
 from adaras_export.files.safetensors_record import Array
 
 _LOADER = "thin_adaras.py"
@@ -40,29 +37,29 @@ _LOADERS = {
 
 @dataclass(frozen=True)
 class ThinExporter:
-    """The exporter of target `hf-thin`; without a commission, the base is where its folder is."""
+    """The exporter of target `hf-thin`; without a context, the base is where its folder is."""
 
-    name: str = "hf-thin"
-    drops: frozenset[Feature] = frozenset()
-    options: frozenset[str] = frozenset()
-    library: str = "transformers"
-    relation: str = "adapter"
-    fetches_base: bool = True
-    rounded: bool = False
-    card: str = "exporters/hf/card_thin.md"
-    commission: Commission | None = None
+    context: ExportContext | None = None
 
-    def commissioned(self, commission: Commission) -> Exporter:
+    @property
+    def spec(self) -> TargetSpec:
         """As `Exporter` says."""
-        return replace(self, commission=commission)
+        return TargetSpec(
+            "hf-thin",
+            "exporters/hf/card_thin.md",
+            disclosed,
+            relation="adapter",
+            tags=("custom_code",),
+            fetches_base=True,
+        )
 
-    def recorded(self) -> Mapping[str, Any]:
+    def with_context(self, context: ExportContext) -> Exporter:
         """As `Exporter` says."""
-        return {}
+        return replace(self, context=context)
 
-    def write(self, rule: SteeringRule, base: Path, out: Path) -> Written:
+    def write(self, rule: SteeringRule, base: Checkpoint, out: Path) -> Written:
         """As `Exporter` says."""
-        if (base / "adapter_config.json").exists():
+        if (base.folder / "adapter_config.json").exists():
             raise ExportError(
                 f"{base}: has an adapter_config.json, which from_pretrained would follow; expected a plain model: "
                 "remove the file, or choose target hf"
@@ -72,11 +69,11 @@ class ThinExporter:
         exporter.write_repository(out, base, self._config(rule, base), payload(rule.base.family))
         return Written(rule)
 
-    def refresh(self, folder: Path, rule: SteeringRule, base: Path) -> None:
+    def refresh(self, folder: Path, rule: SteeringRule, base: Checkpoint) -> None:
         """As `Refreshing` says."""
         exporter.refresh_repository(folder, base, self._config(rule, base), payload(rule.base.family))
 
-    def inspect(self, folder: Path, rule: SteeringRule, base: Path) -> Inspection:
+    def inspect(self, folder: Path, rule: SteeringRule, base: Checkpoint) -> Inspection:
         """As `Exporter` says."""
         found = exporter.repository_checks(folder, base, self._config(rule, base), payload(rule.base.family))
         code, config, *files = found
@@ -87,39 +84,31 @@ class ThinExporter:
             *files,
             Check.empty("steering tensors that differ", wrong),
             Check.empty("tensors missing or unknown", strange),
-            unknown_files(folder, base, {*payload(rule.base.family), *exporter.REPOSITORY_FILES, STEERING_FILE}),
+            unknown_files(folder, base.folder, {*payload(rule.base.family), *exporter.REPOSITORY_FILES, STEERING_FILE}),
         )
         return Inspection(code, config, rest)
 
-    def reference(self, folder: Path, rule: SteeringRule, base: Path) -> Reference:  # noqa: ARG002
+    def reference(self, folder: Path, rule: SteeringRule, base: Checkpoint) -> Reference:  # noqa: ARG002
         """As `Exporter` says."""
         return stock_reference(rule, base)
 
     def load(self, folder: Path) -> Artifact:
         """As `Exporter` says. Runs the repository's code, which `inspect` has found to be this library's own."""
-        elsewhere = None if self.commission is None else self.commission.base_elsewhere
+        elsewhere = None if self.context is None else self.context.base_elsewhere
         return (
             exporter.open_repository(folder)
             if elsewhere is None
             else exporter.open_repository(folder, base=str(elsewhere))
         )
 
-    def disclosed(self, folder: Path, base_tensors: Mapping[str, str]) -> Sequence[Disclosed]:
-        """As `Exporter` says."""
-        return disclosed(folder, base_tensors)
-
-    def tags(self) -> Sequence[str]:
-        """As `Exporter` says."""
-        return ("custom_code",)
-
-    def _config(self, rule: SteeringRule, base: Path) -> dict[str, Any]:
+    def _config(self, rule: SteeringRule, base: Checkpoint) -> dict[str, Any]:
         """The config of target hf, with the classes that fetch the base; "base" keeps what they put back."""
-        config = exporter.steered_config(atomic.read_json(base / "config.json"), rule)
-        place = self.commission or Commission(str(base.resolve()))
+        config = exporter.steered_config(base.config, rule)
+        place = self.context or ExportContext(str(base.folder.resolve()))
         record = {
             "id": place.base_id,
             "revision": place.base_revision,
-            "fingerprint": checkpoint.tensor_fingerprint(base),
+            "fingerprint": base.fingerprint,
             "auto_map": config["auto_map"],
         }
         return {**config, "auto_map": _LOADERS, "adaras": config["adaras"] | {"base": record}}
@@ -133,7 +122,7 @@ def payload(family: str) -> dict[str, bytes]:
     return {**exporter.payload(family), _LOADER: (resources.files("adaras_export.runtime") / _LOADER).read_bytes()}
 
 
-def _tensors(rule: SteeringRule, base: Path) -> dict[str, Array]:
+def _tensors(rule: SteeringRule, base: Checkpoint) -> dict[str, Array]:
     """The steering tensors, named from the decoder on: the same for `AutoModel` and `AutoModelForCausalLM`."""
-    prefix = checkpoint.decoder_key(rule.base.family, checkpoint.shards(base))
+    prefix = base.decoder_key
     return {name.removeprefix(prefix): value for name, value in exporter.steering_tensors(rule, base).items()}

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import onnx
@@ -17,9 +17,17 @@ import torch
 from onnx.inliner import inline_local_functions
 
 from adaras_export.core import families
+from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.core.rule import SteeringRule
 from adaras_export.errors import AdarasError, ArtifactError, ExportError, first_line
-from adaras_export.exporters.base import Commission, Exporter, Feature, Written, sizes_of, stock_reference
+from adaras_export.exporters.base import (
+    ExportContext,
+    Exporter,
+    TargetSpec,
+    Written,
+    sizes_of,
+    stock_reference,
+)
 from adaras_export.exporters.checkpoint import (
     changed_companions,
     copy_companions,
@@ -60,6 +68,9 @@ _FLOAT32 = Tolerance(256, off=True)
 _FLOAT16 = Tolerance(32 * 2**13, off=True, probability=4e-3, ties=True)
 
 
+_OPTIONS = frozenset({"precision", "inline", "genai", "page", "calibration"})
+
+
 @dataclass(frozen=True)
 class OnnxExporter:
     """The exporter of target `onnx`."""
@@ -70,22 +81,23 @@ class OnnxExporter:
     page: bool = False
     calibration: str | Path | None = None
 
-    name: ClassVar[str] = "onnx"
-    drops: ClassVar[frozenset[Feature]] = frozenset()
-    library: ClassVar[str] = "transformers.js"
-    card: ClassVar[str] = "exporters/onnx/card.md"
-    relation: ClassVar[str] = "finetune"
-    fetches_base: ClassVar[bool] = False
-    options: ClassVar[frozenset[str]] = frozenset({"precision", "inline", "genai", "page", "calibration"})
-
     @property
-    def rounded(self) -> bool:
+    def spec(self) -> TargetSpec:
         """As `Exporter` says."""
-        return self.precision != "fp32"
+        return TargetSpec(
+            "onnx",
+            "exporters/onnx/card.md",
+            self._entries,
+            options=_OPTIONS,
+            recorded=self._recorded,
+            library="transformers.js",
+            tags=("onnx", "onnxruntime", "transformers.js"),
+            rounded=self.precision != "fp32",
+        )
 
-    def commissioned(self, commission: Commission) -> Exporter:
+    def with_context(self, context: ExportContext) -> Exporter:
         """As `Exporter` says."""
-        chosen = replace(self, **commission.options)
+        chosen = replace(self, **context.options)
         if chosen.precision not in PRECISIONS:
             raise ExportError(f"onnx: precision {chosen.precision}; expected one of: {', '.join(PRECISIONS)}")
         if chosen.genai and chosen.precision == "fp16":
@@ -96,14 +108,10 @@ class OnnxExporter:
             raise ExportError("onnx: calibration with fp32, whose gate decides as the rule's; leave out --calibration")
         return chosen
 
-    def recorded(self) -> Mapping[str, Any]:
-        """As `Exporter` says."""
-        return {"precision": self.precision, "inline": self.inline, "genai": self.genai, "page": self.page}
-
-    def write(self, rule: SteeringRule, base: Path, out: Path) -> Written:
+    def write(self, rule: SteeringRule, base: Checkpoint, out: Path) -> Written:
         """As `Exporter` says."""
         config = plain_config(base)
-        _require_tokenizer(base)
+        _require_tokenizer(base.folder)
         prompts = self._gate_prompts(rule)
         graph = out / GRAPH
         if self.page:  # first, because npm may fail
@@ -123,14 +131,14 @@ class OnnxExporter:
             web_page.write_graph(graph, out)
         write_json(out / "config.json", self._config(config, rule))
         write_json(out / _GENAI_CONFIG, _genai_config(model, base, rule))
-        copy_companions(base, out)
+        copy_companions(base.folder, out)
         return written
 
-    def inspect(self, folder: Path, rule: SteeringRule, base: Path) -> Inspection:
+    def inspect(self, folder: Path, rule: SteeringRule, base: Checkpoint) -> Inspection:
         """As `Exporter` says."""
         model = _graph(folder)
         strange = sorted({*_strange_functions(model), *_strange_operators(model), *_strange_files(model, folder)})
-        expected = self._config(atomic.read_json(base / "config.json"), rule)
+        expected = self._config(base.config, rule)
         found = atomic.read_json(folder / "config.json")
         settings = differing_keys(found, expected)
         if not same_json(atomic.read_json(folder / _GENAI_CONFIG), _genai_config(model, base, rule)):
@@ -138,7 +146,7 @@ class OnnxExporter:
         stored = {name: value.const_value for name, value in model.graph.initializers.items()}
         wanted = tensors(rule, vectors(rule, base))
         wrong = [name for name, value in wanted.items() if not _equal(stored.get(name), value)]
-        changed = changed_companions(folder, base)
+        changed = changed_companions(folder, base.folder)
         page = web_page.differing(folder / GRAPH, folder) if self.page else []
         own = {GRAPH, GRAPH_DATA, "config.json", _GENAI_CONFIG, *(web_page.FILES if self.page else ())}
         return Inspection(
@@ -148,11 +156,11 @@ class OnnxExporter:
                 Check.empty("files of the base that differ", changed),
                 Check.empty("steering tensors that differ", wrong),
                 *([Check.empty("files of the page that differ", page)] if self.page else []),
-                unknown_files(folder, base, own),
+                unknown_files(folder, base.folder, own),
             ),
         )
 
-    def made_anew(self, folder: Path, rule: SteeringRule, base: Path) -> Sequence[Check]:
+    def made_anew(self, folder: Path, rule: SteeringRule, base: Checkpoint) -> Sequence[Check]:
         """As `Remaking` says: a graph may compute anything on prompts that the comparison does not try."""
         name = "operators or weights other than a fresh export's"
         with TemporaryDirectory() as scratch:
@@ -167,7 +175,7 @@ class OnnxExporter:
                 other.append(GRAPH_DATA)
             return [Check.empty(name, other)]
 
-    def reference(self, folder: Path, rule: SteeringRule, base: Path) -> Reference:
+    def reference(self, folder: Path, rule: SteeringRule, base: Checkpoint) -> Reference:
         """As `Exporter` says: with fewer bits, vectors folded from the base's weights on a base with rounded ones."""
         if self.precision == "fp32":
             return stock_reference(rule, base)
@@ -186,23 +194,21 @@ class OnnxExporter:
         """As `Exporter` says."""
         return SteeredGraph(folder / GRAPH, self._tolerance())
 
-    def disclosed(self, folder: Path, base_tensors: Mapping[str, str]) -> Sequence[Disclosed]:  # noqa: ARG002
-        """As `Exporter` says."""
+    def _recorded(self) -> Mapping[str, Any]:
+        return {"precision": self.precision, "inline": self.inline, "genai": self.genai, "page": self.page}
+
+    def _entries(self, folder: Path, _base_tensors: Mapping[str, str]) -> Sequence[Disclosed]:
         names = [GRAPH, *([web_page.GRAPH] if self.page else [])]
         return manifest.disclosed({name: _graph(folder, name) for name in names})
-
-    def tags(self) -> Sequence[str]:
-        """As `Exporter` says."""
-        return ("onnx", "onnxruntime", "transformers.js")
 
     def _tolerance(self) -> Tolerance:
         return _FLOAT16 if self.precision == "fp16" else _FLOAT32
 
-    def _write_steered(self, rule: SteeringRule, base: Path, graph: Path) -> ir.Model:
+    def _write_steered(self, rule: SteeringRule, base: Checkpoint, graph: Path) -> ir.Model:
         """Write the graph, with the rule in it, and its weights into a folder that does not exist yet."""
         graph.parent.mkdir()
         if self.genai:
-            build_graph(base, graph, rule.base.family)
+            build_graph(base.folder, graph, rule.base.family)
         else:
             self._write_plain(base, graph)
         model = ir.load(graph)
@@ -214,11 +220,11 @@ class OnnxExporter:
         if self.inline:
             onnx.save(inline_local_functions(onnx.load(graph, load_external_data=False)), graph)
 
-    def _write_plain(self, base: Path, graph: Path) -> None:
+    def _write_plain(self, base: Checkpoint, graph: Path) -> None:
         from transformers import AutoModelForCausalLM
 
         dtype = torch.float16 if self.precision == "fp16" else torch.float32
-        model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+        model: Any = AutoModelForCausalLM.from_pretrained(base.folder, dtype=dtype)
         if self.precision not in _BITS:
             graphs.plain_graph(model, graph)
             return
@@ -258,10 +264,10 @@ class OnnxExporter:
 EXPORTER = OnnxExporter()
 
 
-def _genai_config(model: ir.Model, base: Path, rule: SteeringRule) -> dict[str, Any]:
-    path = base / "generation_config.json"
+def _genai_config(model: ir.Model, base: Checkpoint, rule: SteeringRule) -> dict[str, Any]:
+    path = base.folder / "generation_config.json"
     generation = atomic.read_json(path) if path.exists() else {}
-    config = atomic.read_json(base / "config.json")
+    config = base.config
     return genai_config(model, config, generation, rule.base.family, GRAPH)
 
 

@@ -4,17 +4,18 @@ The whole rule, exactly, with a dial for the strength; but whoever opens it need
 `adaras_export.exporters.peft.method` adds the method ADARAS.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from adaras_export.core import families
+from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.core.rule import SteeringRule
-from adaras_export.exporters.base import Feature, stock_reference
+from adaras_export.exporters.base import TargetSpec, stock_reference
 from adaras_export.exporters.checkpoint import vectors
 from adaras_export.exporters.parity import Artifact, Mode, Reference
 from adaras_export.exporters.peft.lora import Adapted, PeftExporter, base_entries, open_adapted
@@ -26,26 +27,26 @@ from adaras_export.files.safetensors_record import Array
 class AdaptiveExporter(PeftExporter):
     """The exporter of target `peft` with option `adaptive`."""
 
-    drops: frozenset[Feature] = frozenset()
-    card: str = "exporters/peft/card_adaptive.md"
-
-    def recorded(self) -> Mapping[str, Any]:
+    @property
+    def spec(self) -> TargetSpec:
         """As `Exporter` says."""
-        return {"adaptive": True}
+        return replace(
+            super().spec,
+            card="exporters/peft/card_adaptive.md",
+            drops=frozenset(),
+            recorded=lambda: {"adaptive": True},
+            tags=(),
+        )
 
-    def reference(self, folder: Path, rule: SteeringRule, base: Path) -> Reference:  # noqa: ARG002
+    def reference(self, folder: Path, rule: SteeringRule, base: Checkpoint) -> Reference:  # noqa: ARG002
         """As `Exporter` says."""
         return stock_reference(rule, base)
 
     def load(self, folder: Path) -> Artifact:
         """As `Exporter` says."""
-        return _Adaptive(open_adapted(folder, self.commission), folder)
+        return _Adaptive(open_adapted(folder, self.context), folder)
 
-    def tags(self) -> Sequence[str]:
-        """As `Exporter` says."""
-        return ()
-
-    def tensors(self, rule: SteeringRule, base: Path) -> dict[str, Array]:
+    def tensors(self, rule: SteeringRule, base: Checkpoint) -> dict[str, Array]:
         """What the adapter's file holds: the folded vectors, without the strength, and the gate."""
         held = {f"{_key(rule, layer)}.adaras_vector": vector for layer, vector in vectors(rule, base).items()}
         if rule.gate is not None:
@@ -53,13 +54,13 @@ class AdaptiveExporter(PeftExporter):
             held |= {f"{gate}.{name}": np.asarray(value) for name, value in rule.gate.weights().items()}
         return held
 
-    def config(self, rule: SteeringRule, base: Path) -> dict[str, Any]:
+    def config(self, rule: SteeringRule, base: Checkpoint) -> dict[str, Any]:
         """The adapter_config.json, as `AdarasConfig` has it."""
         gate, family = rule.gate, rule.base.family
         read = [] if gate is None else np.unique(gate.layer).tolist()
         features = {} if gate is None else {layer: gate.index[gate.layer == layer].tolist() for layer in read}
         return {
-            **base_entries(self.commission, base),
+            **base_entries(self.context, base),
             "peft_type": METHOD,
             "target_modules": [families.down_name(family, layer) for layer in sorted({*rule.layers(), *read})],
             "steered": [families.down_name(family, layer) for layer in rule.layers()],

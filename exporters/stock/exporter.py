@@ -5,18 +5,19 @@ token of every sequence is steered; no gate, no dial. Weights stay as they are, 
 With `switchable` the checkpoint computes what the base does, and an ordinary LoRA beside it turns the steering on.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.core.rule import SteeringRule
 from adaras_export.errors import require
 from adaras_export.exporters.base import (
-    Commission,
+    ExportContext,
     Exporter,
-    Feature,
-    Generating,
+    SteeredModel,
+    TargetSpec,
     Written,
     require_effect,
     stock_reference,
@@ -24,59 +25,51 @@ from adaras_export.exporters.base import (
 from adaras_export.exporters.checkpoint import disclosed, opened, unknown_files
 from adaras_export.exporters.checks import Inspection
 from adaras_export.exporters.hf import exporter
-from adaras_export.exporters.manifest import Disclosed
 from adaras_export.exporters.parity import FLOAT32, Artifact, Check, Reference
 from adaras_export.exporters.stock import switchable as stock_switchable
-from adaras_export.exporters.stock.plan import Plan
+from adaras_export.exporters.stock.plan import StockPlan
 
 
 @dataclass(frozen=True)
 class StockExporter:
     """The exporter of target `stock`."""
 
-    name: str = "stock"
-    options: frozenset[str] = frozenset({"switchable"})
-    library: str = "transformers"
-    relation: str = "finetune"
-    fetches_base: bool = False
-    rounded: bool = False
     copy: bool = False
     switchable: bool = False
 
     @property
-    def drops(self) -> frozenset[Feature]:
-        """As `Exporter` says: PEFT has a dial for adapters, and with it the switchable form."""
-        return frozenset({"gate", "start"}) if self.switchable else frozenset({"gate", "start", "dial"})
-
-    @property
-    def card(self) -> str:
+    def spec(self) -> TargetSpec:
         """As `Exporter` says."""
-        return f"exporters/stock/{'card_switchable' if self.switchable else 'card'}.md"
+        return TargetSpec(
+            "stock",
+            f"exporters/stock/{'card_switchable' if self.switchable else 'card'}.md",
+            disclosed,
+            drops=frozenset({"gate", "start"} if self.switchable else {"gate", "start", "dial"}),  # PEFT has a dial
+            options=frozenset({"switchable"}),
+            recorded=lambda: {"switchable": True} if self.switchable else {},
+            tags=("peft", "lora") if self.switchable else (),
+        )
 
-    def commissioned(self, commission: Commission) -> Exporter:
+    def with_context(self, context: ExportContext) -> Exporter:
         """As `Exporter` says."""
-        switchable = bool(commission.options.get("switchable", False))
+        switchable = bool(context.options.get("switchable", False))
         if switchable:
             require("peft", "peft", "target stock with --switchable")
-        return replace(self, copy=commission.copy, switchable=switchable)
+        return replace(self, copy=context.copy, switchable=switchable)
 
-    def recorded(self) -> Mapping[str, Any]:
+    def write(self, rule: SteeringRule, base: Checkpoint, out: Path) -> Written:
         """As `Exporter` says."""
-        return {"switchable": True} if self.switchable else {}
-
-    def write(self, rule: SteeringRule, base: Path, out: Path) -> Written:
-        """As `Exporter` says."""
-        require_effect(rule, self.name)
-        plan = Plan.of(rule, base, switchable=self.switchable)
+        require_effect(rule, self.spec.name)
+        plan = StockPlan.of(rule, base, switchable=self.switchable)
         plan.write(out, copy=self.copy)
         exporter.write_repository(out, base, plan.config, {})
         if self.switchable:
             stock_switchable.write(rule, base, out)
         return Written(rule)
 
-    def inspect(self, folder: Path, rule: SteeringRule, base: Path) -> Inspection:
+    def inspect(self, folder: Path, rule: SteeringRule, base: Checkpoint) -> Inspection:
         """As `Exporter` says."""
-        plan = Plan.of(rule, base, switchable=self.switchable)
+        plan = StockPlan.of(rule, base, switchable=self.switchable)
         code, config, *checks = [*exporter.repository_checks(folder, base, plan.config, {}), *plan.checks(folder)]
         if self.switchable:
             wrong = stock_switchable.changed_settings(rule, folder)
@@ -85,9 +78,9 @@ class StockExporter:
             checks += stock_switchable.checks(rule, base, folder)
         adapter = stock_switchable.FILES if self.switchable else ()
         own = {*exporter.REPOSITORY_FILES, *exporter.SHARED_FILES, *plan.names.values(), *adapter}
-        return Inspection(code, config, (*checks, unknown_files(folder, base, own)))
+        return Inspection(code, config, (*checks, unknown_files(folder, base.folder, own)))
 
-    def reference(self, folder: Path, rule: SteeringRule, base: Path) -> Reference:  # noqa: ARG002
+    def reference(self, folder: Path, rule: SteeringRule, base: Checkpoint) -> Reference:  # noqa: ARG002
         """As `Exporter` says."""
         return stock_reference(rule, base, everywhere=True)
 
@@ -95,19 +88,11 @@ class StockExporter:
         """As `Exporter` says."""
         return stock_switchable.SwitchableCheckpoint(folder) if self.switchable else _Checkpoint(*opened(folder))
 
-    def disclosed(self, folder: Path, base_tensors: Mapping[str, str]) -> Sequence[Disclosed]:
-        """As `Exporter` says."""
-        return disclosed(folder, base_tensors)
-
-    def tags(self) -> Sequence[str]:
-        """As `Exporter` says."""
-        return ("peft", "lora") if self.switchable else ()
-
 
 EXPORTER = StockExporter()
 
 
-class _Checkpoint(Generating):
+class _Checkpoint(SteeredModel):
     """An opened artifact, which is always steered."""
 
     tolerance = FLOAT32

@@ -14,11 +14,12 @@ from safetensors.torch import load_file, save_file
 from tiny import greedy, require_answers
 
 from adaras_export.core import checkpoint
+from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.delivery.receipt import hashes
 from adaras_export.delivery.verifier import verify
 from adaras_export.delivery.writer import export
 from adaras_export.errors import ArtifactError, ExportError
-from adaras_export.exporters.base import Commission
+from adaras_export.exporters.base import ExportContext
 from adaras_export.exporters.hf import thin as thin_target
 from adaras_export.exporters.hf.exporter import EXPORTER as FULL
 from adaras_export.exporters.hf.exporter import STEERING_FILE, payload, steered_config, steering_tensors
@@ -29,15 +30,18 @@ CAUSAL, LATER = ("causal", "last_prompt_token"), ("later", "first_generated_toke
 KEY = ("llama", *CAUSAL)
 EVERYWHERE = ["greedy", "uncached", "single", "sampled"]
 ONCE = ["off", "decoder", "tokenizer", "untrusted", "again", "half"]
+FEW = ("llama", "qwen3-sharded", "gemma2", "gpt2")  # what the others would say once more, these say
 JOBS = {
-    **{(name, *CAUSAL): [*EVERYWHERE, "again", "half", "decoder"] for name in tiny.NAMES},
+    **{(name, *CAUSAL): ["greedy", "decoder"] for name in tiny.NAMES},
+    **{(name, *CAUSAL): [*EVERYWHERE, "again", "half", "decoder"] for name in FEW},
     ("qwen3", *LATER): EVERYWHERE,
-    ("gpt2", *LATER): EVERYWHERE,
-    ("qwen3", None, "last_prompt_token"): EVERYWHERE,
+    ("gpt2", *LATER): ["greedy"],
+    ("qwen3", None, "last_prompt_token"): ["greedy"],
     KEY: EVERYWHERE + ONCE,
 }
-KEYS = pytest.mark.parametrize("key", JOBS, ids=lambda key: "-".join(map(str, key)))
+KEYS = pytest.mark.parametrize("key", JOBS, ids=tiny.key_id)
 FAMILIES = pytest.mark.parametrize("name", tiny.NAMES)
+few_families = pytest.mark.parametrize("name", FEW)
 slow = pytest.mark.slow  # they share one process that opens eighteen repositories
 COMMIT, THIN_COMMIT = "5" * 40, "7" * 40
 
@@ -98,7 +102,7 @@ def put_into_the_hub_cache(folder, cache, repo, commit):
 @slow
 @KEYS
 def test_an_export_without_the_library_equals_the_oracle(key, clean, told, stock, rules):
-    require_equal_to_the_oracle(clean[key], key, told, stock, rules)
+    require_equal_to_the_oracle(clean[key], JOBS[key], key, told, stock, rules)
 
 
 @slow
@@ -153,7 +157,7 @@ def test_without_trust_remote_code_there_is_an_error_and_never_an_unsteered_mode
 
 
 @slow
-@FAMILIES
+@few_families
 def test_in_half_precision_gate_and_vectors_stay_float32(name, clean):
     own, others = clean[(name, *CAUSAL)]["half"]
     assert {dtype for key, dtype in own.items() if not key.endswith("steering_index")} == {"torch.float32"}
@@ -163,7 +167,7 @@ def test_in_half_precision_gate_and_vectors_stay_float32(name, clean):
 
 
 @slow
-@FAMILIES
+@few_families
 def test_save_pretrained_writes_a_full_repository_of_target_hf(name, clean, written, told, rules, folders):
     key = (name, *CAUSAL)
     require_answers(as_output(clean[key]["again"]), told[key])
@@ -175,7 +179,7 @@ def test_save_pretrained_writes_a_full_repository_of_target_hf(name, clean, writ
     assert json.loads(text)["auto_map"] == expected["auto_map"]
     assert str(folders[name]) not in text
     stored = checkpoint.shards(again)
-    assert {*checkpoint.shards(folders[name]), *steering_tensors(rules[key], folders[name])} == {*stored}
+    assert {*checkpoint.shards(folders[name]), *steering_tensors(rules[key], Checkpoint(folders[name]))} == {*stored}
 
 
 # What is in the folder
@@ -196,7 +200,7 @@ def test_the_config_is_that_of_hf_but_for_the_loading_classes_and_the_base(rules
     assert record == {
         "id": str(folders["llama"].resolve()),
         "revision": None,
-        "fingerprint": checkpoint.tensor_fingerprint(folders["llama"]),
+        "fingerprint": Checkpoint(folders["llama"]).fingerprint,
         "auto_map": expected["auto_map"],
     }
     assert {key for key in found if found[key] != expected[key]} == {"auto_map"}
@@ -210,7 +214,7 @@ def test_a_base_that_is_not_plain_is_refused(file, rules, base, tmp_path):
     else:
         (base / file).write_text("{}")
     with pytest.raises(ExportError, match=r"is quantised|has an adapter_config.json"):
-        EXPORTER.write(rules[KEY], base, tmp_path)
+        EXPORTER.write(rules[KEY], Checkpoint(base), tmp_path)
 
 
 # The base
@@ -246,12 +250,12 @@ def test_a_base_with_other_tensors_is_refused_in_one_line(change, thin, base):
         opened(thin, base=base)
     assert "\n" not in str(caught.value)
     with pytest.raises(ArtifactError, match="is not the base model that this"):
-        EXPORTER.commissioned(Commission("x", base_elsewhere=base)).load(thin)
+        EXPORTER.with_context(ExportContext("x", base_elsewhere=base)).load(thin)
 
 
 def test_a_base_that_is_gone_is_refused_in_one_line_and_may_be_named(rules, base, told, tmp_path):
     (tmp_path / "out").mkdir()
-    EXPORTER.write(rules[KEY], base, tmp_path / "out")
+    EXPORTER.write(rules[KEY], Checkpoint(base), tmp_path / "out")
     base = base.rename(tmp_path / "moved")
     with pytest.raises(OSError, match=r"elsewhere: the base model's weights are not there .*base=\.\.\.\)") as caught:
         opened(tmp_path / "out")
@@ -293,7 +297,7 @@ def test_the_fingerprint_of_the_payload_is_the_librarys(tmp_path):
     """Types and sizes at which the head, middle and tail of a tensor meet, and the places where they lie."""
     path = tmp_path / "model.safetensors"
     save_file(ODD, path)
-    expected = checkpoint.tensor_fingerprint(tmp_path)
+    expected = Checkpoint(tmp_path).fingerprint
     thin_adaras._require_fingerprint("x", {"": str(path)}, expected)
     for place in (0, 4095 // 8, 10_000, 20_000):
         save_file({**ODD, "long": ODD["long"].index_fill(0, torch.tensor([place]), -1.0)}, path)
@@ -319,7 +323,7 @@ def test_a_repository_of_the_hub_pulls_its_base_by_id_and_revision(rules, folder
     """Both lie in a cache, as after a download; the base's main branch is another model by now."""
     thin = tmp_path / "thin"
     thin.mkdir()
-    EXPORTER.commissioned(Commission("tiny/base", COMMIT)).write(rules[KEY], folders["llama"], thin)
+    EXPORTER.with_context(ExportContext("tiny/base", COMMIT)).write(rules[KEY], Checkpoint(folders["llama"]), thin)
     cache = tmp_path / "home" / "hub"
     put_into_the_hub_cache(folders["llama"], cache, "tiny/base", COMMIT)
     put_into_the_hub_cache(folders["qwen3"], cache, "tiny/base", "6" * 40)
@@ -354,7 +358,7 @@ def evil_hub_base(folders, tmp_path_factory):
     """The id of another base in the cache of this process; the fingerprint does not sample what differs."""
     evil = shutil.copytree(folders["llama"], tmp_path_factory.mktemp("evil") / "base")
     edit_tensors(evil / "model.safetensors", lambda tensors: tensors["lm_head.weight"][64, 0].neg_())
-    assert checkpoint.tensor_fingerprint(evil) == checkpoint.tensor_fingerprint(folders["llama"])
+    assert Checkpoint(evil).fingerprint == Checkpoint(folders["llama"]).fingerprint
     put_into_the_hub_cache(evil, huggingface_hub.constants.HF_HUB_CACHE, "tiny/evil", COMMIT)
     return "tiny/evil"
 
@@ -380,7 +384,9 @@ def test_a_repository_that_names_another_base_of_the_hub_than_the_one_given_is_f
 
 
 def test_a_base_that_the_hub_does_not_give_is_refused_in_one_line(rules, folders, tmp_path):
-    EXPORTER.commissioned(Commission("tiny/nowhere", COMMIT)).write(rules[KEY], folders["llama"], tmp_path)
+    EXPORTER.with_context(ExportContext("tiny/nowhere", COMMIT)).write(
+        rules[KEY], Checkpoint(folders["llama"]), tmp_path
+    )
     with pytest.raises(OSError, match="tiny/nowhere: the base model's weights are not there") as caught:
         opened(tmp_path)
     assert "\n" not in str(caught.value)
@@ -443,7 +449,7 @@ def test_full_and_thin_repositories_in_folders_of_the_same_name_do_not_meet(orde
     """Transformers 5 knows the classes of a local folder by its name and the content of its code."""
     for exporter, name in zip(order, "ab", strict=True):
         (tmp_path / name / tmp_path.name).mkdir(parents=True)
-        exporter.write(rules[KEY], folders["llama"], tmp_path / name / tmp_path.name)
+        exporter.write(rules[KEY], Checkpoint(folders["llama"]), tmp_path / name / tmp_path.name)
     for name in "aba":
         require_answers(greedy(opened(tmp_path / name / tmp_path.name)), told[KEY])
 
@@ -511,18 +517,6 @@ def test_an_export_is_complete_and_verifies_also_from_elsewhere(delivered, folde
     assert report.ok, report.failed()
 
 
-@pytest.mark.parametrize("name", ["thin_adaras.py", "steering_adaras.py", "modeling_adaras_llama.py"])
-def test_edited_code_is_named_and_never_run(name, folder, tmp_path):
-    with (folder / name).open("a") as file:
-        file.write(f"\nopen({str(tmp_path / 'it-ran')!r}, 'w').close()\n")
-    found = failures(folder)
-    assert found["code files that are not the library's"] == name
-    assert "not run, because its code or its settings differ" in found
-    assert not (tmp_path / "it-ran").exists()
-    opened(folder)  # the trap would work
-    assert (tmp_path / "it-ran").exists()
-
-
 def test_a_config_that_names_another_base_is_named_and_not_followed(folder):
     settings = json.loads((folder / "config.json").read_text())["adaras"]
     for change in ({"id": "somebody/else"}, {"fingerprint": "0" * 64}, {"revision": "main"}, {"auto_map": {}}):
@@ -530,24 +524,6 @@ def test_a_config_that_names_another_base_is_named_and_not_followed(folder):
         found = failures(folder)
         assert found["config entries that differ"] == "adaras"
         assert "not run, because its code or its settings differ" in found
-
-
-@pytest.mark.parametrize("tensor", ["layers.3.mlp.steering_vector", "steering_gate.output_bias"])
-def test_a_negated_tensor_is_named_and_fails_the_comparison(tensor, folder):
-    edit_tensors(folder / STEERING_FILE, lambda tensors: tensors[tensor].neg_())
-    found = failures(folder)
-    assert found["steering tensors that differ"] == tensor
-    assert any(name.endswith("logits") or name == "gate, p(correct)" for name in found), found
-
-
-def test_a_truncated_or_missing_steering_file_is_named(folder):
-    path = folder / STEERING_FILE
-    path.write_bytes(path.read_bytes()[:-9])
-    assert "steering tensors that differ" in failures(folder)
-    path.unlink()
-    found = failures(folder)
-    assert "layers.2.mlp.steering_vector" in found["tensors missing or unknown"]
-    assert "cannot be opened" in found["it does not open or run"]
 
 
 def test_the_loader_is_only_in_thin_repositories():
