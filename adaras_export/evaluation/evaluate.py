@@ -23,7 +23,7 @@ from adaras_export.core.rule import SteeringRule
 from adaras_export.core.traces import Question
 from adaras_export.errors import ArtifactError, TraceError
 from adaras_export.evaluation.answer_cache import AnswerCache, Answers
-from adaras_export.evaluation.arms import compared, primary_arm
+from adaras_export.evaluation.arms import compare, primary_arm
 from adaras_export.evaluation.claims import conclusion
 from adaras_export.evaluation.controls import random_control
 from adaras_export.evaluation.record import Evaluation
@@ -199,7 +199,7 @@ def _description(model: PreTrainedModel, rule: SteeringRule) -> dict[str, Any]:
 def evaluation_from_answers(rule: SteeringRule, task: EvaluationTask, answers: AnswersByArm) -> Evaluation:
     """The record of these answers."""
     verdicts = answers.column("correct")
-    arms = tuple(compared(name, right_Nn, verdicts["off"]) for name, right_Nn in verdicts.items())
+    arms = tuple(compare(name, right_Nn, verdicts["off"]) for name, right_Nn in verdicts.items())
     return Evaluation(
         rule=rule.fingerprint,
         ids=tuple(question.id for question in task.questions),

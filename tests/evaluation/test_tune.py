@@ -192,7 +192,7 @@ def test_halving_stops_settings_early_and_finishes_the_best(run, completions, ba
     assert [trial.arm.questions for trial in report.trials].count(9) == 2
     assert [trial.stopped for trial in report.trials].count(False) == 1
     assert (report.chosen.count, report.chosen.strength, report.chosen.arm.accuracy) == (3, 2.0, 1)
-    assert (report.off.questions, report.chosen.arm.questions, report.luck.settings) == (10, 10, 8)
+    assert (report.off.questions, report.chosen.arm.questions, report.bias.settings) == (10, 10, 8)
 
 
 def test_a_stopped_setting_is_compared_on_the_questions_that_it_answered(run, completions, bases):

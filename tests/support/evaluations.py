@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from adaras_export.evaluation.arms import compared
+from adaras_export.evaluation.arms import compare
 
 RULE = "6f9900fb124b12899cfbedc41fc94df8bb7d9f75cca956342388b64ac9c5871c"
 OTHER = "0b" * 32
@@ -25,7 +25,7 @@ def record(arms, prefix="q", figures=None, **more):
     """A file of `eval` with these verdicts, (N, n) by arm; ``figures`` are those of the arms, by default theirs."""
     questions, answers = arms["off"].shape
     tokens = np.arange(questions * answers).reshape(questions, answers) % 50 + 10
-    figures = figures or [vars(compared(name, values, arms["off"])) for name, values in arms.items()]
+    figures = figures or [vars(compare(name, values, arms["off"])) for name, values in arms.items()]
     return {
         "version": 2,
         "rule": RULE,

@@ -20,7 +20,7 @@ from adaras_export.core.intervals import (
     per_question,
 )
 from adaras_export.errors import ArtifactError
-from adaras_export.evaluation.arms import RULE_ARMS, Arm, compared, is_random
+from adaras_export.evaluation.arms import RULE_ARMS, Arm, compare, is_random
 from adaras_export.evaluation.claims import LEVEL, Judgement, adjusted_of, judge
 from adaras_export.evaluation.record import Evaluation
 from adaras_export.evaluation.report.reading import in_words
@@ -158,7 +158,7 @@ def result_of(file: str, evaluation: Evaluation) -> Result:
     """The figures of one evaluation."""
     verdicts = evaluation.verdicts
     off_Nn = verdicts["off"]
-    arms = [compared(name, arm_Nn, off_Nn) for name, arm_Nn in verdicts.items()]
+    arms = [compare(name, arm_Nn, off_Nn) for name, arm_Nn in verdicts.items()]
     judged, adjusted = judge(arms), adjusted_of(arms)
     primary_Nn = verdicts[judged.arm.name]
     judged = replace(judged, detectable=detectable(primary_Nn, off_Nn))
