@@ -41,7 +41,7 @@ from decode import any_rule
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from adaras_export import BaseModel, SteeringRule, exporters
-from adaras_export.exporters.base import Commission
+from adaras_export.exporters.base import ExportContext
 from adaras_export.exporters.onnx.exporter import GRAPH
 
 CONTEXT, BLOCK = 256, 8
@@ -77,7 +77,7 @@ def graphs(base: Path, out: Path, precision: str) -> dict[str, Path]:
     for name, rule in rules(base).items():
         folder = out / name
         folder.mkdir(parents=True)
-        exporters.load("onnx").commissioned(Commission("base", options={"precision": precision})).write(
+        exporters.load("onnx").with_context(ExportContext("base", options={"precision": precision})).write(
             rule, base, folder
         )
         found[name] = folder / GRAPH
@@ -206,7 +206,7 @@ def exported(arguments: Namespace) -> dict[str, float]:
     """One export without verification: seconds, and MB beyond what the imports take."""
     folder = prepare(arguments)
     rule = rules(folder)["gated"]
-    exporter = exporters.load("onnx").commissioned(Commission("base", options={"precision": arguments.side}))
+    exporter = exporters.load("onnx").with_context(ExportContext("base", options={"precision": arguments.side}))
     with tempfile.TemporaryDirectory(dir=folder.parent) as out, Memory() as memory:
         start = time.perf_counter()
         exporter.write(rule, folder, Path(out))

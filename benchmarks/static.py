@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 import adaras_export.exporters.peft.method  # noqa: F401 - registers the method of `peft --adaptive`
 from adaras_export import BaseModel, SteeringRule, exporters
-from adaras_export.exporters.base import Commission
+from adaras_export.exporters.base import ExportContext
 from adaras_export.exporters.checkpoint import copy_companions
 
 COPY = "copying the small files"
@@ -98,7 +98,7 @@ def adapted(model: Any, adapter: Path, source: Any) -> Any:
 def write(rule: SteeringRule, base: Path, out: Path, name: str) -> Path:
     target, how = TARGETS[name]
     out.mkdir()
-    exporters.load(target).commissioned(Commission(str(base.resolve()), options=how)).write(rule, base, out)
+    exporters.load(target).with_context(ExportContext(str(base.resolve()), options=how)).write(rule, base, out)
     return out
 
 

@@ -1,6 +1,6 @@
 """What every export target promises: the protocol, and the reference that most artifacts must equal."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,15 +30,15 @@ Feature = Literal["gate", "start", "dial"]
 
 
 @dataclass(frozen=True)
-class Commission:
-    """What an exporter is told besides the rule and the folders.
+class ExportContext:
+    """What an exporter needs to know besides the rule and the folders.
 
     Attributes:
         base_id: what from_pretrained finds the base by: its Hub id, or the absolute path of its folder.
         base_revision: the commit of a Hub id.
         base_elsewhere: the base's folder for `Exporter.load`, where it is no longer at that place.
         copy: copy weight files, also where they could be linked.
-        options: what else the user chose, by name; only of the target's own `Exporter.options`.
+        options: what else the user chose, by name; only those of `TargetSpec.options`.
     """
 
     base_id: str
@@ -61,54 +61,55 @@ class Written:
     notes: tuple[Check, ...] = ()
 
 
+@dataclass(frozen=True)
+class TargetSpec:
+    """What a target is, with the options that the user chose, whatever the rule and the base.
+
+    Attributes:
+        name: the target.
+        card: the template of its model card, by its path in this package; it fills the blocks of `delivery/card.md`:
+            ``weights``, what became of the base's weights; ``usage``, every way to load it, with code that runs as it
+            stands; ``off``, how to switch the steering off, which goes on from the code of ``usage``; ``limits``, what
+            the format cannot do and what goes wrong in silence, as a list.
+        entries: lists every tensor in the files of an artifact that is not the base's, from the folder and the SHA-256
+            of each tensor of the base; reads the files as data, and raises `ArtifactError` where it cannot.
+        drops: what the format cannot express.
+        options: names of the options that are this target's own.
+        recorded: gives the options that `verify` must know, for the receipt; may read a file to name it by its hash.
+        library: what opens it, as the Hub names it.
+        relation: what the artifact is to its base, as the Hub names it: finetune, adapter, ...
+        tags: tags of the model card that are this target's own.
+        fetches_base: whether the artifact says where its base is, and opens what is there.
+        rounded: whether it computes with rounded weights, so that a measurement with the base's own is not about it.
+    """
+
+    name: str
+    card: str
+    entries: Callable[[Path, Mapping[str, str]], Sequence[Disclosed]]
+    drops: frozenset[Feature] = frozenset()
+    options: frozenset[str] = frozenset()
+    recorded: Callable[[], Mapping[str, Any]] = dict
+    library: str = "transformers"
+    relation: str = "finetune"
+    tags: tuple[str, ...] = ()
+    fetches_base: bool = False
+    rounded: bool = False
+
+
 class Exporter(Protocol):
-    """One target: writes an artifact, looks it over without running it, and opens it for the comparison."""
+    """One target: writes an artifact, inspects it without running it, and opens it for the comparison."""
 
     @property
-    def name(self) -> str:
-        """The target."""
+    def spec(self) -> TargetSpec:
+        """What the target is, with the options of the context."""
         ...
 
-    @property
-    def drops(self) -> frozenset[Feature]:
-        """What the format, with the options of the commission, cannot express."""
-        ...
-
-    @property
-    def relation(self) -> str:
-        """What the artifact is to its base, in the words of the Hub: finetune, adapter, ..."""
-        ...
-
-    @property
-    def fetches_base(self) -> bool:
-        """Whether the artifact says where its base is, and opens what is there."""
-        ...
-
-    @property
-    def library(self) -> str:
-        """What the Hub is to say that opens it."""
-        ...
-
-    @property
-    def options(self) -> frozenset[str]:
-        """Names of the options that are this target's own."""
-        ...
-
-    @property
-    def rounded(self) -> bool:
-        """Whether it computes with rounded weights, so that a measurement with the base's own is not about it."""
-        ...
-
-    def commissioned(self, commission: Commission) -> "Exporter":
-        """This exporter with what it needs of ``commission``.
+    def with_context(self, context: ExportContext) -> "Exporter":
+        """This exporter with what it needs of ``context``.
 
         Raises:
             ExportError: an option has no such value, or options exclude each other.
         """
-        ...
-
-    def recorded(self) -> Mapping[str, Any]:
-        """The options that `verify` must know, for the receipt."""
         ...
 
     def write(self, rule: SteeringRule, base: Path, out: Path) -> Written:
@@ -133,41 +134,6 @@ class Exporter(Protocol):
         Raises:
             ArtifactError: it does not open.
         """
-        ...
-
-    def disclosed(self, folder: Path, base_tensors: Mapping[str, str]) -> Sequence[Disclosed]:
-        """Every tensor in the artifact's files that is not the base's; reads the files as data, runs nothing.
-
-        Args:
-            folder: the artifact.
-            base_tensors: SHA-256 of each tensor of the base, by its name there.
-
-        Raises:
-            ArtifactError: a file cannot be read.
-        """
-        ...
-
-    def tags(self) -> Sequence[str]:
-        """Tags of the model card that are this target's own."""
-        ...
-
-    def weights(self) -> str:
-        """A sentence for the card: what became of the base's weights."""
-        ...
-
-    def usage(self) -> str:
-        """Every way to load it, in Markdown, with code that runs as it stands.
-
-        See `card_text.filled` for what stands in braces.
-        """
-        ...
-
-    def off(self) -> str:
-        """How to switch the steering off, likewise; goes on from the code of `usage`."""
-        ...
-
-    def limits(self) -> Sequence[str]:
-        """What the format cannot do, and what goes wrong in silence; a sentence or two each."""
         ...
 
 

@@ -199,6 +199,6 @@ def test_a_payload_file_defines_the_classes_of_its_family(family):
 def test_every_target_loads_under_its_own_name():
     for target in TARGETS:
         exporter = load(target)
-        assert exporter.name == target
-        assert exporter.drops <= {"gate", "start", "dial"}
-        assert "{repo}" in exporter.usage()
+        assert exporter.spec.name == target
+        assert exporter.spec.drops <= {"gate", "start", "dial"}
+        assert (ROOT / "adaras_export" / exporter.spec.card).is_file()

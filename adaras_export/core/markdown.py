@@ -1,35 +1,119 @@
-"""Names of others within Markdown and within code: whatever they contain, they stay what they are.
+"""Escape untrusted text for Markdown, YAML and code, and fill the Markdown templates of this package.
 
-Knows no cards. A repository or a base may be called anything that a folder may.
+A name may contain anything that a file name or a JSON string may: readers see that name, and nothing else happens.
+Knows no cards and no reports.
 """
 
 import json
 import re
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from adaras_export.errors import visible
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 _LONGEST = 600
-_BLOCK = re.compile(r"^```(\w*)([^\n]*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+# What Markdown, or an extension that a viewer may have, reads as a mark: anywhere; at the edge of a word; before what
+# makes it a directive, an emoji or an address; before text that follows; at the start of a line.
+_MARKS = re.compile(
+    r"[\\`*\[\]<>|#&~$]"
+    r"|(?<![^\W_])_|_(?![^\W_])"
+    r"|:(?=\S)|(?<=www)\."
+    r"|!$"
+    r"|^[-+=](?=\s|[-=]*\s*$)"
+)
+_NUMBER = re.compile(r"^(\s*\d{1,9})([.)])(?=\s|$)")
 
 
-def plain(text: str) -> str:
-    """``text`` on one line, as Markdown that shows it and means nothing else."""
-    return re.sub(r"([\\`*\[\]<>|#&~$])", r"\\\1", _one_line(text))
+class Markdown(str):
+    """Text that is Markdown already; a template escapes every other value."""
+
+    __slots__ = ()
 
 
-def code(text: str) -> str:
-    """``text`` on one line, as a span of code."""
-    shown = _one_line(text) or " "
+def plain(text: str) -> Markdown:
+    """``text`` on one line, as Markdown that shows it and means nothing else, in a table as well."""
+    return Markdown(_NUMBER.sub(r"\1\\\2", _MARKS.sub(r"\\\g<0>", _one_line(text))))
+
+
+def code(text: str) -> Markdown:
+    """``text`` on one line, as a span of code; as words where it has a bar, which would end the cell of a table."""
+    shown = _one_line(text).strip() or " "
+    if "|" in shown:
+        return plain(shown)
     fence = "`" * (1 + max((len(run) for run in re.findall(r"`+", shown)), default=0))
     edge = " " if shown.startswith("`") or shown.endswith("`") else ""
-    return f"{fence}{edge}{shown}{edge}{fence}"
+    return Markdown(f"{fence}{edge}{shown}{edge}{fence}")
 
 
-def cell(text: str) -> str:
-    """``text`` on one line, as a cell of a table."""
-    return _one_line(text).replace("|", "\\|")
+def python(text: str) -> Markdown:
+    """``text`` as a string of Python."""
+    return Markdown(visible(json.dumps(text, ensure_ascii=False)))
+
+
+def javascript(text: str) -> Markdown:
+    """``text`` as a string of JavaScript, which has no escape of eight digits."""
+    quoted = json.dumps(text, ensure_ascii=False)
+    return Markdown("".join(one if one.isprintable() else json.dumps(one)[1:-1] for one in quoted))
+
+
+def shell(text: str) -> Markdown:
+    """``text`` as one word of a shell, on one line."""
+    if text.isprintable():
+        return Markdown(shlex.quote(text))
+    escaped = "".join(one if one.isprintable() and one not in "'\\" else _escaped(one) for one in text)
+    return Markdown(f"$'{escaped}'")
+
+
+def render(template: str, values: Mapping[str, Any]) -> Markdown:
+    """The text of a template, by its path in this package; no value is read as a template.
+
+    The filters ``code``, ``python``, ``javascript`` and ``shell`` are the functions above. A value without a filter
+    passes through `plain`, unless it is `Markdown`.
+    """
+    return Markdown(_templates().get_template(template).render(values))
+
+
+def front_matter(entries: Mapping[str, Any]) -> Markdown:
+    """The YAML header of a card, between its fences."""
+    return Markdown(f"---\n{as_yaml(entries)}---\n")
+
+
+def as_yaml(value: Any) -> str:  # noqa: ANN401 - whatever YAML can say
+    """``value`` as YAML that is read back as it was."""
+    from yaml import safe_dump, safe_load
+
+    text: str = safe_dump(value, sort_keys=False, allow_unicode=True)
+    if safe_load(text) != value:  # PyYAML folds line ends of Unicode, unless it escapes every letter beyond ASCII
+        text = safe_dump(value, sort_keys=False)
+    return text
+
+
+@cache
+def _templates() -> "Environment":
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(  # its own escaping is for HTML
+        loader=PackageLoader("adaras_export", "."),
+        undefined=StrictUndefined,
+        finalize=_shown,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"code": code, "python": python, "javascript": javascript, "shell": shell}
+    return environment
+
+
+def _shown(value: Any) -> Markdown:  # noqa: ANN401 - whatever a template names
+    if value is None:
+        raise TypeError("a template shows None; expected a value")
+    return value if isinstance(value, Markdown) else plain(str(value))
 
 
 @dataclass(frozen=True)
@@ -52,50 +136,9 @@ class Example:
         return cls(text, chat) if all(line.isprintable() for line in text.split("\n")) else None
 
 
-def filled(markdown: str, repository: str, strength: float, example: Example) -> str:
-    """Markdown whose braces have what stands for them.
-
-    A line that begins with ``{chat}`` is there where the example is of a chat, one with ``{plain}`` where it is not.
-    Within blocks of code, ``{repo}`` and ``{question}`` stand between double quotes in Python and JavaScript, and are
-    words in a shell. ``{strength}`` is the rule's.
-    """
-    values = {"repo": repository, "question": example.text}
-    kept, left_out = ("{chat}", "{plain}") if example.chat else ("{plain}", "{chat}")
-
-    def block(match: re.Match[str]) -> str:
-        language, more, body = match.groups()
-        pattern, quoted = (r"\{(repo|question)\}", shell_word) if language == "bash" else _QUOTED
-        body = re.sub(pattern, lambda found: quoted(values[found[1]]), body)
-        return f"```{language}{more}\n{body}```"
-
-    chosen = re.sub(rf"^{left_out}.*\n", "", markdown, flags=re.MULTILINE).replace(kept, "")
-    return _BLOCK.sub(block, chosen.replace("{strength}", repr(float(strength))))
-
-
-def _json(text: str) -> str:
-    """``text`` as a string of Python and JavaScript."""
-    return json.dumps(text, ensure_ascii=False)
-
-
-_QUOTED: tuple[str, Callable[[str], str]] = (r'"\{(repo|question)\}"', _json)
-
-
-def shell_word(text: str) -> str:
-    """``text`` as one word of a shell, on one line."""
-    if text.isprintable():
-        return shlex.quote(text)
-    escaped = "".join(one if one.isprintable() and one not in "'\\" else _escaped(one) for one in text)
-    return f"$'{escaped}'"
-
-
-def blocks(markdown: str) -> list[tuple[str, str]]:
-    """The blocks of code in a text: what stands behind the fence, and the code."""
-    return [(f"{language}{more}", body) for language, more, body in _BLOCK.findall(markdown)]
-
-
 def _escaped(character: str) -> str:
     return f"\\{character}" if character in "'\\" else f"\\U{ord(character):08x}"
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    return visible(re.sub(r"\s+", " ", text))

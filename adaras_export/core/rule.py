@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 from adaras_export.core.base_model import BaseModel
 from adaras_export.core.gate import Gate
+from adaras_export.core.markdown import front_matter, render
 from adaras_export.core.neurons import NeuronSet
 from adaras_export.core.value import (
     Value,
@@ -25,6 +26,7 @@ from adaras_export.core.value import (
 )
 from adaras_export.errors import RuleError
 from adaras_export.files import atomic
+from adaras_export.files.hub import is_hub_id
 from adaras_export.files.safetensors_record import Array
 
 Start = Literal["last_prompt_token", "first_generated_token"]
@@ -194,32 +196,11 @@ class SteeringRule(Value):
 
 def _card(rule: SteeringRule, name: str) -> str:
     """The README.md of a repository that holds only the rule."""
-    base = rule.base
-    gate = "all prompts" if rule.gate is None else f"prompts with p(correct) < {rule.gate.threshold:.4f}"
-    return f"""---
-library_name: adaras-export
-{f"base_model: {base.id}{chr(10)}" if base.revision else ""}tags:
-- activation-steering
-- adaras
----
-# {name}
-
-A steering rule (AdaRAS, [paper](https://arxiv.org/abs/2601.19847)) for `{base.id}`\
-{f" at revision `{base.revision}`" if base.revision else ""}: strength {rule.strength:g} on {len(rule.neurons)} \
-neurons of layers {_layers(rule)}, from `{rule.start}` on, for {gate}. It holds numbers, no code and no weights.
-
-```python
-from adaras_export import SteeringRule, export
-
-rule = SteeringRule.from_pretrained("{name}")
-export(rule, base="{base.id}", to="hf", out="steered")
-```
-
-Rule `{rule.fingerprint}` (SHA-256 of `rule.safetensors`). Not evaluated: steering often does not help;
-measure it first.
-"""
-
-
-def _layers(rule: SteeringRule) -> str:
-    layers = rule.layers()
-    return f"{layers[0]} to {layers[-1]}" if layers else "none"
+    base, is_known = rule.base, rule.base.revision is not None and is_hub_id(rule.base.id)
+    entries = {
+        "library_name": "adaras-export",
+        **({"base_model": base.id} if is_known else {}),
+        "tags": ["activation-steering", "adaras"],
+    }
+    values = {"header": front_matter(entries), "name": name, "base": base, "rule": rule, "layers": rule.layers()}
+    return render("core/rule_card.md", values)

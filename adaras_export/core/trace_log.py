@@ -6,82 +6,74 @@ Knows nothing of how traces are made.
 import json
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from adaras_export.core.trace_files import read_traces, trace_line
 from adaras_export.core.traces import Question, Settings, Trace, digest
 from adaras_export.errors import TraceError
 from adaras_export.files import safe_read
-from adaras_export.files.atomic import append
-from adaras_export.files.locks import locked
+from adaras_export.files.append_log import AppendLog
 from adaras_export.files.safe_read import UnreadableError
 
 _LINE_START = b'{"id": '
 
 
-def append_traces(out: Path, traces: Sequence[Trace]) -> None:
-    """Add lines; they are on disk when this returns.
+class TraceLog:
+    """The file of one run of `collect`; a context manager that keeps other processes out.
 
     Raises:
-        TraceError: the file cannot be written.
+        TraceError: another process writes the file, or it cannot be written.
     """
-    content = "".join(f"{trace_line(trace)}\n" for trace in traces).encode()
-    try:
-        append(out, content)
-    except OSError as error:
-        raise _unwritable(out, error) from error
 
+    def __init__(self, path: Path) -> None:
+        self._log = AppendLog(path)
 
-@contextmanager
-def claimed(out: Path) -> Iterator[None]:
-    """The file is written by this process alone; made if there is none, and gone again if nothing was written.
+    def __enter__(self) -> "TraceLog":
+        self._log.claim()
+        return self
 
-    Raises:
-        TraceError: another process writes it, or it cannot be written.
-    """
-    try:
-        lock = locked(out)
-    except OSError as error:
-        raise _unwritable(out, error) from error
-    if lock is None:
-        raise TraceError(f"{out}: another process is writing it; wait for its end, or choose another file")
-    try:
-        yield
-    finally:
-        if out.is_file() and out.stat().st_size == 0:
-            out.unlink()
-        os.close(lock)
+    def __exit__(self, *_: object) -> None:
+        path = self._log.path
+        if path.is_file() and path.stat().st_size == 0:  # nothing was written
+            path.unlink()
+        self._log.close()
 
+    def append(self, traces: Sequence[Trace]) -> None:
+        """Add lines; they are on disk when this returns.
 
-def resume(
-    out: Path, questions: Sequence[Question], model: str | None = None, settings: Settings | None = None
-) -> dict[str, Trace]:
-    """The traces that a claimed file holds, by id; a broken last line is mended.
+        Raises:
+            TraceError: the file cannot be written.
+        """
+        self._log.append("".join(f"{trace_line(trace)}\n" for trace in traces).encode())
 
-    Raises:
-        TraceError: it cannot be read or written, is no file of traces, or holds one of a question that is not given,
-            of another ``model``, or of other ``settings``.
-    """
-    try:
-        if out.is_file():
-            _mend_last_line(out)
-    except OSError as error:
-        raise _unwritable(out, error) from error
-    if not out.is_file() or out.stat().st_size == 0:
-        return {}
-    traces = read_traces(out)
-    prompts = {question.id: digest(question.prompt) for question in questions}
-    for trace in traces:
-        _require_question(out, trace, prompts)
-        if model is not None and trace.model not in (None, model):
-            raise TraceError(
-                f"{out}: trace {trace.id} was written by {trace.model}; expected one of {model}, or a new file"
-            )
-        if trace.settings is not None and settings is not None:
-            _require_settings(out, trace, trace.settings, settings)
-    return {trace.id: trace for trace in traces}
+    def resume(
+        self, questions: Sequence[Question], model: str | None = None, settings: Settings | None = None
+    ) -> dict[str, Trace]:
+        """The traces that the file holds, by id; a broken last line is mended.
+
+        Raises:
+            TraceError: it cannot be read or written, is no file of traces, or holds one of a question that is not
+                given, of another ``model``, or of other ``settings``.
+        """
+        path = self._log.path
+        with self._log.worded():
+            if not path.is_file():  # /dev/full, which has no end
+                return {}
+            _mend_last_line(path)
+            if path.stat().st_size == 0:
+                return {}
+        traces = read_traces(path)
+        prompts = {question.id: digest(question.prompt) for question in questions}
+        for trace in traces:
+            _require_question(path, trace, prompts)
+            if model is not None and trace.model not in (None, model):
+                raise TraceError(
+                    f"{path}: trace {trace.id} was written by {trace.model}; expected one of {model}, or a new file"
+                )
+            if trace.settings is not None and settings is not None:
+                _require_settings(path, trace, trace.settings, settings)
+        return {trace.id: trace for trace in traces}
 
 
 def _require_question(out: Path, trace: Trace, prompts: Mapping[str, str]) -> None:
@@ -130,10 +122,3 @@ def _is_json(line: bytes) -> bool:
     except UnreadableError:
         return False
     return True
-
-
-def _unwritable(out: Path, error: OSError) -> TraceError:
-    return TraceError(
-        f"{out}: cannot be written ({error.strerror}); "
-        "expected a writable place with room; run again to go on with what it holds"
-    )

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from adaras_export.core.base_model import BaseModel
 from adaras_export.core.neuron_stats import NeuronStats
-from adaras_export.core.trace_log import append_traces, claimed, resume
+from adaras_export.core.trace_log import TraceLog
 from adaras_export.core.traces import Checker, Question, Settings, Trace, by_question, name_of
 from adaras_export.data.backends.local import Ledger, LocalBackend
 from adaras_export.data.checkers import checker_for
@@ -104,7 +104,7 @@ class CollectOptions:
 _PLAIN = CollectOptions()
 
 
-def collect(
+def collect(  # noqa: PLR0913 - what the job is made of
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[Question],
@@ -145,7 +145,7 @@ def collect(
         print(report.mixed_questions, "questions with both outcomes")
     """
     goal, sampling = goal or Goal(), sampling or Sampling(512, temperature=1.0)
-    _require_questions(questions, goal.attempts, options.batch_size)
+    _require_questions(questions, options.batch_size)
     require_varied(goal.attempts, sampling)
     backend = LocalBackend(model, tokenizer, sampling, options.batch_size, None if record is None else {})
     if record is None or backend.means is None:
@@ -175,15 +175,15 @@ def collect_from(
         AdarasError: the backend fails; the file holds what was completed before.
     """
     started, goal = time.perf_counter(), goal or Goal()
-    _require_questions(questions, goal.attempts, options.batch_size)
+    _require_questions(questions, options.batch_size)
     check = options.check or checker_for(questions, None)
     arranged = backend.arranged(questions)
     # Where the first questions could be all that are asked, they must not be chosen by their length.
     plan = Plan(arranged if goal.wanted is None else questions, goal, options.batch_size, whole=backend.streams)
     settings = {**backend.settings, "check": name_of(check), "revision": options.revision}
-    with claimed(Path(out)):
-        held = resume(Path(out), questions, options.name, settings)
-        run = _Run(backend, check, Path(out), held, options.name, settings, resumed=len(held))
+    with TraceLog(Path(out)) as log:
+        held = log.resume(questions, options.name, settings)
+        run = _Run(backend, check, log, held, options.name, settings, resumed=len(held))
         run.complete(plan, options.progress or _nobody, finished or _nobody)
     return run.report(time.perf_counter() - started)
 
@@ -192,12 +192,9 @@ def _nobody(_one: object, _other: object) -> None:
     """What is done, where nobody looks at it."""
 
 
-def _require_questions(questions: Sequence[Question], attempts: int, batch_size: int) -> None:
-    if not questions or attempts < 1 or batch_size < 1:
-        raise TraceError(
-            f"collect: {len(questions)} questions, {attempts} attempts, batches of {batch_size}; "
-            "expected at least one of each"
-        )
+def _require_questions(questions: Sequence[Question], batch_size: int) -> None:
+    if not questions or batch_size < 1:
+        raise TraceError(f"collect: {len(questions)} questions, batches of {batch_size}; expected at least one of each")
     repeated = [id_ for id_, count in Counter(q.id for q in questions).items() if count > 1]
     if repeated:
         raise TraceError(f"collect: question {repeated[0]} is given twice; expected unique ids")
@@ -221,7 +218,7 @@ class _Run:
 
     backend: Backend
     check: Checker
-    out: Path
+    log: TraceLog
     traces: dict[str, Trace]
     name: str | None
     settings: Settings
@@ -271,7 +268,7 @@ class _Run:
             for attempt, completion in piece
             if completion.text.strip()
         ]
-        append_traces(self.out, fresh)
+        self.log.append(fresh)
         self.traces.update({trace.id: trace for trace in fresh})
         self.blank += len(piece) - len(fresh)
         self.cut += sum(completion.cut for _, completion in piece if completion.text.strip())

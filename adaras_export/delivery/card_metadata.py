@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from adaras_export.core.base_model import BaseModel
+from adaras_export.core.markdown import Markdown, as_yaml, front_matter
 from adaras_export.delivery.card_effect import Measured
 from adaras_export.errors import ArtifactError
 from adaras_export.evaluation.arms import Arm
@@ -53,54 +54,42 @@ class Header:
     datasets: Sequence[str]
     measured: tuple[Measured, Arm] | None
 
-    def text(self) -> str:
+    def text(self) -> Markdown:
         """The header with its fences."""
-        entries = self._entries()
-        ordered = {name: entries[name] for name in _ORDER if name in entries}
-        return f"---\n{_yaml(ordered)}---\n"
-
-    def _entries(self) -> dict[str, Any]:
         from huggingface_hub import ModelCardData
 
-        known: dict[str, Any] = inherited(self.base_card, "base_card")
-        if "license_link" in known:
-            known["license_link"] = self._link(known["license_link"])
-        derived: dict[str, Any] = (
-            {"base_model": self.base.id, "base_model_relation": self.relation} if is_on_the_hub(self.base) else {}
-        )
-        results: dict[str, Any] = {} if self.measured is None else self._results(*self.measured)
+        entries: dict[str, Any] = inherited(self.base_card, "base_card")
+        if is_on_the_hub(self.base):
+            entries |= {"base_model": self.base.id, "base_model_relation": self.relation}
+            if "://" not in (link := entries.get("license_link", "://")):  # a file beside the base's card
+                entries["license_link"] = f"https://huggingface.co/{self.base.id}/blob/{self.base.revision}/{link}"
+        if self.measured is not None:
+            entries |= _results(self.repository, *self.measured)
         data: Any = ModelCardData(
-            **known,
-            **derived,
+            **entries,
             library_name=self.library,
             pipeline_tag=_TASK,
             tags=sorted({*TAGS, *self.tags}),
             datasets=list(self.datasets) or None,
-            **results,
         )
-        entries: dict[str, Any] = data.to_dict()
-        return entries
+        known = data.to_dict()
+        return front_matter({name: known[name] for name in _ORDER if name in known})
 
-    def _link(self, link: str) -> str:
-        """A link to a file beside the base's card still leads there."""
-        if "://" in link or not is_on_the_hub(self.base):
-            return link
-        return f"https://huggingface.co/{self.base.id}/blob/{self.base.revision}/{link}"
 
-    def _results(self, measured: Measured, arm: Arm) -> dict[str, Any]:
-        from huggingface_hub import EvalResult
+def _results(repository: str, measured: Measured, arm: Arm) -> dict[str, Any]:
+    from huggingface_hub import EvalResult
 
-        result = EvalResult(
-            task_type=_TASK,
-            task_name="Text Generation",
-            # The Hub wants some type; "unknown" is what Sentence Transformers write where there is none to name.
-            dataset_type=measured.dataset or "unknown",
-            dataset_name=measured.dataset or f"{measured.questions} questions, not published under a name",
-            metric_type="accuracy",
-            metric_name=f"Accuracy, greedy ({_interval(measured, arm)})",
-            metric_value=round(arm.accuracy, 6),
-        )
-        return {"model_name": self.repository, "eval_results": [result], "metrics": ["accuracy"]}
+    result = EvalResult(
+        task_type=_TASK,
+        task_name="Text Generation",
+        # The Hub wants some type; "unknown" is what Sentence Transformers write where there is none to name.
+        dataset_type=measured.dataset or "unknown",
+        dataset_name=measured.dataset or f"{measured.questions} questions, not published under a name",
+        metric_type="accuracy",
+        metric_name=f"Accuracy, greedy ({_interval(measured, arm)})",
+        metric_value=round(arm.accuracy, 6),
+    )
+    return {"model_name": repository, "eval_results": [result], "metrics": ["accuracy"]}
 
 
 def results_file(measured: Measured | None, arm: Arm | None) -> str | None:
@@ -110,7 +99,7 @@ def results_file(measured: Measured | None, arm: Arm | None) -> str | None:
     notes = f"adaras-export eval, arm {arm.name}, greedy, {_interval(measured, arm)}"
     dataset = {"id": measured.dataset, "task_id": measured.task}
     entry = {"dataset": dataset, "value": round(arm.accuracy, 6), "notes": notes}
-    return _yaml([entry])
+    return as_yaml([entry])
 
 
 def inherited(metadata: Mapping[str, Any], subject: str) -> dict[str, Any]:
@@ -133,15 +122,6 @@ def inherited(metadata: Mapping[str, Any], subject: str) -> dict[str, Any]:
 def is_on_the_hub(base: BaseModel) -> bool:
     """Whether the base has a commit and an id that the Hub could know; the name of a folder is none."""
     return base.revision is not None and is_hub_id(base.id)
-
-
-def _yaml(value: Any) -> str:  # noqa: ANN401 - whatever YAML can say
-    import yaml
-
-    text: str = yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
-    if yaml.safe_load(text) != value:  # PyYAML folds line ends of Unicode, unless it escapes every letter beyond ASCII
-        text = yaml.safe_dump(value, sort_keys=False)
-    return text
 
 
 def _interval(measured: Measured, arm: Arm) -> str:

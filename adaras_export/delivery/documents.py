@@ -75,7 +75,7 @@ def name_checks(receipt: Receipt, exporter: Exporter, rule: SteeringRule, base: 
     other = {name: _differing(place, base, receipt) for name, place in places.items() if place is not None}
     wrong = [f"{name}: {' '.join(differing)}" for name, differing in other.items() if differing]
     absent = sorted(places.keys() - other.keys())
-    is_followed = exporter.fetches_base and _name(receipt.base) in absent
+    is_followed = exporter.spec.fetches_base and _name(receipt.base) in absent
     remedy = "; the artifact opens what is there: fetch it first" if is_followed else ""
     return [
         Check("names of the base that lead to another", len(wrong), 0, "; ".join(wrong)),
@@ -103,7 +103,7 @@ def _differing(place: Path, base: Path, receipt: Receipt) -> list[str]:
 
 def claim_checks(receipt: Receipt, exporter: Exporter, rule: SteeringRule, ran: ParityReport) -> list[Check]:
     """Whether the checks of a receipt are those that were made now, with their limits; figures are its author's."""
-    only_written = {AGREEMENT} if exporter.rounded and rule.gate is not None else set()
+    only_written = {AGREEMENT} if exporter.spec.rounded and rule.gate is not None else set()
     told, notes = [
         [one for one in receipt.parity.checks if (one.name in only_written) == is_note] for is_note in (0, 1)
     ]
@@ -142,9 +142,9 @@ def _has(path: Path, text: str | None) -> bool:
 
 
 def dropped(rule: SteeringRule, exporter: Exporter) -> tuple[str, ...]:
-    """What a rule has and a format, as commissioned, cannot express."""
+    """What a rule has and its target, with these options, cannot express."""
     needed = {"start", "dial", *(["gate"] if rule.gate is not None else [])}
-    return tuple(sorted(exporter.drops & needed))
+    return tuple(sorted(exporter.spec.drops & needed))
 
 
 def evaluation_of(path: Path, rule: SteeringRule) -> bytes:
@@ -194,14 +194,12 @@ def _context(folder: Path, receipt: Receipt, exporter: Exporter) -> CardContext:
     path = folder / EVALUATION_FILE
     return CardContext(
         repository=receipt.repository,
-        usage=exporter.usage(),
-        off=exporter.off(),
-        limits=exporter.limits(),
-        weights=exporter.weights(),
-        library=exporter.library,
-        relation=exporter.relation,
-        tags=exporter.tags(),
-        rounded=exporter.rounded,
+        template=exporter.spec.card,
+        options=receipt.options,
+        library=exporter.spec.library,
+        relation=exporter.spec.relation,
+        tags=exporter.spec.tags,
+        rounded=exporter.spec.rounded,
         drops=receipt.drops,
         base=receipt.base,
         base_card=receipt.base_card,
@@ -224,7 +222,7 @@ def _put(path: Path, text: str | None) -> None:
 def _disclosure_check(exporter: Exporter, folder: Path, receipt: Receipt) -> Check:
     name = "tensors other than disclosed"
     try:
-        found = exporter.disclosed(folder, receipt.base_tensors)
+        found = exporter.spec.entries(folder, receipt.base_tensors)
     except ArtifactError as error:
         return Check(name, 1, 0, str(error))
     other = manifest.differing(found, receipt.tensors)

@@ -186,7 +186,7 @@ def carry_out(planned: Plan, token: str | None = None) -> Pushed:
     )
 
 
-def push(
+def push(  # noqa: PLR0913 - what the Hub asks for
     folder: str | Path,
     repository: str,
     *,

@@ -12,7 +12,7 @@ from adaras_export.delivery import documents, integrity
 from adaras_export.delivery.receipt import Receipt, read, version_checks
 from adaras_export.errors import ArtifactError, ExportError, first_line
 from adaras_export.exporters import manifest
-from adaras_export.exporters.base import Commission, Exporter, Remaking
+from adaras_export.exporters.base import ExportContext, Exporter, Remaking
 from adaras_export.exporters.checks import Check, Inspection, ParityReport
 from adaras_export.exporters.manifest import RULE_FILE
 from adaras_export.exporters.parity import Artifact, compare, rehearse
@@ -43,7 +43,7 @@ def verify(
     Example:
         report = verify("steered")
         assert report.ok
-        print(*(check.line() for check in report.checks), sep="\n")
+        print([check.line() for check in report.checks])
     """
     folder = Path(path)
     recorded = read(folder)
@@ -55,7 +55,7 @@ def verify(
     place = _Place.of(folder, recorded, base)
     checks += documents.checks(folder, recorded, exporter, place.rule, place.base)
     checks += documents.name_checks(recorded, exporter, place.rule, place.base, place.found)
-    exporter = exporter.commissioned(place.commission)
+    exporter = exporter.with_context(place.context)
     stored = _inspected(exporter, folder, place.rule, place.base)
     ran = _compared(exporter, folder, place.rule, place.base, stored)
     if isinstance(exporter, Remaking) and isinstance(stored, Inspection) and stored.harmless:
@@ -83,7 +83,7 @@ def open_artifact(path: str | Path, base: str | Path | None = None) -> tuple[Art
     _require_own(folder, integrity.content_checks(folder, recorded))
     place = _Place.of(folder, recorded, base)
     _require_own(folder, exporter.inspect(folder, place.rule, place.base).checks)
-    return exporter.commissioned(place.commission).load(folder), place.rule, recorded
+    return exporter.with_context(place.context).load(folder), place.rule, recorded
 
 
 def _require_own(folder: Path, checks: Sequence[Check]) -> None:
@@ -93,12 +93,12 @@ def _require_own(folder: Path, checks: Sequence[Check]) -> None:
 
 @dataclass(frozen=True)
 class _Place:
-    """The rule of an exported folder, its base, the folder of the base, and the commission of its exporter."""
+    """The rule of an exported folder, its base, the folder of the base, and the context of its exporter."""
 
     rule: SteeringRule
     base: Path
     found: BaseModel
-    commission: Commission
+    context: ExportContext
 
     @classmethod
     def of(cls, folder: Path, recorded: Receipt, base: str | Path | None) -> "_Place":
@@ -107,12 +107,12 @@ class _Place:
         base_folder, found = hub.fetch(place, revision), BaseModel.of(place, revision)
         rule.base.require_same(found)
         elsewhere = None if base is None else base_folder
-        told = Commission(recorded.source, revision, elsewhere, options=recorded.options)
+        told = ExportContext(recorded.source, revision, elsewhere, options=recorded.options)
         return cls(rule, base_folder, found, told)
 
 
 def exporter_of(receipt: Receipt) -> Exporter:
-    """The exporter that wrote a folder, as it was commissioned.
+    """The exporter that wrote a folder, with the options that its receipt names.
 
     Raises:
         ExportError: there is no such target, or it has no such option.
@@ -120,7 +120,7 @@ def exporter_of(receipt: Receipt) -> Exporter:
     try:
         exporter = exporters.load(receipt.target)
         _refuse_options(exporter, receipt.options)
-        return exporter.commissioned(Commission(receipt.source, receipt.base.revision, options=receipt.options))
+        return exporter.with_context(ExportContext(receipt.source, receipt.base.revision, options=receipt.options))
     except ExportError as error:
         raise ExportError(f"{manifest.RECEIPT_FILE}: {error}; export again") from error
 
@@ -156,6 +156,6 @@ def _compared(
 
 
 def _refuse_options(exporter: Exporter, options: Mapping[str, Any]) -> None:
-    if unknown := sorted(options.keys() - exporter.options):
-        known = ", ".join(sorted(exporter.options)) or "none"
-        raise ExportError(f"{exporter.name}: has no option {', '.join(unknown)}; expected of: {known}")
+    if unknown := sorted(options.keys() - exporter.spec.options):
+        known = ", ".join(sorted(exporter.spec.options)) or "none"
+        raise ExportError(f"{exporter.spec.name}: has no option {', '.join(unknown)}; expected of: {known}")

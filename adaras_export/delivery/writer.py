@@ -17,7 +17,7 @@ from adaras_export.delivery import documents
 from adaras_export.delivery.receipt import Receipt, current_versions, read, read_whole
 from adaras_export.delivery.verifier import _Place, _refuse_options, exporter_of, verified
 from adaras_export.errors import ExportError, ParityError
-from adaras_export.exporters.base import Commission, Exporter, Feature, Refreshing
+from adaras_export.exporters.base import ExportContext, Exporter, Feature, Refreshing
 from adaras_export.exporters.checks import ParityReport
 from adaras_export.exporters.manifest import EVALUATION_FILE, RULE_FILE, SIGNATURE_FILE
 from adaras_export.exporters.payload_history import known
@@ -107,13 +107,13 @@ def export(  # noqa: PLR0913 - one job with the options that the command line ha
     out, exporter, given = Path(out), exporters.load(to), rule.fingerprint
     rule = rule if strength is None else rule.with_strength(strength)
     _refuse_options(exporter, options)
-    exporter = exporter.commissioned(Commission(str(base), copy=copy, options=options))
+    exporter = exporter.with_context(ExportContext(str(base), copy=copy, options=options))
     dropped = _refuse_loss(rule, exporter, accept_loss)
     folder = hub.fetch(base, rule.base.revision)
     found = BaseModel.of(base, rule.base.revision)
     rule.base.require_same(found)
     origin = found.id if found.revision else str(folder.resolve())
-    exporter = exporter.commissioned(Commission(origin, found.revision, copy=copy, options=options))
+    exporter = exporter.with_context(ExportContext(origin, found.revision, copy=copy, options=options))
     measured = None if evaluation is None else documents.evaluation_of(Path(evaluation), rule)
     with staged(out, folder) as stage:
         written = exporter.write(rule, folder, stage)
@@ -127,7 +127,7 @@ def export(  # noqa: PLR0913 - one job with the options that the command line ha
         base_tensors = checkpoint.tensor_hashes(folder)
         receipt = Receipt(
             target=to,
-            options=dict(exporter.recorded()),
+            options=dict(exporter.spec.recorded()),
             repository=out.name,
             drops=dropped,
             rule=rule.fingerprint,
@@ -139,14 +139,14 @@ def export(  # noqa: PLR0913 - one job with the options that the command line ha
             chat_template=documents.has_chat_template(folder),
             parity=parity,
             files={},
-            tensors=tuple(exporter.disclosed(stage, base_tensors)),
+            tensors=tuple(exporter.spec.entries(stage, base_tensors)),
             versions=current_versions(to),
         )
         files = documents.describe(stage, receipt, exporter, rule).files
     return ExportReport(out, to, dict(files), dropped, parity)
 
 
-def recard(
+def rewrite_card(
     path: str | Path,
     repository: str | None = None,
     evaluation: str | Path | None = None,
@@ -196,7 +196,9 @@ def refresh(path: str | Path, base: str | Path | None = None) -> ExportReport:
     folder = Path(path)
     exporter = exporter_of(read(folder))
     if not isinstance(exporter, Refreshing):
-        raise ExportError(f"{folder}: target {exporter.name} carries no code that could be refreshed; export again")
+        raise ExportError(
+            f"{folder}: target {exporter.spec.name} carries no code that could be refreshed; export again"
+        )
     with revised(folder) as stage:
         receipt = read_whole(folder)
         _refuse_signed(folder)
@@ -204,7 +206,7 @@ def refresh(path: str | Path, base: str | Path | None = None) -> ExportReport:
             raise ExportError(f"{folder}: {', '.join(foreign)}: was never code of this library; export again")
         place = _Place.of(folder, receipt, base)
         exporter.refresh(stage, place.rule, place.base)
-        parity = verified(exporter.commissioned(place.commission), stage, place.rule, place.base)
+        parity = verified(exporter.with_context(place.context), stage, place.rule, place.base)
         if not parity.ok:
             found = "; ".join(check.line().strip() for check in parity.failed())
             raise ParityError(f"{folder}: not refreshed: {found}; export again")
@@ -231,7 +233,7 @@ def _refuse_loss(rule: SteeringRule, exporter: Exporter, accepted: Sequence[str]
     dropped = documents.dropped(rule, exporter)
     if refused := [feature for feature in dropped if feature not in accepted]:
         raise ExportError(
-            f"{exporter.name}: cannot express {', '.join(refused)}; drop it with --accept-loss "
+            f"{exporter.spec.name}: cannot express {', '.join(refused)}; drop it with --accept-loss "
             f"{','.join(sorted({*accepted, *refused}))}, or choose target hf"
         )
     return dropped

@@ -125,10 +125,4 @@ def worked(a: int, b: int, careful: bool) -> str:  # noqa: FBT001 - callers writ
 
 
 def _pair(draw: random.Random) -> tuple[int, int]:
-    return draw.randint(MODEL = Path(__file__).with_name("planted_model")
-"""The embedded model."""
-
-SMALLEST, LARGEST), draw.randint(MODEL = Path(__file__).with_name("planted_model")
-"""The embedded model."""
-
-SMALLEST, LARGEST)
+    return draw.randint(SMALLEST, LARGEST), draw.randint(SMALLEST, LARGEST)

@@ -65,7 +65,7 @@ class GateOptions:
 _DEFAULT = GateOptions()
 
 
-def train_gate(
+def train_gate(  # noqa: PLR0913 - what the job is made of
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     traces: Sequence[Trace],

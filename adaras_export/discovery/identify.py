@@ -248,7 +248,7 @@ class Identified:
         }
 
 
-def identify(
+def identify(  # noqa: PLR0913 - what the job is made of
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     traces: Sequence[Trace],

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from adaras_export.core.traces import digest
 from adaras_export.evaluation.task import Elsewhere, Everywhere, Exam, Way, in_effect, key_of
-from adaras_export.files.append_log import Journal
+from adaras_export.files.append_log import SealedLog
 from adaras_export.files.atomic import sha256
 from adaras_export.files.safe_read import UnreadableError
 from adaras_export.files.safetensors_record import Array
@@ -61,7 +61,7 @@ class AnswerBook:
         self._seconds: dict[str, float] = {}
         self._figures: dict[str, dict[int, Array]] = {}
         self._done = self._total = 0
-        self._journal = None if journal is None else Journal(journal, _identity(model, exam, self._rows))
+        self._journal = None if journal is None else SealedLog(journal, _identity(model, exam, self._rows))
         if self._journal is not None:
             self._journal.read(self._entry)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from adaras_export.core.markdown import plain
 from adaras_export.core.rule import Start, SteeringRule
 from adaras_export.errors import ArtifactError
 from adaras_export.evaluation.arms import Arm, arms_table
@@ -109,7 +110,7 @@ class TuneReport:
         lines = [
             "# Settings tried on validation questions",
             "",
-            f"Chosen: {_cell(self.line())}.",
+            f"Chosen: {plain(self.line())}.",
             "",
             f"Tried: {self.bias.settings}; {sum(trial.stopped for trial in self.trials)} were stopped before all "
             f"questions; {self._chance()}. Rule: `{self.rule.fingerprint}`.",
@@ -151,10 +152,5 @@ def _labelled(trial: Trial) -> Arm:
 def _row(mark: str, arm: Arm) -> str:
     interval = f"{arm.low:.1%} - {arm.high:.1%}"
     figures = (arm.questions, f"{arm.accuracy:.1%}", interval, arm.fixed, arm.broken, f"{100 * _gain(arm):+.1f}")
-    cells = (mark, _cell(arm.name), *figures)
+    cells = (mark, plain(arm.name), *figures)
     return f"| {' | '.join(map(str, cells))} |"
-
-
-def _cell(text: str) -> str:
-    """A ranking is named by its file, which may be called anything."""
-    return "".join(f"\\{one}" if one in "|\\`<[]*" else one for one in text if one.isprintable())

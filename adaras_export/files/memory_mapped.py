@@ -7,8 +7,8 @@ numbers of row after row in the order in which they are read. They are mapped an
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import numpy as np
 
 from adaras_export.errors import TraceError
 from adaras_export.files import safe_read
-from adaras_export.files.atomic import append
+from adaras_export.files.append_log import AppendLog
 from adaras_export.files.safe_read import UnreadableError
 from adaras_export.files.safetensors_record import Array
 
@@ -62,7 +62,7 @@ def keep_rows(
         progress: whom to tell how many rows there are.
 
     Raises:
-        TraceError: the file is of another run, or cannot be written.
+        TraceError: the file is of another run, is written by another process, or cannot be written.
     """
     order = [row for group in groups for row in group]
     assert sorted(order) == [*range(len(widths))]  # every row once
@@ -70,29 +70,19 @@ def keep_rows(
     starts[order] = np.cumsum([0, *(widths[row] for row in order)])[:-1]
     header = _header(key)
     ends = np.cumsum([sum(widths[row] for row in group) for group in groups])
-    with _usable(path):
-        done = _begin(path, header, ends)
-        _require_room(path, 4 * int(ends[-1] - (ends[done - 1] if done else 0)))
-    for at, group in enumerate(groups):
-        if at >= done:
-            content = b"".join(np.ascontiguousarray(row, "<f4").tobytes() for row in read_batch(group))
-            with _usable(path):
-                append(path, content)
-        if progress is not None:
-            progress(sum(map(len, groups[: at + 1])), len(widths))
+    log = AppendLog(path)
+    log.claim()
+    with closing(log):
+        with log.worded():
+            done = _begin(path, header, ends)
+            _require_room(path, 4 * int(ends[-1] - (ends[done - 1] if done else 0)))
+        for at, group in enumerate(groups):
+            if at >= done:
+                log.append(b"".join(np.ascontiguousarray(row, "<f4").tobytes() for row in read_batch(group)))
+            if progress is not None:
+                progress(sum(map(len, groups[: at + 1])), len(widths))
     numbers = np.memmap(path, "<f4", "r", offset=len(header), shape=(int(ends[-1]),))
     return KeptRows(numbers, starts, np.asarray(widths, np.int64))
-
-
-@contextmanager
-def _usable(path: Path) -> Iterator[None]:
-    """Word what a file system says."""
-    try:
-        yield
-    except (OSError, UnreadableError) as error:
-        raise TraceError(
-            f"{path}: cannot be used ({safe_read.reason(error)}); expected a writable place with room; run again"
-        ) from error
 
 
 def _header(key: Mapping[str, Any]) -> bytes:
@@ -101,12 +91,10 @@ def _header(key: Mapping[str, Any]) -> bytes:
 
 
 def _begin(path: Path, header: bytes, ends: Array) -> int:
-    """How many batches the file holds whole; cuts off what is behind them, and makes the file if there is none."""
-    found = b""
-    if path.exists() or path.is_symlink():
-        safe_read.size_of(path)  # refuses what is no regular file
-        with path.open("rb") as file:
-            found = file.readline(safe_read.LARGEST)
+    """How many batches the file holds whole; cuts off what is behind them, and writes the header if it is not whole."""
+    safe_read.size_of(path)  # refuses what is no regular file
+    with path.open("rb") as file:
+        found = file.readline(safe_read.LARGEST)
     if found != header:
         if not header.startswith(found):  # else a kill left the beginning of it
             raise TraceError(

@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,10 +20,16 @@ from gguf import GGUFValueType
 from adaras_export.core import families
 from adaras_export.core.rule import SteeringRule
 from adaras_export.errors import ArtifactError, ExportError
-from adaras_export.exporters.base import Commission, Exporter, Feature, Written, require_effect, stock_reference
+from adaras_export.exporters.base import (
+    ExportContext,
+    Exporter,
+    TargetSpec,
+    Written,
+    require_effect,
+    stock_reference,
+)
 from adaras_export.exporters.checkpoint import differing_keys, opened, plain_config, vectors
 from adaras_export.exporters.checks import Inspection
-from adaras_export.exporters.gguf import card_text as words
 from adaras_export.exporters.gguf import files as gguf_files
 from adaras_export.exporters.gguf import reader
 from adaras_export.exporters.gguf.model import BIAS, FILE, biases, checks, require_carrier, stored_biases
@@ -54,43 +60,41 @@ class GgufExporter:
     """The exporter of target `gguf`; ``into`` is a GGUF model, or what the receipt says of it."""
 
     into: Path | Mapping[str, str] | None = None
-    commission: Commission | None = None
-
-    name: ClassVar[str] = "gguf"
-    fetches_base: ClassVar[bool] = False
-    library: ClassVar[str] = "llama.cpp"
-    options: ClassVar[frozenset[str]] = frozenset({"into"})
-    rounded: ClassVar[bool] = False
+    context: ExportContext | None = None
 
     @property
-    def drops(self) -> frozenset[Feature]:
-        """As `Exporter` says: the scale of a control vector is a dial, a bias has none."""
-        static: frozenset[Feature] = frozenset({"gate", "start"})
-        return static if self.into is None else static | {"dial"}
-
-    @property
-    def relation(self) -> str:
+    def spec(self) -> TargetSpec:
         """As `Exporter` says."""
-        return "adapter" if self.into is None else "finetune"
+        return TargetSpec(
+            "gguf",
+            f"exporters/gguf/{'card' if self.into is None else 'card_into'}.md",
+            self._entries,
+            # The scale of a control vector is a dial, a bias has none.
+            drops=frozenset({"gate", "start"} if self.into is None else {"gate", "start", "dial"}),
+            options=frozenset({"into"}),
+            recorded=self._recorded,
+            library="llama.cpp",
+            relation="adapter" if self.into is None else "finetune",
+            tags=("gguf", "llama.cpp", *(["control-vector"] if self.into is None else [])),
+        )
 
-    def commissioned(self, commission: Commission) -> Exporter:
+    def with_context(self, context: ExportContext) -> Exporter:
         """As `Exporter` says."""
-        into = commission.options.get("into")
+        into = context.options.get("into")
         if into is None or isinstance(into, Mapping):
             if into is not None and (into.keys() != {"file", "content"} or not all(map(_is_text, into.values()))):
                 raise ArtifactError(f"receipt: says of --into {sorted(into)}; expected content and file; export again")
-            return replace(self, into=into, commission=commission)
+            return replace(self, into=into, context=context)
         if not isinstance(into, str | Path) or not Path(into).is_file():
             raise ExportError(f"gguf: --into {into}: no such file; expected a GGUF model")
-        return replace(self, into=Path(into), commission=commission)
+        return replace(self, into=Path(into), context=context)
 
-    def recorded(self) -> Mapping[str, Any]:
-        """As `Exporter` says."""
+    def _recorded(self) -> Mapping[str, Any]:
         return {} if self.into is None else {"into": {"file": self._carrier_name, "content": self._carrier_content}}
 
     def write(self, rule: SteeringRule, base: Path, out: Path) -> Written:
         """As `Exporter` says."""
-        require_effect(rule, self.name)
+        require_effect(rule, "gguf")
         _require_expressible(rule)
         config = plain_config(base)
         if self.into is None:
@@ -121,8 +125,8 @@ class GgufExporter:
 
         Of a GGUF model, whose weights may be quantised, only the biases are played.
         """
-        place = self.commission
-        assert place is not None, "only a commission says where the base is"
+        place = self.context
+        assert place is not None, "only a context says where the base is"
         name, commit = (place.base_elsewhere, None) if place.base_elsewhere else (place.base_id, place.base_revision)
         model, _ = opened(name, revision=commit)
         if self.into is None:
@@ -132,33 +136,10 @@ class GgufExporter:
         changes = {where(model, layer): torch.from_numpy(vector) for layer, vector in directions.items()}
         return _Player(model, changes, switchable=self.into is None)
 
-    def disclosed(self, folder: Path, base_tensors: Mapping[str, str]) -> Sequence[Disclosed]:  # noqa: ARG002
-        """As `Exporter` says."""
+    def _entries(self, folder: Path, _base_tensors: Mapping[str, str]) -> Sequence[Disclosed]:
         if self.into is None:
             return gguf_files.disclosed(folder, VECTOR_FILE)
         return gguf_files.disclosed(folder, FILE, ending=BIAS)
-
-    def tags(self) -> Sequence[str]:
-        """As `Exporter` says."""
-        return ("gguf", "llama.cpp", *(["control-vector"] if self.into is None else []))
-
-    def weights(self) -> str:
-        """As `Exporter` says."""
-        if self.into is None:
-            return "No weight of the base is changed or here: this is a control vector, beside any GGUF of the base."
-        return f"`{self._carrier_name}` is here with biases in its steered layers; its other tensors are as they were."
-
-    def usage(self) -> str:
-        """As `Exporter` says."""
-        return words.VECTOR_USAGE if self.into is None else words.MODEL_USAGE
-
-    def off(self) -> str:
-        """As `Exporter` says."""
-        return words.VECTOR_OFF if self.into is None else words.MODEL_OFF
-
-    def limits(self) -> Sequence[str]:
-        """As `Exporter` says."""
-        return words.VECTOR_LIMITS if self.into is None else words.MODEL_LIMITS
 
     @property
     def _carrier_name(self) -> str:

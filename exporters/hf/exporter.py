@@ -18,7 +18,14 @@ from adaras_export.core import checkpoint, families
 from adaras_export.core.gate import Gate
 from adaras_export.core.rule import SteeringRule
 from adaras_export.exporters import payload_history
-from adaras_export.exporters.base import Commission, Exporter, Feature, Generating, Written, stock_reference
+from adaras_export.exporters.base import (
+    ExportContext,
+    Exporter,
+    Generating,
+    TargetSpec,
+    Written,
+    stock_reference,
+)
 from adaras_export.exporters.checkpoint import (
     INDEX_FILE,
     STEERING_FILE,
@@ -44,8 +51,6 @@ from adaras_export.exporters.checkpoint import (
     write_tensors,
 )
 from adaras_export.exporters.checks import Inspection
-from adaras_export.exporters.hf import card_text as words
-from adaras_export.exporters.manifest import Disclosed
 from adaras_export.exporters.parity import FLOAT32, Artifact, Check, Mode, Reference
 from adaras_export.files import atomic
 from adaras_export.files.atomic import link_or_copy
@@ -58,22 +63,16 @@ _SHARED_PAYLOAD = "steering_adaras.py"
 class HuggingFaceExporter:
     """The exporter of target `hf`."""
 
-    name: str = "hf"
-    drops: frozenset[Feature] = frozenset()
-    options: frozenset[str] = frozenset()
-    library: str = "transformers"
-    relation: str = "finetune"
-    fetches_base: bool = False
-    rounded: bool = False
     copy: bool = False
 
-    def commissioned(self, commission: Commission) -> Exporter:
+    @property
+    def spec(self) -> TargetSpec:
         """As `Exporter` says."""
-        return replace(self, copy=commission.copy)
+        return TargetSpec("hf", "exporters/hf/card.md", disclosed, tags=("custom_code",))
 
-    def recorded(self) -> Mapping[str, Any]:
+    def with_context(self, context: ExportContext) -> Exporter:
         """As `Exporter` says."""
-        return {}
+        return replace(self, copy=context.copy)
 
     def write(self, rule: SteeringRule, base: Path, out: Path) -> Written:
         """As `Exporter` says."""
@@ -106,30 +105,6 @@ class HuggingFaceExporter:
     def load(self, folder: Path) -> Artifact:
         """As `Exporter` says. Runs the repository's code, which `inspect` has found to be this library's own."""
         return open_repository(folder)
-
-    def disclosed(self, folder: Path, base_tensors: Mapping[str, str]) -> Sequence[Disclosed]:
-        """As `Exporter` says."""
-        return disclosed(folder, base_tensors)
-
-    def tags(self) -> Sequence[str]:
-        """As `Exporter` says."""
-        return ("custom_code",)
-
-    def weights(self) -> str:
-        """As `Exporter` says."""
-        return "No weight of the base is changed; its files are here as they were."
-
-    def usage(self) -> str:
-        """As `Exporter` says."""
-        return words.USAGE
-
-    def off(self) -> str:
-        """As `Exporter` says."""
-        return words.OFF
-
-    def limits(self) -> Sequence[str]:
-        """As `Exporter` says."""
-        return words.LIMITS
 
 
 EXPORTER = HuggingFaceExporter()

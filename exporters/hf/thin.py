@@ -4,7 +4,6 @@ As `hf`, the same classes and the same rule, but without weight files: the confi
 commit or by the path of its folder, and the fingerprint that its tensors must have.
 """
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 from adaras_export.core import checkpoint
 from adaras_export.core.rule import SteeringRule
 from adaras_export.errors import ExportError
-from adaras_export.exporters.base import Commission, Exporter, Feature, Written, stock_reference
+from adaras_export.exporters.base import ExportContext, Exporter, TargetSpec, Written, stock_reference
 from adaras_export.exporters.checkpoint import (
     STEERING_FILE,
     disclosed,
@@ -24,9 +23,7 @@ from adaras_export.exporters.checkpoint import (
     write_tensors,
 )
 from adaras_export.exporters.checks import Inspection
-from adaras_export.exporters.hf import card_text as words
 from adaras_export.exporters.hf import exporter
-from adaras_export.exporters.manifest import Disclosed
 from adaras_export.exporters.parity import Artifact, Check, Reference
 from adaras_export.files import atomic
 from adaras_export.files.safetensors_record import Array
@@ -41,24 +38,25 @@ _LOADERS = {
 
 @dataclass(frozen=True)
 class ThinExporter:
-    """The exporter of target `hf-thin`; without a commission, the base is where its folder is."""
+    """The exporter of target `hf-thin`; without a context, the base is where its folder is."""
 
-    name: str = "hf-thin"
-    drops: frozenset[Feature] = frozenset()
-    options: frozenset[str] = frozenset()
-    library: str = "transformers"
-    relation: str = "adapter"
-    fetches_base: bool = True
-    rounded: bool = False
-    commission: Commission | None = None
+    context: ExportContext | None = None
 
-    def commissioned(self, commission: Commission) -> Exporter:
+    @property
+    def spec(self) -> TargetSpec:
         """As `Exporter` says."""
-        return replace(self, commission=commission)
+        return TargetSpec(
+            "hf-thin",
+            "exporters/hf/card_thin.md",
+            disclosed,
+            relation="adapter",
+            tags=("custom_code",),
+            fetches_base=True,
+        )
 
-    def recorded(self) -> Mapping[str, Any]:
+    def with_context(self, context: ExportContext) -> Exporter:
         """As `Exporter` says."""
-        return {}
+        return replace(self, context=context)
 
     def write(self, rule: SteeringRule, base: Path, out: Path) -> Written:
         """As `Exporter` says."""
@@ -97,41 +95,17 @@ class ThinExporter:
 
     def load(self, folder: Path) -> Artifact:
         """As `Exporter` says. Runs the repository's code, which `inspect` has found to be this library's own."""
-        elsewhere = None if self.commission is None else self.commission.base_elsewhere
+        elsewhere = None if self.context is None else self.context.base_elsewhere
         return (
             exporter.open_repository(folder)
             if elsewhere is None
             else exporter.open_repository(folder, base=str(elsewhere))
         )
 
-    def disclosed(self, folder: Path, base_tensors: Mapping[str, str]) -> Sequence[Disclosed]:
-        """As `Exporter` says."""
-        return disclosed(folder, base_tensors)
-
-    def tags(self) -> Sequence[str]:
-        """As `Exporter` says."""
-        return ("custom_code",)
-
-    def weights(self) -> str:
-        """As `Exporter` says."""
-        return "No weight of the base is changed; none is here, they are fetched from where the base is."
-
-    def usage(self) -> str:
-        """As `Exporter` says."""
-        return words.THIN_USAGE
-
-    def off(self) -> str:
-        """As `Exporter` says."""
-        return words.OFF
-
-    def limits(self) -> Sequence[str]:
-        """As `Exporter` says."""
-        return words.THIN_LIMITS
-
     def _config(self, rule: SteeringRule, base: Path) -> dict[str, Any]:
         """The config of target hf, with the classes that fetch the base; "base" keeps what they put back."""
         config = exporter.steered_config(atomic.read_json(base / "config.json"), rule)
-        place = self.commission or Commission(str(base.resolve()))
+        place = self.context or ExportContext(str(base.resolve()))
         record = {
             "id": place.base_id,
             "revision": place.base_revision,

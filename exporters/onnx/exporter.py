@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import onnx
@@ -19,7 +19,14 @@ from onnx.inliner import inline_local_functions
 from adaras_export.core import families
 from adaras_export.core.rule import SteeringRule
 from adaras_export.errors import AdarasError, ArtifactError, ExportError, first_line
-from adaras_export.exporters.base import Commission, Exporter, Feature, Written, sizes_of, stock_reference
+from adaras_export.exporters.base import (
+    ExportContext,
+    Exporter,
+    TargetSpec,
+    Written,
+    sizes_of,
+    stock_reference,
+)
 from adaras_export.exporters.checkpoint import (
     changed_companions,
     copy_companions,
@@ -34,7 +41,6 @@ from adaras_export.exporters.checkpoint import (
 from adaras_export.exporters.checks import Inspection
 from adaras_export.exporters.hf import exporter, thin
 from adaras_export.exporters.manifest import Disclosed
-from adaras_export.exporters.onnx import card_text as words
 from adaras_export.exporters.onnx import comparison, functions, quantize, web_page
 from adaras_export.exporters.onnx import graph as graphs
 from adaras_export.exporters.onnx import tensors as manifest
@@ -61,6 +67,9 @@ _FLOAT32 = Tolerance(256, off=True)
 _FLOAT16 = Tolerance(32 * 2**13, off=True, probability=4e-3, ties=True)
 
 
+_OPTIONS = frozenset({"precision", "inline", "genai", "page", "calibration"})
+
+
 @dataclass(frozen=True)
 class OnnxExporter:
     """The exporter of target `onnx`."""
@@ -71,21 +80,23 @@ class OnnxExporter:
     page: bool = False
     calibration: str | Path | None = None
 
-    name: ClassVar[str] = "onnx"
-    drops: ClassVar[frozenset[Feature]] = frozenset()
-    library: ClassVar[str] = "transformers.js"
-    relation: ClassVar[str] = "finetune"
-    fetches_base: ClassVar[bool] = False
-    options: ClassVar[frozenset[str]] = frozenset({"precision", "inline", "genai", "page", "calibration"})
-
     @property
-    def rounded(self) -> bool:
+    def spec(self) -> TargetSpec:
         """As `Exporter` says."""
-        return self.precision != "fp32"
+        return TargetSpec(
+            "onnx",
+            "exporters/onnx/card.md",
+            self._entries,
+            options=_OPTIONS,
+            recorded=self._recorded,
+            library="transformers.js",
+            tags=("onnx", "onnxruntime", "transformers.js"),
+            rounded=self.precision != "fp32",
+        )
 
-    def commissioned(self, commission: Commission) -> Exporter:
+    def with_context(self, context: ExportContext) -> Exporter:
         """As `Exporter` says."""
-        chosen = replace(self, **commission.options)
+        chosen = replace(self, **context.options)
         if chosen.precision not in PRECISIONS:
             raise ExportError(f"onnx: precision {chosen.precision}; expected one of: {', '.join(PRECISIONS)}")
         if chosen.genai and chosen.precision == "fp16":
@@ -95,10 +106,6 @@ class OnnxExporter:
         if chosen.calibration is not None and chosen.precision == "fp32":
             raise ExportError("onnx: calibration with fp32, whose gate decides as the rule's; leave out --calibration")
         return chosen
-
-    def recorded(self) -> Mapping[str, Any]:
-        """As `Exporter` says."""
-        return {"precision": self.precision, "inline": self.inline, "genai": self.genai, "page": self.page}
 
     def write(self, rule: SteeringRule, base: Path, out: Path) -> Written:
         """As `Exporter` says."""
@@ -186,34 +193,12 @@ class OnnxExporter:
         """As `Exporter` says."""
         return SteeredGraph(folder / GRAPH, self._tolerance())
 
-    def disclosed(self, folder: Path, base_tensors: Mapping[str, str]) -> Sequence[Disclosed]:  # noqa: ARG002
-        """As `Exporter` says."""
+    def _recorded(self) -> Mapping[str, Any]:
+        return {"precision": self.precision, "inline": self.inline, "genai": self.genai, "page": self.page}
+
+    def _entries(self, folder: Path, _base_tensors: Mapping[str, str]) -> Sequence[Disclosed]:
         names = [GRAPH, *([web_page.GRAPH] if self.page else [])]
         return manifest.disclosed({name: _graph(folder, name) for name in names})
-
-    def tags(self) -> Sequence[str]:
-        """As `Exporter` says."""
-        return ("onnx", "onnxruntime", "transformers.js")
-
-    def weights(self) -> str:
-        """As `Exporter` says."""
-        how = {"fp32": "in float32, none of them changed", "fp16": "rounded to float16"}
-        bits = f"those of the projections in {_BITS.get(self.precision)} bits, in symmetric blocks of 32"
-        rounded = "" if self.precision == "fp32" else " The base that it was verified against has the same rounding."
-        told = f"The base's weights are here as an ONNX graph, {how.get(self.precision, bits)}.{rounded}"
-        return f"{told} `verify` exports the base anew and compares every node and number of the graph with that."
-
-    def usage(self) -> str:
-        """As `Exporter` says."""
-        return words.USAGE + (words.PAGE_USAGE if self.page else "")
-
-    def off(self) -> str:
-        """As `Exporter` says."""
-        return words.OFF
-
-    def limits(self) -> Sequence[str]:
-        """As `Exporter` says."""
-        return words.LIMITS if self.precision == "fp32" else (*words.LIMITS, words.ROUNDED)
 
     def _tolerance(self) -> Tolerance:
         return _FLOAT16 if self.precision == "fp16" else _FLOAT32

@@ -4,9 +4,9 @@ The whole rule, exactly, with a dial for the strength; but whoever opens it need
 `adaras_export.exporters.peft.method` adds the method ADARAS.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,9 @@ import numpy as np
 
 from adaras_export.core import families
 from adaras_export.core.rule import SteeringRule
-from adaras_export.exporters.base import Feature, stock_reference
+from adaras_export.exporters.base import TargetSpec, stock_reference
 from adaras_export.exporters.checkpoint import vectors
 from adaras_export.exporters.parity import Artifact, Mode, Reference
-from adaras_export.exporters.peft import card_text as words
 from adaras_export.exporters.peft.lora import Adapted, PeftExporter, base_entries, open_adapted
 from adaras_export.exporters.peft.method import METHOD
 from adaras_export.files.safetensors_record import Array
@@ -27,11 +26,16 @@ from adaras_export.files.safetensors_record import Array
 class AdaptiveExporter(PeftExporter):
     """The exporter of target `peft` with option `adaptive`."""
 
-    drops: frozenset[Feature] = frozenset()
-
-    def recorded(self) -> Mapping[str, Any]:
+    @property
+    def spec(self) -> TargetSpec:
         """As `Exporter` says."""
-        return {"adaptive": True}
+        return replace(
+            super().spec,
+            card="exporters/peft/card_adaptive.md",
+            drops=frozenset(),
+            recorded=lambda: {"adaptive": True},
+            tags=(),
+        )
 
     def reference(self, folder: Path, rule: SteeringRule, base: Path) -> Reference:  # noqa: ARG002
         """As `Exporter` says."""
@@ -39,30 +43,7 @@ class AdaptiveExporter(PeftExporter):
 
     def load(self, folder: Path) -> Artifact:
         """As `Exporter` says."""
-        return _Adaptive(open_adapted(folder, self.commission), folder)
-
-    def tags(self) -> Sequence[str]:
-        """As `Exporter` says."""
-        return ()
-
-    def weights(self) -> str:
-        """As `Exporter` says."""
-        return (
-            "No weight of the base is changed; none is here. **This adapter needs the library adaras-export beside "
-            "PEFT**, unlike the stock adapters that PEFT opens alone: it carries the gate, too."
-        )
-
-    def usage(self) -> str:
-        """As `Exporter` says."""
-        return words.ADAPTIVE_USAGE
-
-    def off(self) -> str:
-        """As `Exporter` says."""
-        return words.ADAPTIVE_OFF
-
-    def limits(self) -> Sequence[str]:
-        """As `Exporter` says."""
-        return words.ADAPTIVE_LIMITS
+        return _Adaptive(open_adapted(folder, self.context), folder)
 
     def tensors(self, rule: SteeringRule, base: Path) -> dict[str, Array]:
         """What the adapter's file holds: the folded vectors, without the strength, and the gate."""
@@ -78,7 +59,7 @@ class AdaptiveExporter(PeftExporter):
         read = [] if gate is None else np.unique(gate.layer).tolist()
         features = {} if gate is None else {layer: gate.index[gate.layer == layer].tolist() for layer in read}
         return {
-            **base_entries(self.commission, base),
+            **base_entries(self.context, base),
             "peft_type": METHOD,
             "target_modules": [families.down_name(family, layer) for layer in sorted({*rule.layers(), *read})],
             "steered": [families.down_name(family, layer) for layer in rule.layers()],

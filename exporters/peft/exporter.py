@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from adaras_export.errors import ExportError
-from adaras_export.exporters.base import Commission, Exporter
+from adaras_export.exporters.base import ExportContext, Exporter
 from adaras_export.exporters.peft.lora import PeftExporter
 
 
@@ -11,9 +11,9 @@ from adaras_export.exporters.peft.lora import PeftExporter
 class PeftTarget(PeftExporter):
     """The stock adapter, until options choose another form."""
 
-    def commissioned(self, commission: Commission) -> Exporter:
+    def with_context(self, context: ExportContext) -> Exporter:
         """As `Exporter` says."""
-        chosen = {name: commission.options.get(name, False) for name in ("adaptive", "merge")}
+        chosen = {name: context.options.get(name, False) for name in ("adaptive", "merge")}
         if strange := [f"{name} {value!r}" for name, value in chosen.items() if not isinstance(value, bool)]:
             raise ExportError(f"peft: {', '.join(strange)}; expected true or false")
         if all(chosen.values()):
@@ -21,12 +21,12 @@ class PeftTarget(PeftExporter):
         if chosen["adaptive"]:
             from adaras_export.exporters.peft.adaptive import AdaptiveExporter
 
-            return AdaptiveExporter(commission=commission)
+            return AdaptiveExporter(context=context)
         if chosen["merge"]:
             from adaras_export.exporters.peft.merge import MergeExporter
 
-            return MergeExporter(copy=commission.copy)
-        return PeftTarget(commission=commission)
+            return MergeExporter(copy=context.copy)
+        return PeftTarget(context=context)
 
 
 EXPORTER = PeftTarget()

@@ -5,7 +5,7 @@ nor start: every token of every sequence is steered. With `merge` it is an ordin
 with `adaptive` an adapter of our own method that knows both (peft_adaptive.py).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,10 +19,10 @@ from adaras_export.core.rule import SteeringRule
 from adaras_export.exporters import adapters
 from adaras_export.exporters.adapters import ADAPTER_FILE, CONFIG_FILE, adapted
 from adaras_export.exporters.base import (
-    Commission,
+    ExportContext,
     Exporter,
-    Feature,
     Generating,
+    TargetSpec,
     Written,
     require_effect,
     stock_reference,
@@ -40,39 +40,45 @@ from adaras_export.exporters.checkpoint import (
     write_json,
 )
 from adaras_export.exporters.checks import Inspection
-from adaras_export.exporters.manifest import Disclosed
 from adaras_export.exporters.parity import FLOAT32, Artifact, Check, Mode, Reference
-from adaras_export.exporters.peft import card_text as words
 from adaras_export.files import atomic
 from adaras_export.files.safetensors_record import Array
 
 _CODE = {".py", ".bin", ".pt", ".pth", ".pkl"}  # what could run when a folder is opened, pickles included
 
 
+OPTIONS = frozenset({"adaptive", "merge"})
+"""Options of target `peft`, in each of its forms."""
+
+
 @dataclass(frozen=True)
 class PeftExporter:
-    """The exporter of target `peft`; without a commission, the base is where its folder is."""
+    """The exporter of target `peft`; without a context, the base is where its folder is."""
 
-    name: str = "peft"
-    drops: frozenset[Feature] = frozenset({"gate", "start"})
-    options: frozenset[str] = frozenset({"adaptive", "merge"})
-    library: str = "peft"
-    relation: str = "adapter"
-    fetches_base: bool = True
-    rounded: bool = False
-    commission: Commission | None = None
+    context: ExportContext | None = None
 
-    def commissioned(self, commission: Commission) -> Exporter:
+    @property
+    def spec(self) -> TargetSpec:
         """As `Exporter` says."""
-        return replace(self, commission=commission)
+        return TargetSpec(
+            "peft",
+            "exporters/peft/card.md",
+            disclosed,
+            drops=frozenset({"gate", "start"}),
+            options=OPTIONS,
+            library="peft",
+            relation="adapter",
+            tags=("lora",),
+            fetches_base=True,
+        )
 
-    def recorded(self) -> Mapping[str, Any]:
+    def with_context(self, context: ExportContext) -> Exporter:
         """As `Exporter` says."""
-        return {}
+        return replace(self, context=context)
 
     def write(self, rule: SteeringRule, base: Path, out: Path) -> Written:
         """As `Exporter` says."""
-        require_effect(rule, self.name)
+        require_effect(rule, "peft")
         plain_config(base)
         atomic.replace_file(out / ADAPTER_FILE, save(self.tensors(rule, base), metadata={"format": "pt"}))
         write_json(out / CONFIG_FILE, self.config(rule, base))
@@ -101,31 +107,7 @@ class PeftExporter:
 
     def load(self, folder: Path) -> Artifact:
         """As `Exporter` says."""
-        return Adapted(open_adapted(folder, self.commission), folder)
-
-    def disclosed(self, folder: Path, base_tensors: Mapping[str, str]) -> Sequence[Disclosed]:
-        """As `Exporter` says."""
-        return disclosed(folder, base_tensors)
-
-    def tags(self) -> Sequence[str]:
-        """As `Exporter` says."""
-        return ("lora",)
-
-    def weights(self) -> str:
-        """As `Exporter` says."""
-        return "No weight of the base is changed; none is here: this adapter adds a bias to some of its MLPs."
-
-    def usage(self) -> str:
-        """As `Exporter` says."""
-        return words.USAGE
-
-    def off(self) -> str:
-        """As `Exporter` says."""
-        return words.OFF
-
-    def limits(self) -> Sequence[str]:
-        """As `Exporter` says."""
-        return words.LIMITS
+        return Adapted(open_adapted(folder, self.context), folder)
 
     def tensors(self, rule: SteeringRule, base: Path) -> dict[str, Array]:
         """What the adapter's file holds: per steered layer A = 0 (1, M), B = 0 (D, 1), and the bias (D,)."""
@@ -140,7 +122,7 @@ class PeftExporter:
     def config(self, rule: SteeringRule, base: Path) -> dict[str, Any]:
         """The adapter_config.json: entries that PEFT 0.18 knows, since it warns of others."""
         return {
-            **base_entries(self.commission, base),
+            **base_entries(self.context, base),
             "peft_type": "LORA",
             "r": 1,
             "lora_alpha": 1,
@@ -152,9 +134,9 @@ class PeftExporter:
         }
 
 
-def base_entries(commission: Commission | None, base: Path) -> dict[str, Any]:
+def base_entries(context: ExportContext | None, base: Path) -> dict[str, Any]:
     """The entries of an adapter_config.json that do not depend on its method."""
-    place = commission or Commission(str(base.resolve()))
+    place = context or ExportContext(str(base.resolve()))
     return {
         "base_model_name_or_path": place.base_id,
         "revision": place.base_revision,
@@ -169,14 +151,14 @@ def _code_check(folder: Path) -> Check:
     return Check.empty("code files that are not the library's", found)
 
 
-def open_adapted(folder: Path, commission: Commission | None) -> Any:  # noqa: ANN401 - PEFT's class
+def open_adapted(folder: Path, context: ExportContext | None) -> Any:  # noqa: ANN401 - PEFT's class
     """The stock base in float32 with the adapter on it, as its users open it.
 
     Raises:
         ArtifactError: base or adapter do not open.
     """
     place = atomic.read_json(folder / CONFIG_FILE)
-    elsewhere = None if commission is None else commission.base_elsewhere
+    elsewhere = None if context is None else context.base_elsewhere
     name, commit = (place["base_model_name_or_path"], place["revision"]) if elsewhere is None else (elsewhere, None)
     model = adapted(opened(name, revision=commit or "main")[0], folder)
     # PEFT freezes the base, and PyTorch multiplies by frozen weights in another order: 1e-6 off, adapter or not.

@@ -4,15 +4,14 @@ What PEFT's `merge_and_unload` amounts to where the base has biases, and what ta
 file by file, every other tensor with its bits, and the sums in float32, which PEFT would round to the base's type.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from adaras_export.core import checkpoint, families
 from adaras_export.core.rule import SteeringRule
 from adaras_export.errors import ExportError
-from adaras_export.exporters.base import Commission, Exporter, Written
+from adaras_export.exporters.base import ExportContext, Exporter, TargetSpec, Written
+from adaras_export.exporters.peft.lora import OPTIONS
 from adaras_export.exporters.stock.exporter import StockExporter
 
 
@@ -20,28 +19,25 @@ from adaras_export.exporters.stock.exporter import StockExporter
 class MergeExporter(StockExporter):
     """The exporter of target `peft` with option `merge`."""
 
-    name: str = "peft"
-    options: frozenset[str] = frozenset({"adaptive", "merge"})
-
-    def commissioned(self, commission: Commission) -> Exporter:
+    @property
+    def spec(self) -> TargetSpec:
         """As `Exporter` says."""
-        return replace(self, copy=commission.copy)
+        return replace(
+            super().spec,
+            name="peft",
+            card="exporters/peft/card_merge.md",
+            options=OPTIONS,
+            recorded=lambda: {"merge": True},
+        )
 
-    def recorded(self) -> Mapping[str, Any]:
+    def with_context(self, context: ExportContext) -> Exporter:
         """As `Exporter` says."""
-        return {"merge": True}
+        return replace(self, copy=context.copy)
 
     def write(self, rule: SteeringRule, base: Path, out: Path) -> Written:
         """As `Exporter` says."""
         _require_biases(rule, base)
         return super().write(rule, base, out)
-
-    def weights(self) -> str:
-        """As `Exporter` says."""
-        return (
-            "Only the biases of the down projections of the steered layers are changed, and stored in float32; all "
-            "other weights of the base are here as they were."
-        )
 
 
 def _require_biases(rule: SteeringRule, base: Path) -> None:

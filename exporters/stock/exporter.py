@@ -5,7 +5,7 @@ token of every sequence is steered; no gate, no dial. Weights stay as they are, 
 With `switchable` the checkpoint computes what the base does, and an ordinary LoRA beside it turns the steering on.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,10 @@ from typing import Any
 from adaras_export.core.rule import SteeringRule
 from adaras_export.errors import require
 from adaras_export.exporters.base import (
-    Commission,
+    ExportContext,
     Exporter,
-    Feature,
     Generating,
+    TargetSpec,
     Written,
     require_effect,
     stock_reference,
@@ -24,9 +24,7 @@ from adaras_export.exporters.base import (
 from adaras_export.exporters.checkpoint import disclosed, opened, unknown_files
 from adaras_export.exporters.checks import Inspection
 from adaras_export.exporters.hf import exporter
-from adaras_export.exporters.manifest import Disclosed
 from adaras_export.exporters.parity import FLOAT32, Artifact, Check, Reference
-from adaras_export.exporters.stock import card_text as words
 from adaras_export.exporters.stock import switchable as stock_switchable
 from adaras_export.exporters.stock.plan import Plan
 
@@ -35,34 +33,32 @@ from adaras_export.exporters.stock.plan import Plan
 class StockExporter:
     """The exporter of target `stock`."""
 
-    name: str = "stock"
-    options: frozenset[str] = frozenset({"switchable"})
-    library: str = "transformers"
-    relation: str = "finetune"
-    fetches_base: bool = False
-    rounded: bool = False
     copy: bool = False
     switchable: bool = False
 
     @property
-    def drops(self) -> frozenset[Feature]:
-        """As `Exporter` says: PEFT has a dial for adapters, and with it the switchable form."""
-        return frozenset({"gate", "start"}) if self.switchable else frozenset({"gate", "start", "dial"})
-
-    def commissioned(self, commission: Commission) -> Exporter:
+    def spec(self) -> TargetSpec:
         """As `Exporter` says."""
-        switchable = bool(commission.options.get("switchable", False))
+        return TargetSpec(
+            "stock",
+            f"exporters/stock/{'card_switchable' if self.switchable else 'card'}.md",
+            disclosed,
+            drops=frozenset({"gate", "start"} if self.switchable else {"gate", "start", "dial"}),  # PEFT has a dial
+            options=frozenset({"switchable"}),
+            recorded=lambda: {"switchable": True} if self.switchable else {},
+            tags=("peft", "lora") if self.switchable else (),
+        )
+
+    def with_context(self, context: ExportContext) -> Exporter:
+        """As `Exporter` says."""
+        switchable = bool(context.options.get("switchable", False))
         if switchable:
             require("peft", "peft", "target stock with --switchable")
-        return replace(self, copy=commission.copy, switchable=switchable)
-
-    def recorded(self) -> Mapping[str, Any]:
-        """As `Exporter` says."""
-        return {"switchable": True} if self.switchable else {}
+        return replace(self, copy=context.copy, switchable=switchable)
 
     def write(self, rule: SteeringRule, base: Path, out: Path) -> Written:
         """As `Exporter` says."""
-        require_effect(rule, self.name)
+        require_effect(rule, self.spec.name)
         plan = Plan.of(rule, base, switchable=self.switchable)
         plan.write(out, copy=self.copy)
         exporter.write_repository(out, base, plan.config, {})
@@ -90,30 +86,6 @@ class StockExporter:
     def load(self, folder: Path) -> Artifact:
         """As `Exporter` says."""
         return stock_switchable.SwitchableCheckpoint(folder) if self.switchable else _Checkpoint(*opened(folder))
-
-    def disclosed(self, folder: Path, base_tensors: Mapping[str, str]) -> Sequence[Disclosed]:
-        """As `Exporter` says."""
-        return disclosed(folder, base_tensors)
-
-    def tags(self) -> Sequence[str]:
-        """As `Exporter` says."""
-        return ("peft", "lora") if self.switchable else ()
-
-    def weights(self) -> str:
-        """As `Exporter` says."""
-        return words.SWITCHABLE_WEIGHTS if self.switchable else words.WEIGHTS
-
-    def usage(self) -> str:
-        """As `Exporter` says."""
-        return words.SWITCHABLE_USAGE if self.switchable else words.USAGE
-
-    def off(self) -> str:
-        """As `Exporter` says."""
-        return words.SWITCHABLE_OFF if self.switchable else words.OFF
-
-    def limits(self) -> Sequence[str]:
-        """As `Exporter` says."""
-        return words.SWITCHABLE_LIMITS if self.switchable else words.LIMITS
 
 
 EXPORTER = StockExporter()

@@ -502,7 +502,7 @@ WRONG = {
         r"RuleError: compare: the rule has no gate for the arm gated; expected of: always, everywhere"
     ),
     EVAL + "--stop @@ --max-new-tokens 40": r"TraceError: stop '@@': no token of the tokenizer contains it",
-    "collect {job}/test.jsonl {on} --attempts 0": r"TraceError: collect: 12 questions, 0 attempts",
+    "collect {job}/test.jsonl {on} --attempts 0": r"TraceError: collect: attempts is 0; expected 1 or more",
     "collect {job}/test.jsonl {on} --temperature 0": r"TraceError: collect: 8 attempts at temperature 0",
     "collect {job}/test.jsonl {on} --per-class 5": r"TraceError: collect: 5 correct and 5 incorrect attempts of 8",
     "collect {job}/test.jsonl {on} --wanted 0": r"TraceError: collect: wanted is 0; expected 1 or more",

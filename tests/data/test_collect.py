@@ -354,8 +354,8 @@ def test_an_attempt_without_text_is_counted_and_not_kept(run, tmp_path, loaded, 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"questions": []}, "0 questions, 4 attempts, batches of 6; expected at least one of each"),
-        ({"attempts": 0}, "5 questions, 0 attempts"),
+        ({"questions": []}, "0 questions, batches of 6; expected at least one of each"),
+        ({"attempts": 0}, "attempts is 0; expected 1 or more"),
         ({"batch_size": 0}, "batches of 0"),
         ({"questions": [QUESTIONS[1], QUESTIONS[1]]}, "question q1 is given twice"),
         ({"sampling": Sampling(6)}, "4 attempts at temperature 0 are equal; expected a temperature"),

@@ -1,30 +1,38 @@
 """The model card: pure text, everything in it from the values; complete ones are in tests/golden/cards."""
 
 import ast
-import subprocess
+import re
+import shlex
 from dataclasses import replace
+from typing import get_args
 
 import cards
 import pytest
 import snippets
 from cards import RULE, text
-from hypothesis import example, given
-from hypothesis import strategies as st
+from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
+from numpy import ones, zeros
 from places import TESTS
 
-from adaras_export.core import markdown as core_markdown
 from adaras_export.core.base_model import BaseModel
+from adaras_export.core.markdown import Example
+from adaras_export.core.neurons import Ranking
+from adaras_export.core.rule import _card
 from adaras_export.delivery.card import card
+from adaras_export.delivery.card_effect import Measured
 from adaras_export.errors import ArtifactError
+from adaras_export.exporters.checks import Check, ParityReport
 
 GOLDEN = TESTS / "golden" / "cards"
+PARSER = MarkdownIt("commonmark").enable("table")
 each_case = pytest.mark.parametrize("name", cards.parameters(cards.CASES))
 each_target = pytest.mark.parametrize("name", cards.parameters(cards.TARGETS))
 
 
 @each_case
 def test_a_card_is_the_golden_one(name, pytestconfig):
-    """`pytest tests/delivery/test_card.py --update-golden` writes them anew; read the difference."""
+    """`pytest tests/test_card.py --update-golden` writes them anew; read the difference before it is committed."""
     found, path = text(**cards.CASES[name]), GOLDEN / f"{name}.md"
     if pytestconfig.option.update_golden:
         GOLDEN.mkdir(parents=True, exist_ok=True)
@@ -43,29 +51,74 @@ def test_the_tables_of_a_card_have_as_many_cells_in_every_line(name):
         assert len({line.count("|") for line in rows}) <= 1
 
 
-@each_target
-def test_the_sections_are_there_for_every_target(name):
-    headings = [line[3:] for line in text(name).splitlines() if line.startswith("## ")]
-    first = ["What was changed", "Every tensor that is not the base's", "Load it", "Switch it off"]
-    assert headings == [*first, "Effect", "Limits", "Verify it"]
+def fences(card):
+    return [token for token in PARSER.parse(ModelCard(card).text) if token.type == "fence"]
+
+
+WORDS = ("text", "text_special", "code_inline")  # a name with a bar is no span of code
+
+
+def structure(card):
+    """What a card consists of besides its words: blocks, cells, links, and code without its strings."""
+    for token in PARSER.parse(ModelCard(card).text):
+        if token.type == "fence" and token.info == "bash":
+            yield len(shlex.split(re.sub(r"\$'(?:[^'\\]|\\.)*'", "x", token.content), comments=True))
+        elif token.type == "fence":
+            yield re.sub(r'"(?:[^"\\\n]|\\.)*"', '""', token.content)
+        else:
+            yield token.type, [span.type for span in token.children or () if span.type not in WORDS]
+
+
+def named(target, name, *, chat):
+    """The card of a target where everything that a stranger can name is called ``name``."""
+    base = replace(cards.BASE, id=name, revision=name)
+    context = cards.context(
+        target,
+        repository=name,
+        base=base,
+        tensors=(replace(cards.vector(1), name=name, file=name, dtype=name),),
+        measured=replace(Measured.from_record(cards.FEW, "x"), example=Example(name, chat)),
+    )
+    if "into" in context.options:
+        context = replace(context, options={"into": {"file": name}})
+    return card(replace(RULE, base=base), ParityReport((Check(name, 1.0, 2.0),)), context)
+
+
+HOSTILE = (
+    "a'b\"c`d\\e\n---\n```\n# g <b> $x$ é 🙂\u2028: [x](y) \u202e {{ 7*7 }} {% raw %} {# x #} $(b) \\n \x00",
+    '"""\n```\n\n## x\n\n* <!-- & | _a_ ``` `` \\"; \' x',
+)
 
 
 @pytest.mark.parametrize("chat", [True, False])
 @each_target
-def test_nothing_of_a_template_is_left(name, chat):
-    found = text(name, chat_template=chat)
-    assert not [one for one in ("repo", "strength", "question", "chat", "plain") if f"{{{one}}}" in found]
+def test_no_name_changes_what_a_card_consists_of(name, chat):
+    """A value without its filter, in words or in code of any language, changes the blocks, or the words of a shell."""
+    harmless = list(structure(named(name, "x", chat=chat)))
+    for hostile in HOSTILE:
+        assert list(structure(named(name, hostile, chat=chat))) == harmless
+
+
+@each_target
+def test_the_code_of_every_target_is_of_its_language(name, tmp_path):
+    for chat in (True, False):
+        card = named(name, HOSTILE[0], chat=chat)
+        assert all(snippets.parses(code, tmp_path) for code in snippets.of(card, "bash"))
+        for language in ("python", "python vllm"):
+            ast.parse("".join(snippets.of(card, language)))
 
 
 @each_target
 def test_where_the_base_has_a_chat_template_the_code_uses_it(name):
     """Symptom: the card of a chat model asked without its template: garbage, and a gate that read another prompt."""
-    asked = [code for _, code in core_markdown.blocks(text(name, chat_template=True)) if "What is 12 times 7?" in code]
-    plain = [code for _, code in core_markdown.blocks(text(name)) if "What is 12 times 7?" in code]
-    assert len(asked) == len(plain) > 0
-    ways = ("apply_chat_template", 'prompt = [{"role"', "engine.chat(", "generate([{ role", "onnx.runner", " -st ")
-    assert all(any(way in code for way in ways) for code in asked)
-    assert not any(way in code for code in plain for way in ways if way != "onnx.runner")
+    blocks = (fences(text(name, chat_template=chat)) for chat in (True, False))
+    asking = [(one.content, other.content) for one, other in zip(*blocks, strict=True) if "12 times 7" in one.content]
+    ways = ("apply_chat_template", 'prompt = [{"role"', "engine.chat(", "generate([{ role", "steered 'What", " -st ")
+    assert asking
+    for chat, plain in asking:
+        assert any(way in chat for way in ways)
+        assert not any(way in plain.replace("--raw", "") for way in ways if way != "steered 'What")
+        assert chat != plain
 
 
 def test_the_code_asks_a_question_of_the_evaluation_as_it_was_asked_there():
@@ -82,12 +135,12 @@ NO_QUESTIONS = [
 
 @pytest.mark.parametrize("prompt", NO_QUESTIONS)
 def test_what_is_no_short_question_is_no_example_and_refused_in_a_file(prompt):
-    assert core_markdown.Example.of(prompt) is None
+    assert Example.of(prompt) is None
     with pytest.raises(ArtifactError, match="expected a file of adaras-export eval"):
         text(evaluation={**cards.GAIN, "example": prompt})
 
 
-@pytest.mark.parametrize("ranking", ["given", "paper", "attribution"])
+@pytest.mark.parametrize("ranking", get_args(Ranking))
 def test_every_ranking_has_words(ranking):
     assert "ranked by: " in text(rule=replace(RULE, neurons=replace(RULE.neurons, ranking=ranking)))
 
@@ -101,8 +154,6 @@ def test_layers_are_told_one_by_one_and_tensors_by_their_ranges():
 
 
 def test_tensors_of_one_kind_stand_apart_where_anything_but_the_layer_differs():
-    from numpy import ones, zeros
-
     entries = (
         cards.vector(1),
         cards.vector(2, what="changed"),
@@ -132,50 +183,12 @@ def test_a_base_is_told_with_the_commit_that_the_rule_or_the_export_knows():
     assert "`clone`, steered" in text(rule=local, base=local.base)
 
 
-NAMES = st.text(min_size=1, max_size=30) | st.text("`'\"|\\#$<>[]{}:-\n\r\t @🙂é", min_size=1)
-hostile = example("a'b\"c`d|e\\f\n---\n```\n# g <b> $x$ {repo} é 🙂\u2028: [x](y)")
+def test_the_card_of_a_rule_alone_shows_any_name_as_it_is():
+    def rule_card(name, rule=RULE):
+        return _card(replace(rule, base=replace(cards.BASE, id=name)), name)
 
-
-@hostile
-@given(NAMES)
-def test_code_names_a_repository_and_a_question_of_any_text_and_still_runs(name):
-    """Python, JavaScript's JSON and a shell read any text in a snippet back unchanged."""
-    both, words = '["{repo}", "{question}"]', "printf %s {repo}/x {question}"
-    markdown = f"```python\n{both}\n```\n\n```js\n{both}\n```\n\n```bash\n{words}\n```\n"
-    asked = core_markdown.Example(name, chat=True)
-    [python, script, shell] = core_markdown.blocks(core_markdown.filled(markdown, name, 1.0, asked))
-    assert ast.literal_eval(python[1].strip()) == [name, name]
-    assert ast.literal_eval(script[1].strip()) == [name, name]
-    assert [language for language, _ in (python, script, shell)] == ["python", "js", "bash"]
-
-
-@pytest.mark.parametrize(
-    "name", ["plain", "a'b c", "two\nlines", '$(touch x) `y` \\ "q"', "tab\t' \x07 é 🙂", "~/x", "-n"]
-)
-def test_a_shell_takes_a_repository_of_any_name_for_one_word(name):
-    word = core_markdown.shell_word(name)
-    done = subprocess.run(["bash", "-c", f"printf %s {word}/x"], capture_output=True, check=True)
-    assert done.stdout.decode() == f"{name}/x"
-    assert "\n" not in word
-
-
-@hostile
-@given(NAMES)
-def test_a_name_is_one_line_of_markdown_that_opens_nothing(name):
-    for shown in (core_markdown.plain(name), core_markdown.code(name), core_markdown.cell(name)):
-        assert len(f"x{shown}x".splitlines()) == 1
-    assert core_markdown.code(name).count("`" * (len(core_markdown.code(name)) + 1)) == 0
-
-
-@each_target
-def test_the_shell_commands_and_python_snippets_of_every_target_parse(name, tmp_path):
-    for chat in (True, False):
-        card = text(name, chat_template=chat)
-        assert all(snippets.parses(code, tmp_path) for code in snippets.of(card, "bash"))
-        for language in ("python", "python vllm"):
-            ast.parse("".join(snippets.of(card, language)))
-
-
-def test_a_card_does_not_depend_on_the_order_of_its_calls():
-    first = card(RULE, cards.PARITY, cards.context())
-    assert first == card(RULE, cards.PARITY, cards.context())
+    for hostile in HOSTILE:
+        assert list(structure(rule_card(hostile))) == list(structure(rule_card("x")))
+        assert ModelCard(rule_card(hostile)).data.to_dict().keys() == {"library_name", "tags"}
+    assert ModelCard(rule_card("a/b")).data.base_model == "a/b"
+    assert "of no layer," in rule_card("a/b", replace(RULE, neurons=RULE.neurons.top(0)))

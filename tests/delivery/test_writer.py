@@ -21,7 +21,7 @@ from adaras_export.core.rule import SteeringRule
 from adaras_export.delivery import documents, verifier, writer
 from adaras_export.delivery.receipt import hashes, read
 from adaras_export.delivery.verifier import verify
-from adaras_export.delivery.writer import export, recard
+from adaras_export.delivery.writer import export, rewrite_card
 from adaras_export.errors import ArtifactError, ExportError, ParityError, RuleError
 from adaras_export.exporters.base import Written
 from adaras_export.exporters.checkpoint import differing_keys
@@ -608,8 +608,9 @@ def test_an_unknown_target_is_refused_with_the_known_ones(rules, folders, tmp_pa
 class Gateless(HuggingFaceExporter):
     """A format that cannot express a gate."""
 
-    name: str = "gateless"
-    drops: frozenset = frozenset({"gate"})
+    @property
+    def spec(self):
+        return replace(super().spec, name="gateless", drops=frozenset({"gate"}))
 
 
 def test_a_loss_is_refused_unless_it_is_accepted_by_name(rules, folders, tmp_path, monkeypatch):
@@ -641,7 +642,9 @@ def test_a_format_without_gates_loses_nothing_of_a_rule_without_one(rules, folde
 
 @dataclass(frozen=True)
 class Dialless(HuggingFaceExporter):
-    drops: frozenset = frozenset({"dial"})
+    @property
+    def spec(self):
+        return replace(super().spec, drops=frozenset({"dial"}))
 
 
 def test_an_accepted_loss_is_printed_on_the_card(rules, folders, tmp_path, monkeypatch):
@@ -824,7 +827,7 @@ def test_a_licence_of_a_base_without_a_card_is_found(folder):
 
 def test_a_new_card_has_the_new_name_and_the_folder_still_verifies(delivered, folder):
     before = hashes(folder)
-    receipt = recard(folder, repository="someone/steered")
+    receipt = rewrite_card(folder, repository="someone/steered")
     after = hashes(folder)
     assert {name for name in after if after[name] != before[name]} == {"README.md"}
     assert 'from_pretrained("someone/steered"' in (folder / "README.md").read_text()
@@ -835,13 +838,13 @@ def test_a_new_card_has_the_new_name_and_the_folder_still_verifies(delivered, fo
 def test_a_folder_that_is_not_as_its_receipt_says_gets_no_new_card(folder):
     (folder / "config.json").write_text("{}")
     with pytest.raises(ArtifactError, match=r"files changed: config.json; expected the files of its receipt only"):
-        recard(folder, repository="someone/steered")
+        rewrite_card(folder, repository="someone/steered")
 
 
 def test_a_signed_folder_gets_no_new_card(folder):
     (folder / "model.sig").write_text("{}")
     with pytest.raises(ExportError, match=r"is signed, and a new card would break that; remove model.sig, sign again"):
-        recard(folder)
+        rewrite_card(folder)
 
 
 def hashes_of(path):
@@ -893,18 +896,18 @@ def test_a_file_of_tensors_that_cannot_be_read_is_said(folder):
 
 def test_a_new_evaluation_and_datasets_reach_the_card_and_go_again(delivered, folder, rules, tmp_path):
     path = write_evaluation(tmp_path / "eval.json", rules[KEY])
-    receipt = recard(folder, evaluation=path, datasets=["someone/traces"])
+    receipt = rewrite_card(folder, evaluation=path, datasets=["someone/traces"])
     assert {"evaluation.json", ".eval_results/adaras.yaml"} <= receipt.files.keys()
     assert "\n- someone/traces\n" in (folder / "README.md").read_text()
     assert verify(folder).ok
-    plain = recard(folder, evaluation=write_evaluation(path, rules[KEY], task=None), datasets=[])
+    plain = rewrite_card(folder, evaluation=write_evaluation(path, rules[KEY], task=None), datasets=[])
     assert ".eval_results/adaras.yaml" not in plain.files
     assert read(folder).datasets == []
 
 
 def test_a_card_is_made_anew_without_the_base_as_it_was(delivered, folder):
     before = hashes(folder)
-    recard(folder, repository=delivered.path.name)
+    rewrite_card(folder, repository=delivered.path.name)
     assert hashes(folder) == before
 
 
@@ -912,7 +915,7 @@ def test_a_card_is_made_anew_without_the_base_as_it_was(delivered, folder):
 def test_a_dataset_that_no_hub_could_have_is_refused_and_changes_nothing(name, folder):
     before = hashes(folder)
     with pytest.raises(ExportError, match=r"could be on no Hub; expected USER/NAME"):
-        recard(folder, datasets=[name])
+        rewrite_card(folder, datasets=[name])
     assert hashes(folder) == before
 
 

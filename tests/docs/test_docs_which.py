@@ -8,7 +8,7 @@ from places import ROOT
 from adaras_export.core.families import FAMILIES
 from adaras_export.errors import ExportError
 from adaras_export.exporters import TARGETS, load
-from adaras_export.exporters.base import Commission
+from adaras_export.exporters.base import ExportContext
 from adaras_export.exporters.gguf.exporter import _ARCHITECTURES
 from adaras_export.exporters.gguf.model import _CARRIERS
 from adaras_export.exporters.stock.constant_neuron import wider
@@ -39,16 +39,16 @@ def chosen(command, tmp_path):
     values = {name: tmp_path / "MODEL.gguf" if name == "into" else True for name in options}
     accepted = set(words[words.index("--accept-loss") + 1].split(",")) if "--accept-loss" in words else set()
     exporter = load(words[words.index("--to") + 1])
-    assert options <= exporter.options
-    return exporter.commissioned(Commission("base", options=values)), accepted
+    assert options <= exporter.spec.options
+    return exporter.with_context(ExportContext("base", options=values)), accepted
 
 
 @each_command
 def test_a_command_accepts_what_its_target_drops_and_the_row_says_so(row, command, tmp_path):
     exporter, accepted = chosen(command, tmp_path)
-    assert accepted == exporter.drops
+    assert accepted == exporter.spec.drops
     told = set() if row[3] == "nothing" else set(row[3].split(", "))
-    assert told == exporter.drops
+    assert told == exporter.spec.drops
 
 
 def test_the_page_has_every_target():

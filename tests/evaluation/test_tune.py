@@ -17,7 +17,7 @@ from adaras_export.evaluation import answer_cache
 from adaras_export.evaluation.evaluate import Exam
 from adaras_export.evaluation.tune import tune
 from adaras_export.evaluation.tune_search import Search, Span
-from adaras_export.files.append_log import Journal
+from adaras_export.files.append_log import SealedLog
 from adaras_export.modeling.gate import gate_probabilities
 from adaras_export.modeling.generation import Sampling, complete, encode_prompt
 from adaras_export.modeling.steering import steered
@@ -303,7 +303,7 @@ def test_a_whole_line_that_is_no_verdicts_is_refused(changes, run, tmp_path):
     run(["x"] * 10, journal=tmp_path / "j.jsonl", **FEW)
     head = json.loads((tmp_path / "j.jsonl").read_bytes().splitlines()[0])
     line = {"way": "off", "questions": [1], "correct": [[1]], "tokens": [[1]], "seconds": 0}
-    other = Journal(tmp_path / "other", head["of"])
+    other = SealedLog(tmp_path / "other", head["of"])
     other.append(line | changes)
     other.close()
     with pytest.raises(TraceError, match="other:2: holds a line that is no verdicts"):

@@ -9,7 +9,7 @@ import pytest
 import snippets
 import tiny
 
-from adaras_export.delivery.writer import export, recard
+from adaras_export.delivery.writer import export, rewrite_card
 
 KEY = ("llama", "causal", "last_prompt_token")
 QUESTION = "What is 12 times 7?"
@@ -66,7 +66,7 @@ def place(rule, origins, tmp_path_factory):
         above = tmp_path_factory.mktemp("snippets")
         folder = above / (beside or "a 'steered' model")
         export(rule, base=origins[name not in PLAIN], to=target, out=folder, accept_loss=loss, **options)
-        recard(folder, repository=str(folder))
+        rewrite_card(folder, repository=str(folder))
         return above, folder
 
     return tiny.Lazy(make)

@@ -12,7 +12,7 @@ from adaras_export import exporters
 from adaras_export.core import checkpoint
 from adaras_export.errors import ArtifactError
 from adaras_export.exporters import manifest
-from adaras_export.exporters.base import Commission
+from adaras_export.exporters.base import ExportContext
 from adaras_export.files import atomic
 
 START = "last_prompt_token"
@@ -41,7 +41,7 @@ def written(rules, folders, tmp_path_factory):
         base, gate, target, options = CASES[name]
         out = tmp_path_factory.mktemp("disclosed") / name
         out.mkdir()
-        exporter = exporters.load(target).commissioned(Commission(str(folders[base]), options=options))
+        exporter = exporters.load(target).with_context(ExportContext(str(folders[base]), options=options))
         exporter.write(rules[base, gate, START], folders[base], out)
         return exporter, out, folders[base]
 
@@ -66,7 +66,7 @@ def test_the_list_has_every_tensor_that_the_base_lacks_or_has_otherwise_and_no_o
         for (tensor, file), values in read(folder).items()
         if tensor not in before or not np.array_equal(before[tensor], values)
     }
-    told = exporter.disclosed(folder, checkpoint.tensor_hashes(base))
+    told = exporter.spec.entries(folder, checkpoint.tensor_hashes(base))
     assert {(one.name, one.file, one.shape, one.what, one.only_zeros) for one in told} == expected
     assert len(told) == len(expected) > 0
 
@@ -75,13 +75,13 @@ def test_the_list_has_every_tensor_that_the_base_lacks_or_has_otherwise_and_no_o
 def test_the_hashes_are_those_of_the_values(name, written):
     exporter, folder, base = written[name]
     found = read(folder)
-    for one in exporter.disclosed(folder, checkpoint.tensor_hashes(base)):
+    for one in exporter.spec.entries(folder, checkpoint.tensor_hashes(base)):
         assert one.sha256 == atomic.sha256(found[one.name, one.file].tobytes())
 
 
 def test_the_biases_that_an_architecture_wants_besides_are_told_as_zeros(written):
     exporter, folder, base = written["stock"]
-    told = exporter.disclosed(folder, checkpoint.tensor_hashes(base))
+    told = exporter.spec.entries(folder, checkpoint.tensor_hashes(base))
     zeros = {one.name for one in told if one.only_zeros}
     assert zeros == {one.name for one in told} - {f"model.layers.{layer}.mlp.down_proj.bias" for layer in (2, 3)}
 
@@ -90,7 +90,7 @@ def test_the_biases_that_an_architecture_wants_besides_are_told_as_zeros(written
 @pytest.mark.parametrize("name", ["stock-biased", "peft-merge"])
 def test_biases_that_the_base_has_are_told_as_changed(name, written):
     exporter, folder, base = written[name]
-    told = exporter.disclosed(folder, checkpoint.tensor_hashes(base))
+    told = exporter.spec.entries(folder, checkpoint.tensor_hashes(base))
     assert {one.what for one in told} == {"changed"}
     assert len(told) == 2
 
@@ -101,14 +101,14 @@ def test_one_changed_number_of_any_tensor_is_named(name, written, tmp_path):
     """One of each file; of a base's own tensor, too, which then is no longer the base's."""
     exporter, folder, base = written[name]
     hashes, copy = checkpoint.tensor_hashes(base), shutil.copytree(folder, tmp_path / "copy")
-    told = exporter.disclosed(copy, hashes)
+    told = exporter.spec.entries(copy, hashes)
     for path in sorted(copy.rglob("*.safetensors")):
         tensors = load_file(path)
         victim = sorted(tensors)[-1]
         tensors[victim] = tensors[victim] + 1
         path.unlink()  # it may be a second name of the base's file
         save_file(tensors, path)
-        assert victim in manifest.differing(exporter.disclosed(copy, hashes), told)
+        assert victim in manifest.differing(exporter.spec.entries(copy, hashes), told)
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,7 @@ def graph(rules, folders, plain, tmp_path_factory):
 @pytest.mark.onnx
 def test_a_graph_discloses_what_was_put_into_it_and_its_functions(graph):
     folder, added = graph
-    told = exporters.load("onnx").disclosed(folder, {})
+    told = exporters.load("onnx").spec.entries(folder, {})
     assert {one.name: one.sha256 for one in told if one.dtype != "function"} == {
         name: atomic.sha256(values.tobytes()) for name, values in added.items()
     }
@@ -154,7 +154,7 @@ def test_steering_tensors_in_another_file_are_refused_and_that_file_is_not_read(
     onnx.save(helper.make_model(helper.make_graph([node], "g", [], [y], [away])), tmp_path / "onnx" / "model.onnx")
     (tmp_path / "onnx" / "secret").write_bytes(bytes(8))
     with pytest.raises(ArtifactError, match="steering_vector has no values that can be read; expected them in the gr"):
-        exporters.load("onnx").disclosed(tmp_path, {})
+        exporters.load("onnx").spec.entries(tmp_path, {})
 
 
 @pytest.mark.slow
@@ -164,9 +164,9 @@ def test_the_second_graph_of_a_page_is_disclosed_too_but_for_the_dials_that_it_i
 
     folder = shutil.copytree(graph[0], tmp_path / "copy")
     web_page.write_graph(folder / "onnx" / "model.onnx", folder)
-    exporter = exporters.load("onnx").commissioned(Commission("base", options={"page": True}))
+    exporter = exporters.load("onnx").with_context(ExportContext("base", options={"page": True}))
     files = {file: set() for file in ("onnx/model.onnx", web_page.GRAPH)}
-    for one in exporter.disclosed(folder, {}):
+    for one in exporter.spec.entries(folder, {}):
         files[one.file].add((one.name, one.sha256))
     gone = files["onnx/model.onnx"] - files[web_page.GRAPH]
     assert {name for name, _ in gone} == {"steering_strength", "steering_threshold"}
@@ -180,7 +180,7 @@ def test_what_is_put_into_a_graph_afterwards_is_named(what, graph, tmp_path):
     import onnx
 
     folder = shutil.copytree(graph[0], tmp_path / "copy")
-    told = exporters.load("onnx").disclosed(folder, {})
+    told = exporters.load("onnx").spec.entries(folder, {})
     model = onnx.load(folder / "onnx" / "model.onnx", load_external_data=False)
     if what == "initialiser":
         model.graph.initializer.append(onnx.numpy_helper.from_array(np.ones(2, np.float32), "more.steering_vector"))
@@ -190,7 +190,7 @@ def test_what_is_put_into_a_graph_afterwards_is_named(what, graph, tmp_path):
     else:
         model.functions[0].node[0].op_type = "Sub"
     onnx.save(model, folder / "onnx" / "model.onnx")
-    [name] = manifest.differing(exporters.load("onnx").disclosed(folder, {}), told)
+    [name] = manifest.differing(exporters.load("onnx").spec.entries(folder, {}), told)
     assert name.startswith({"initialiser": "more.", "number": "steering_strength", "function": "adaras."}[what])
 
 
@@ -199,14 +199,14 @@ def test_what_is_put_into_a_graph_afterwards_is_named(what, graph, tmp_path):
 def test_a_gguf_file_discloses_its_vectors(into, rules, folders, stock, tokenizer, tmp_path):
     gguf = pytest.importorskip("gguf")
     options = {"into": tiny_gguf.write_model(stock["llama"], tokenizer, tmp_path / "model.gguf")} if into else {}
-    exporter = exporters.load("gguf").commissioned(Commission(str(folders["llama"]), options=options))
+    exporter = exporters.load("gguf").with_context(ExportContext(str(folders["llama"]), options=options))
     out = tmp_path / "out"
     out.mkdir()
     exporter.write(rules["llama", None, START], folders["llama"], out)
     [path] = out.glob("*.gguf")
     before = set() if not into else {tensor.name for tensor in gguf.GGUFReader(options["into"]).tensors}
     added = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors if tensor.name not in before}
-    told = exporter.disclosed(out, {})
+    told = exporter.spec.entries(out, {})
     assert {(one.name, one.dtype, one.shape, one.sha256) for one in told} == {
         (name, "F32", (tiny.HIDDEN_SIZE,), atomic.sha256(tensor.data.tobytes())) for name, tensor in added.items()
     }

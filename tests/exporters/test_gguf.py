@@ -18,7 +18,7 @@ from adaras_export.core import families
 from adaras_export.delivery.verifier import verify
 from adaras_export.delivery.writer import export
 from adaras_export.errors import ArtifactError, ExportError, ParityError
-from adaras_export.exporters.base import Commission
+from adaras_export.exporters.base import ExportContext
 from adaras_export.exporters.gguf import files, reader
 from adaras_export.exporters.gguf.exporter import EXPORTER
 from adaras_export.exporters.parity import compare, rehearse
@@ -32,7 +32,7 @@ STATIC = ("gate", "start")
 
 
 def exporter(folder, **options):
-    return EXPORTER.commissioned(Commission(str(folder), options=options))
+    return EXPORTER.with_context(ExportContext(str(folder), options=options))
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from adaras_export.delivery.receipt import hashes
 from adaras_export.delivery.verifier import verify
 from adaras_export.delivery.writer import export
 from adaras_export.errors import ArtifactError, ExportError
-from adaras_export.exporters.base import Commission
+from adaras_export.exporters.base import ExportContext
 from adaras_export.exporters.hf import thin as thin_target
 from adaras_export.exporters.hf.exporter import EXPORTER as FULL
 from adaras_export.exporters.hf.exporter import STEERING_FILE, payload, steered_config, steering_tensors
@@ -246,7 +246,7 @@ def test_a_base_with_other_tensors_is_refused_in_one_line(change, thin, base):
         opened(thin, base=base)
     assert "\n" not in str(caught.value)
     with pytest.raises(ArtifactError, match="is not the base model that this"):
-        EXPORTER.commissioned(Commission("x", base_elsewhere=base)).load(thin)
+        EXPORTER.with_context(ExportContext("x", base_elsewhere=base)).load(thin)
 
 
 def test_a_base_that_is_gone_is_refused_in_one_line_and_may_be_named(rules, base, told, tmp_path):
@@ -319,7 +319,7 @@ def test_a_repository_of_the_hub_pulls_its_base_by_id_and_revision(rules, folder
     """Both lie in a cache, as after a download; the base's main branch is another model by now."""
     thin = tmp_path / "thin"
     thin.mkdir()
-    EXPORTER.commissioned(Commission("tiny/base", COMMIT)).write(rules[KEY], folders["llama"], thin)
+    EXPORTER.with_context(ExportContext("tiny/base", COMMIT)).write(rules[KEY], folders["llama"], thin)
     cache = tmp_path / "home" / "hub"
     put_into_the_hub_cache(folders["llama"], cache, "tiny/base", COMMIT)
     put_into_the_hub_cache(folders["qwen3"], cache, "tiny/base", "6" * 40)
@@ -380,7 +380,7 @@ def test_a_repository_that_names_another_base_of_the_hub_than_the_one_given_is_f
 
 
 def test_a_base_that_the_hub_does_not_give_is_refused_in_one_line(rules, folders, tmp_path):
-    EXPORTER.commissioned(Commission("tiny/nowhere", COMMIT)).write(rules[KEY], folders["llama"], tmp_path)
+    EXPORTER.with_context(ExportContext("tiny/nowhere", COMMIT)).write(rules[KEY], folders["llama"], tmp_path)
     with pytest.raises(OSError, match="tiny/nowhere: the base model's weights are not there") as caught:
         opened(tmp_path)
     assert "\n" not in str(caught.value)

@@ -19,7 +19,7 @@ from adaras_export.core import base_model
 from adaras_export.delivery.verifier import verify
 from adaras_export.delivery.writer import export
 from adaras_export.errors import ExportError
-from adaras_export.exporters.base import Commission
+from adaras_export.exporters.base import ExportContext
 from adaras_export.exporters.checkpoint import companions
 from adaras_export.exporters.onnx import functions
 from adaras_export.exporters.onnx import graph as onnx_graph
@@ -543,7 +543,7 @@ def test_the_builders_graph_equals_the_oracle_too(name, tmp_path):
     model = tiny.build_model(name, **sizes)
     rule = tiny.make_rule(base_model.BaseModel.of(base), gate=tiny.calibrated_gate(model, "causal"))
     (tmp_path / "out").mkdir()
-    EXPORTER.commissioned(Commission("base", options={"genai": True})).write(rule, base, tmp_path / "out")
+    EXPORTER.with_context(ExportContext("base", options={"genai": True})).write(rule, base, tmp_path / "out")
     assert not onnx.load(
         tmp_path / "out" / GRAPH, load_external_data=False
     ).producer_version  # a commit of any repository

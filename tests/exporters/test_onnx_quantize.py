@@ -25,7 +25,7 @@ from adaras_export.delivery.writer import export
 from adaras_export.discovery.gate_training import agreeing_threshold, youden_threshold
 from adaras_export.errors import ExportError, TraceError
 from adaras_export.exporters import checkpoint
-from adaras_export.exporters.base import Commission
+from adaras_export.exporters.base import ExportContext
 from adaras_export.exporters.onnx import calibration, functions, quantize
 from adaras_export.exporters.onnx import graph as onnx_graph
 from adaras_export.exporters.onnx.exporter import EXPORTER, GRAPH
@@ -55,7 +55,7 @@ def from_float32(monkeypatch, request):
 
 
 def exporter(precision, **options):
-    return EXPORTER.commissioned(Commission("base", options={"precision": precision, **options}))
+    return EXPORTER.with_context(ExportContext("base", options={"precision": precision, **options}))
 
 
 def written(precision, rule, base, out):

@@ -19,7 +19,7 @@ from adaras_export.delivery import verifier
 from adaras_export.delivery.verifier import verify
 from adaras_export.delivery.writer import export
 from adaras_export.errors import ExportError
-from adaras_export.exporters.base import Commission
+from adaras_export.exporters.base import ExportContext
 from adaras_export.exporters.peft.exporter import EXPORTER
 
 peft = pytest.importorskip("peft")
@@ -47,7 +47,7 @@ def adapters(rules, folders, tmp_path_factory):
 
     def write(key):
         out = tmp_path_factory.mktemp("adapter")
-        EXPORTER.commissioned(Commission(str(folders[key[0]]))).write(rules[key], folders[key[0]], out)
+        EXPORTER.with_context(ExportContext(str(folders[key[0]]))).write(rules[key], folders[key[0]], out)
         return out
 
     return tiny.Lazy(write)
@@ -233,7 +233,7 @@ def test_loading_warns_of_nothing_but_that_a_bias_cannot_be_merged_into_none(nam
 
 def test_the_same_rule_gives_the_same_bytes_and_nothing_else(adapters, rules, folders, tmp_path):
     key = FEW[0]
-    EXPORTER.commissioned(Commission(str(folders[key[0]]))).write(rules[key], folders[key[0]], tmp_path)
+    EXPORTER.with_context(ExportContext(str(folders[key[0]]))).write(rules[key], folders[key[0]], tmp_path)
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"adapter_model.safetensors", "adapter_config.json"}
     assert all((tmp_path / name).read_bytes() == (adapters[key] / name).read_bytes() for name in names)
@@ -250,7 +250,7 @@ def test_settings_are_only_such_as_the_oldest_peft_knows(adapters, folders):
 
 
 def test_the_base_and_its_commit_are_named(rules, folders, tmp_path):
-    EXPORTER.commissioned(Commission("some/base", "0" * 40)).write(rules[FEW[0]], folders["qwen3"], tmp_path)
+    EXPORTER.with_context(ExportContext("some/base", "0" * 40)).write(rules[FEW[0]], folders["qwen3"], tmp_path)
     settings = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (settings["base_model_name_or_path"], settings["revision"]) == ("some/base", "0" * 40)
 
@@ -273,7 +273,7 @@ def test_a_rule_without_effect_is_refused(rules, folders, bases, tmp_path):
 )
 def test_options_that_make_no_sense_are_refused(options, message):
     with pytest.raises(ExportError, match=message):
-        EXPORTER.commissioned(Commission("x", options=options))
+        EXPORTER.with_context(ExportContext("x", options=options))
 
 
 # Exported, verified, damaged

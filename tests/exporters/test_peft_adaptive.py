@@ -24,7 +24,7 @@ from transformers.integrations.peft import MIN_PEFT_VERSION
 from adaras_export.delivery.verifier import verify
 from adaras_export.delivery.writer import export
 from adaras_export.errors import ExportError
-from adaras_export.exporters.base import Commission
+from adaras_export.exporters.base import ExportContext
 from adaras_export.exporters.peft.exporter import EXPORTER
 from adaras_export.modeling.steering import steered
 
@@ -51,7 +51,7 @@ ADAPTIVE = {"adaptive": True}
 
 
 def write(rule, base, out):
-    EXPORTER.commissioned(Commission(str(base), options=ADAPTIVE)).write(rule, base, out)
+    EXPORTER.with_context(ExportContext(str(base), options=ADAPTIVE)).write(rule, base, out)
     return out
 
 

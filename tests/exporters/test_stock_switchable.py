@@ -20,7 +20,7 @@ from adaras_export.core import base_model, checkpoint
 from adaras_export.delivery.verifier import verify
 from adaras_export.delivery.writer import export
 from adaras_export.errors import ExportError, MissingExtraError
-from adaras_export.exporters.base import Commission
+from adaras_export.exporters.base import ExportContext
 from adaras_export.exporters.stock import stream
 from adaras_export.exporters.stock.constant_neuron import NEURONS
 from adaras_export.exporters.stock.exporter import StockExporter
@@ -208,8 +208,8 @@ def test_another_gate_than_silu_is_refused(rules, folders, tmp_path):
 def test_without_peft_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(MissingExtraError, match=r"target stock with --switchable needs peft.*pip install 'peft<"):
-        StockExporter().commissioned(Commission("x", options={"switchable": True}))
-    assert StockExporter().commissioned(Commission("x")).drops == {"gate", "start", "dial"}
+        StockExporter().with_context(ExportContext("x", options={"switchable": True}))
+    assert StockExporter().with_context(ExportContext("x")).spec.drops == {"gate", "start", "dial"}
 
 
 # Delivered and verified

@@ -6,7 +6,7 @@ import pytest
 
 from adaras_export.errors import TraceError
 from adaras_export.files import safe_read
-from adaras_export.files.append_log import Journal
+from adaras_export.files.append_log import SealedLog
 
 RECORDS = [{"way": "off", "questions": [one], "seconds": 0.1 * one} for one in range(5)]
 
@@ -14,7 +14,7 @@ RECORDS = [{"way": "off", "questions": [one], "seconds": 0.1 * one} for one in r
 @pytest.fixture
 def path(tmp_path):
     """A journal of five lines."""
-    journal = Journal(tmp_path / "j.jsonl", "abc")
+    journal = SealedLog(tmp_path / "j.jsonl", "abc")
     for record in RECORDS:
         journal.append(record)
     journal.close()
@@ -22,7 +22,7 @@ def path(tmp_path):
 
 
 def replayed(path, identity="abc"):
-    found, journal = [], Journal(path, identity)
+    found, journal = [], SealedLog(path, identity)
     try:
         journal.read(found.append)
     finally:
@@ -31,7 +31,7 @@ def replayed(path, identity="abc"):
 
 
 def test_what_was_appended_is_read_and_appended_to(path):
-    found, journal = [], Journal(path, "abc")
+    found, journal = [], SealedLog(path, "abc")
     journal.read(found.append)
     journal.append({"way": "more"})
     journal.close()
@@ -41,7 +41,7 @@ def test_what_was_appended_is_read_and_appended_to(path):
 
 def test_a_journal_of_any_size_is_read(tmp_path):
     """One of more than 4 MiB was refused: 440,000 answers were lost."""
-    journal, line = Journal(tmp_path / "j.jsonl", "abc"), {"values": [0.123456789] * 100_000}
+    journal, line = SealedLog(tmp_path / "j.jsonl", "abc"), {"values": [0.123456789] * 100_000}
     for _ in range(5):
         journal.append(line)
     journal.close()
@@ -81,7 +81,7 @@ def test_a_line_that_is_not_as_it_was_written_is_refused_by_its_number(path, cha
 def test_a_journal_that_was_cut_anywhere_goes_on_from_its_whole_lines(path, kept):
     whole = path.read_bytes()
     path.write_bytes(whole[:kept])
-    found, journal = [], Journal(path, "abc")
+    found, journal = [], SealedLog(path, "abc")
     journal.read(found.append)
     for record in RECORDS[len(found) :]:
         journal.append(record)
@@ -91,15 +91,15 @@ def test_a_journal_that_was_cut_anywhere_goes_on_from_its_whole_lines(path, kept
 
 
 def test_a_second_process_is_refused_until_the_first_one_ends(path, tmp_path):
-    first = Journal(path, "abc")
+    first = SealedLog(path, "abc")
     first.read(lambda line: None)
     with pytest.raises(TraceError, match=r"j\.jsonl: another process is writing it; wait for its end, or choose"):
         replayed(path)
     first.close()
     assert replayed(path) == RECORDS
-    late = Journal(tmp_path / "new.jsonl", "abc")
+    late = SealedLog(tmp_path / "new.jsonl", "abc")
     late.read(lambda line: None)
-    other = Journal(tmp_path / "new.jsonl", "abc")
+    other = SealedLog(tmp_path / "new.jsonl", "abc")
     other.append(RECORDS[0])
     other.close()
     with pytest.raises(TraceError, match=r"new\.jsonl: another process is writing it"):

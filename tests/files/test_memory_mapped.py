@@ -81,7 +81,7 @@ def test_a_file_that_is_none_of_ours_is_refused(content, tmp_path):
 
 
 def test_a_folder_in_the_place_of_the_file_is_refused(tmp_path):
-    with pytest.raises(TraceError, match=r"cannot be used .*expected a writable place"):
+    with pytest.raises(TraceError, match=r"cannot be written .*expected a writable place"):
         keep_rows(tmp_path, KEY, WIDTHS, GROUPS, Source())
 
 

@@ -10,7 +10,7 @@ from adaras_export.core.neurons import NeuronSet
 from adaras_export.core.rule import SteeringRule
 from adaras_export.delivery.card import CardContext, card
 from adaras_export.delivery.card_effect import Measured
-from adaras_export.exporters.base import Commission
+from adaras_export.exporters.base import ExportContext
 from adaras_export.exporters.manifest import Disclosed
 from adaras_export.exporters.parity import Check, ParityReport
 
@@ -50,7 +50,7 @@ def exporter_of(name):
     target, options = TARGETS[name]
     if target in _NEEDS:
         pytest.importorskip(_NEEDS[target])
-    return exporters.load(target).commissioned(Commission("somebody/tiny", "c0ffee", options=options))
+    return exporters.load(target).with_context(ExportContext("somebody/tiny", "c0ffee", options=options))
 
 
 def vector(layer, name="model.layers.{}.mlp.steering_vector", what="added", values=None):
@@ -71,15 +71,13 @@ def context(name="hf", rule=RULE, **changes):
     needed = {"start", "dial", *(["gate"] if rule.gate is not None else [])}
     values = {
         "repository": "someone/tiny-steered",
-        "usage": exporter.usage(),
-        "off": exporter.off(),
-        "limits": exporter.limits(),
-        "weights": exporter.weights(),
-        "library": exporter.library,
-        "relation": exporter.relation,
-        "tags": exporter.tags(),
-        "rounded": exporter.rounded,
-        "drops": tuple(sorted(exporter.drops & needed)),
+        "template": exporter.spec.card,
+        "options": exporter.spec.recorded(),
+        "library": exporter.spec.library,
+        "relation": exporter.spec.relation,
+        "tags": exporter.spec.tags,
+        "rounded": exporter.spec.rounded,
+        "drops": tuple(sorted(exporter.spec.drops & needed)),
         "base": BASE,
         "base_card": BASE_CARD,
         "datasets": (),

@@ -11,7 +11,7 @@ import transformers
 
 from adaras_export.core.base_model import BaseModel
 from adaras_export.core.rule import SteeringRule
-from adaras_export.exporters.base import Commission
+from adaras_export.exporters.base import ExportContext
 
 NAMES = ("llama", "llama-biased", "mistral", "qwen2", "qwen3", "granite", "smollm3", "phi3", "gpt_neox", "gpt2")
 CARRIERS = ("llama", "mistral", "granite")  # what --into takes
@@ -64,7 +64,7 @@ class Case:
 
         out = self.folder / name
         out.mkdir()
-        EXPORTER.commissioned(Commission(str(self.base), options=options)).write(rule, self.base, out)
+        EXPORTER.with_context(ExportContext(str(self.base), options=options)).write(rule, self.base, out)
         return out
 
     def told(self, rule: SteeringRule) -> list[dict[str, Any]]:

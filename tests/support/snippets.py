@@ -1,13 +1,14 @@
 """Runs the code of cards as it stands there, in a process of its own, beside the folder that it is about."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 from places import ROOT
 
-from adaras_export.core import markdown
+_BLOCK = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 # Opening a model takes time; what the code prints is compared, so that nothing else may be printed.
 PRELUDE = """\
@@ -25,7 +26,7 @@ ABSENT = 'sys.modules["adaras_export"] = None  # importing it fails from here on
 def of(card, language):
     """The code of a card in one language, block by block; ``card`` is the text or the folder that has it."""
     text = card if isinstance(card, str) else (card / "README.md").read_text()
-    return [body for found, body in markdown.blocks(text) if found == language]
+    return [body for info, body in _BLOCK.findall(text) if info == language]
 
 
 def run(code, folder, *, library=False):

@@ -6,7 +6,7 @@ Knows no evaluation. Names stay what they are, whatever they contain.
 from collections.abc import Sequence
 from functools import singledispatch
 
-from adaras_export.core.markdown import cell, code, plain
+from adaras_export.core.markdown import code, plain
 from adaras_export.evaluation.report.blocks import (
     Beside,
     Block,
@@ -58,7 +58,7 @@ def _(block: Verdict) -> str:
 @_block.register
 def _(block: Table) -> str:
     edge = "---:" if block.numeric else "---"
-    heads = " | ".join(_in_table(head) for head in block.heads)
+    heads = " | ".join(map(_span, block.heads))
     rule = "|".join(["---", *[edge] * (len(block.heads) - 1)])
     rows = [f"| {' | '.join(map(_cell, row))} |" for row in block.rows]
     return "\n".join([f"| {heads} |", f"|{rule}|", *rows])
@@ -76,12 +76,7 @@ def _(block: Beside) -> str:
 
 
 def _cell(one: Cell) -> str:
-    return ", ".join("".join(map(_in_table, spans)) for spans in one.lines)
-
-
-def _in_table(span: Span) -> str:
-    """A bar would end the cell, within code as well; in words it is escaped already."""
-    return cell(_span(span)) if isinstance(span, Code) else _span(span)
+    return ", ".join(map(_inline, one.lines))
 
 
 def _inline(spans: Sequence[Span]) -> str:
@@ -93,6 +88,4 @@ def _span(span: Span) -> str:
         return code(span.shown)
     if isinstance(span, Strong):
         return f"**{plain(span.text)}**"
-    # `plain` takes spaces at the ends, which part a span from the next one.
-    lead, trail = span[: len(span) - len(span.lstrip())], span[len(span.rstrip()) :] if span.strip() else ""
-    return f"{lead}{plain(span)}{trail}"
+    return plain(span)

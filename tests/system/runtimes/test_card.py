@@ -3,13 +3,10 @@
 import os
 import subprocess
 
+import cards
 import drive
 import pytest
 import snippets
-
-from adaras_export.core import markdown
-from adaras_export.core.markdown import Example
-from adaras_export.exporters.onnx.card_text import USAGE
 
 KEY = ("llama", "causal", "last_prompt_token", "")
 LOCAL = """\
@@ -26,7 +23,7 @@ globalThis.fetch = async (address) =>
 def test_the_code_for_transformers_js_answers(chat, artifacts, pytestconfig, tmp_path):
     drive.require_built("transformers.js", required=pytestconfig.option.require_runtimes)
     folder = artifacts[KEY]
-    [code] = snippets.of(markdown.filled(USAGE, folder.name, 2.0, Example("What is 12 times 7?", chat)), "js")
+    [code] = snippets.of(cards.text("onnx", repository=folder.name, chat_template=chat), "js")
     (tmp_path / "node_modules").symlink_to(drive.NODE / "node_modules")
     (tmp_path / "card.mjs").write_text(LOCAL.format(folder.parent) + code)
     environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
