@@ -35,6 +35,7 @@ from common import (
 from transformers import AutoModelForCausalLM, DynamicCache, Qwen3Config, StaticCache
 
 from adaras_export import BaseModel, Gate, NeuronSet, SteeringRule, exporters
+from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.modeling.generation import CACHE
 
 CUDA = torch.cuda.is_available()
@@ -112,7 +113,7 @@ class Models:
 
     def _steered(self, rule: SteeringRule, base: Path, how: dict[str, Any]) -> Any:
         with tempfile.TemporaryDirectory(dir=base.parent) as out:
-            exporters.load("hf").write(rule, base, Path(out))
+            exporters.load("hf").write(rule, Checkpoint(base), Path(out))
             model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True, **how).eval()
         for name, parameter in self.base.named_parameters():
             model.get_parameter(name).data = parameter.data  # same pages, so that none is luckier

@@ -23,6 +23,7 @@ import numpy as np
 from common import CACHE, Memory, comparison, fresh_process, in_turn, machine, options, prepare, table
 
 from adaras_export import BaseModel, NeuronSet, SteeringRule, export, exporters, verify
+from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.exporters.checkpoint import copy_companions
 
 NEURONS, SHARD_BYTES, FREE_FACTOR = 50, 500_000_000, 3
@@ -67,7 +68,7 @@ def written(title: str, base: Path, arguments: argparse.Namespace) -> str:
 
 def write(rule: SteeringRule, base: Path, work: Path) -> None:
     with tempfile.TemporaryDirectory(dir=work) as out:
-        exporters.load("hf").write(rule, base, Path(out))
+        exporters.load("hf").write(rule, Checkpoint(base), Path(out))
 
 
 def copy_small(base: Path, work: Path) -> None:

@@ -41,6 +41,7 @@ from decode import any_rule
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from adaras_export import BaseModel, SteeringRule, exporters
+from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.exporters.base import ExportContext
 from adaras_export.exporters.onnx.exporter import GRAPH
 
@@ -78,7 +79,7 @@ def graphs(base: Path, out: Path, precision: str) -> dict[str, Path]:
         folder = out / name
         folder.mkdir(parents=True)
         exporters.load("onnx").with_context(ExportContext("base", options={"precision": precision})).write(
-            rule, base, folder
+            rule, Checkpoint(base), folder
         )
         found[name] = folder / GRAPH
     return found
@@ -182,7 +183,7 @@ def beside_torch(paths: Mapping[str, Path], base: Path, arguments: Namespace) ->
     """The same steered decoding step in both runtimes, float32, always steered."""
     rule = rules(base)["ungated"]
     with tempfile.TemporaryDirectory(dir=base.parent) as out:
-        exporters.load("hf").write(rule, base, Path(out))
+        exporters.load("hf").write(rule, Checkpoint(base), Path(out))
         model: Any = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True, dtype=torch.float32).eval()
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
@@ -209,7 +210,7 @@ def exported(arguments: Namespace) -> dict[str, float]:
     exporter = exporters.load("onnx").with_context(ExportContext("base", options={"precision": arguments.side}))
     with tempfile.TemporaryDirectory(dir=folder.parent) as out, Memory() as memory:
         start = time.perf_counter()
-        exporter.write(rule, folder, Path(out))
+        exporter.write(rule, Checkpoint(folder), Path(out))
         seconds = time.perf_counter() - start
     weights = sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 1e6
     return {"seconds": seconds, "resident": memory.resident, "weights": weights}

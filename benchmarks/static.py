@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 import adaras_export.exporters.peft.method  # noqa: F401 - registers the method of `peft --adaptive`
 from adaras_export import BaseModel, SteeringRule, exporters
+from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.exporters.base import ExportContext
 from adaras_export.exporters.checkpoint import copy_companions
 
@@ -98,7 +99,9 @@ def adapted(model: Any, adapter: Path, source: Any) -> Any:
 def write(rule: SteeringRule, base: Path, out: Path, name: str) -> Path:
     target, how = TARGETS[name]
     out.mkdir()
-    exporters.load(target).with_context(ExportContext(str(base.resolve()), options=how)).write(rule, base, out)
+    exporters.load(target).with_context(ExportContext(str(base.resolve()), options=how)).write(
+        rule, Checkpoint(base), out
+    )
     return out
 
 

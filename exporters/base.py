@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from adaras_export.core import checkpoint
+from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.core.rule import SteeringRule
 from adaras_export.errors import ExportError
 from adaras_export.exporters.checks import Inspection
@@ -112,7 +112,7 @@ class Exporter(Protocol):
         """
         ...
 
-    def write(self, rule: SteeringRule, base: Path, out: Path) -> Written:
+    def write(self, rule: SteeringRule, base: Checkpoint, out: Path) -> Written:
         """Write the artifact of ``rule`` on the checkpoint in ``base`` into the empty folder ``out``.
 
         Raises:
@@ -120,11 +120,11 @@ class Exporter(Protocol):
         """
         ...
 
-    def inspect(self, folder: Path, rule: SteeringRule, base: Path) -> Inspection:
+    def inspect(self, folder: Path, rule: SteeringRule, base: Checkpoint) -> Inspection:
         """Compare what is stored, tensor by tensor and file by file; unless it is harmless, nothing of it runs."""
         ...
 
-    def reference(self, folder: Path, rule: SteeringRule, base: Path) -> Reference:
+    def reference(self, folder: Path, rule: SteeringRule, base: Checkpoint) -> Reference:
         """What the artifact in ``folder`` must equal."""
         ...
 
@@ -141,7 +141,7 @@ class Exporter(Protocol):
 class Refreshing(Protocol):
     """An exporter whose artifacts carry code of this library, which a later version may have mended."""
 
-    def refresh(self, folder: Path, rule: SteeringRule, base: Path) -> None:
+    def refresh(self, folder: Path, rule: SteeringRule, base: Checkpoint) -> None:
         """Replace code and settings of an artifact by those that `write` writes today; its tensors stay."""
         ...
 
@@ -150,7 +150,7 @@ class Refreshing(Protocol):
 class Remaking(Protocol):
     """An exporter whose artifacts can only be checked against a fresh export, which may take minutes."""
 
-    def made_anew(self, folder: Path, rule: SteeringRule, base: Path) -> Sequence[Check]:
+    def made_anew(self, folder: Path, rule: SteeringRule, base: Checkpoint) -> Sequence[Check]:
         """Compare what is stored, which `Exporter.inspect` has found harmless, with what is written here and now."""
         ...
 
@@ -196,12 +196,12 @@ class Generating:
         return complete_ids(self.model, tokenizer, rows, sampling, keys)
 
 
-def stock_reference(rule: SteeringRule, base: Path, *, everywhere: bool = False) -> Reference:
+def stock_reference(rule: SteeringRule, base: Checkpoint, *, everywhere: bool = False) -> Reference:
     """The base model in float32, steered by hooks; ``everywhere`` leaves out gate and start."""
     from transformers import AutoModelForCausalLM
 
-    checkpoint.require(base)
-    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    base.require_buildable()
+    model: Any = AutoModelForCausalLM.from_pretrained(base.folder, dtype=torch.float32)
     whole = ReferencePlayer(model.eval(), rule)
     player = ReferencePlayer(model, rule, everywhere=True) if everywhere else whole
     return Reference(player, *sizes_of(model), whole if everywhere else None)

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save
 
 from adaras_export.core import checkpoint, families
+from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.core.rule import SteeringRule
 from adaras_export.errors import ArtifactError, ExportError, first_line
 from adaras_export.exporters.manifest import DESCRIBING, Disclosed, What, entries, files_of, shown
@@ -21,29 +22,29 @@ from adaras_export.files.safe_read import UnreadableError
 from adaras_export.files.safetensors_record import Array
 
 
-def plain_config(base: Path) -> dict[str, Any]:
+def plain_config(base: Checkpoint) -> dict[str, Any]:
     """The config.json of a base, which Transformers can build, and which has the shapes of its weights.
 
     Raises:
         ArtifactError: it is not so.
         ExportError: its weights are quantised.
     """
-    config = atomic.read_json(base / "config.json")
+    config = base.config
     if "quantization_config" in config:
         raise ExportError(f"{base}: is quantised; expected plain weights, which the vectors are folded from")
-    checkpoint.require(base)
+    base.require_buildable()
     return config
 
 
-def vectors(rule: SteeringRule, base: Path) -> dict[int, Array]:
+def vectors(rule: SteeringRule, base: Checkpoint) -> dict[int, Array]:
     """W_down[:, idx] @ delta of each steered layer, (D,) float32: folded in float64 from the stored weights.
 
     Without the strength, which stays a dial.
     """
-    located, folded = checkpoint.shards(base), {}
+    folded = {}
     for layer in rule.layers():
         index, delta = rule.neurons_of(layer)
-        columns_DK = checkpoint.down_columns(rule.base.family, located, layer, torch.tensor(index))
+        columns_DK = base.down_columns(layer, torch.tensor(index))
         folded[layer] = (columns_DK.double().numpy() @ delta.astype(np.float64)).astype(np.float32)
     return folded
 

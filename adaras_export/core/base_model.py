@@ -5,10 +5,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from adaras_export.core.checkpoint import _entries, _no_tensor, layers_key, shards, tensor_fingerprint
-from adaras_export.core.families import FAMILIES, family_of
+from adaras_export.core.checkpoint import Checkpoint
+from adaras_export.core.families import family_of
 from adaras_export.errors import ArtifactError, RuleError
-from adaras_export.files.atomic import read_json
 from adaras_export.files.hub import fetch
 
 
@@ -54,10 +53,18 @@ class BaseModel:
             ArtifactError: no config.json or no safetensors weights there, or the Hub cannot be reached.
             UnsupportedModelError: the architecture is not in the table.
         """
-        folder = fetch(path_or_id, revision)
-        local = folder == Path(path_or_id)
-        path = folder / "config.json"
-        config = read_json(path)
+        return cls.of_checkpoint(Checkpoint(fetch(path_or_id, revision)), path_or_id)
+
+    @classmethod
+    def of_checkpoint(cls, checkpoint: Checkpoint, path_or_id: str | Path) -> "BaseModel":
+        """The identity of a model whose folder is known; ``path_or_id`` is what the user calls it.
+
+        Raises:
+            ArtifactError: no config.json or no safetensors weights there.
+            UnsupportedModelError: the architecture is not in the table.
+        """
+        folder, config = checkpoint.folder, checkpoint.config
+        path, local = folder / "config.json", folder == Path(path_or_id)
         family = family_of(config, str(path_or_id))
         if missing := [key for key in family.sizes if key not in config]:
             raise ArtifactError(f"{path}: has no {', '.join(missing)}; expected the sizes of a model")
@@ -70,11 +77,11 @@ class BaseModel:
                 layers=layers,
                 mlp_size=mlp_size,
                 hidden_size=hidden_size,
-                fingerprint=tensor_fingerprint(folder),
+                fingerprint=checkpoint.fingerprint,
             )
         except RuleError as error:
             raise RuleError(f"{path}: {error}") from error
-        _require_sizes(base, folder, packed="quantization_config" in config)
+        _require_sizes(base, checkpoint)
         return base
 
     def require_same(self, other: "BaseModel") -> None:
@@ -109,23 +116,24 @@ class BaseModel:
             raise ArtifactError(f"{subject}: damaged base record ({error})") from error
 
 
-def _require_sizes(base: BaseModel, folder: Path, *, packed: bool) -> None:
+def _require_sizes(base: BaseModel, checkpoint: Checkpoint) -> None:
     """Refuse a config whose sizes are not those of the weights: whoever believed it would make room for them.
 
-    The matrices of quantised weights are ``packed`` into other shapes.
+    The matrices of quantised weights are packed into other shapes.
     """
-    family, located = FAMILIES[base.family], shards(folder)
-    below = f"{layers_key(base.family, located)}."
+    family, located = checkpoint.family, checkpoint.files
+    below = f"{checkpoint.layers_key}."
     found = {name.removeprefix(below).partition(".")[0] for name in located if name.startswith(below)}
     if len(found) != base.layers:
         raise ArtifactError(
-            f"{folder}: has weights of {len(found)} layers; expected {base.layers}, as its config.json says"
+            f"{checkpoint}: has weights of {len(found)} layers; expected {base.layers}, as its config.json says"
         )
+    if "quantization_config" in checkpoint.config:
+        return
     expected = [base.mlp_size, base.hidden_size] if family.transposed else [base.hidden_size, base.mlp_size]
-    entries = _entries(located)
-    for layer in range(0 if packed else base.layers):
+    for layer in range(base.layers):
         name = f"{below}{layer}.{family.down}.weight"
         if name not in located:
-            raise _no_tensor(name, folder, base.family)
-        if (shape := entries[name]["shape"]) != expected:
+            raise checkpoint.no_tensor(name)
+        if (shape := checkpoint.entries[name]["shape"]) != expected:
             raise ArtifactError(f"{located[name]}: {name} has shape {shape}; expected {expected}, as config.json says")

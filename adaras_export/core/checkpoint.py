@@ -4,14 +4,17 @@ A config is foreign, and its sizes are believed: asked to open it, Transformers 
 a value that it cannot use is of any type. It is tried without memory. Knows no rule.
 """
 
+import copy
 import hashlib
 import json
 import re
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adaras_export.core.families import FAMILIES, family_of
+from adaras_export.core.families import Family, family_of
 from adaras_export.errors import ArtifactError, first_line
 from adaras_export.files import safe_read
 from adaras_export.files.atomic import read_json
@@ -29,27 +32,140 @@ _SAMPLE_BYTES = 4096
 _BAD_SIZES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
-def require(folder: Path) -> None:
-    """Refuse a base that Transformers would not open, or only after making room for what its weights are not.
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model's folder. Nothing is read before it is asked for, and everything at most once.
 
-    Raises:
-        ArtifactError: as said.
-        UnsupportedModelError: the architecture is not in the table.
+    Attributes:
+        folder: where config.json and the safetensors files are.
     """
-    path = folder / "config.json"
-    config = read_json(path)
-    family = family_of(config, str(folder))
-    expected = _shapes(path, config, family.model_type)
-    if "quantization_config" in config:  # packed into other shapes
-        return
-    located = shards(folder)
-    prefix = "" if decoder_key(family.model_type, located) else f"{family.decoder}."
-    headers = {file: header(file) for file in {*located.values()}}
-    for name, file in located.items():
-        found = headers[file].get(name, {}).get("shape")
-        if found != expected.get(prefix + name, expected.get(name, found)):
-            wanted = expected.get(prefix + name, expected.get(name))
-            raise ArtifactError(f"{file}: {name} has shape {found}; expected {wanted}, as config.json says")
+
+    folder: Path
+
+    def __str__(self) -> str:
+        return str(self.folder)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The content of config.json.
+
+        Raises:
+            ArtifactError: there is none, or it is no JSON object.
+        """
+        return copy.deepcopy(self._config)
+
+    @cached_property
+    def _config(self) -> dict[str, Any]:
+        return read_json(self.folder / "config.json")
+
+    @property
+    def family(self) -> Family:
+        """The model family that the config names.
+
+        Raises:
+            UnsupportedModelError: the architecture is not in the table.
+        """
+        return family_of(self._config, str(self.folder))
+
+    @cached_property
+    def files(self) -> dict[str, Path]:
+        """The file of each tensor; see `shards`."""
+        return shards(self.folder)
+
+    @cached_property
+    def entries(self) -> dict[str, dict[str, Any]]:
+        """Type, shape and offsets of each tensor, as its file's header has them.
+
+        Raises:
+            ArtifactError: a file lacks a tensor that the index names.
+        """
+        headers = {path: header(path) for path in sorted({*self.files.values()})}
+        for name, path in self.files.items():
+            if name not in headers[path]:
+                raise ArtifactError(f"{path}: tensor {name} is missing; the index names it")
+        return {name: headers[path][name] for name, path in self.files.items()}
+
+    @cached_property
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of the bytes of each tensor; reads them all."""
+        return {name: tensor_hash(self.files[name], self.entries[name]) for name in sorted(self.files)}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over every tensor's name, type, shape and a sample of its bytes: see `fingerprint_of`."""
+        return self.fingerprint_of(self.files)
+
+    def fingerprint_of(self, names: Collection[str]) -> str:
+        """SHA-256 over name, type, shape and a sample of the bytes (head, middle, tail) of these tensors.
+
+        Tells one checkpoint from another in milliseconds, whatever its size; that no byte of a file was changed is
+        for the file hashes of a receipt to say.
+        """
+        digest = hashlib.sha256()
+        for name in sorted(self.files.keys() & {*names}):
+            path, entry = self.files[name], self.entries[name]
+            digest.update(json.dumps([name, entry["dtype"], entry["shape"]]).encode())
+            start = data_start(path)
+            first, last = (start + offset for offset in entry["data_offsets"])
+            with path.open("rb") as file:
+                for position in (first, (first + last - _SAMPLE_BYTES) // 2, last - _SAMPLE_BYTES):
+                    file.seek(max(first, position))
+                    digest.update(file.read(min(_SAMPLE_BYTES, last - max(first, position))))
+        return digest.hexdigest()
+
+    @property
+    def decoder_key(self) -> str:
+        """What the names of the decoder's tensors begin with: "model." or the like, or nothing."""
+        prefix = f"{self.family.decoder}."
+        return prefix if any(name.startswith(prefix) for name in self.files) else ""
+
+    @property
+    def layers_key(self) -> str:
+        """The name of the list of decoder layers: "model.layers" or the like."""
+        return f"{self.decoder_key}{self.family.layers}"
+
+    def down_columns(self, layer: int, index: "Tensor") -> "Tensor":
+        """W_down[:, index] of a layer, counted from 0: (D, K), in its stored type.
+
+        Raises:
+            ArtifactError: there is no such tensor.
+        """
+        name = f"{self.layers_key}.{layer}.{self.family.down}.weight"
+        if name not in self.files:
+            raise self.no_tensor(name)
+        with safe_read.tensors(self.files[name], "pt") as file:
+            weight: Tensor = file.get_tensor(name)
+        return weight[index].T if self.family.transposed else weight[:, index]
+
+    def no_tensor(self, name: str) -> ArtifactError:
+        """The error for a tensor that every model of the family has."""
+        return ArtifactError(
+            f"{self.folder}: no tensor {name}; expected the plain weights of a {self.family.model_type} model"
+        )
+
+    def require_buildable(self) -> None:
+        """Refuse a model that Transformers would not open, or only after making room for what its weights are not.
+
+        Raises:
+            ArtifactError: the config describes no model, or one with other shapes than the weights have.
+            UnsupportedModelError: the architecture is not in the table.
+        """
+        assert self._is_buildable
+
+    @cached_property
+    def _is_buildable(self) -> bool:
+        family = self.family
+        expected = _shapes(self.folder / "config.json", self._config, family.model_type)
+        if "quantization_config" in self._config:  # packed into other shapes
+            return True
+        prefix = "" if self.decoder_key else f"{family.decoder}."
+        headers = {file: header(file) for file in {*self.files.values()}}
+        for name, file in self.files.items():
+            found = headers[file].get(name, {}).get("shape")
+            if found != expected.get(prefix + name, expected.get(name, found)):
+                wanted = expected.get(prefix + name, expected.get(name))
+                raise ArtifactError(f"{file}: {name} has shape {found}; expected {wanted}, as config.json says")
+        return True
 
 
 def _shapes(path: Path, config: dict[str, Any], family: str) -> dict[str, list[int]]:
@@ -107,34 +223,6 @@ def _indexed(index: Path) -> dict[str, Path]:
     return {name: index.parent / str(file) for name, file in weight_map.items()}
 
 
-def tensor_fingerprint(folder: Path, only: set[str] | None = None) -> str:
-    """SHA-256 over every tensor's name, type, shape and a sample of its bytes: its head, middle and tail.
-
-    Tells one checkpoint from another in milliseconds, whatever its size; that no byte of a file was
-    changed is for the file hashes of a receipt to say. ``only`` limits it to some tensor names.
-    """
-    digest = hashlib.sha256()
-    located = shards(folder)
-    entries = _entries(located)
-    for name in sorted(located if only is None else only & located.keys()):
-        path, entry = located[name], entries[name]
-        digest.update(json.dumps([name, entry["dtype"], entry["shape"]]).encode())
-        start = data_start(path)
-        first, last = (start + offset for offset in entry["data_offsets"])
-        with path.open("rb") as file:
-            for position in (first, (first + last - _SAMPLE_BYTES) // 2, last - _SAMPLE_BYTES):
-                file.seek(max(first, position))
-                digest.update(file.read(min(_SAMPLE_BYTES, last - max(first, position))))
-    return digest.hexdigest()
-
-
-def tensor_hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of the bytes of every tensor of a checkpoint, by tensor name; reads them all."""
-    located = shards(folder)
-    entries = _entries(located)
-    return {name: tensor_hash(located[name], entries[name]) for name in sorted(located)}
-
-
 def tensor_hash(path: Path, entry: Mapping[str, Any]) -> str:
     """SHA-256 of the bytes of one tensor; ``entry`` is its entry of `header`."""
     digest, (first, last) = hashlib.sha256(), entry["data_offsets"]
@@ -167,44 +255,6 @@ def header(path: Path) -> dict[str, dict[str, Any]]:
     return entries
 
 
-def _entries(located: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
-    """Type, shape and offsets of each tensor of a checkpoint; ``located`` as `shards` gives it."""
-    headers = {path: header(path) for path in sorted({*located.values()})}
-    for name, path in located.items():
-        if name not in headers[path]:
-            raise ArtifactError(f"{path}: tensor {name} is missing; the index names it")
-    return {name: headers[path][name] for name, path in located.items()}
-
-
-def _no_tensor(name: str, folder: Path, family: str) -> ArtifactError:
-    return ArtifactError(f"{folder}: no tensor {name}; expected the plain weights of a {family} model")
-
-
-def down_columns(family: str, located: Mapping[str, Path], layer: int, index: "Tensor") -> "Tensor":
-    """W_down[:, index] of a layer of a checkpoint, (D, K), in its stored type; ``located`` as `shards` gives it.
-
-    Raises:
-        ArtifactError: there is no such tensor.
-    """
-    name = f"{layers_key(family, located)}.{layer}.{FAMILIES[family].down}.weight"
-    if name not in located:
-        raise _no_tensor(name, next(iter(located.values())).parent, family)
-    with safe_read.tensors(located[name], "pt") as file:
-        weight: Tensor = file.get_tensor(name)
-    return weight[index].T if FAMILIES[family].transposed else weight[:, index]
-
-
-def decoder_key(family: str, names: Collection[str]) -> str:
-    """What the keys of a checkpoint's decoder begin with: "model." or the like, nothing where it holds no more."""
-    prefix = f"{FAMILIES[family].decoder}."
-    return prefix if any(name.startswith(prefix) for name in names) else ""
-
-
-def layers_key(family: str, names: Collection[str]) -> str:
-    """The key of the list of decoder layers in a checkpoint with these tensor names."""
-    return f"{decoder_key(family, names)}{FAMILIES[family].layers}"
-
-
 def version_of(path_or_id: str | Path, revision: str | None = None) -> str:
     """What tells two models of one name apart: the commit of a Hub id, the fingerprint of a folder's tensors.
 
@@ -213,4 +263,4 @@ def version_of(path_or_id: str | Path, revision: str | None = None) -> str:
         ArtifactError: the folder has no tensors.
     """
     folder = fetch(path_or_id, revision)
-    return tensor_fingerprint(folder)[:16] if folder == Path(path_or_id) else folder.name
+    return Checkpoint(folder).fingerprint[:16] if folder == Path(path_or_id) else folder.name

@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from adaras_export.core import checkpoint
 from adaras_export.core.base_model import BaseModel
+from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.core.rule import SteeringRule
 from adaras_export.delivery.card import CardContext, card, results
 from adaras_export.delivery.card_effect import Measured
@@ -45,10 +45,10 @@ def readdressed(folder: Path, receipt: Receipt, exporter: Exporter, repository: 
     return {CARD_FILE: text, RECEIPT_FILE: complete.to_bytes()}
 
 
-def checks(folder: Path, receipt: Receipt, exporter: Exporter, rule: SteeringRule, base: Path) -> list[Check]:
+def checks(folder: Path, receipt: Receipt, exporter: Exporter, rule: SteeringRule, base: Checkpoint) -> list[Check]:
     """Whether card and receipt say of base, tensors and rule what these say themselves, and the card what they give."""
-    other = differing_keys(receipt.base_card, base_card(base))
-    other += ["chat_template"] * (receipt.chat_template != has_chat_template(base))
+    other = differing_keys(receipt.base_card, base_card(base.folder))
+    other += ["chat_template"] * (receipt.chat_template != has_chat_template(base.folder))
     left_out = sorted({*receipt.drops} ^ {*dropped(rule, exporter)})
     written = _other_than_written(folder, receipt, exporter, rule)
     return [
@@ -60,7 +60,9 @@ def checks(folder: Path, receipt: Receipt, exporter: Exporter, rule: SteeringRul
     ]
 
 
-def name_checks(receipt: Receipt, exporter: Exporter, rule: SteeringRule, base: Path, found: BaseModel) -> list[Check]:
+def name_checks(
+    receipt: Receipt, exporter: Exporter, rule: SteeringRule, base: Checkpoint, found: BaseModel
+) -> list[Check]:
     """Whether what receipt and rule call the base is ``base``, or has its content; as far as that is on this machine.
 
     An artifact that fetches its base by name opens that base, even where it was compared with another one.
@@ -70,7 +72,7 @@ def name_checks(receipt: Receipt, exporter: Exporter, rule: SteeringRule, base: 
         if one.revision is not None and (one.id, one.revision) != (found.id, found.revision):
             places[_name(one)] = hub.cached(one.id, one.revision)
     source = Path(receipt.source)
-    if receipt.base.revision is None and source.resolve() != base.resolve():
+    if receipt.base.revision is None and source.resolve() != base.folder.resolve():
         places[receipt.source] = source if source.is_dir() else None
     other = {name: _differing(place, base, receipt) for name, place in places.items() if place is not None}
     wrong = [f"{name}: {' '.join(differing)}" for name, differing in other.items() if differing]
@@ -90,14 +92,15 @@ def _name(base: BaseModel) -> str:
     return f"{base.id} at revision {base.revision}"
 
 
-def _differing(place: Path, base: Path, receipt: Receipt) -> list[str]:
+def _differing(place: Path, base: Checkpoint, receipt: Receipt) -> list[str]:
     """What the models in two folders differ in: tensors, settings, small files."""
     try:
-        tensors, config = checkpoint.tensor_hashes(place), atomic.read_json(place / "config.json")
+        other = Checkpoint(place)
+        tensors, config = other.hashes, other.config
     except ArtifactError as error:
         return [str(error)]
-    settings = differing_keys(config, atomic.read_json(base / "config.json"))
-    files = changed_companions(place, base)
+    settings = differing_keys(config, base.config)
+    files = changed_companions(place, base.folder)
     return [*differing_keys(tensors, receipt.base_tensors), *(f"config.json:{key}" for key in settings), *files]
 
 
@@ -229,8 +232,8 @@ def _disclosure_check(exporter: Exporter, folder: Path, receipt: Receipt) -> Che
     return Check.empty(name, other)
 
 
-def _base_check(receipt: Receipt, base: Path) -> Check:
-    found = checkpoint.tensor_hashes(base)
+def _base_check(receipt: Receipt, base: Checkpoint) -> Check:
+    found = base.hashes
     names = {*found, *receipt.base_tensors}
     changed = sorted(name for name in names if found.get(name) != receipt.base_tensors.get(name))
     return Check.empty("tensors of the base that changed since", changed)

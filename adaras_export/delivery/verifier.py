@@ -7,6 +7,7 @@ from typing import Any
 
 from adaras_export import exporters
 from adaras_export.core.base_model import BaseModel
+from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.core.rule import SteeringRule
 from adaras_export.delivery import documents, integrity
 from adaras_export.delivery.receipt import Receipt, read, version_checks
@@ -93,10 +94,10 @@ def _require_own(folder: Path, checks: Sequence[Check]) -> None:
 
 @dataclass(frozen=True)
 class _Place:
-    """The rule of an exported folder, its base, the folder of the base, and the context of its exporter."""
+    """The rule of an exported folder, its base, the base's identity, and the context of its exporter."""
 
     rule: SteeringRule
-    base: Path
+    base: Checkpoint
     found: BaseModel
     context: ExportContext
 
@@ -104,11 +105,12 @@ class _Place:
     def of(cls, folder: Path, recorded: Receipt, base: str | Path | None) -> "_Place":
         rule = SteeringRule.load(folder / RULE_FILE)
         place, revision = recorded.source if base is None else base, recorded.base.revision
-        base_folder, found = hub.fetch(place, revision), BaseModel.of(place, revision)
+        checkpoint = Checkpoint(hub.fetch(place, revision))
+        found = BaseModel.of_checkpoint(checkpoint, place)
         rule.base.require_same(found)
-        elsewhere = None if base is None else base_folder
-        told = ExportContext(recorded.source, revision, elsewhere, options=recorded.options)
-        return cls(rule, base_folder, found, told)
+        elsewhere = None if base is None else checkpoint.folder
+        context = ExportContext(recorded.source, revision, elsewhere, options=recorded.options)
+        return cls(rule, checkpoint, found, context)
 
 
 def exporter_of(receipt: Receipt) -> Exporter:
@@ -125,12 +127,12 @@ def exporter_of(receipt: Receipt) -> Exporter:
         raise ExportError(f"{manifest.RECEIPT_FILE}: {error}; export again") from error
 
 
-def verified(exporter: Exporter, folder: Path, rule: SteeringRule, base: Path) -> ParityReport:
+def verified(exporter: Exporter, folder: Path, rule: SteeringRule, base: Checkpoint) -> ParityReport:
     """Inspect an artifact; where it is harmless, run it against the reference."""
     return _compared(exporter, folder, rule, base, _inspected(exporter, folder, rule, base))
 
 
-def _inspected(exporter: Exporter, folder: Path, rule: SteeringRule, base: Path) -> Inspection | Check:
+def _inspected(exporter: Exporter, folder: Path, rule: SteeringRule, base: Checkpoint) -> Inspection | Check:
     try:
         return exporter.inspect(folder, rule, base)
     except ArtifactError as error:
@@ -138,7 +140,7 @@ def _inspected(exporter: Exporter, folder: Path, rule: SteeringRule, base: Path)
 
 
 def _compared(
-    exporter: Exporter, folder: Path, rule: SteeringRule, base: Path, stored: Inspection | Check
+    exporter: Exporter, folder: Path, rule: SteeringRule, base: Checkpoint, stored: Inspection | Check
 ) -> ParityReport:
     if isinstance(stored, Check):
         return ParityReport((stored,))

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypedDict, get_args
 
 from adaras_export import exporters
-from adaras_export.core import checkpoint
 from adaras_export.core.base_model import BaseModel
+from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.core.rule import SteeringRule
 from adaras_export.delivery import documents
 from adaras_export.delivery.receipt import Receipt, current_versions, read, read_whole
@@ -109,22 +109,21 @@ def export(  # noqa: PLR0913 - one job with the options that the command line ha
     _refuse_options(exporter, options)
     exporter = exporter.with_context(ExportContext(str(base), copy=copy, options=options))
     dropped = _refuse_loss(rule, exporter, accept_loss)
-    folder = hub.fetch(base, rule.base.revision)
-    found = BaseModel.of(base, rule.base.revision)
+    checkpoint = Checkpoint(hub.fetch(base, rule.base.revision))
+    found = BaseModel.of_checkpoint(checkpoint, base)
     rule.base.require_same(found)
-    origin = found.id if found.revision else str(folder.resolve())
+    origin = found.id if found.revision else str(checkpoint.folder.resolve())
     exporter = exporter.with_context(ExportContext(origin, found.revision, copy=copy, options=options))
     measured = None if evaluation is None else documents.evaluation_of(Path(evaluation), rule)
-    with staged(out, folder) as stage:
-        written = exporter.write(rule, folder, stage)
+    with staged(out, checkpoint.folder) as stage:
+        written = exporter.write(rule, checkpoint, stage)
         rule = written.rule
         (stage / RULE_FILE).write_bytes(rule.to_bytes())
         if measured is not None:
             (stage / EVALUATION_FILE).write_bytes(measured)
-        parity = ParityReport((*written.notes, *verified(exporter, stage, rule, folder).checks))
+        parity = ParityReport((*written.notes, *verified(exporter, stage, rule, checkpoint).checks))
         if not parity.ok:
             raise ParityError(f"{out}: not written: " + "; ".join(check.line().strip() for check in parity.failed()))
-        base_tensors = checkpoint.tensor_hashes(folder)
         receipt = Receipt(
             target=to,
             options=dict(exporter.spec.recorded()),
@@ -134,12 +133,12 @@ def export(  # noqa: PLR0913 - one job with the options that the command line ha
             given_rule=given,
             base=found,
             source=origin,
-            base_tensors=base_tensors,
-            base_card=documents.base_card(folder),
-            chat_template=documents.has_chat_template(folder),
+            base_tensors=checkpoint.hashes,
+            base_card=documents.base_card(checkpoint.folder),
+            chat_template=documents.has_chat_template(checkpoint.folder),
             parity=parity,
             files={},
-            tensors=tuple(exporter.spec.entries(stage, base_tensors)),
+            tensors=tuple(exporter.spec.entries(stage, checkpoint.hashes)),
             versions=current_versions(to),
         )
         files = documents.describe(stage, receipt, exporter, rule).files
@@ -212,7 +211,7 @@ def refresh(path: str | Path, base: str | Path | None = None) -> ExportReport:
             raise ParityError(f"{folder}: not refreshed: {found}; export again")
         renewed = replace(
             receipt,
-            chat_template=documents.has_chat_template(place.base),
+            chat_template=documents.has_chat_template(place.base.folder),
             parity=parity,
             versions=current_versions(receipt.target),
         )

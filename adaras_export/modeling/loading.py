@@ -13,7 +13,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from adaras_export.core import checkpoint
+from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.errors import ArtifactError, first_line, require
 from adaras_export.files.hub import fetch
 
@@ -50,7 +50,7 @@ def load_model(
         print(report.correct, "of", report.traces, "traces are correct")
     """
     folder = fetch(base, revision)
-    checkpoint.require(folder)
+    Checkpoint(folder).require_buildable()
     placing: dict[str, Any] = {}
     if device_map is not None:
         require("accelerate", "distributed", "a device map")

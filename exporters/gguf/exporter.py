@@ -18,6 +18,7 @@ import torch
 from gguf import GGUFValueType
 
 from adaras_export.core import families
+from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.core.rule import SteeringRule
 from adaras_export.errors import ArtifactError, ExportError
 from adaras_export.exporters.base import (
@@ -36,7 +37,6 @@ from adaras_export.exporters.gguf.model import BIAS, FILE, biases, checks, requi
 from adaras_export.exporters.gguf.reader import Entry
 from adaras_export.exporters.manifest import DESCRIBING, Disclosed, files_of
 from adaras_export.exporters.parity import FLOAT32, Artifact, Check, Mode, Play, Reference, play_model
-from adaras_export.files import atomic
 from adaras_export.files.safetensors_record import Array
 
 VECTOR_FILE = "control-vector.gguf"
@@ -92,7 +92,7 @@ class GgufExporter:
     def _recorded(self) -> Mapping[str, Any]:
         return {} if self.into is None else {"into": {"file": self._carrier_name, "content": self._carrier_content}}
 
-    def write(self, rule: SteeringRule, base: Path, out: Path) -> Written:
+    def write(self, rule: SteeringRule, base: Checkpoint, out: Path) -> Written:
         """As `Exporter` says."""
         require_effect(rule, "gguf")
         _require_expressible(rule)
@@ -106,7 +106,7 @@ class GgufExporter:
             gguf_files.copy_with(self.into, out / FILE, biases(rule, base))
         return Written(rule)
 
-    def inspect(self, folder: Path, rule: SteeringRule, base: Path) -> Inspection:
+    def inspect(self, folder: Path, rule: SteeringRule, base: Checkpoint) -> Inspection:
         """As `Exporter` says."""
         path = folder / (VECTOR_FILE if self.into is None else FILE)
         strange = sorted(files_of(folder).keys() - DESCRIBING - {path.name})
@@ -116,7 +116,7 @@ class GgufExporter:
         )
         return Inspection(files, found[0], tuple(found[1:]))
 
-    def reference(self, folder: Path, rule: SteeringRule, base: Path) -> Reference:  # noqa: ARG002
+    def reference(self, folder: Path, rule: SteeringRule, base: Checkpoint) -> Reference:  # noqa: ARG002
         """As `Exporter` says."""
         return stock_reference(rule, base, everywhere=True)
 
@@ -185,15 +185,15 @@ def _metadata(rule: SteeringRule) -> dict[str, Entry]:
     }
 
 
-def _directions(rule: SteeringRule, base: Path, config: Mapping[str, Any]) -> dict[str, Array]:
+def _directions(rule: SteeringRule, base: Checkpoint, config: Mapping[str, Any]) -> dict[str, Array]:
     """The tensors of a control vector: without the strength, which is its scale."""
     factor = np.float32(config.get("residual_multiplier", 1.0) if rule.base.family == "granite" else 1.0)
     return {f"direction.{layer}": factor * vector for layer, vector in vectors(rule, base).items()}
 
 
-def _vector_checks(path: Path, rule: SteeringRule, base: Path) -> list[Check]:
+def _vector_checks(path: Path, rule: SteeringRule, base: Checkpoint) -> list[Check]:
     file, expected_entries = reader.opened(path), _metadata(rule)
-    expected = _directions(rule, base, atomic.read_json(base / "config.json"))
+    expected = _directions(rule, base, base.config)
     other = differing_keys(file.entries, expected_entries)
     other += sorted({tensor.name for tensor in file.tensors} - expected.keys())
     other += gguf_files.strange(file, expected)

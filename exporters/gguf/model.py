@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from adaras_export.core.base_model import BaseModel
+from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.core.rule import SteeringRule
 from adaras_export.errors import ExportError
 from adaras_export.exporters.checkpoint import vectors
@@ -53,13 +54,13 @@ def _require_sizes(path: Path, shapes: dict[str, list[int]], base: BaseModel) ->
         )
 
 
-def biases(rule: SteeringRule, base: Path) -> dict[str, Array]:
+def biases(rule: SteeringRule, base: Checkpoint) -> dict[str, Array]:
     """The tensors that are added, by name: strength * vector of each steered layer."""
     scaled = {layer: rule.strength * vector.astype(np.float64) for layer, vector in vectors(rule, base).items()}
     return {f"blk.{layer}{BIAS}": vector.astype(np.float32) for layer, vector in scaled.items()}
 
 
-def checks(path: Path, rule: SteeringRule, base: Path, content: str) -> list[Check]:
+def checks(path: Path, rule: SteeringRule, base: Checkpoint, content: str) -> list[Check]:
     """Compare a model with what it was written from, by `content_digest`, and its biases with the rule's."""
     expected, file = biases(rule, base), reader.opened(path)
     other = files.strange(file, expected)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from adaras_export.core import checkpoint, families
+from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.core.gate import Gate
 from adaras_export.core.rule import SteeringRule
 from adaras_export.exporters import payload_history
@@ -74,10 +75,10 @@ class HuggingFaceExporter:
         """As `Exporter` says."""
         return replace(self, copy=context.copy)
 
-    def write(self, rule: SteeringRule, base: Path, out: Path) -> Written:
+    def write(self, rule: SteeringRule, base: Checkpoint, out: Path) -> Written:
         """As `Exporter` says."""
         config = plain_config(base)
-        for path in sorted({*checkpoint.shards(base).values()}):
+        for path in sorted({*base.files.values()}):
             link_or_copy(path, out / linked_name(path), copy=self.copy)
         tensors = steering_tensors(rule, base)
         write_tensors(out, tensors)
@@ -85,20 +86,22 @@ class HuggingFaceExporter:
         write_repository(out, base, steered_config(config, rule), payload(rule.base.family))
         return Written(rule)
 
-    def refresh(self, folder: Path, rule: SteeringRule, base: Path) -> None:
+    def refresh(self, folder: Path, rule: SteeringRule, base: Checkpoint) -> None:
         """As `Refreshing` says."""
-        config = steered_config(atomic.read_json(base / "config.json"), rule)
+        config = steered_config(base.config, rule)
         refresh_repository(folder, base, config, payload(rule.base.family))
 
-    def inspect(self, folder: Path, rule: SteeringRule, base: Path) -> Inspection:
+    def inspect(self, folder: Path, rule: SteeringRule, base: Checkpoint) -> Inspection:
         """As `Exporter` says."""
-        expected = steered_config(atomic.read_json(base / "config.json"), rule)
+        expected = steered_config(base.config, rule)
         code, config, *files = repository_checks(folder, base, expected, payload(rule.base.family))
-        weights = {linked_name(path) for path in checkpoint.shards(base).values()}
-        unknown = unknown_files(folder, base, {*payload(rule.base.family), *REPOSITORY_FILES, *SHARED_FILES, *weights})
+        weights = {linked_name(path) for path in base.files.values()}
+        unknown = unknown_files(
+            folder, base.folder, {*payload(rule.base.family), *REPOSITORY_FILES, *SHARED_FILES, *weights}
+        )
         return Inspection(code, config, (*files, *_tensor_checks(folder, rule, base), unknown))
 
-    def reference(self, folder: Path, rule: SteeringRule, base: Path) -> Reference:  # noqa: ARG002
+    def reference(self, folder: Path, rule: SteeringRule, base: Checkpoint) -> Reference:  # noqa: ARG002
         """As `Exporter` says."""
         return stock_reference(rule, base)
 
@@ -116,26 +119,26 @@ REPOSITORY_FILES = frozenset({"config.json", "tokenizer_config.json"})
 SHARED_FILES = frozenset({INDEX_FILE, STEERING_FILE})
 
 
-def write_repository(out: Path, base: Path, config: dict[str, Any], code: dict[str, bytes]) -> None:
+def write_repository(out: Path, base: Checkpoint, config: dict[str, Any], code: dict[str, bytes]) -> None:
     """Write all that a repository holds besides tensors: config, code, and the small files of the base."""
     write_json(out / "config.json", config)
     for name, content in code.items():
         (out / name).write_bytes(content)
-    copy_companions(base, out)
-    classes = _tokenizer_classes(base, code)
-    fitting = classes if code else (name for name in classes if _opens_alike(out, base, name))
+    copy_companions(base.folder, out)
+    classes = _tokenizer_classes(base.folder, code)
+    fitting = classes if code else (name for name in classes if _opens_alike(out, base.folder, name))
     name_tokenizer_class(out, next(iter(fitting), classes[0]))  # if none fits, the checks will tell
 
 
-def refresh_repository(folder: Path, base: Path, config: dict[str, Any], code: dict[str, bytes]) -> None:
+def refresh_repository(folder: Path, base: Checkpoint, config: dict[str, Any], code: dict[str, bytes]) -> None:
     """Write code, config and the tokenizer's class anew, as `write_repository` writes them; other files stay."""
     for name, content in code.items():
         atomic.replace_file(folder / name, content)
     write_json(folder / "config.json", config)
-    name_tokenizer_class(folder, tokenizer_classes(base)[0])
+    name_tokenizer_class(folder, tokenizer_classes(base.folder)[0])
 
 
-def repository_checks(folder: Path, base: Path, config: dict[str, Any], code: dict[str, bytes]) -> list[Check]:
+def repository_checks(folder: Path, base: Checkpoint, config: dict[str, Any], code: dict[str, bytes]) -> list[Check]:
     """Compare what `write_repository` wrote; code and config come first."""
     strange = _strange_code(folder, code)
     found = atomic.read_json(folder / "config.json")
@@ -144,11 +147,11 @@ def repository_checks(folder: Path, base: Path, config: dict[str, Any], code: di
         payload_history.check("code files that are not the library's", folder, strange),
         Check.empty("config entries that differ", settings),
     ]
-    changed = changed_companions(folder, base, _tokenizer_classes(base, code))
+    changed = changed_companions(folder, base.folder, _tokenizer_classes(base.folder, code))
     carried = Check.empty("files of the base that differ", changed)
     # Opening a tokenizer may run code, and a damaged one may not open.
     trusted = all(check.ok for check in (*trust, carried))
-    tokens = _tokenizer_checks(folder, base, trust_remote_code=bool(code)) if trusted else []
+    tokens = _tokenizer_checks(folder, base.folder, trust_remote_code=bool(code)) if trusted else []
     return [*trust, carried, *tokens]
 
 
@@ -188,18 +191,17 @@ def steered_config(config: dict[str, Any], rule: SteeringRule) -> dict[str, Any]
     }
 
 
-def steering_tensors(rule: SteeringRule, base: Path) -> dict[str, Array]:
+def steering_tensors(rule: SteeringRule, base: Checkpoint) -> dict[str, Array]:
     """The tensors that an export adds, by checkpoint key.
 
     Per steered layer its vector; per gate layer the feature indices, int64; the gate's weights, float32.
     """
-    located, family = checkpoint.shards(base), rule.base.family
-    layers = checkpoint.layers_key(family, located)
+    layers = base.layers_key
     tensors = {f"{layers}.{layer}.mlp.steering_vector": vector for layer, vector in vectors(rule, base).items()}
     if rule.gate is not None:
         for layer in np.unique(rule.gate.layer):
             tensors[f"{layers}.{layer}.mlp.steering_index"] = rule.gate.index[rule.gate.layer == layer]
-        gate = f"{checkpoint.decoder_key(family, located)}steering_gate"
+        gate = f"{base.decoder_key}steering_gate"
         tensors |= {f"{gate}.{name}": value for name, value in rule.gate.weights().items()}
     return tensors
 
@@ -282,20 +284,19 @@ def _tokenizer_checks(folder: Path, base: Path, *, trust_remote_code: bool) -> l
     return [Check("sample texts that are tokenised differently", differing, 0, remedy if differing and unnamed else "")]
 
 
-def _weight_map(base: Path, tensors: Mapping[str, Array]) -> dict[str, str]:
+def _weight_map(base: Checkpoint, tensors: Mapping[str, Array]) -> dict[str, str]:
     """The file of each tensor of the artifact."""
-    kept = {name: linked_name(path) for name, path in checkpoint.shards(base).items()}
+    kept = {name: linked_name(path) for name, path in base.files.items()}
     return kept | dict.fromkeys(tensors, STEERING_FILE)
 
 
-def _tensor_checks(folder: Path, rule: SteeringRule, base: Path) -> list[Check]:
+def _tensor_checks(folder: Path, rule: SteeringRule, base: Checkpoint) -> list[Check]:
     expected = steering_tensors(rule, base)
     located = checkpoint.shards(folder)
     wrong = [name for name, value in expected.items() if not stores(located.get(name), name, value)]
-    base_located = checkpoint.shards(base)
-    strange = sorted(located.keys() ^ (expected.keys() | base_located.keys()))
+    strange = sorted(located.keys() ^ (expected.keys() | base.files.keys()))
     strange += strange_names(folder / STEERING_FILE, expected)
-    names = {linked_name(path): path for path in base_located.values()}
+    names = {linked_name(path): path for path in base.files.values()}
     weights = sorted(name for name, path in names.items() if not same_content(folder / name, path))
     return [
         Check.empty("steering tensors that differ", wrong),

@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from adaras_export.core import checkpoint
+from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.core.rule import SteeringRule
 from adaras_export.errors import ExportError
 from adaras_export.exporters.base import ExportContext, Exporter, TargetSpec, Written, stock_reference
@@ -25,7 +25,6 @@ from adaras_export.exporters.checkpoint import (
 from adaras_export.exporters.checks import Inspection
 from adaras_export.exporters.hf import exporter
 from adaras_export.exporters.parity import Artifact, Check, Reference
-from adaras_export.files import atomic
 from adaras_export.files.safetensors_record import Array
 
 _LOADER = "thin_adaras.py"
@@ -58,9 +57,9 @@ class ThinExporter:
         """As `Exporter` says."""
         return replace(self, context=context)
 
-    def write(self, rule: SteeringRule, base: Path, out: Path) -> Written:
+    def write(self, rule: SteeringRule, base: Checkpoint, out: Path) -> Written:
         """As `Exporter` says."""
-        if (base / "adapter_config.json").exists():
+        if (base.folder / "adapter_config.json").exists():
             raise ExportError(
                 f"{base}: has an adapter_config.json, which from_pretrained would follow; expected a plain model: "
                 "remove the file, or choose target hf"
@@ -70,11 +69,11 @@ class ThinExporter:
         exporter.write_repository(out, base, self._config(rule, base), payload(rule.base.family))
         return Written(rule)
 
-    def refresh(self, folder: Path, rule: SteeringRule, base: Path) -> None:
+    def refresh(self, folder: Path, rule: SteeringRule, base: Checkpoint) -> None:
         """As `Refreshing` says."""
         exporter.refresh_repository(folder, base, self._config(rule, base), payload(rule.base.family))
 
-    def inspect(self, folder: Path, rule: SteeringRule, base: Path) -> Inspection:
+    def inspect(self, folder: Path, rule: SteeringRule, base: Checkpoint) -> Inspection:
         """As `Exporter` says."""
         found = exporter.repository_checks(folder, base, self._config(rule, base), payload(rule.base.family))
         code, config, *files = found
@@ -85,11 +84,11 @@ class ThinExporter:
             *files,
             Check.empty("steering tensors that differ", wrong),
             Check.empty("tensors missing or unknown", strange),
-            unknown_files(folder, base, {*payload(rule.base.family), *exporter.REPOSITORY_FILES, STEERING_FILE}),
+            unknown_files(folder, base.folder, {*payload(rule.base.family), *exporter.REPOSITORY_FILES, STEERING_FILE}),
         )
         return Inspection(code, config, rest)
 
-    def reference(self, folder: Path, rule: SteeringRule, base: Path) -> Reference:  # noqa: ARG002
+    def reference(self, folder: Path, rule: SteeringRule, base: Checkpoint) -> Reference:  # noqa: ARG002
         """As `Exporter` says."""
         return stock_reference(rule, base)
 
@@ -102,14 +101,14 @@ class ThinExporter:
             else exporter.open_repository(folder, base=str(elsewhere))
         )
 
-    def _config(self, rule: SteeringRule, base: Path) -> dict[str, Any]:
+    def _config(self, rule: SteeringRule, base: Checkpoint) -> dict[str, Any]:
         """The config of target hf, with the classes that fetch the base; "base" keeps what they put back."""
-        config = exporter.steered_config(atomic.read_json(base / "config.json"), rule)
-        place = self.context or ExportContext(str(base.resolve()))
+        config = exporter.steered_config(base.config, rule)
+        place = self.context or ExportContext(str(base.folder.resolve()))
         record = {
             "id": place.base_id,
             "revision": place.base_revision,
-            "fingerprint": checkpoint.tensor_fingerprint(base),
+            "fingerprint": base.fingerprint,
             "auto_map": config["auto_map"],
         }
         return {**config, "auto_map": _LOADERS, "adaras": config["adaras"] | {"base": record}}
@@ -123,7 +122,7 @@ def payload(family: str) -> dict[str, bytes]:
     return {**exporter.payload(family), _LOADER: (resources.files("adaras_export.runtime") / _LOADER).read_bytes()}
 
 
-def _tensors(rule: SteeringRule, base: Path) -> dict[str, Array]:
+def _tensors(rule: SteeringRule, base: Checkpoint) -> dict[str, Array]:
     """The steering tensors, named from the decoder on: the same for `AutoModel` and `AutoModelForCausalLM`."""
-    prefix = checkpoint.decoder_key(rule.base.family, checkpoint.shards(base))
+    prefix = base.decoder_key
     return {name.removeprefix(prefix): value for name, value in exporter.steering_tensors(rule, base).items()}

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from adaras_export.core import trace_files, traces
+from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.core.question_identity import identity
 from adaras_export.core.rule import SteeringRule
 from adaras_export.core.traces import Prompt, Trace
@@ -70,7 +71,7 @@ class Prompts:
         return cls(prompts, "calibration prompts", is_correct)
 
 
-def calibrated(rule: SteeringRule, base: Path, artifact: Judge, asked: Prompts) -> Written:
+def calibrated(rule: SteeringRule, base: Checkpoint, artifact: Judge, asked: Prompts) -> Written:
     """The rule with a threshold for the artifact's p(correct), and how often both decide alike.
 
     Where the prompts have labels, by Youden's J as `train_gate` has it; else the one that agrees most often with what
@@ -81,7 +82,7 @@ def calibrated(rule: SteeringRule, base: Path, artifact: Judge, asked: Prompts) 
     """
     own = rule.gate
     assert own is not None
-    model, tokenizer = load_model(base)
+    model, tokenizer = load_model(base.folder)
     was_steered = is_below(gate.gate_probabilities(model, tokenizer, own, asked.prompts), own.threshold)
     del model
     p_correct = artifact.p_correct([encode_prompt(tokenizer, prompt) for prompt in asked.prompts])

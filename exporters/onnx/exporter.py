@@ -17,6 +17,7 @@ import torch
 from onnx.inliner import inline_local_functions
 
 from adaras_export.core import families
+from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.core.rule import SteeringRule
 from adaras_export.errors import AdarasError, ArtifactError, ExportError, first_line
 from adaras_export.exporters.base import (
@@ -107,10 +108,10 @@ class OnnxExporter:
             raise ExportError("onnx: calibration with fp32, whose gate decides as the rule's; leave out --calibration")
         return chosen
 
-    def write(self, rule: SteeringRule, base: Path, out: Path) -> Written:
+    def write(self, rule: SteeringRule, base: Checkpoint, out: Path) -> Written:
         """As `Exporter` says."""
         config = plain_config(base)
-        _require_tokenizer(base)
+        _require_tokenizer(base.folder)
         prompts = self._gate_prompts(rule)
         graph = out / GRAPH
         if self.page:  # first, because npm may fail
@@ -130,14 +131,14 @@ class OnnxExporter:
             web_page.write_graph(graph, out)
         write_json(out / "config.json", self._config(config, rule))
         write_json(out / _GENAI_CONFIG, _genai_config(model, base, rule))
-        copy_companions(base, out)
+        copy_companions(base.folder, out)
         return written
 
-    def inspect(self, folder: Path, rule: SteeringRule, base: Path) -> Inspection:
+    def inspect(self, folder: Path, rule: SteeringRule, base: Checkpoint) -> Inspection:
         """As `Exporter` says."""
         model = _graph(folder)
         strange = sorted({*_strange_functions(model), *_strange_operators(model), *_strange_files(model, folder)})
-        expected = self._config(atomic.read_json(base / "config.json"), rule)
+        expected = self._config(base.config, rule)
         found = atomic.read_json(folder / "config.json")
         settings = differing_keys(found, expected)
         if not same_json(atomic.read_json(folder / _GENAI_CONFIG), _genai_config(model, base, rule)):
@@ -145,7 +146,7 @@ class OnnxExporter:
         stored = {name: value.const_value for name, value in model.graph.initializers.items()}
         wanted = tensors(rule, vectors(rule, base))
         wrong = [name for name, value in wanted.items() if not _equal(stored.get(name), value)]
-        changed = changed_companions(folder, base)
+        changed = changed_companions(folder, base.folder)
         page = web_page.differing(folder / GRAPH, folder) if self.page else []
         own = {GRAPH, GRAPH_DATA, "config.json", _GENAI_CONFIG, *(web_page.FILES if self.page else ())}
         return Inspection(
@@ -155,11 +156,11 @@ class OnnxExporter:
                 Check.empty("files of the base that differ", changed),
                 Check.empty("steering tensors that differ", wrong),
                 *([Check.empty("files of the page that differ", page)] if self.page else []),
-                unknown_files(folder, base, own),
+                unknown_files(folder, base.folder, own),
             ),
         )
 
-    def made_anew(self, folder: Path, rule: SteeringRule, base: Path) -> Sequence[Check]:
+    def made_anew(self, folder: Path, rule: SteeringRule, base: Checkpoint) -> Sequence[Check]:
         """As `Remaking` says: a graph may compute anything on prompts that the comparison does not try."""
         name = "operators or weights other than a fresh export's"
         with TemporaryDirectory() as scratch:
@@ -174,7 +175,7 @@ class OnnxExporter:
                 other.append(GRAPH_DATA)
             return [Check.empty(name, other)]
 
-    def reference(self, folder: Path, rule: SteeringRule, base: Path) -> Reference:
+    def reference(self, folder: Path, rule: SteeringRule, base: Checkpoint) -> Reference:
         """As `Exporter` says: with fewer bits, vectors folded from the base's weights on a base with rounded ones."""
         if self.precision == "fp32":
             return stock_reference(rule, base)
@@ -203,11 +204,11 @@ class OnnxExporter:
     def _tolerance(self) -> Tolerance:
         return _FLOAT16 if self.precision == "fp16" else _FLOAT32
 
-    def _write_steered(self, rule: SteeringRule, base: Path, graph: Path) -> ir.Model:
+    def _write_steered(self, rule: SteeringRule, base: Checkpoint, graph: Path) -> ir.Model:
         """Write the graph, with the rule in it, and its weights into a folder that does not exist yet."""
         graph.parent.mkdir()
         if self.genai:
-            build_graph(base, graph, rule.base.family)
+            build_graph(base.folder, graph, rule.base.family)
         else:
             self._write_plain(base, graph)
         model = ir.load(graph)
@@ -219,11 +220,11 @@ class OnnxExporter:
         if self.inline:
             onnx.save(inline_local_functions(onnx.load(graph, load_external_data=False)), graph)
 
-    def _write_plain(self, base: Path, graph: Path) -> None:
+    def _write_plain(self, base: Checkpoint, graph: Path) -> None:
         from transformers import AutoModelForCausalLM
 
         dtype = torch.float16 if self.precision == "fp16" else torch.float32
-        model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+        model: Any = AutoModelForCausalLM.from_pretrained(base.folder, dtype=dtype)
         if self.precision not in _BITS:
             graphs.plain_graph(model, graph)
             return
@@ -263,10 +264,10 @@ class OnnxExporter:
 EXPORTER = OnnxExporter()
 
 
-def _genai_config(model: ir.Model, base: Path, rule: SteeringRule) -> dict[str, Any]:
-    path = base / "generation_config.json"
+def _genai_config(model: ir.Model, base: Checkpoint, rule: SteeringRule) -> dict[str, Any]:
+    path = base.folder / "generation_config.json"
     generation = atomic.read_json(path) if path.exists() else {}
-    config = atomic.read_json(base / "config.json")
+    config = base.config
     return genai_config(model, config, generation, rule.base.family, GRAPH)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from adaras_export.core import families
+from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.core.rule import SteeringRule
 from adaras_export.exporters.base import TargetSpec, stock_reference
 from adaras_export.exporters.checkpoint import vectors
@@ -37,7 +38,7 @@ class AdaptiveExporter(PeftExporter):
             tags=(),
         )
 
-    def reference(self, folder: Path, rule: SteeringRule, base: Path) -> Reference:  # noqa: ARG002
+    def reference(self, folder: Path, rule: SteeringRule, base: Checkpoint) -> Reference:  # noqa: ARG002
         """As `Exporter` says."""
         return stock_reference(rule, base)
 
@@ -45,7 +46,7 @@ class AdaptiveExporter(PeftExporter):
         """As `Exporter` says."""
         return _Adaptive(open_adapted(folder, self.context), folder)
 
-    def tensors(self, rule: SteeringRule, base: Path) -> dict[str, Array]:
+    def tensors(self, rule: SteeringRule, base: Checkpoint) -> dict[str, Array]:
         """What the adapter's file holds: the folded vectors, without the strength, and the gate."""
         held = {f"{_key(rule, layer)}.adaras_vector": vector for layer, vector in vectors(rule, base).items()}
         if rule.gate is not None:
@@ -53,7 +54,7 @@ class AdaptiveExporter(PeftExporter):
             held |= {f"{gate}.{name}": np.asarray(value) for name, value in rule.gate.weights().items()}
         return held
 
-    def config(self, rule: SteeringRule, base: Path) -> dict[str, Any]:
+    def config(self, rule: SteeringRule, base: Checkpoint) -> dict[str, Any]:
         """The adapter_config.json, as `AdarasConfig` has it."""
         gate, family = rule.gate, rule.base.family
         read = [] if gate is None else np.unique(gate.layer).tolist()

@@ -15,6 +15,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from adaras_export.core import families
+from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.core.rule import SteeringRule
 from adaras_export.exporters import adapters
 from adaras_export.exporters.adapters import ADAPTER_FILE, CONFIG_FILE, adapted
@@ -76,7 +77,7 @@ class PeftExporter:
         """As `Exporter` says."""
         return replace(self, context=context)
 
-    def write(self, rule: SteeringRule, base: Path, out: Path) -> Written:
+    def write(self, rule: SteeringRule, base: Checkpoint, out: Path) -> Written:
         """As `Exporter` says."""
         require_effect(rule, "peft")
         plain_config(base)
@@ -84,7 +85,7 @@ class PeftExporter:
         write_json(out / CONFIG_FILE, self.config(rule, base))
         return Written(rule)
 
-    def inspect(self, folder: Path, rule: SteeringRule, base: Path) -> Inspection:
+    def inspect(self, folder: Path, rule: SteeringRule, base: Checkpoint) -> Inspection:
         """As `Exporter` says."""
         expected, found = self.config(rule, base), atomic.read_json(folder / CONFIG_FILE)
         settings = differing_keys(found, expected)
@@ -101,7 +102,7 @@ class PeftExporter:
             ),
         )
 
-    def reference(self, folder: Path, rule: SteeringRule, base: Path) -> Reference:  # noqa: ARG002
+    def reference(self, folder: Path, rule: SteeringRule, base: Checkpoint) -> Reference:  # noqa: ARG002
         """As `Exporter` says."""
         return stock_reference(rule, base, everywhere=True)
 
@@ -109,7 +110,7 @@ class PeftExporter:
         """As `Exporter` says."""
         return Adapted(open_adapted(folder, self.context), folder)
 
-    def tensors(self, rule: SteeringRule, base: Path) -> dict[str, Array]:
+    def tensors(self, rule: SteeringRule, base: Checkpoint) -> dict[str, Array]:
         """What the adapter's file holds: per steered layer A = 0 (1, M), B = 0 (D, 1), and the bias (D,)."""
         mlp, width, held = rule.base.mlp_size, rule.base.hidden_size, {}
         for layer, vector in vectors(rule, base).items():
@@ -119,7 +120,7 @@ class PeftExporter:
             held[f"{name}.lora_B.bias"] = np.float32(rule.strength) * vector
         return held
 
-    def config(self, rule: SteeringRule, base: Path) -> dict[str, Any]:
+    def config(self, rule: SteeringRule, base: Checkpoint) -> dict[str, Any]:
         """The adapter_config.json: entries that PEFT 0.18 knows, since it warns of others."""
         return {
             **base_entries(self.context, base),
@@ -134,9 +135,9 @@ class PeftExporter:
         }
 
 
-def base_entries(context: ExportContext | None, base: Path) -> dict[str, Any]:
+def base_entries(context: ExportContext | None, base: Checkpoint) -> dict[str, Any]:
     """The entries of an adapter_config.json that do not depend on its method."""
-    place = context or ExportContext(str(base.resolve()))
+    place = context or ExportContext(str(base.folder.resolve()))
     return {
         "base_model_name_or_path": place.base_id,
         "revision": place.base_revision,

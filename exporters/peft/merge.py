@@ -7,7 +7,7 @@ file by file, every other tensor with its bits, and the sums in float32, which P
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from adaras_export.core import checkpoint, families
+from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.core.rule import SteeringRule
 from adaras_export.errors import ExportError
 from adaras_export.exporters.base import ExportContext, Exporter, TargetSpec, Written
@@ -34,15 +34,14 @@ class MergeExporter(StockExporter):
         """As `Exporter` says."""
         return replace(self, copy=context.copy)
 
-    def write(self, rule: SteeringRule, base: Path, out: Path) -> Written:
+    def write(self, rule: SteeringRule, base: Checkpoint, out: Path) -> Written:
         """As `Exporter` says."""
         _require_biases(rule, base)
         return super().write(rule, base, out)
 
 
-def _require_biases(rule: SteeringRule, base: Path) -> None:
-    located, family = checkpoint.shards(base), families.FAMILIES[rule.base.family]
-    layers = checkpoint.layers_key(family.model_type, located)
+def _require_biases(rule: SteeringRule, base: Checkpoint) -> None:
+    located, family, layers = base.files, base.family, base.layers_key
     names = [f"{layers}.{layer}.{family.down}.bias" for layer in rule.layers()]
     if missing := [name for name in names if name not in located]:
         raise ExportError(

@@ -6,13 +6,11 @@ can. Knows no files.
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from adaras_export.core import checkpoint
-from adaras_export.core.rule import SteeringRule
+from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.errors import ExportError
 from adaras_export.exporters.checkpoint import stored
 from adaras_export.exporters.stock.families import Form
@@ -43,21 +41,20 @@ def wider(config: Mapping[str, Any], form: Form, subject: str) -> dict[str, Any]
     return {"intermediate_size": config["intermediate_size"] + NEURONS}
 
 
-def weights(rule: SteeringRule, located: Mapping[str, Path]) -> dict[str, int]:
-    """The weights that the new neurons widen, and along which axis."""
-    layers = checkpoint.layers_key(rule.base.family, located)
+def weights(base: Checkpoint, count: int) -> dict[str, int]:
+    """The weights of ``count`` layers that the new neurons widen, and along which axis."""
     axes = zip(_GATED, (0, 0, 1), strict=True)
-    return {f"{layers}.{layer}.{path}.weight": axis for path, axis in axes for layer in range(rule.base.layers)}
+    return {f"{base.layers_key}.{layer}.{path}.weight": axis for path, axis in axes for layer in range(count)}
 
 
-def constants(rule: SteeringRule, located: Mapping[str, Path], zeros: Mapping[str, Array]) -> dict[str, Array]:
-    """The biases of gate and up projection, the base's or zeros, with those of the new neurons behind them."""
-    layers, biases = checkpoint.layers_key(rule.base.family, located), {}
-    for layer in range(rule.base.layers):
+def constants(base: Checkpoint, count: int, zeros: Mapping[str, Array]) -> dict[str, Array]:
+    """The biases of gate and up projection in ``count`` layers: the base's, or zeros, then those of the new neurons."""
+    biases = {}
+    for layer in range(count):
         for path, value in zip(_GATED[:2], (_GATE, _UP), strict=True):
-            name, new = f"{layers}.{layer}.{path}.bias", np.zeros(NEURONS)
+            name, new = f"{base.layers_key}.{layer}.{path}.bias", np.zeros(NEURONS)
             new[0] = value
-            before = zeros[name] if name in zeros else stored(located, name)
+            before = zeros[name] if name in zeros else stored(base.files, name)
             biases[name] = np.concatenate([before, new]).astype(np.float32)
     return biases
 

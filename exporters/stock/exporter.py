@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.core.rule import SteeringRule
 from adaras_export.errors import require
 from adaras_export.exporters.base import (
@@ -56,7 +57,7 @@ class StockExporter:
             require("peft", "peft", "target stock with --switchable")
         return replace(self, copy=context.copy, switchable=switchable)
 
-    def write(self, rule: SteeringRule, base: Path, out: Path) -> Written:
+    def write(self, rule: SteeringRule, base: Checkpoint, out: Path) -> Written:
         """As `Exporter` says."""
         require_effect(rule, self.spec.name)
         plan = Plan.of(rule, base, switchable=self.switchable)
@@ -66,7 +67,7 @@ class StockExporter:
             stock_switchable.write(rule, base, out)
         return Written(rule)
 
-    def inspect(self, folder: Path, rule: SteeringRule, base: Path) -> Inspection:
+    def inspect(self, folder: Path, rule: SteeringRule, base: Checkpoint) -> Inspection:
         """As `Exporter` says."""
         plan = Plan.of(rule, base, switchable=self.switchable)
         code, config, *checks = [*exporter.repository_checks(folder, base, plan.config, {}), *plan.checks(folder)]
@@ -77,9 +78,9 @@ class StockExporter:
             checks += stock_switchable.checks(rule, base, folder)
         adapter = stock_switchable.FILES if self.switchable else ()
         own = {*exporter.REPOSITORY_FILES, *exporter.SHARED_FILES, *plan.names.values(), *adapter}
-        return Inspection(code, config, (*checks, unknown_files(folder, base, own)))
+        return Inspection(code, config, (*checks, unknown_files(folder, base.folder, own)))
 
-    def reference(self, folder: Path, rule: SteeringRule, base: Path) -> Reference:  # noqa: ARG002
+    def reference(self, folder: Path, rule: SteeringRule, base: Checkpoint) -> Reference:  # noqa: ARG002
         """As `Exporter` says."""
         return stock_reference(rule, base, everywhere=True)
 

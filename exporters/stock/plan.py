@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from adaras_export.core import checkpoint, families
+from adaras_export.core import checkpoint
+from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.core.rule import SteeringRule
 from adaras_export.errors import ExportError
 from adaras_export.exporters.checkpoint import (
@@ -55,25 +56,25 @@ class Plan:
     rewritten: frozenset[Path]
 
     @classmethod
-    def of(cls, rule: SteeringRule, base: Path, *, switchable: bool = False) -> "Plan":
+    def of(cls, rule: SteeringRule, base: Checkpoint, *, switchable: bool = False) -> "Plan":
         """The plan of a rule on the checkpoint in ``base``: its biases steer, or a constant neuron lets a LoRA steer.
 
         Raises:
             ExportError: the checkpoint cannot carry it.
         """
-        found, located, family = plain_config(base), checkpoint.shards(base), rule.base.family
+        found, family = plain_config(base), rule.base.family
         form, present = form_of(family, str(base)), has_biases(found, family)
-        config = expressed(found, family, _dtype(rule, located), str(base))
-        biases = _missing(rule, located, form, present=present)
+        config = expressed(found, family, _dtype(base), str(base))
+        biases = _missing(rule, base, form, present=present)
         if switchable:
             config |= wider(config, form, str(base))
-            added, widened = constants(rule, located, biases), weights(rule, located)
+            added, widened = constants(base, rule.base.layers, biases), weights(base, rule.base.layers)
         else:
             added, widened = _steered(rule, base, biases), {}
         biases |= added
         changed = biases.keys() | widened.keys()
-        rewritten = {path for path in located.values() if changed & checkpoint.header(path).keys()}
-        return cls(config, biases, widened, located, frozenset(rewritten))
+        rewritten = {path for path in {*base.files.values()} if changed & checkpoint.header(path).keys()}
+        return cls(config, biases, widened, base.files, frozenset(rewritten))
 
     @property
     def names(self) -> dict[Path, str]:
@@ -122,21 +123,19 @@ class Plan:
         return stream.same_tensors(target, self.kept(path))
 
 
-def _dtype(rule: SteeringRule, located: Mapping[str, Path]) -> str:
+def _dtype(base: Checkpoint) -> str:
     """The type of the base's weights, as a config names it: its down projections have it."""
-    family = rule.base.family
-    name = f"{checkpoint.layers_key(family, located)}.0.{families.FAMILIES[family].down}.weight"
-    found = checkpoint.header(located[name])[name]["dtype"]
+    name = f"{base.layers_key}.0.{base.family.down}.weight"
+    found = base.entries[name]["dtype"]
     names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
     if found not in names:
-        raise ExportError(f"{located[name]}: {name} is {found}; expected one of: {', '.join(names)}")
+        raise ExportError(f"{base.files[name]}: {name} is {found}; expected one of: {', '.join(names)}")
     return names[found]
 
 
-def _missing(rule: SteeringRule, located: Mapping[str, Path], form: Form, *, present: bool) -> dict[str, Array]:
+def _missing(rule: SteeringRule, base: Checkpoint, form: Form, *, present: bool) -> dict[str, Array]:
     """The biases that the form has and the base lacks, as zeros."""
-    family = families.FAMILIES[rule.base.family]
-    layers, biases = checkpoint.layers_key(family.model_type, located), {}
+    family, layers, biases = base.family, base.layers_key, {}
     for layer in range(rule.base.layers):
         for path in () if present else form.biased:
             size = rule.base.hidden_size if path == family.down else rule.base.mlp_size
@@ -146,12 +145,11 @@ def _missing(rule: SteeringRule, located: Mapping[str, Path], form: Form, *, pre
     return biases
 
 
-def _steered(rule: SteeringRule, base: Path, zeros: Mapping[str, Array]) -> dict[str, Array]:
+def _steered(rule: SteeringRule, base: Checkpoint, zeros: Mapping[str, Array]) -> dict[str, Array]:
     """The biases of the steered down projections: the base's, where it has them, plus strength * vector."""
-    located, family = checkpoint.shards(base), families.FAMILIES[rule.base.family]
-    layers, biases = checkpoint.layers_key(family.model_type, located), {}
+    biases = {}
     for layer, vector_D in vectors(rule, base).items():
-        name = f"{layers}.{layer}.{family.down}.bias"
-        before = zeros[name] if name in zeros else stored(located, name)
+        name = f"{base.layers_key}.{layer}.{base.family.down}.bias"
+        before = zeros[name] if name in zeros else stored(base.files, name)
         biases[name] = (before + rule.strength * vector_D.astype(np.float64)).astype(np.float32)
     return biases

@@ -12,6 +12,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from adaras_export.core import checkpoint
+from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.core.rule import SteeringRule
 from adaras_export.exporters import adapters
 from adaras_export.exporters.adapters import ADAPTER_FILE, CONFIG_FILE, adapted
@@ -47,7 +48,7 @@ def adapter_config(rule: SteeringRule) -> dict[str, Any]:
     }
 
 
-def adapter_tensors(rule: SteeringRule, base: Path) -> dict[str, Array]:
+def adapter_tensors(rule: SteeringRule, base: Checkpoint) -> dict[str, Array]:
     """A, which picks the constant neuron, and B = strength * vector of each steered layer, float32."""
     tensors: dict[str, Array] = {}
     for layer, vector_D in vectors(rule, base).items():
@@ -57,7 +58,7 @@ def adapter_tensors(rule: SteeringRule, base: Path) -> dict[str, Array]:
     return tensors
 
 
-def write(rule: SteeringRule, base: Path, out: Path) -> None:
+def write(rule: SteeringRule, base: Checkpoint, out: Path) -> None:
     """Write the adapter below the artifact's folder ``out``."""
     (out / FOLDER).mkdir()
     write_json(out / FOLDER / CONFIG_FILE, adapter_config(rule))
@@ -73,7 +74,7 @@ def changed_settings(rule: SteeringRule, folder: Path) -> list[str]:
     return wrong
 
 
-def checks(rule: SteeringRule, base: Path, folder: Path) -> list[Check]:
+def checks(rule: SteeringRule, base: Checkpoint, folder: Path) -> list[Check]:
     """Compare the tensors that `write` wrote."""
     path, expected = folder / FOLDER / ADAPTER_FILE, adapter_tensors(rule, base)
     wrong = [name for name, value in expected.items() if not stores(path, name, value)]

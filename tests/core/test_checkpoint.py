@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from adaras_export.core import checkpoint, families
 from adaras_export.core.base_model import BaseModel
+from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.errors import ArtifactError, RuleError, UnsupportedModelError
 
 
@@ -33,14 +34,13 @@ def test_a_base_is_read_from_its_folder(name, folders):
 
 @pytest.mark.parametrize("name", tiny.NAMES)
 def test_down_projections_are_those_of_the_checkpoint(name, stock, folders):
-    model, located = stock[name], checkpoint.shards(folders[name])
-    family, index = tiny.SPECS[name][0], torch.tensor([5, 0, 47])
+    model, index = stock[name], torch.tensor([5, 0, 47])
     for layer in range(tiny.LAYERS):
         h_1M = torch.zeros(1, tiny.MLP_SIZE)
         h_1M[:, index] = torch.tensor([1.0, -2.0, 0.5])
         down = families.down_projection(model, layer)
         expected = down(h_1M) - down(torch.zeros_like(h_1M))
-        columns_DK = checkpoint.down_columns(family, located, layer, index)
+        columns_DK = Checkpoint(folders[name]).down_columns(layer, index)
         torch.testing.assert_close(columns_DK @ torch.tensor([1.0, -2.0, 0.5]), expected[0])
     assert families.sizes_of(model) == (tiny.SPECS[name][0], tiny.LAYERS, tiny.MLP_SIZE, tiny.HIDDEN_SIZE)
 
@@ -122,7 +122,7 @@ def test_the_fingerprint_does_not_depend_on_how_the_tensors_are_spread(folders, 
     (tmp_path / "one").mkdir()
     shutil.copy(sharded / "config.json", tmp_path / "one")
     save_file(tensors, tmp_path / "one" / "model.safetensors")
-    assert checkpoint.tensor_fingerprint(tmp_path / "one") == checkpoint.tensor_fingerprint(sharded)
+    assert Checkpoint(tmp_path / "one").fingerprint == Checkpoint(sharded).fingerprint
 
 
 @pytest.mark.parametrize("change", ["value", "dtype", "name", "shape", "missing"])
@@ -137,7 +137,7 @@ def test_the_fingerprint_tells_checkpoints_apart(change, folders, tmp_path):
     if change != "missing":
         tensors["other" if change == "name" else key] = changed
     save_file(tensors, folder / "model.safetensors")
-    assert checkpoint.tensor_fingerprint(folder) != checkpoint.tensor_fingerprint(folders["llama"])
+    assert Checkpoint(folder).fingerprint != Checkpoint(folders["llama"]).fingerprint
 
 
 def test_the_fingerprint_sees_the_head_the_middle_and_the_tail_of_a_large_tensor(tmp_path):
@@ -147,15 +147,15 @@ def test_the_fingerprint_sees_the_head_the_middle_and_the_tail_of_a_large_tensor
         if at is not None:
             tensor[at] = 1
         save_file({"x": tensor}, tmp_path / "model.safetensors")
-        found.add(checkpoint.tensor_fingerprint(tmp_path))
+        found.add(Checkpoint(tmp_path).fingerprint)
     assert len(found) == 4
 
 
 def test_the_fingerprint_can_be_limited_to_some_tensors(folders):
     only = {"model.layers.1.mlp.down_proj.weight"}
-    one, other = (checkpoint.tensor_fingerprint(folders[name], only) for name in ("llama", "mistral"))
+    one, other = (Checkpoint(folders[name]).fingerprint_of(only) for name in ("llama", "mistral"))
     assert one != other
-    assert one != checkpoint.tensor_fingerprint(folders["llama"])
+    assert one != Checkpoint(folders["llama"]).fingerprint
 
 
 @pytest.mark.parametrize("layers", [0, -1, 2.0, "2", None])

@@ -15,8 +15,8 @@ import torch
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from adaras_export.core import checkpoint
 from adaras_export.core.base_model import BaseModel
+from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.core.rule import SteeringRule
 from adaras_export.delivery import documents, verifier, writer
 from adaras_export.delivery.receipt import hashes, read
@@ -751,7 +751,7 @@ def test_an_artifact_that_names_another_base_than_the_one_given_is_found(to, how
     base = folders["llama"]
     evil = unsampled_change(base, tmp_path / "evil" / base.name)
     out = export(rules[KEY], base=evil, to=to, out=tmp_path / "out", **how).path
-    reword(out, base_tensors=checkpoint.tensor_hashes(base))
+    reword(out, base_tensors=Checkpoint(base).hashes)
     found = failures(out, base=base)
     assert found["names of the base that lead to another"] == f"{evil}: lm_head.weight"
 

@@ -10,6 +10,7 @@ import torch
 import transformers
 from tiny import CACHE, EOS, PAD, PROMPTS
 
+from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.exporters.base import ExportContext
 from adaras_export.modeling.steering import steered
 
@@ -40,7 +41,7 @@ def as_adapter(key, request):
     folder, base = (request.getfixturevalue(name) for name in ("tmp_path", "folders"))
     options = {"adaptive": True}
     exporter = EXPORTER.with_context(ExportContext(str(base[key[0]]), options=options))
-    exporter.write(request.getfixturevalue("rules")[key], base[key[0]], folder)
+    exporter.write(request.getfixturevalue("rules")[key], Checkpoint(base[key[0]]), folder)
     stock = transformers.AutoModelForCausalLM.from_pretrained(base[key[0]], dtype=torch.float32)
     yield peft.PeftModel.from_pretrained(stock, folder).eval()
 

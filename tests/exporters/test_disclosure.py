@@ -9,7 +9,7 @@ import tiny_gguf
 from safetensors.numpy import load_file, save_file
 
 from adaras_export import exporters
-from adaras_export.core import checkpoint
+from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.errors import ArtifactError
 from adaras_export.exporters import manifest
 from adaras_export.exporters.base import ExportContext
@@ -42,7 +42,7 @@ def written(rules, folders, tmp_path_factory):
         out = tmp_path_factory.mktemp("disclosed") / name
         out.mkdir()
         exporter = exporters.load(target).with_context(ExportContext(str(folders[base]), options=options))
-        exporter.write(rules[base, gate, START], folders[base], out)
+        exporter.write(rules[base, gate, START], Checkpoint(folders[base]), out)
         return exporter, out, folders[base]
 
     return tiny.Lazy(make)
@@ -66,7 +66,7 @@ def test_the_list_has_every_tensor_that_the_base_lacks_or_has_otherwise_and_no_o
         for (tensor, file), values in read(folder).items()
         if tensor not in before or not np.array_equal(before[tensor], values)
     }
-    told = exporter.spec.entries(folder, checkpoint.tensor_hashes(base))
+    told = exporter.spec.entries(folder, Checkpoint(base).hashes)
     assert {(one.name, one.file, one.shape, one.what, one.only_zeros) for one in told} == expected
     assert len(told) == len(expected) > 0
 
@@ -75,13 +75,13 @@ def test_the_list_has_every_tensor_that_the_base_lacks_or_has_otherwise_and_no_o
 def test_the_hashes_are_those_of_the_values(name, written):
     exporter, folder, base = written[name]
     found = read(folder)
-    for one in exporter.spec.entries(folder, checkpoint.tensor_hashes(base)):
+    for one in exporter.spec.entries(folder, Checkpoint(base).hashes):
         assert one.sha256 == atomic.sha256(found[one.name, one.file].tobytes())
 
 
 def test_the_biases_that_an_architecture_wants_besides_are_told_as_zeros(written):
     exporter, folder, base = written["stock"]
-    told = exporter.spec.entries(folder, checkpoint.tensor_hashes(base))
+    told = exporter.spec.entries(folder, Checkpoint(base).hashes)
     zeros = {one.name for one in told if one.only_zeros}
     assert zeros == {one.name for one in told} - {f"model.layers.{layer}.mlp.down_proj.bias" for layer in (2, 3)}
 
@@ -90,7 +90,7 @@ def test_the_biases_that_an_architecture_wants_besides_are_told_as_zeros(written
 @pytest.mark.parametrize("name", ["stock-biased", "peft-merge"])
 def test_biases_that_the_base_has_are_told_as_changed(name, written):
     exporter, folder, base = written[name]
-    told = exporter.spec.entries(folder, checkpoint.tensor_hashes(base))
+    told = exporter.spec.entries(folder, Checkpoint(base).hashes)
     assert {one.what for one in told} == {"changed"}
     assert len(told) == 2
 
@@ -100,7 +100,7 @@ def test_biases_that_the_base_has_are_told_as_changed(name, written):
 def test_one_changed_number_of_any_tensor_is_named(name, written, tmp_path):
     """One of each file; of a base's own tensor, too, which then is no longer the base's."""
     exporter, folder, base = written[name]
-    hashes, copy = checkpoint.tensor_hashes(base), shutil.copytree(folder, tmp_path / "copy")
+    hashes, copy = Checkpoint(base).hashes, shutil.copytree(folder, tmp_path / "copy")
     told = exporter.spec.entries(copy, hashes)
     for path in sorted(copy.rglob("*.safetensors")):
         tensors = load_file(path)
@@ -121,11 +121,11 @@ def graph(rules, folders, plain, tmp_path_factory):
 
     rule = rules["llama", "causal", START]
     model = ir.load(plain["llama"])
-    onnx_graph.steer(model, rule, vectors(rule, folders["llama"]))
+    onnx_graph.steer(model, rule, vectors(rule, Checkpoint(folders["llama"])))
     out = tmp_path_factory.mktemp("graph") / "onnx"
     shutil.copytree(plain["llama"].parent, out)
     ir.save(model, out / "model.onnx")
-    return out.parent, dict(onnx_graph.tensors(rule, vectors(rule, folders["llama"])).items())
+    return out.parent, dict(onnx_graph.tensors(rule, vectors(rule, Checkpoint(folders["llama"]))).items())
 
 
 @pytest.mark.slow
@@ -202,7 +202,7 @@ def test_a_gguf_file_discloses_its_vectors(into, rules, folders, stock, tokenize
     exporter = exporters.load("gguf").with_context(ExportContext(str(folders["llama"]), options=options))
     out = tmp_path / "out"
     out.mkdir()
-    exporter.write(rules["llama", None, START], folders["llama"], out)
+    exporter.write(rules["llama", None, START], Checkpoint(folders["llama"]), out)
     [path] = out.glob("*.gguf")
     before = set() if not into else {tensor.name for tensor in gguf.GGUFReader(options["into"]).tensors}
     added = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors if tensor.name not in before}

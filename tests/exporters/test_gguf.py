@@ -15,6 +15,7 @@ from gguf import GGUFReader, GGUFValueType
 from tiny import greedy, require_answers
 
 from adaras_export.core import families
+from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.delivery.verifier import verify
 from adaras_export.delivery.writer import export
 from adaras_export.errors import ArtifactError, ExportError, ParityError
@@ -41,7 +42,7 @@ def vectors(rules, folders, tmp_path_factory):
 
     def write(name):
         out = tmp_path_factory.mktemp(name)
-        EXPORTER.write(rules[(name, *CAUSAL)], folders[name], out)
+        EXPORTER.write(rules[(name, *CAUSAL)], Checkpoint(folders[name]), out)
         return out
 
     return tiny.Lazy(write)
@@ -117,7 +118,7 @@ def test_the_metadata_is_what_llama_cpp_expects_and_names_the_rule(name, vectors
 
 
 def test_the_same_rule_gives_the_same_bytes(vectors, rules, folders, tmp_path):
-    EXPORTER.write(rules[("llama", *CAUSAL)], folders["llama"], tmp_path)
+    EXPORTER.write(rules[("llama", *CAUSAL)], Checkpoint(folders["llama"]), tmp_path)
     name = "control-vector.gguf"
     assert (tmp_path / name).read_bytes() == (vectors["llama"] / name).read_bytes()
 
@@ -125,18 +126,18 @@ def test_the_same_rule_gives_the_same_bytes(vectors, rules, folders, tmp_path):
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_family_with_a_norm_behind_its_mlp_is_refused(name, rules, folders, tmp_path):
     with pytest.raises(ExportError, match=rf"gguf: {tiny.SPECS[name][0]} normalises what leaves its MLP"):
-        EXPORTER.write(rules[(name, *CAUSAL)], folders[name], tmp_path)
+        EXPORTER.write(rules[(name, *CAUSAL)], Checkpoint(folders[name]), tmp_path)
 
 
 def test_layer_0_is_refused_with_two_ways_out(low, folders, tmp_path):
     with pytest.raises(ExportError, match=r"layer 0, where .* no control vector; .*--min-layer 1, or .* with --into"):
-        EXPORTER.write(low, folders["llama"], tmp_path)
+        EXPORTER.write(low, Checkpoint(folders["llama"]), tmp_path)
 
 
 def test_a_rule_without_neurons_is_refused(bases, folders, tmp_path):
     rule = tiny.make_rule(bases["llama"], neurons=tiny.make_neurons().top(0))
     with pytest.raises(ExportError, match="gguf: the rule has no neurons"):
-        EXPORTER.write(rule, folders["llama"], tmp_path)
+        EXPORTER.write(rule, Checkpoint(folders["llama"]), tmp_path)
 
 
 def test_gate_and_start_are_lost_by_name_and_with_into_the_dial(rules, folders, sources, tmp_path):
@@ -192,9 +193,11 @@ def weaker(rule):
 @pytest.mark.parametrize("name", ["llama", "granite", "gpt_neox", "gpt2"])
 def test_a_control_vector_of_another_rule_fails_on_entries_and_logits(name, tamper, rules, folders, tmp_path):
     rule, its = rules[(name, *CAUSAL)], exporter(folders[name])
-    its.write(tamper(rule), folders[name], tmp_path)
-    assert {"metadata entries or tensors that differ"} <= failed(its.inspect(tmp_path, rule, folders[name]).checks)
-    script = rehearse(its.reference(tmp_path, rule, folders[name]))
+    its.write(tamper(rule), Checkpoint(folders[name]), tmp_path)
+    assert {"metadata entries or tensors that differ"} <= failed(
+        its.inspect(tmp_path, rule, Checkpoint(folders[name])).checks
+    )
+    script = rehearse(its.reference(tmp_path, rule, Checkpoint(folders[name])))
     assert "by the rule, prefill logits" in failed(compare(script, its.load(tmp_path)))
 
 
@@ -202,7 +205,7 @@ def test_a_changed_number_and_a_file_more_are_found(vectors, rules, folders, tmp
     folder = shutil.copytree(vectors["llama"], tmp_path / "copy")
     edited(folder / "control-vector.gguf", "direction.3")
     (folder / "model.gguf").write_bytes(b"")
-    checks = EXPORTER.inspect(folder, rules[("llama", *CAUSAL)], folders["llama"]).checks
+    checks = EXPORTER.inspect(folder, rules[("llama", *CAUSAL)], Checkpoint(folders["llama"])).checks
     assert failed(checks) == {"files that are not the library's", "directions that differ"}
     assert {check.detail for check in checks} == {"model.gguf", "direction.3", ""}
 
@@ -222,7 +225,7 @@ def test_an_extra_tensor_is_found_and_nothing_is_played(name, vectors, rules, fo
 def test_a_damaged_file_is_an_error_of_one_line(content, rules, folders, tmp_path):
     (tmp_path / "control-vector.gguf").write_bytes(content)
     with pytest.raises(ArtifactError, match="expected a GGUF file"):
-        EXPORTER.inspect(tmp_path, rules[("llama", *CAUSAL)], folders["llama"])
+        EXPORTER.inspect(tmp_path, rules[("llama", *CAUSAL)], Checkpoint(folders["llama"]))
 
 
 def test_the_card_prints_command_lines_with_the_strength_as_the_scale(rules, folders, tmp_path):
@@ -308,7 +311,7 @@ def test_a_model_that_cannot_carry_the_biases_is_refused(base, source, message, 
     path = request.getfixturevalue("carriers")[source]
     rule = request.getfixturevalue("rules")[(base, None, CAUSAL[1])]
     with pytest.raises(ExportError, match=message):
-        exporter(folders[base], into=path).write(rule, folders[base], tmp_path)
+        exporter(folders[base], into=path).write(rule, Checkpoint(folders[base]), tmp_path)
 
 
 @pytest.fixture
@@ -333,12 +336,14 @@ def test_a_file_that_is_not_there_or_no_gguf_is_refused(low, folders, tmp_path):
         exporter(folders["llama"], into=tmp_path / "no.gguf")
     (tmp_path / "bad.gguf").write_bytes(b"bad")
     with pytest.raises(ArtifactError, match="expected a GGUF file"):
-        exporter(folders["llama"], into=tmp_path / "bad.gguf").write(low, folders["llama"], tmp_path)
+        exporter(folders["llama"], into=tmp_path / "bad.gguf").write(low, Checkpoint(folders["llama"]), tmp_path)
 
 
 def test_strength_0_is_refused(low, folders, sources, tmp_path):
     with pytest.raises(ExportError, match="gguf: the rule has strength 0"):
-        exporter(folders["llama"], into=sources["llama"]).write(low.with_strength(0.0), folders["llama"], tmp_path)
+        exporter(folders["llama"], into=sources["llama"]).write(
+            low.with_strength(0.0), Checkpoint(folders["llama"]), tmp_path
+        )
 
 
 def test_a_damaged_receipt_is_an_error_of_one_line(delivered, tmp_path):
@@ -365,8 +370,8 @@ def test_other_families_that_llama_cpp_gives_biases_pass_too(name, rules, folder
 
 def test_biases_of_another_rule_fail_on_their_logits(low, folders, sources, tmp_path):
     its = exporter(folders["llama"], into=sources["llama"])
-    its.write(negated(low), folders["llama"], tmp_path)
-    script = rehearse(its.reference(tmp_path, low, folders["llama"]))
+    its.write(negated(low), Checkpoint(folders["llama"]), tmp_path)
+    script = rehearse(its.reference(tmp_path, low, Checkpoint(folders["llama"])))
     assert "by the rule, prefill logits" in failed(compare(script, its.load(tmp_path)))
 
 

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from tiny import CACHE, PROMPTS, greedy, require_answers
 
 from adaras_export.core import checkpoint, families
+from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.errors import ArtifactError, ExportError
 from adaras_export.exporters.hf.exporter import EXPORTER, payload, steered_config, steering_tensors
 
@@ -127,7 +128,7 @@ def test_where_linking_is_impossible_weights_are_copied(reason, rules, folders, 
         raise OSError(reason, os.strerror(reason))
 
     monkeypatch.setattr(os, "link", refuse)
-    EXPORTER.write(rules[("llama", *CAUSAL)], folders["llama"], tmp_path)
+    EXPORTER.write(rules[("llama", *CAUSAL)], Checkpoint(folders["llama"]), tmp_path)
     source, target = folders["llama"] / "model.safetensors", tmp_path / "model-base.safetensors"
     assert target.read_bytes() == source.read_bytes()
     assert target.stat().st_ino != source.stat().st_ino
@@ -139,7 +140,7 @@ def test_a_base_of_symbolic_links_is_linked_to_its_blobs(rules, folders, tmp_pat
     for path in folders["llama"].iterdir():
         (tmp_path / "base" / path.name).symlink_to(path)
     (tmp_path / "out").mkdir()
-    EXPORTER.write(rules[("llama", *CAUSAL)], tmp_path / "base", tmp_path / "out")
+    EXPORTER.write(rules[("llama", *CAUSAL)], Checkpoint(tmp_path / "base"), tmp_path / "out")
     assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (folders["llama"] / "tokenizer.json").read_bytes()
 
@@ -151,7 +152,7 @@ def test_what_belongs_to_the_checkpoint_is_carried_and_nothing_that_could_run(ru
     for name in ("LICENSE", "merges.txt", "modeling_evil.py", "optimizer.bin", "README.md", "receipt.json"):
         (base / name).write_text("x")
     (tmp_path / "out").mkdir()
-    EXPORTER.write(rules[("llama", *CAUSAL)], base, tmp_path / "out")
+    EXPORTER.write(rules[("llama", *CAUSAL)], Checkpoint(base), tmp_path / "out")
     names = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
     expected = {"LICENSE", "merges.txt", "additional_chat_templates/rag.jinja", "tokenizer.json", "chat_template.jinja"}
     assert expected | {"generation_config.json"} <= names
@@ -163,14 +164,14 @@ def test_a_base_that_points_to_an_adapter_does_not_make_the_export_load_it(rules
     base = shutil.copytree(folders["llama"], tmp_path / "base")
     (base / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/else"}')
     (tmp_path / "out").mkdir()
-    EXPORTER.write(rules[("llama", *CAUSAL)], base, tmp_path / "out")
+    EXPORTER.write(rules[("llama", *CAUSAL)], Checkpoint(base), tmp_path / "out")
     assert not (tmp_path / "out" / "adapter_config.json").exists()
 
 
 @pytest.mark.parametrize("name", ["llama-biased", "qwen3-sharded"])
 def test_vectors_are_the_folded_deltas_without_the_strength(name, rules, stock, folders):
     rule = rules[(name, *CAUSAL)]
-    tensors = steering_tensors(rule, folders[name])
+    tensors = steering_tensors(rule, Checkpoint(folders[name]))
     for layer in rule.layers():
         weight = families.down_projection(stock[name], layer).weight.detach()
         expected = [0.0] * tiny.HIDDEN_SIZE
@@ -198,7 +199,7 @@ def test_a_quantised_base_is_refused(rules, folders, tmp_path):
     (base / "config.json").write_text(json.dumps(config))
     (tmp_path / "out").mkdir()
     with pytest.raises(ExportError, match="is quantised; expected plain weights"):
-        EXPORTER.write(rules[("llama", *CAUSAL)], base, tmp_path / "out")
+        EXPORTER.write(rules[("llama", *CAUSAL)], Checkpoint(base), tmp_path / "out")
 
 
 def test_a_checkpoint_without_the_down_projection_is_refused(rules, folders, tmp_path):
@@ -207,7 +208,7 @@ def test_a_checkpoint_without_the_down_projection_is_refused(rules, folders, tmp
     del index["weight_map"]["model.layers.2.mlp.down_proj.weight"]
     (base / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ArtifactError, match=r"no tensor model.layers.2.mlp.down_proj.weight; expected the plain weig"):
-        steering_tensors(rules[("qwen3-sharded", *CAUSAL)], base)
+        steering_tensors(rules[("qwen3-sharded", *CAUSAL)], Checkpoint(base))
 
 
 def test_the_steering_file_holds_what_the_rule_says_and_no_more(written, rules):
@@ -353,7 +354,7 @@ def test_two_exports_in_one_process_keep_their_own_rules(opened, told):
 
 def test_a_rule_without_neurons_is_the_base_bit_for_bit(folders, bases, stock, tmp_path):
     rule = tiny.make_rule(bases["llama"], neurons=tiny.make_neurons().top(0), gate=tiny.make_gate())
-    EXPORTER.write(rule, folders["llama"], tmp_path)
+    EXPORTER.write(rule, Checkpoint(folders["llama"]), tmp_path)
     model = EXPORTER.load(tmp_path).model
     assert torch.equal(torch.stack(greedy(model).logits), torch.stack(greedy(stock["llama"]).logits))
     assert len(model.steering.last_decisions) == 4
@@ -366,5 +367,5 @@ def test_a_mask_of_four_dimensions_is_refused(opened):
 
 def test_another_strength_of_the_same_rule_differs_in_config_and_receipt_only(rules, folders):
     rule = rules[("llama", *CAUSAL)]
-    one, two = (steering_tensors(each, folders["llama"]) for each in (rule, replace(rule, strength=9.0)))
+    one, two = (steering_tensors(each, Checkpoint(folders["llama"])) for each in (rule, replace(rule, strength=9.0)))
     assert all(np.array_equal(one[name], two[name]) for name in one)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny import greedy, require_answers
 
 from adaras_export.core import checkpoint
+from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.delivery.receipt import hashes
 from adaras_export.delivery.verifier import verify
 from adaras_export.delivery.writer import export
@@ -175,7 +176,7 @@ def test_save_pretrained_writes_a_full_repository_of_target_hf(name, clean, writ
     assert json.loads(text)["auto_map"] == expected["auto_map"]
     assert str(folders[name]) not in text
     stored = checkpoint.shards(again)
-    assert {*checkpoint.shards(folders[name]), *steering_tensors(rules[key], folders[name])} == {*stored}
+    assert {*checkpoint.shards(folders[name]), *steering_tensors(rules[key], Checkpoint(folders[name]))} == {*stored}
 
 
 # What is in the folder
@@ -196,7 +197,7 @@ def test_the_config_is_that_of_hf_but_for_the_loading_classes_and_the_base(rules
     assert record == {
         "id": str(folders["llama"].resolve()),
         "revision": None,
-        "fingerprint": checkpoint.tensor_fingerprint(folders["llama"]),
+        "fingerprint": Checkpoint(folders["llama"]).fingerprint,
         "auto_map": expected["auto_map"],
     }
     assert {key for key in found if found[key] != expected[key]} == {"auto_map"}
@@ -210,7 +211,7 @@ def test_a_base_that_is_not_plain_is_refused(file, rules, base, tmp_path):
     else:
         (base / file).write_text("{}")
     with pytest.raises(ExportError, match=r"is quantised|has an adapter_config.json"):
-        EXPORTER.write(rules[KEY], base, tmp_path)
+        EXPORTER.write(rules[KEY], Checkpoint(base), tmp_path)
 
 
 # The base
@@ -251,7 +252,7 @@ def test_a_base_with_other_tensors_is_refused_in_one_line(change, thin, base):
 
 def test_a_base_that_is_gone_is_refused_in_one_line_and_may_be_named(rules, base, told, tmp_path):
     (tmp_path / "out").mkdir()
-    EXPORTER.write(rules[KEY], base, tmp_path / "out")
+    EXPORTER.write(rules[KEY], Checkpoint(base), tmp_path / "out")
     base = base.rename(tmp_path / "moved")
     with pytest.raises(OSError, match=r"elsewhere: the base model's weights are not there .*base=\.\.\.\)") as caught:
         opened(tmp_path / "out")
@@ -293,7 +294,7 @@ def test_the_fingerprint_of_the_payload_is_the_librarys(tmp_path):
     """Types and sizes at which the head, middle and tail of a tensor meet, and the places where they lie."""
     path = tmp_path / "model.safetensors"
     save_file(ODD, path)
-    expected = checkpoint.tensor_fingerprint(tmp_path)
+    expected = Checkpoint(tmp_path).fingerprint
     thin_adaras._require_fingerprint("x", {"": str(path)}, expected)
     for place in (0, 4095 // 8, 10_000, 20_000):
         save_file({**ODD, "long": ODD["long"].index_fill(0, torch.tensor([place]), -1.0)}, path)
@@ -319,7 +320,7 @@ def test_a_repository_of_the_hub_pulls_its_base_by_id_and_revision(rules, folder
     """Both lie in a cache, as after a download; the base's main branch is another model by now."""
     thin = tmp_path / "thin"
     thin.mkdir()
-    EXPORTER.with_context(ExportContext("tiny/base", COMMIT)).write(rules[KEY], folders["llama"], thin)
+    EXPORTER.with_context(ExportContext("tiny/base", COMMIT)).write(rules[KEY], Checkpoint(folders["llama"]), thin)
     cache = tmp_path / "home" / "hub"
     put_into_the_hub_cache(folders["llama"], cache, "tiny/base", COMMIT)
     put_into_the_hub_cache(folders["qwen3"], cache, "tiny/base", "6" * 40)
@@ -354,7 +355,7 @@ def evil_hub_base(folders, tmp_path_factory):
     """The id of another base in the cache of this process; the fingerprint does not sample what differs."""
     evil = shutil.copytree(folders["llama"], tmp_path_factory.mktemp("evil") / "base")
     edit_tensors(evil / "model.safetensors", lambda tensors: tensors["lm_head.weight"][64, 0].neg_())
-    assert checkpoint.tensor_fingerprint(evil) == checkpoint.tensor_fingerprint(folders["llama"])
+    assert Checkpoint(evil).fingerprint == Checkpoint(folders["llama"]).fingerprint
     put_into_the_hub_cache(evil, huggingface_hub.constants.HF_HUB_CACHE, "tiny/evil", COMMIT)
     return "tiny/evil"
 
@@ -380,7 +381,9 @@ def test_a_repository_that_names_another_base_of_the_hub_than_the_one_given_is_f
 
 
 def test_a_base_that_the_hub_does_not_give_is_refused_in_one_line(rules, folders, tmp_path):
-    EXPORTER.with_context(ExportContext("tiny/nowhere", COMMIT)).write(rules[KEY], folders["llama"], tmp_path)
+    EXPORTER.with_context(ExportContext("tiny/nowhere", COMMIT)).write(
+        rules[KEY], Checkpoint(folders["llama"]), tmp_path
+    )
     with pytest.raises(OSError, match="tiny/nowhere: the base model's weights are not there") as caught:
         opened(tmp_path)
     assert "\n" not in str(caught.value)
@@ -443,7 +446,7 @@ def test_full_and_thin_repositories_in_folders_of_the_same_name_do_not_meet(orde
     """Transformers 5 knows the classes of a local folder by its name and the content of its code."""
     for exporter, name in zip(order, "ab", strict=True):
         (tmp_path / name / tmp_path.name).mkdir(parents=True)
-        exporter.write(rules[KEY], folders["llama"], tmp_path / name / tmp_path.name)
+        exporter.write(rules[KEY], Checkpoint(folders["llama"]), tmp_path / name / tmp_path.name)
     for name in "aba":
         require_answers(greedy(opened(tmp_path / name / tmp_path.name)), told[KEY])
 

@@ -14,6 +14,7 @@ import torch
 from places import DOCS
 from tiny import PAD, left_padded
 
+from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.exporters.hf.exporter import EXPORTER
 
 pytestmark = [
@@ -60,7 +61,7 @@ print(json.dumps([sample["resps"] for sample in found["samples"]["tiny_chosen"]]
 @pytest.fixture(scope="module")
 def steered(rules, folders, tmp_path_factory):
     folder = tmp_path_factory.mktemp("steered")
-    EXPORTER.write(rules[KEY], folders[KEY[0]], folder)
+    EXPORTER.write(rules[KEY], Checkpoint(folders[KEY[0]]), folder)
     return folder
 
 

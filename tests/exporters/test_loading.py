@@ -21,6 +21,7 @@ from tiny import PROMPTS, greedy, left_padded, require_answers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from adaras_export.core.base_model import BaseModel
+from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.core.gate import Gate
 from adaras_export.core.neurons import NeuronSet
 from adaras_export.demo import smollm2
@@ -113,7 +114,7 @@ def half(request, rules, tmp_path_factory):
     out = folder / f"steered-{dtype}".replace("torch.", "")
     out.mkdir()
     rule = tiny.make_rule(BaseModel.of(folder / "base"), gate=replace(rules[QWEN3].gate, base=None))
-    EXPORTER.write(rule, folder / "base", out)
+    EXPORTER.write(rule, Checkpoint(folder / "base"), out)
     return SimpleNamespace(dtype=dtype, base=folder / "base", out=out, rule=rule)
 
 
@@ -453,7 +454,7 @@ def wide(rules, tmp_path_factory):
     base = tiny.save_base("qwen3", folder / "base", hidden_size=64, intermediate_size=128)
     rule = tiny.make_rule(BaseModel.of(base), gate=replace(rules[QWEN3].gate, base=None))
     (folder / "steered-wide").mkdir()
-    EXPORTER.write(rule, base, folder / "steered-wide")
+    EXPORTER.write(rule, Checkpoint(base), folder / "steered-wide")
     return SimpleNamespace(base=base, out=folder / "steered-wide", rule=rule)
 
 
@@ -554,7 +555,7 @@ def smol(tmp_path_factory):
     neurons = NeuronSet(layer=draw.integers(15, 30, 50), index=draw.permutation(1536)[:50], delta=draw.normal(size=50))
     (folder / "steered-smol").mkdir()
     rule = tiny.make_rule(BaseModel.of(base), neurons=neurons, gate=gate, strength=1.0)
-    EXPORTER.write(rule, base, folder / "steered-smol")
+    EXPORTER.write(rule, Checkpoint(base), folder / "steered-smol")
     return SimpleNamespace(out=folder / "steered-smol", rows=rows)
 
 

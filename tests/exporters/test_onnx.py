@@ -16,6 +16,7 @@ from onnx.reference import ReferenceEvaluator
 from tiny import PROMPTS
 
 from adaras_export.core import base_model
+from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.delivery.verifier import verify
 from adaras_export.delivery.writer import export
 from adaras_export.errors import ExportError
@@ -55,7 +56,7 @@ def steered(plain, rules, folders):
 def vectors_of(rule, folder):
     from adaras_export.exporters import checkpoint
 
-    return checkpoint.vectors(rule, folder)
+    return checkpoint.vectors(rule, Checkpoint(folder))
 
 
 def quiet(level=LEVELS.ORT_ENABLE_ALL):
@@ -543,7 +544,9 @@ def test_the_builders_graph_equals_the_oracle_too(name, tmp_path):
     model = tiny.build_model(name, **sizes)
     rule = tiny.make_rule(base_model.BaseModel.of(base), gate=tiny.calibrated_gate(model, "causal"))
     (tmp_path / "out").mkdir()
-    EXPORTER.with_context(ExportContext("base", options={"genai": True})).write(rule, base, tmp_path / "out")
+    EXPORTER.with_context(ExportContext("base", options={"genai": True})).write(
+        rule, Checkpoint(base), tmp_path / "out"
+    )
     assert not onnx.load(
         tmp_path / "out" / GRAPH, load_external_data=False
     ).producer_version  # a commit of any repository

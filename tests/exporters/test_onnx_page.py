@@ -8,6 +8,7 @@ import onnx
 import onnxruntime
 import pytest
 
+from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.errors import ExportError
 from adaras_export.exporters.onnx import web_page
 from adaras_export.exporters.onnx.exporter import EXPORTER
@@ -34,7 +35,7 @@ def test_without_npm_a_page_is_refused_before_the_long_work(npm, rules, folders,
     out = tmp_path / "out"
     out.mkdir()
     with pytest.raises(ExportError, match=r"page: npm is not installed; .*: install Node\.js, or leave out --page"):
-        replace(EXPORTER, page=True).write(rules["llama", None, "last_prompt_token"], folders["llama"], out)
+        replace(EXPORTER, page=True).write(rules["llama", None, "last_prompt_token"], Checkpoint(folders["llama"]), out)
     assert not (out / "onnx").exists()
 
 

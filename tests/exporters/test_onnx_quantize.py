@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.core.question_identity import identity
 from adaras_export.core.rule import SteeringRule
 from adaras_export.core.trace_files import write_questions, write_traces
@@ -62,12 +63,12 @@ def written(precision, rule, base, out):
     """An exporter that has written into the new folder ``out``."""
     out.mkdir()
     chosen = exporter(precision)
-    chosen.write(rule, base, out)
+    chosen.write(rule, Checkpoint(base), out)
     return chosen
 
 
 def checks_of(chosen, rule, base, out):
-    return compare(rehearse(chosen.reference(out, rule, base)), chosen.load(out))
+    return compare(rehearse(chosen.reference(out, rule, Checkpoint(base))), chosen.load(out))
 
 
 def failed(checks):
@@ -107,8 +108,8 @@ def test_it_equals_the_base_with_the_rounded_weights_and_the_vectors_of_the_exac
 def test_a_wrong_sign_a_shifted_layer_and_vectors_of_the_rounded_weights_fail(precision, rules, folders, tmp_path):
     rule, base = rules[GATED], folders["qwen3"]
     chosen = written(precision, rule, base, tmp_path / "out")
-    script = rehearse(chosen.reference(tmp_path / "out", rule, base))
-    vectors = checkpoint.vectors(rule, base)
+    script = rehearse(chosen.reference(tmp_path / "out", rule, Checkpoint(base)))
+    vectors = checkpoint.vectors(rule, Checkpoint(base))
     two, three = sorted(vectors)
     rounded = {
         int(one.module.split(".")[2]): one.weight_NK
@@ -177,7 +178,7 @@ def test_only_projections_are_rounded_and_nothing_is_left_of_the_exact_ones(plai
     assert {name for _, name, _ in model.functions} == set(functions.functions()) - {"PastDecision"}
     assert {"steering_strength", "steering_threshold"} <= {value.name for value in model.graph.inputs}
     stored, before = model.graph.initializers, exact.graph.initializers
-    wanted = onnx_graph.tensors(rules[TIED], checkpoint.vectors(rules[TIED], folders["qwen2"]))
+    wanted = onnx_graph.tensors(rules[TIED], checkpoint.vectors(rules[TIED], Checkpoint(folders["qwen2"])))
     assert all(np.array_equal(stored[name].const_value.numpy(), value) for name, value in wanted.items())
     kept = stored.keys() & before.keys()
     assert "lm_head.weight" in kept  # tied: it has to stay, for the embeddings
@@ -429,7 +430,7 @@ def test_without_prompts_it_measures_and_warns_where_a_decision_changes(rules, f
     between = with_threshold(rule, (float(before[7]) + float(after[7])) / 2)
     caplog.clear()
     (tmp_path / "second").mkdir()
-    result = chosen.write(between, folders["qwen3"], tmp_path / "second")
+    result = chosen.write(between, Checkpoint(folders["qwen3"]), tmp_path / "second")
     threshold = np.float32(between.gate.threshold)
     share = ((before < threshold) == (after < threshold)).mean()
     assert share < 1
@@ -441,7 +442,7 @@ def test_without_prompts_it_measures_and_warns_where_a_decision_changes(rules, f
 
 def test_it_does_not_warn_where_all_decisions_are_the_same(rules, folders, tmp_path, caplog):
     (tmp_path / "out").mkdir()
-    result = exporter("int8").write(with_threshold(rules[GATED], 0), folders["qwen3"], tmp_path / "out")
+    result = exporter("int8").write(with_threshold(rules[GATED], 0), Checkpoint(folders["qwen3"]), tmp_path / "out")
     assert [note.figure for note in result.notes] == [1]
     assert caplog.messages == []
 

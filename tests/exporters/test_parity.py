@@ -10,6 +10,7 @@ import tiny
 import torch
 from safetensors.numpy import load_file, save_file
 
+from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.core.rule import SteeringRule
 from adaras_export.exporters.hf.exporter import EXPORTER
 from adaras_export.exporters.parity import (
@@ -49,7 +50,7 @@ every_name = pytest.mark.parametrize("name", tiny.mostly_slow(tiny.NAMES))
 
 
 def written(rule: SteeringRule, folder, out):
-    EXPORTER.write(rule, folder, out)
+    EXPORTER.write(rule, Checkpoint(folder), out)
     return EXPORTER.load(out)
 
 
@@ -172,7 +173,7 @@ def test_a_changed_weight_of_the_base_fails_even_when_steering_is_off(scripts, r
 
 def test_a_tensor_that_is_not_there_fails(scripts, rules, folders, tmp_path):
     key, name = ("llama", *CAUSAL), "model.layers.2.mlp.steering_vector"
-    EXPORTER.write(rules[key], folders["llama"], tmp_path)
+    EXPORTER.write(rules[key], Checkpoint(folders["llama"]), tmp_path)
     index, file = tmp_path / "model.safetensors.index.json", tmp_path / "model-steering.safetensors"
     content = json.loads(index.read_text())
     del content["weight_map"][name]

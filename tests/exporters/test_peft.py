@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from tiny import EOS, PROMPTS, greedy, require_answers
 
 from adaras_export.core.base_model import BaseModel
+from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.delivery import verifier
 from adaras_export.delivery.verifier import verify
 from adaras_export.delivery.writer import export
@@ -47,7 +48,7 @@ def adapters(rules, folders, tmp_path_factory):
 
     def write(key):
         out = tmp_path_factory.mktemp("adapter")
-        EXPORTER.with_context(ExportContext(str(folders[key[0]]))).write(rules[key], folders[key[0]], out)
+        EXPORTER.with_context(ExportContext(str(folders[key[0]]))).write(rules[key], Checkpoint(folders[key[0]]), out)
         return out
 
     return tiny.Lazy(write)
@@ -66,7 +67,7 @@ def other(rules, folders, tmp_path_factory):
     def make(key):
         out, first = tmp_path_factory.mktemp("other"), rules[key]
         rule = tiny.make_rule(first.base, strength=first.strength, neurons=tiny.make_neurons(seed=5, layers=(1, 3)))
-        EXPORTER.write(rule, folders[key[0]], out)
+        EXPORTER.write(rule, Checkpoint(folders[key[0]]), out)
         return rule, out
 
     return tiny.Lazy(make)
@@ -200,7 +201,7 @@ def test_more_layers_than_peft_lists_one_by_one(bases, tmp_path):
     rule = tiny.make_rule(BaseModel.of(folder), neurons=neurons, strength=0.5)
     assert rule.layers() == list(layers)
     (tmp_path / "out").mkdir()
-    EXPORTER.write(rule, folder, tmp_path / "out")
+    EXPORTER.write(rule, Checkpoint(folder), tmp_path / "out")
     require_answers(greedy(adapted(folder, tmp_path / "out")), tiny.answers_everywhere(plain_model(folder), rule))
 
 
@@ -233,7 +234,7 @@ def test_loading_warns_of_nothing_but_that_a_bias_cannot_be_merged_into_none(nam
 
 def test_the_same_rule_gives_the_same_bytes_and_nothing_else(adapters, rules, folders, tmp_path):
     key = FEW[0]
-    EXPORTER.with_context(ExportContext(str(folders[key[0]]))).write(rules[key], folders[key[0]], tmp_path)
+    EXPORTER.with_context(ExportContext(str(folders[key[0]]))).write(rules[key], Checkpoint(folders[key[0]]), tmp_path)
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"adapter_model.safetensors", "adapter_config.json"}
     assert all((tmp_path / name).read_bytes() == (adapters[key] / name).read_bytes() for name in names)
@@ -250,7 +251,9 @@ def test_settings_are_only_such_as_the_oldest_peft_knows(adapters, folders):
 
 
 def test_the_base_and_its_commit_are_named(rules, folders, tmp_path):
-    EXPORTER.with_context(ExportContext("some/base", "0" * 40)).write(rules[FEW[0]], folders["qwen3"], tmp_path)
+    EXPORTER.with_context(ExportContext("some/base", "0" * 40)).write(
+        rules[FEW[0]], Checkpoint(folders["qwen3"]), tmp_path
+    )
     settings = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (settings["base_model_name_or_path"], settings["revision"]) == ("some/base", "0" * 40)
 
@@ -258,9 +261,11 @@ def test_the_base_and_its_commit_are_named(rules, folders, tmp_path):
 def test_a_rule_without_effect_is_refused(rules, folders, bases, tmp_path):
     rule = rules[FEW[0]]
     with pytest.raises(ExportError, match="peft: the rule has strength 0; expected an effect"):
-        EXPORTER.write(rule.with_strength(0), folders["qwen3"], tmp_path)
+        EXPORTER.write(rule.with_strength(0), Checkpoint(folders["qwen3"]), tmp_path)
     with pytest.raises(ExportError, match="peft: the rule has no neurons; expected an effect"):
-        EXPORTER.write(tiny.make_rule(bases["qwen3"], neurons=tiny.make_neurons().top(0)), folders["qwen3"], tmp_path)
+        EXPORTER.write(
+            tiny.make_rule(bases["qwen3"], neurons=tiny.make_neurons().top(0)), Checkpoint(folders["qwen3"]), tmp_path
+        )
     assert not [*tmp_path.iterdir()]
 
 
@@ -369,7 +374,7 @@ def test_a_layer_that_is_shifted_fails_even_if_the_settings_are_shifted_too(fold
     settings["target_modules"] = [name.replace("layers.2", "layers.1") for name in settings["target_modules"]]
     (folder / "adapter_config.json").write_text(json.dumps(settings))
     assert failures(folder)["adapter_config.json entries that differ"] == "target_modules"
-    reference = EXPORTER.reference(folder, rules[FEW[0]], folders["qwen3"])
+    reference = EXPORTER.reference(folder, rules[FEW[0]], Checkpoint(folders["qwen3"]))
     found = verifier.compare(verifier.rehearse(reference), EXPORTER.load(folder))
     assert "by the rule, prefill logits" in {check.name for check in found if not check.ok}
 

@@ -21,6 +21,7 @@ from safetensors.numpy import load_file, save_file
 from tiny import CACHE, EOS, PAD, PROMPTS, greedy, require_answers
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
+from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.delivery.verifier import verify
 from adaras_export.delivery.writer import export
 from adaras_export.errors import ExportError
@@ -51,7 +52,7 @@ ADAPTIVE = {"adaptive": True}
 
 
 def write(rule, base, out):
-    EXPORTER.with_context(ExportContext(str(base), options=ADAPTIVE)).write(rule, base, out)
+    EXPORTER.with_context(ExportContext(str(base), options=ADAPTIVE)).write(rule, Checkpoint(base), out)
     return out
 
 

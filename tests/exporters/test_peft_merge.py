@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny import greedy, require_answers
 
 from adaras_export.core import base_model, checkpoint
+from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.delivery.verifier import verify
 from adaras_export.delivery.writer import export
 from adaras_export.errors import ExportError
@@ -79,7 +80,9 @@ def test_every_other_tensor_and_file_is_the_bases(name, delivered, folders, rule
 @every_base
 def test_it_is_what_peft_merges(name, delivered, folders, rules, tmp_path):
     """Up to one rounding: PEFT rounds the product and the sum."""
-    EXPORTER.with_context(ExportContext(str(folders[name]))).write(rules[(name, *CAUSAL)], folders[name], tmp_path)
+    EXPORTER.with_context(ExportContext(str(folders[name]))).write(
+        rules[(name, *CAUSAL)], Checkpoint(folders[name]), tmp_path
+    )
     with torch.random.fork_rng():
         merged = peft.PeftModel.from_pretrained(opened(folders[name])[0], tmp_path).merge_and_unload().state_dict()
     ours = opened(delivered[name])[0].state_dict()
@@ -91,7 +94,7 @@ def test_it_is_what_peft_merges(name, delivered, folders, rules, tmp_path):
 @pytest.mark.parametrize("name", WITHOUT)
 def test_a_base_without_biases_is_refused_by_name(name, rules, folders, tmp_path):
     with pytest.raises(ExportError, match=r"has no model.layers.2.mlp.down_proj.bias to merge into; .* --to stock"):
-        EXPORTER.with_context(MERGE).write(rules[(name, *CAUSAL)], folders[name], tmp_path)
+        EXPORTER.with_context(MERGE).write(rules[(name, *CAUSAL)], Checkpoint(folders[name]), tmp_path)
     assert not [*tmp_path.iterdir()]
 
 

@@ -15,6 +15,7 @@ from tiny import PROMPTS, greedy, require_answers
 
 from adaras_export.core import checkpoint
 from adaras_export.core.base_model import BaseModel
+from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.core.families import FAMILIES
 from adaras_export.delivery.verifier import verify
 from adaras_export.delivery.writer import export
@@ -87,7 +88,7 @@ def carried(base, tmp_path, rows_alone=False):
     rule = tiny.make_rule(BaseModel.of(base), strength=tiny.STRENGTHS.get(model.config.model_type, 2.0))
     out = tmp_path / "out"
     out.mkdir()
-    EXPORTER.write(rule, base, out)
+    EXPORTER.write(rule, Checkpoint(base), out)
     found, report = opened(out, dtype=torch.float64)
     assert not found_by(report)
     expected = tiny.answers_everywhere(model.eval(), rule)
@@ -275,7 +276,7 @@ def test_a_bias_that_the_base_stores_but_does_not_read_stays_unread(folders, rul
     stray = {"model.layers.3.mlp.down_proj.bias": tensors["model.norm.weight"] + 1}
     save_file(tensors | stray, base / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "out").mkdir()
-    EXPORTER.write(rules[("llama", *CAUSAL)], base, tmp_path / "out")
+    EXPORTER.write(rules[("llama", *CAUSAL)], Checkpoint(base), tmp_path / "out")
     require_answers(greedy(opened(tmp_path / "out")[0]), told_everywhere[("llama", *CAUSAL)])
     with safe_open(tmp_path / "out" / "model-base.safetensors", framework="numpy") as file:
         assert not stray.keys() & set(file.keys())
@@ -306,7 +307,7 @@ def test_no_code_and_no_pointer_to_code_is_carried(folders, rules, tmp_path):
     for name in ("evil.py", "adapter_config.json"):
         (base / name).write_text("{}")
     (tmp_path / "out").mkdir()
-    EXPORTER.write(rules[("llama", *CAUSAL)], base, tmp_path / "out")
+    EXPORTER.write(rules[("llama", *CAUSAL)], Checkpoint(base), tmp_path / "out")
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert not names & {"evil.py", "adapter_config.json"}
     assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
@@ -316,7 +317,7 @@ def test_the_tokenizer_is_the_bases_where_its_class_was_left_to_the_model_type(f
     base = shutil.copytree(folders["qwen2"], tmp_path / "base")
     edit_json(base / "tokenizer_config.json", tokenizer_class=...)
     (tmp_path / "out").mkdir()
-    EXPORTER.write(rules[("qwen2", *CAUSAL)], base, tmp_path / "out")
+    EXPORTER.write(rules[("qwen2", *CAUSAL)], Checkpoint(base), tmp_path / "out")
     theirs, ours = (transformers.AutoTokenizer.from_pretrained(folder) for folder in (base, tmp_path / "out"))
     assert "tokenizer_class" in json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     assert ours(" What is\t1234 + 56?")["input_ids"] == theirs(" What is\t1234 + 56?")["input_ids"]
@@ -340,7 +341,7 @@ def test_a_sliding_window_is_refused(name, changes, folders, rules, tmp_path):
     base = shutil.copytree(folders[name], tmp_path / "base")
     edit_json(base / "config.json", **changes)
     with pytest.raises(ExportError, match=r"has .*which (Llama|HYV3)ForCausalLM does not.*choose target hf or peft"):
-        EXPORTER.write(rules[(name.partition("-")[0], *CAUSAL)], base, tmp_path)
+        EXPORTER.write(rules[(name.partition("-")[0], *CAUSAL)], Checkpoint(base), tmp_path)
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gemma3_text", "olmo2", "phi3"])
@@ -353,7 +354,7 @@ def test_a_family_without_an_ordinary_form_is_refused(name, rules, folders, tmp_
 def test_a_transformers_without_the_form_is_refused(rules, folders, tmp_path, monkeypatch):
     monkeypatch.setitem(families.FORMS, "qwen3", Form("hy_v99", "HYV99ForCausalLM"))
     with pytest.raises(ExportError, match=rf"HYV99ForCausalLM, which transformers {transformers.__version__} does not"):
-        EXPORTER.write(rules[("qwen3", *CAUSAL)], folders["qwen3"], tmp_path)
+        EXPORTER.write(rules[("qwen3", *CAUSAL)], Checkpoint(folders["qwen3"]), tmp_path)
 
 
 LONGROPE = {"rope_type": "longrope", "factor": 2.0, "short_factor": [1.0] * 4, "long_factor": [1.0] * 4}
@@ -372,13 +373,13 @@ def test_what_is_not_known_is_refused(change, message, rules, folders, tmp_path)
     base = shutil.copytree(folders["llama"], tmp_path / "base")
     edit_json(base / "config.json", **{"rope_parameters": ..., **change})
     with pytest.raises(ExportError, match=message):
-        EXPORTER.write(rules[("llama", *CAUSAL)], base, tmp_path)
+        EXPORTER.write(rules[("llama", *CAUSAL)], Checkpoint(base), tmp_path)
 
 
 def test_weights_of_no_floating_type_are_refused(rules, folders, tmp_path):
     base = saved("llama", tmp_path / "base", torch.float64)
     with pytest.raises(ExportError, match=r"down_proj.weight is F64; expected one of: F32, BF16, F16"):
-        EXPORTER.write(rules[("llama", *CAUSAL)], base, tmp_path)
+        EXPORTER.write(rules[("llama", *CAUSAL)], Checkpoint(base), tmp_path)
 
 
 def test_what_is_lost_must_be_accepted(rules, folders, tmp_path):

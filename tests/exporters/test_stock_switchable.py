@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 from tiny import PROMPTS, greedy, require_answers
 
 from adaras_export.core import base_model, checkpoint
+from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.delivery.verifier import verify
 from adaras_export.delivery.writer import export
 from adaras_export.errors import ExportError, MissingExtraError
@@ -160,7 +161,7 @@ def test_weights_keep_their_bits_inside_the_wider_ones(name, dtype, bases, tmp_p
         path.unlink()
     tiny.build_model(name).to(dtype).save_pretrained(base, max_shard_size="20KB")
     (tmp_path / "out").mkdir()
-    EXPORTER.write(tiny.make_rule(base_model.BaseModel.of(base)), base, tmp_path / "out")
+    EXPORTER.write(tiny.make_rule(base_model.BaseModel.of(base)), Checkpoint(base), tmp_path / "out")
     located, old = checkpoint.shards(tmp_path / "out"), checkpoint.shards(base)
     for tensor, path in old.items():
         found, expected = stream.streams(located[tensor])[tensor], stream.streams(path)[tensor]
@@ -194,7 +195,7 @@ def test_the_adapter_is_a_plain_lora_of_rank_one(switchable, rules, folders):
 @pytest.mark.parametrize("name", ["gpt2", "gpt_neox"])
 def test_a_family_without_a_gated_mlp_is_refused(name, rules, folders, tmp_path):
     with pytest.raises(ExportError, match=f"{name} has no gated MLP, which a constant neuron needs.*no --switchable"):
-        EXPORTER.write(rules[(name, *CAUSAL)], folders[name], tmp_path)
+        EXPORTER.write(rules[(name, *CAUSAL)], Checkpoint(folders[name]), tmp_path)
 
 
 def test_another_gate_than_silu_is_refused(rules, folders, tmp_path):
@@ -202,7 +203,7 @@ def test_another_gate_than_silu_is_refused(rules, folders, tmp_path):
     config = json.loads((base / "config.json").read_text()) | {"hidden_act": "gelu"}
     (base / "config.json").write_text(json.dumps(config))
     with pytest.raises(ExportError, match="its MLP is gated by gelu; expected silu, or no --switchable"):
-        EXPORTER.write(rules[("llama", *CAUSAL)], base, tmp_path)
+        EXPORTER.write(rules[("llama", *CAUSAL)], Checkpoint(base), tmp_path)
 
 
 def test_without_peft_the_extra_is_named(monkeypatch):

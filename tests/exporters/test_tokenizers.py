@@ -13,6 +13,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import AutoTokenizer
 
 from adaras_export.core.base_model import BaseModel
+from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.core.families import FAMILIES
 from adaras_export.exporters.hf.exporter import payload, repository_checks, steered_config, write_repository
 
@@ -83,7 +84,9 @@ def write_base(folder, family, kind, settings, first):
 def exported(base, family, out):
     rule = tiny.make_rule(BaseModel("base", family, tiny.LAYERS, tiny.MLP_SIZE, tiny.HIDDEN_SIZE))
     out.mkdir()
-    write_repository(out, base, steered_config(json.loads((base / "config.json").read_text()), rule), payload(family))
+    write_repository(
+        out, Checkpoint(base), steered_config(json.loads((base / "config.json").read_text()), rule), payload(family)
+    )
     return out
 
 
@@ -145,7 +148,7 @@ def test_either_generation_of_transformers_writes_the_same_class(settings, confi
     assert settings == {} or after == before
     # With the other class, version 4 opens another tokenizer, and version 5 the same.
     edit_json(out / "tokenizer_config.json", tokenizer_class="GPTNeoXTokenizer")
-    checks = repository_checks(out, base, json.loads((out / "config.json").read_text()), payload("qwen2"))
+    checks = repository_checks(out, Checkpoint(base), json.loads((out / "config.json").read_text()), payload("qwen2"))
     assert [check.detail for check in checks if not check.ok] == ["tokenizer_config.json"]
 
 
@@ -154,16 +157,16 @@ def test_a_repository_without_code_names_what_opens_the_tokenizer_of_the_base(tm
     base = write_base(tmp_path / "base", "qwen2", "bytes", {"tokenizer_class": "LlamaTokenizerFast"}, first=False)
     config = json.loads((base / "config.json").read_text()) | {"model_type": "llama"}
     (tmp_path / "out").mkdir()
-    write_repository(tmp_path / "out", base, config, {})
+    write_repository(tmp_path / "out", Checkpoint(base), config, {})
     theirs, ours = opened(base), opened(tmp_path / "out")
     assert [theirs[key] for key in ("ids", "special", "chat")] == [ours[key] for key in ("ids", "special", "chat")]
-    assert all(check.ok for check in repository_checks(tmp_path / "out", base, config, {}))
+    assert all(check.ok for check in repository_checks(tmp_path / "out", Checkpoint(base), config, {}))
 
 
 @pytest.mark.skipif(transformers.__version__ < "5", reason="Transformers 4 opens the class that is written")
 def test_a_class_that_no_name_stands_for_is_refused_with_what_to_do(tmp_path):
     base = write_base(tmp_path / "base", "llama", "metaspace", {}, first=False)
     out = exported(base, "llama", tmp_path / "out")
-    checks = repository_checks(out, base, json.loads((out / "config.json").read_text()), payload("llama"))
+    checks = repository_checks(out, Checkpoint(base), json.loads((out / "config.json").read_text()), payload("llama"))
     (failed,) = [check for check in checks if not check.ok]
     assert failed.detail == "the base's tokenizer_config.json has no tokenizer_class; name the one that is meant"

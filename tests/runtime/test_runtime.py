@@ -18,6 +18,7 @@ from transformers import DynamicCache, GenerationMixin
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Model, eager_attention_forward
 
+from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.exporters.hf.exporter import EXPORTER
 from adaras_export.modeling.gate import gate_module
 from adaras_export.runtime import steering_adaras as runtime
@@ -272,7 +273,7 @@ def packaged(rules, folders, tmp_path_factory):
     class Packaged(dict):
         def __missing__(self, key):
             folder, family = tmp_path_factory.mktemp("export"), tiny.SPECS[key[0]][0]
-            EXPORTER.write(rules[key], folders[key[0]], folder)
+            EXPORTER.write(rules[key], Checkpoint(folders[key[0]]), folder)
             name = json.loads((folder / "config.json").read_text())["architectures"][0]
             module = importlib.import_module(f"adaras_export.runtime.modeling_adaras_{family}")
             config = getattr(module, name.replace("ForCausalLM", "Config")).from_pretrained(folder)

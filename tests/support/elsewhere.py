@@ -12,6 +12,8 @@ import torch
 from places import TESTS
 from tiny import PAD, PROMPTS, require_answers
 
+from adaras_export.core.checkpoint import Checkpoint
+
 
 def jobs_of(modes, written, trust=True):
     """What `clean_process.py` is to do with each export, by the keys of ``modes``."""
@@ -87,7 +89,7 @@ def exports(exporter, rules, folders, tmp_path_factory):
     def write(key):
         folder = tmp_path_factory.mktemp("export") / "-".join(map(str, key))
         folder.mkdir()
-        exporter.write(rules[key], folders[key[0]], folder)
+        exporter.write(rules[key], Checkpoint(folders[key[0]]), folder)
         return folder
 
     return tiny.Lazy(write)

@@ -10,6 +10,7 @@ import tiny_gguf
 import transformers
 
 from adaras_export.core.base_model import BaseModel
+from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.core.rule import SteeringRule
 from adaras_export.exporters.base import ExportContext
 
@@ -64,7 +65,7 @@ class Case:
 
         out = self.folder / name
         out.mkdir()
-        EXPORTER.with_context(ExportContext(str(self.base), options=options)).write(rule, self.base, out)
+        EXPORTER.with_context(ExportContext(str(self.base), options=options)).write(rule, Checkpoint(self.base), out)
         return out
 
     def told(self, rule: SteeringRule) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ should be large, and the same seed gives the same texts only up to rounding.
 from collections.abc import Collection, Generator, Mapping, Sequence
 from typing import Any
 
-from adaras_export.core import checkpoint
+from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.core.traces import Question, Settings
 from adaras_export.data.sampling_plan import Attempt, Completion
 from adaras_export.errors import ArtifactError, TraceError, first_line, require
@@ -31,7 +31,7 @@ class VllmBackend:
         self._sampling, self._dtype = sampling, dtype
         self._prompts: dict[str, list[int]] = {}
         folder = fetch(model, revision)
-        checkpoint.require(folder)
+        Checkpoint(folder).require_buildable()
         try:
             self._engine = self._vllm.LLM(
                 model=str(folder), dtype=dtype, trust_remote_code=False, disable_log_stats=True, seed=0

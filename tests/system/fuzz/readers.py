@@ -16,8 +16,9 @@ from gguf import GGUFValueType
 from onnx import TensorProto, helper
 from safetensors.numpy import save
 
-from adaras_export.core import checkpoint, trace_files
+from adaras_export.core import trace_files
 from adaras_export.core.base_model import BaseModel
+from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.core.gate import Gate
 from adaras_export.core.neuron_stats import AttributionStats, NeuronStats
 from adaras_export.core.neurons import NeuronSet
@@ -202,12 +203,12 @@ def _index_seeds() -> list[bytes]:
 
 def _read_base(folder: Path) -> None:
     base = BaseModel.of(folder)
-    located = checkpoint.shards(folder)
-    assert checkpoint.tensor_hashes(folder).keys() == located.keys()
-    for path in {*located.values()}:
+    found = Checkpoint(folder)
+    assert found.hashes.keys() == found.files.keys()
+    for path in {*found.files.values()}:
         assert stream.same_tensors(path, stream.streams(path))
     index = np.array([base.mlp_size - 1])
-    columns = checkpoint.down_columns(base.family, located, base.layers - 1, index)
+    columns = found.down_columns(base.layers - 1, index)
     assert columns.shape == (base.hidden_size, 1)
 
 

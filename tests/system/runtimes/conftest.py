@@ -6,6 +6,8 @@ import drive
 import pytest
 import tiny
 
+from adaras_export.core.checkpoint import Checkpoint
+
 
 @pytest.fixture(scope="session")
 def artifacts(rules, folders, tmp_path_factory):
@@ -20,7 +22,7 @@ def artifacts(rules, folders, tmp_path_factory):
             return drive.negated(found[(*rule, flavour.removesuffix("negated").strip())], folder)
         folder.mkdir()
         options = [("precision", word) if word in PRECISIONS else (word, True) for word in flavour.split()]
-        replace(EXPORTER, **dict(options)).write(rules[tuple(rule)], folders[rule[0]], folder)
+        replace(EXPORTER, **dict(options)).write(rules[tuple(rule)], Checkpoint(folders[rule[0]]), folder)
         return folder
 
     found = tiny.Lazy(write)
