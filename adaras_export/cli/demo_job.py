@@ -296,7 +296,7 @@ def _in_a_clean_process(folder: Path, questions: Sequence[Question], sampling: S
     arguments = [str(folder), json.dumps(prompts, default=list), str(sampling.max_new_tokens)]
     environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error"}
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("clean_process.py")), *arguments],
+        [sys.executable, str(Path(planted.__file__).with_name("clean_process.py")), *arguments],
         capture_output=True,
         text=True,
         check=False,
