@@ -29,7 +29,8 @@ from adaras_export.demo import planted, smollm2
 from adaras_export.discovery.gate_training import GateReport, train_gate
 from adaras_export.discovery.identify import Identified, IdentifyOptions, Reading, identify
 from adaras_export.errors import ExportError, MissingExtraError, require
-from adaras_export.evaluation.evaluate import Conduct, Evaluation, Exam, evaluate
+from adaras_export.evaluation.evaluate import EvaluationOptions, EvaluationTask, evaluate
+from adaras_export.evaluation.record import Evaluation
 from adaras_export.evaluation.tune import tune
 from adaras_export.evaluation.tune_report import TuneReport
 from adaras_export.exporters.parity import ParityReport
@@ -157,7 +158,7 @@ class Summary:
         for name, one in self.candidates.items():
             lines += ["", f"ranking: {name}", f"  {one.identified.line()}", f"  {one.tuned.line()}"]
             lines += [f"  {line}" for line in one.evaluation.table().splitlines()]
-            lines += [f"  {one.evaluation.verdict}"]
+            lines += [f"  {one.evaluation.conclusion}"]
         lines += ["", f"exported  {self.exported} (better on validation) -> {self.delivery.path}"]
         checks, failed = self.verified.checks, self.verified.failed()
         lines += [f"verified  {len(checks) - len(failed)} of {len(checks)} checks passed"]
@@ -240,14 +241,14 @@ def job(task: Task, out: Path, bar: Bar) -> Summary:
             tokenizer,
             identified.neurons,
             gate.gate,
-            _exam(task, "validation", bar(f"tune {ranking}")),
+            _evaluation_task(task, "validation", bar(f"tune {ranking}")),
             base=base,
             counts=task.counts,
             strengths=task.strengths[ranking],
         )
         tuned.rule.save(out / f"rule-{ranking}.safetensors")
-        exam = _exam(task, "test", bar(f"evaluate {ranking}"))
-        evaluation = evaluate(model, tokenizer, tuned.rule, exam, Conduct(range(task.random_controls)))
+        test = _evaluation_task(task, "test", bar(f"evaluate {ranking}"))
+        evaluation = evaluate(model, tokenizer, tuned.rule, test, EvaluationOptions(range(task.random_controls)))
         evaluation.save(out / f"evaluation-{ranking}.json")
         candidates[ranking] = Candidate(identified, tuned, evaluation)
 
@@ -275,14 +276,14 @@ def job(task: Task, out: Path, bar: Bar) -> Summary:
     )
 
 
-def _exam(task: Task, part: str, progress: Callable[[int, int], None]) -> Exam:
+def _evaluation_task(task: Task, part: str, progress: Callable[[int, int], None]) -> EvaluationTask:
     greedy = Sampling(task.sampling.max_new_tokens, stop=task.sampling.stop)
-    return Exam(task.questions[part], checker("last_number"), greedy, max_rows=128, progress=progress)
+    return EvaluationTask(task.questions[part], checker("last_number"), greedy, max_rows=128, progress=progress)
 
 
 def _telling(task: Task, evaluation: Evaluation) -> list[Question]:
     """Test questions to show: two that steering changed, where there are any, and one that it left alone."""
-    steered, off = evaluation.verdicts["gated"], evaluation.verdicts["off"]
+    steered, off = (evaluation.verdicts[name][:, 0] for name in ("gated", "off"))
     changed = [
         question for question, one, other in zip(task.questions["test"], steered, off, strict=True) if one != other
     ]

@@ -69,26 +69,26 @@ def evaluate(
     read.base.require_same(BaseModel.of(model, revision))  # a model in memory has no fingerprint to compare
     from adaras_export.delivery.artifact_arm import artifact_arm
     from adaras_export.evaluation.compare import compare_arms
-    from adaras_export.evaluation.evaluate import Conduct, Exam
+    from adaras_export.evaluation.evaluate import EvaluationOptions, EvaluationTask
     from adaras_export.evaluation.evaluate import evaluate as run
     from adaras_export.modeling.generation import Sampling
 
     sampling = Sampling(new_tokens(max_new_tokens), temperature, top_p, seed, unescaped(stop))
-    about: dict[str, Any] = {"dataset": dataset, "task": task, "samples": samples}
-    exam = Exam(listed, chosen, sampling, batch_size, name=question_set or questions.stem, **about)
+    about: dict[str, Any] = {"dataset": dataset, "benchmark_task": task, "samples": samples}
+    evaluation_task = EvaluationTask(listed, chosen, sampling, batch_size, name=question_set or questions.stem, **about)
     loaded, tokenizer = load_model(model, revision, dtype)
     fits = fitting(max_new_tokens, loaded, tokenizer, listed)
-    exam = replace(exam, sampling=replace(sampling, max_new_tokens=fits))
+    evaluation_task = replace(evaluation_task, sampling=replace(sampling, max_new_tokens=fits))
     journal = out.with_name(f"{out.name}.partial.jsonl")
     openers = [partial(artifact_arm, folder, read, tokenizer) for folder in artifact or ()]
-    conduct = Conduct(range(random_controls), allow_seen, journal, openers, trained_on)
+    options = EvaluationOptions(range(random_controls), allow_seen, journal, openers, trained_on)
     with progress() as bar:
-        watched = replace(exam, progress=bar("answering"))
+        watched = replace(evaluation_task, progress=bar("answering"))
         if arms:
-            report = compare_arms(loaded, tokenizer, read, watched, arms, conduct)
+            report = compare_arms(loaded, tokenizer, read, watched, arms, options)
         else:
-            report = run(loaded, tokenizer, read, watched, conduct)
+            report = run(loaded, tokenizer, read, watched, options)
     report.save(out)
     journal.unlink(missing_ok=True)
-    verdict = report.verdict.removesuffix(".") + fitted(exam.sampling, max_new_tokens)
-    show(report.as_record(), f"{report.table()}\n{out}: {verdict}", as_json)
+    conclusion = report.conclusion.removesuffix(".") + fitted(evaluation_task.sampling, max_new_tokens)
+    show(report.as_record(), f"{report.table()}\n{out}: {conclusion}", as_json)

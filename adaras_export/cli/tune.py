@@ -92,17 +92,17 @@ def tune(
     read, chosen = asked(questions, check)
     base = BaseModel.of(model, revision)
     rankings, read_gate = _rankings(neurons, base), None if gate is None else Gate.load(gate)
-    from adaras_export.evaluation.evaluate import Exam
+    from adaras_export.evaluation.evaluate import EvaluationTask
     from adaras_export.evaluation.tune import tune as run
     from adaras_export.modeling.generation import Sampling
 
     sampling = Sampling(new_tokens(max_new_tokens), stop=unescaped(stop))
     loaded, tokenizer = load_model(model, revision)
     sampling = replace(sampling, max_new_tokens=fitting(max_new_tokens, loaded, tokenizer, read))
-    exam = Exam(read, chosen, sampling, batch_size, name=questions.stem)
+    task = EvaluationTask(read, chosen, sampling, batch_size, name=questions.stem)
     journal = out.with_name(f"{out.name}.partial.jsonl")
     with progress() as bar:
-        watched = replace(exam, progress=bar("trying settings"))
+        watched = replace(task, progress=bar("trying settings"))
         found = run(loaded, tokenizer, rankings, read_gate, watched, base=base, journal=journal, **tried)
     if report is not None:
         found.save(report)

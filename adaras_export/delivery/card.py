@@ -13,9 +13,10 @@ from typing import Any
 from adaras_export.core.base_model import BaseModel
 from adaras_export.core.markdown import Example, Markdown, render
 from adaras_export.core.rule import SteeringRule
-from adaras_export.delivery.card_effect import Measured, computed_arm, told
+from adaras_export.delivery.card_effect import computed_arm, effect_text
 from adaras_export.delivery.card_metadata import Header, results_file
 from adaras_export.evaluation.arms import Arm
+from adaras_export.evaluation.record import Evaluation
 from adaras_export.exporters.checks import ParityReport
 from adaras_export.exporters.manifest import Disclosed
 
@@ -53,14 +54,14 @@ class CardContext:
     base_card: Mapping[str, Any]
     datasets: Sequence[str]
     tensors: Sequence[Disclosed]
-    measured: Measured | None
+    measured: Evaluation | None
     chat_template: bool
 
     @property
     def example(self) -> Example:
         """A question of the evaluation as it was asked there, or any one as the base wants it."""
-        found = None if self.measured is None else self.measured.example
-        return found or Example("What is 12 times 7?", self.chat_template)
+        example = None if self.measured is None else self.measured.example
+        return example or Example("What is 12 times 7?", self.chat_template)
 
 
 def card(rule: SteeringRule, parity: ParityReport, context: CardContext) -> str:
@@ -170,7 +171,8 @@ def _effect(rule: SteeringRule, context: CardContext) -> Markdown:
     command = f"`adaras-export eval --compare {ways}`" if static else "`adaras-export eval`"
     if context.measured is None:
         return Markdown(f"{_NOT_EVALUATED.format(command)}\n")
-    return Markdown(told(context.measured, _arm_name(rule, context), command, rounded=context.rounded))
+    arm = _arm_name(rule, context)
+    return Markdown(effect_text(context.measured, arm, command, rounded=context.rounded))
 
 
 _NOT_EVALUATED = (

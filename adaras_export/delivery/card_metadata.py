@@ -9,9 +9,9 @@ from typing import Any
 
 from adaras_export.core.base_model import BaseModel
 from adaras_export.core.markdown import Markdown, as_yaml, front_matter
-from adaras_export.delivery.card_effect import Measured
 from adaras_export.errors import ArtifactError
 from adaras_export.evaluation.arms import Arm
+from adaras_export.evaluation.record import Evaluation
 from adaras_export.files.hub import is_hub_id
 
 TAGS = ("activation-steering", "adaras")
@@ -52,7 +52,7 @@ class Header:
     relation: str
     tags: Sequence[str]
     datasets: Sequence[str]
-    measured: tuple[Measured, Arm] | None
+    measured: tuple[Evaluation, Arm] | None
 
     def text(self) -> Markdown:
         """The header with its fences."""
@@ -76,7 +76,7 @@ class Header:
         return front_matter({name: known[name] for name in _ORDER if name in known})
 
 
-def _results(repository: str, measured: Measured, arm: Arm) -> dict[str, Any]:
+def _results(repository: str, measured: Evaluation, arm: Arm) -> dict[str, Any]:
     from huggingface_hub import EvalResult
 
     result = EvalResult(
@@ -92,7 +92,7 @@ def _results(repository: str, measured: Measured, arm: Arm) -> dict[str, Any]:
     return {"model_name": repository, "eval_results": [result], "metrics": ["accuracy"]}
 
 
-def results_file(measured: Measured | None, arm: Arm | None) -> str | None:
+def results_file(measured: Evaluation | None, arm: Arm | None) -> str | None:
     """The file for `.eval_results`: where the questions are a task of a benchmark on the Hub; None elsewhere."""
     if measured is None or arm is None or measured.dataset is None or measured.task is None:
         return None
@@ -124,5 +124,5 @@ def is_on_the_hub(base: BaseModel) -> bool:
     return base.revision is not None and is_hub_id(base.id)
 
 
-def _interval(measured: Measured, arm: Arm) -> str:
+def _interval(measured: Evaluation, arm: Arm) -> str:
     return f"n = {measured.questions}, 95 % Wilson interval {arm.low:.3f} to {arm.high:.3f}"

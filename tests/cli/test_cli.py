@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
+import evaluations
 import pytest
 import tiny
 import transformers
@@ -507,7 +508,6 @@ WRONG = {
     "eval {job}/test.jsonl {on} --rule {bad}/cut": r"ArtifactError: .*cut: .*expected a rule file",
     "eval {job}/test.jsonl {on} --rule {bad}": r"ArtifactError: .*expected a rule file",
     "report {bad}/malformed.jsonl -o {bad}/out.html": r"ArtifactError: .*malformed.jsonl: is not JSON",
-    "report {bad}/other.json -o {bad}/out.html": r"ArtifactError: .*other.json: has no",
     "report {job}/evaluation.json -o {bad}/out": r"ArtifactError: .*out: names no format of a report; expected",
     "report {job}/evaluation.json {job}/evaluation.json -o {bad}/o.md": r"ArtifactError: .*on the same questions",
     "export {bad}/corrupt {to}": r"ArtifactError: .*corrupt: .*expected a rule file",
@@ -645,7 +645,7 @@ def bad(job, folders, tmp_path_factory):
     (folder / "cut").write_bytes(rule[: len(rule) // 2])
     (folder / "corrupt").write_bytes(b"\xff" * 64)
     SteeringRule.load(job / "rule.safetensors").ungated().save(folder / "ungated")
-    (folder / "other.json").write_text('{"rule": "another"}')
+    (folder / "other.json").write_text(json.dumps({**evaluations.GAIN, "rule": "another"}))
     replace(tiny.make_gate(), layer=[0, 1, 2, 3, 3], base=None).save(folder / "late_gate")
     header = "overall_neuron_index,layer,neuron_index_in_layer,weight\n"
     (folder / "outside.csv").write_text(f"{header}{27 * 384 + 5},27,5,1.0\n")

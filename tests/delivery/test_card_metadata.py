@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from adaras_export.core.base_model import BaseModel
 from adaras_export.delivery.card import results
-from adaras_export.delivery.card_effect import Measured
 from adaras_export.delivery.card_metadata import inherited
 from adaras_export.errors import ArtifactError
+from adaras_export.evaluation.record import evaluation_from_record
 
 
 def data(**how):
@@ -110,7 +110,7 @@ def test_no_result_is_claimed_that_was_not_measured_on_this_artifact(case):
 
 
 def told_results(evaluation, name="hf"):
-    return results(RULE, cards.context(name, measured=Measured.from_record(evaluation, "evaluation.json")))
+    return results(RULE, cards.context(name, measured=evaluation_from_record(evaluation)))
 
 
 def test_a_task_of_a_benchmark_gets_the_file_that_its_leaderboard_reads():

@@ -14,7 +14,7 @@ from adaras_export.core.traces import Question, digest
 from adaras_export.data.checkers import exact
 from adaras_export.errors import ArtifactError, MissingExtraError, RuleError, TraceError
 from adaras_export.evaluation import answer_cache
-from adaras_export.evaluation.evaluate import Exam
+from adaras_export.evaluation.evaluate import EvaluationTask
 from adaras_export.evaluation.tune import tune
 from adaras_export.evaluation.tune_search import Search, Span
 from adaras_export.files.append_log import SealedLog
@@ -54,7 +54,7 @@ def run(stock, tokenizer, bases):
         ]
         settings = {"base": bases["qwen3"], "counts": COUNTS, "strengths": STRENGTHS} | changes
         neurons = tiny.make_neurons() if neurons is None else neurons
-        return tune(stock["qwen3"], tokenizer, neurons, gate, Exam(questions, check, GREEDY), **settings)
+        return tune(stock["qwen3"], tokenizer, neurons, gate, EvaluationTask(questions, check, GREEDY), **settings)
 
     return go
 
@@ -298,15 +298,15 @@ def test_a_file_that_is_no_journal_of_this_run_is_refused_and_left_alone(content
     assert path.read_bytes() == content
 
 
-@pytest.mark.parametrize("changes", [{"questions": [99]}, {"correct": [["yes"]]}, {"seconds": -1}, {"way": 1}])
-def test_a_whole_line_that_is_no_verdicts_is_refused(changes, run, tmp_path):
+@pytest.mark.parametrize("changes", [{"questions": [99]}, {"correct": [["yes"]]}, {"seconds": -1}, {"condition": 1}])
+def test_a_whole_line_that_is_no_batch_of_answers_is_refused(changes, run, tmp_path):
     run(["x"] * 10, journal=tmp_path / "j.jsonl", **FEW)
     head = json.loads((tmp_path / "j.jsonl").read_bytes().splitlines()[0])
-    line = {"way": "off", "questions": [1], "correct": [[1]], "tokens": [[1]], "seconds": 0}
+    line = {"condition": "off", "questions": [1], "correct": [[1]], "tokens": [[1]], "seconds": 0}
     other = SealedLog(tmp_path / "other", head["of"])
     other.append(line | changes)
     other.close()
-    with pytest.raises(TraceError, match="other:2: holds a line that is no verdicts"):
+    with pytest.raises(TraceError, match="other:2: holds a line that is no batch of answers"):
         run(["x"] * 10, journal=tmp_path / "other", **FEW)
 
 

@@ -187,7 +187,12 @@ RECEIPT_ATTACKS = {
     "a base of terabytes": (receipt_of(base={"id": "x", "family": "llama"}), "damaged receipt"),
     "more than there is": (receipt_of(more=1), "damaged receipt"),
 }  # fmt: skip
-EVALUATION_ATTACKS = {"another rule": (b'{"rule": "\\u001b[2J"}', r"evaluates rule \\x1b\[2J; expected")}
+_OF_ANOTHER_RULE = {**json.loads(READERS["evaluation"].seeds()[0]), "rule": "\x1b[2J"}
+EVALUATION_ATTACKS = {
+    "another rule": (json.dumps(_OF_ANOTHER_RULE).encode(), r"evaluates rule \\x1b\[2J; expected"),
+    "five MiB": (b'{"a": "' + b"x" * 5 * MIB + b'"}', "has version None; expected a file of adaras-export eval"),
+    "a list": (b"[]", "holds a list; expected a file of adaras-export eval"),
+}
 
 
 TABLE = {
@@ -200,5 +205,5 @@ TABLE = {
     "adapter config": {**JSON_ATTACKS, **NO_OBJECT},
     "adaptive config": {**JSON_ATTACKS, **NO_OBJECT, **ADAPTIVE_ATTACKS},
     "receipt": {**JSON_ATTACKS, **NO_OBJECT, **RECEIPT_ATTACKS},
-    "evaluation": {**JSON_ATTACKS, **NO_OBJECT, **EVALUATION_ATTACKS},
+    "evaluation": {**JSON_ATTACKS, **EVALUATION_ATTACKS},
 }
