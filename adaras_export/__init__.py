@@ -21,16 +21,25 @@ if TYPE_CHECKING:
     from adaras_export.core.rule import SteeringRule
     from adaras_export.core.trace_files import read_questions, read_traces
     from adaras_export.core.traces import Question, Trace
-    from adaras_export.data.checkers import checker
+    from adaras_export.data.checkers import checker_for
     from adaras_export.data.collect import CollectOptions, CollectReport, Recording, collect
     from adaras_export.data.sampling_plan import Goal
+    from adaras_export.delivery.artifact_arm import artifact_arm
     from adaras_export.delivery.integrity import verify_files
     from adaras_export.delivery.push import Pushed, push
     from adaras_export.delivery.verifier import verify
     from adaras_export.delivery.writer import ExportReport, export, refresh
-    from adaras_export.discovery.gate_training import GateOptions, GateReport, train_gate
+    from adaras_export.discovery.gate_training import Costs, GateOptions, GateReport, train_gate
     from adaras_export.discovery.identify import Identified, IdentifyOptions, identify
     from adaras_export.discovery.rankings import Refinement
+    from adaras_export.evaluation.answers_by_arm import EvaluationOptions
+    from adaras_export.evaluation.evaluate import evaluate
+    from adaras_export.evaluation.record import Evaluation
+    from adaras_export.evaluation.report.render import Report, report
+    from adaras_export.evaluation.task import EvaluationTask
+    from adaras_export.evaluation.tune import TuneOptions, tune
+    from adaras_export.evaluation.tune_report import TuneReport
+    from adaras_export.evaluation.tune_search import Search, Span
     from adaras_export.exporters.checks import ParityReport
     from adaras_export.modeling.activations import Reading
     from adaras_export.modeling.gate import gate_probabilities
@@ -44,6 +53,10 @@ _HOMES = {
     "BaseModel": "core.base_model",
     "CollectOptions": "data.collect",
     "CollectReport": "data.collect",
+    "Costs": "discovery.gate_training",
+    "Evaluation": "evaluation.record",
+    "EvaluationOptions": "evaluation.answers_by_arm",
+    "EvaluationTask": "evaluation.task",
     "ExportReport": "delivery.writer",
     "Gate": "core.gate",
     "GateOptions": "discovery.gate_training",
@@ -59,12 +72,19 @@ _HOMES = {
     "Reading": "modeling.activations",
     "Recording": "data.collect",
     "Refinement": "discovery.rankings",
+    "Report": "evaluation.report.render",
     "Sampling": "modeling.generation",
+    "Search": "evaluation.tune_search",
+    "Span": "evaluation.tune_search",
     "SteeringRule": "core.rule",
     "Trace": "core.traces",
+    "TuneOptions": "evaluation.tune",
+    "TuneReport": "evaluation.tune_report",
+    "artifact_arm": "delivery.artifact_arm",
     "auc_interval": "core.intervals",
-    "checker": "data.checkers",
+    "checker_for": "data.checkers",
     "collect": "data.collect",
+    "evaluate": "evaluation.evaluate",
     "export": "delivery.writer",
     "gate_probabilities": "modeling.gate",
     "identify": "discovery.identify",
@@ -73,8 +93,10 @@ _HOMES = {
     "read_questions": "core.trace_files",
     "read_traces": "core.trace_files",
     "refresh": "delivery.writer",
+    "report": "evaluation.report.render",
     "steered": "modeling.steering",
     "train_gate": "discovery.gate_training",
+    "tune": "evaluation.tune",
     "verify": "delivery.verifier",
     "verify_files": "delivery.integrity",
 }
@@ -83,6 +105,10 @@ __all__ = [
     "BaseModel",
     "CollectOptions",
     "CollectReport",
+    "Costs",
+    "Evaluation",
+    "EvaluationOptions",
+    "EvaluationTask",
     "ExportReport",
     "Gate",
     "GateOptions",
@@ -98,13 +124,20 @@ __all__ = [
     "Reading",
     "Recording",
     "Refinement",
+    "Report",
     "Sampling",
+    "Search",
+    "Span",
     "SteeringRule",
     "Trace",
+    "TuneOptions",
+    "TuneReport",
+    "artifact_arm",
     "auc_interval",
-    "checker",
+    "checker_for",
     "collect",
     "demo",
+    "evaluate",
     "export",
     "gate_probabilities",
     "identify",
@@ -113,8 +146,10 @@ __all__ = [
     "read_questions",
     "read_traces",
     "refresh",
+    "report",
     "steered",
     "train_gate",
+    "tune",
     "verify",
     "verify_files",
 ]

@@ -32,9 +32,9 @@ from adaras_export.discovery.identify import Reading, read_attribution, read_sta
 from adaras_export.discovery.rankings import Refinement, rank
 from adaras_export.errors import TraceError
 from adaras_export.evaluation.answer_cache import AnswerCache
+from adaras_export.evaluation.answers_by_arm import is_steered_by
 from adaras_export.evaluation.arms import compare, is_random
 from adaras_export.evaluation.controls import random_control
-from adaras_export.evaluation.evaluate import is_steered_by
 from adaras_export.evaluation.task import Condition, EvaluationTask, StaticCondition
 from adaras_export.files.safetensors_record import Array
 from adaras_export.modeling.generation import Sampling

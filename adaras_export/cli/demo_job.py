@@ -31,7 +31,7 @@ from adaras_export.discovery.identify import Identified, IdentifyOptions, Readin
 from adaras_export.errors import ExportError, MissingExtraError, require
 from adaras_export.evaluation.evaluate import EvaluationOptions, EvaluationTask, evaluate
 from adaras_export.evaluation.record import Evaluation
-from adaras_export.evaluation.tune import tune
+from adaras_export.evaluation.tune import TuneOptions, tune
 from adaras_export.evaluation.tune_report import TuneReport
 from adaras_export.exporters.parity import ParityReport
 from adaras_export.modeling.generation import Sampling
@@ -242,14 +242,14 @@ def job(task: Task, out: Path, bar: Bar) -> Summary:
             identified.neurons,
             gate.gate,
             _evaluation_task(task, "validation", bar(f"tune {ranking}")),
-            base=base,
-            counts=task.counts,
-            strengths=task.strengths[ranking],
+            base,
+            TuneOptions(task.counts, task.strengths[ranking]),
+            out=out / f"rule-{ranking}.safetensors",
         )
-        tuned.rule.save(out / f"rule-{ranking}.safetensors")
         test = _evaluation_task(task, "test", bar(f"evaluate {ranking}"))
-        evaluation = evaluate(model, tokenizer, tuned.rule, test, EvaluationOptions(range(task.random_controls)))
-        evaluation.save(out / f"evaluation-{ranking}.json")
+        controls = EvaluationOptions(range(task.random_controls))
+        record = out / f"evaluation-{ranking}.json"
+        evaluation = evaluate(model, tokenizer, tuned.rule, test, controls, out=record)
         candidates[ranking] = Candidate(identified, tuned, evaluation)
 
     if (out / "steered-model").exists():
