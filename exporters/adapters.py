@@ -42,6 +42,6 @@ def adapted(model: Any, folder: Path) -> Any:  # noqa: ANN401 - a class of Trans
 
 
 def set_to(model: Any, mode: Mode) -> AbstractContextManager[Any]:  # noqa: ANN401 - PEFT's class
-    """As `base.Generating` says: off is the model without its adapter, everything else with it."""
+    """As `base.SteeredModel` says: off is the model without its adapter, everything else with it."""
     off: AbstractContextManager[Any] = model.disable_adapter()
     return off if mode == "off" else nullcontext()

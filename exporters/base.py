@@ -166,7 +166,7 @@ def require_effect(rule: SteeringRule, target: str) -> None:
         raise ExportError(f"{target}: the rule has {found}; expected an effect, or there is nothing to put into a file")
 
 
-class Generating:
+class SteeredModel:
     """An opened artifact that is a model of Transformers or PEFT; `set_to` is what its kinds differ in."""
 
     model: Any

@@ -113,7 +113,9 @@ def rules(bases, stock):
     def make(key):
         name, kind, start = key
         gate = None if kind is None else tiny.calibrated_gate(stock[name], kind)
-        return tiny.make_rule(bases[name], gate=gate, start=start, strength=tiny.STRENGTHS.get(name, 2.0))
+        return tiny.make_rule(
+            bases[name], gate=gate, start=start, strength=tiny.STRENGTHS.get(tiny.SPECS[name][0], 2.0)
+        )
 
     return tiny.Lazy(make)
 
@@ -168,7 +170,8 @@ def plain_graphs_are_made_once(tmp_path_factory):
 
 
 def _weights_and_settings(model):
-    settings = model.config.to_dict() | {"_name_or_path": "", "attention": model.config._attn_implementation}
+    same = {"_name_or_path": "", "architectures": None}  # whether it was read from a folder or has just been made
+    settings = model.config.to_dict() | same | {"attention": model.config._attn_implementation}
     found = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, value in model.state_dict().items():
         found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())

@@ -3,15 +3,16 @@
 Values in, text out. What of it the Hub shows how, and what is left out for honesty, is in docs/decisions/029.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 from adaras_export.core.base_model import BaseModel
 from adaras_export.core.markdown import Markdown, as_yaml, front_matter
+from adaras_export.delivery.receipt import Receipt
 from adaras_export.errors import ArtifactError
 from adaras_export.evaluation.arms import Arm
 from adaras_export.evaluation.record import Evaluation
+from adaras_export.exporters.base import TargetSpec
 from adaras_export.files.hub import is_hub_id
 
 TAGS = ("activation-steering", "adaras")
@@ -30,50 +31,33 @@ _ORDER = (
 )
 
 
-@dataclass(frozen=True)
-class Header:
-    """What the Hub is told.
+def header(receipt: Receipt, target: TargetSpec, base: BaseModel, measured: tuple[Evaluation, Arm] | None) -> Markdown:
+    """The header with its fences.
 
-    Attributes:
-        repository: what the card calls the artifact.
+    Args:
+        receipt: of the artifact.
+        target: what it was exported to.
         base: the base model; only one with a revision is known to be on the Hub.
-        base_card: entries of the base's own card, see `inherited`.
-        library: what opens it.
-        relation: what it is to its base.
-        tags: the target's own.
-        datasets: Hub ids of datasets that the rule was made with.
         measured: the evaluation, and the arm of it that the artifact computes; None where there is none.
     """
+    from huggingface_hub import ModelCardData
 
-    repository: str
-    base: BaseModel
-    base_card: Mapping[str, Any]
-    library: str
-    relation: str
-    tags: Sequence[str]
-    datasets: Sequence[str]
-    measured: tuple[Evaluation, Arm] | None
-
-    def text(self) -> Markdown:
-        """The header with its fences."""
-        from huggingface_hub import ModelCardData
-
-        entries: dict[str, Any] = inherited(self.base_card, "base_card")
-        if is_on_the_hub(self.base):
-            entries |= {"base_model": self.base.id, "base_model_relation": self.relation}
-            if "://" not in (link := entries.get("license_link", "://")):  # a file beside the base's card
-                entries["license_link"] = f"https://huggingface.co/{self.base.id}/blob/{self.base.revision}/{link}"
-        if self.measured is not None:
-            entries |= _results(self.repository, *self.measured)
-        data: Any = ModelCardData(
-            **entries,
-            library_name=self.library,
-            pipeline_tag=_TASK,
-            tags=sorted({*TAGS, *self.tags}),
-            datasets=list(self.datasets) or None,
-        )
-        known = data.to_dict()
-        return front_matter({name: known[name] for name in _ORDER if name in known})
+    entries: dict[str, Any] = inherited(receipt.base_card, "base_card")
+    if is_on_the_hub(base):
+        entries |= {"base_model": base.id, "base_model_relation": target.relation}
+        if "://" not in (link := entries.get("license_link", "://")):  # a file beside the base's card
+            entries["license_link"] = f"https://huggingface.co/{base.id}/blob/{base.revision}/{link}"
+    if measured is not None:
+        entries |= _results(receipt.repository, *measured)
+    data: Any = ModelCardData(
+        **entries,
+        library_name=target.library,
+        pipeline_tag=_TASK,
+        tags=sorted({*TAGS, *target.tags}),
+        datasets=list(receipt.datasets) or None,
+    )
+    known = data.to_dict()
+    return front_matter({name: known[name] for name in _ORDER if name in known})
 
 
 def _results(repository: str, measured: Evaluation, arm: Arm) -> dict[str, Any]:
@@ -86,7 +70,7 @@ def _results(repository: str, measured: Evaluation, arm: Arm) -> dict[str, Any]:
         dataset_type=measured.dataset or "unknown",
         dataset_name=measured.dataset or f"{measured.questions} questions, not published under a name",
         metric_type="accuracy",
-        metric_name=f"Accuracy, greedy ({_interval(measured, arm)})",
+        metric_name=f"Accuracy, {measured.decoding} ({_interval(measured, arm)})",
         metric_value=round(arm.accuracy, 6),
     )
     return {"model_name": repository, "eval_results": [result], "metrics": ["accuracy"]}
@@ -96,7 +80,7 @@ def results_file(measured: Evaluation | None, arm: Arm | None) -> str | None:
     """The file for `.eval_results`: where the questions are a task of a benchmark on the Hub; None elsewhere."""
     if measured is None or arm is None or measured.dataset is None or measured.task is None:
         return None
-    notes = f"adaras-export eval, arm {arm.name}, greedy, {_interval(measured, arm)}"
+    notes = f"adaras-export eval, arm {arm.name}, {measured.decoding}, {_interval(measured, arm)}"
     dataset = {"id": measured.dataset, "task_id": measured.task}
     entry = {"dataset": dataset, "value": round(arm.accuracy, 6), "notes": notes}
     return as_yaml([entry])
@@ -125,4 +109,4 @@ def is_on_the_hub(base: BaseModel) -> bool:
 
 
 def _interval(measured: Evaluation, arm: Arm) -> str:
-    return f"n = {measured.questions}, 95 % Wilson interval {arm.low:.3f} to {arm.high:.3f}"
+    return f"n = {measured.questions}, 95 % {measured.interval} interval {arm.low:.3f} to {arm.high:.3f}"

@@ -1,6 +1,6 @@
 """How an artifact is described: card, evaluation results and receipt, written into its folder or held against it.
 
-Runs nothing. What the texts say is for the exporter, `card` and `receipts` to know.
+Runs nothing. What the texts say is for the exporter, `card` and `receipt` to know.
 """
 
 import math
@@ -12,7 +12,7 @@ from typing import Any
 from adaras_export.core.base_model import BaseModel
 from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.core.rule import SteeringRule
-from adaras_export.delivery.card import CardContext, card, results
+from adaras_export.delivery.card import Card
 from adaras_export.delivery.card_metadata import inherited
 from adaras_export.delivery.receipt import Receipt, hashes
 from adaras_export.errors import ArtifactError, ExportError, first_line
@@ -28,9 +28,8 @@ from adaras_export.files import atomic, hub
 
 def describe(folder: Path, receipt: Receipt, exporter: Exporter, rule: SteeringRule) -> Receipt:
     """Write the card, then the receipt, which has the hashes of all the rest."""
-    context = _context(folder, receipt, exporter)
-    atomic.replace_file(folder / CARD_FILE, card(rule, receipt.parity, context).encode())
-    _put(folder / RESULTS_FILE, results(rule, context))
+    for name, content in _texts(_card(folder, receipt, exporter, rule)).items():
+        _put(folder / name, content)
     complete = replace(receipt, files=hashes(folder))
     complete.write(folder)
     return complete
@@ -39,8 +38,7 @@ def describe(folder: Path, receipt: Receipt, exporter: Exporter, rule: SteeringR
 def readdressed(folder: Path, receipt: Receipt, exporter: Exporter, repository: str) -> dict[str, bytes]:
     """Card and receipt of an exported folder as they are under another name, by file; writes nothing."""
     renamed = replace(receipt, repository=repository)
-    context = _context(folder, renamed, exporter)
-    text = card(SteeringRule.load(folder / RULE_FILE), receipt.parity, context).encode()
+    text = _card(folder, renamed, exporter, SteeringRule.load(folder / RULE_FILE)).text().encode()
     complete = replace(renamed, files={**receipt.files, CARD_FILE: atomic.sha256(text)})
     return {CARD_FILE: text, RECEIPT_FILE: complete.to_bytes()}
 
@@ -133,15 +131,14 @@ def _is_near(one: tuple[bool, float], other: tuple[bool, float]) -> bool:
 def _other_than_written(folder: Path, receipt: Receipt, exporter: Exporter, rule: SteeringRule) -> list[str]:
     """Which of card and evaluation results are not what receipt, rule and evaluation give."""
     try:
-        context = _context(folder, receipt, exporter)
+        card = _card(folder, receipt, exporter, rule)
     except ArtifactError:  # an evaluation of another form
         return [EVALUATION_FILE]
-    expected = {CARD_FILE: card(rule, receipt.parity, context), RESULTS_FILE: results(rule, context)}
-    return [name for name, text in expected.items() if not _has(folder / name, text)]
+    return [name for name, content in _texts(card).items() if not _has(folder / name, content)]
 
 
-def _has(path: Path, text: str | None) -> bool:
-    return not path.exists() if text is None else holds(path, text.encode())
+def _has(path: Path, content: bytes | None) -> bool:
+    return not path.exists() if content is None else holds(path, content)
 
 
 def dropped(rule: SteeringRule, exporter: Exporter) -> tuple[str, ...]:
@@ -192,33 +189,25 @@ def has_chat_template(base: Path) -> bool:
     return found is not None or (base / "chat_template.jinja").exists()
 
 
-def _context(folder: Path, receipt: Receipt, exporter: Exporter) -> CardContext:
+def _card(folder: Path, receipt: Receipt, exporter: Exporter, rule: SteeringRule) -> Card:
     path = folder / EVALUATION_FILE
-    return CardContext(
-        repository=receipt.repository,
-        template=exporter.spec.card,
-        options=receipt.options,
-        library=exporter.spec.library,
-        relation=exporter.spec.relation,
-        tags=exporter.spec.tags,
-        rounded=exporter.spec.rounded,
-        drops=receipt.drops,
-        base=receipt.base,
-        base_card=receipt.base_card,
-        datasets=receipt.datasets,
-        tensors=receipt.tensors,
-        measured=read_evaluation(path) if path.exists() else None,
-        chat_template=receipt.chat_template,
-    )
+    measured = read_evaluation(path) if path.exists() else None
+    return Card(rule, receipt, exporter.spec, measured)
 
 
-def _put(path: Path, text: str | None) -> None:
+def _texts(card: Card) -> dict[str, bytes | None]:
+    """What card and evaluation results are to hold; None where there are no results."""
+    results = card.results()
+    return {CARD_FILE: card.text().encode(), RESULTS_FILE: None if results is None else results.encode()}
+
+
+def _put(path: Path, content: bytes | None) -> None:
     """Write a file that some artifacts have, or see to it that there is none."""
-    if text is None:
+    if content is None:
         path.unlink(missing_ok=True)
         return
     path.parent.mkdir(exist_ok=True)
-    atomic.replace_file(path, text.encode())
+    atomic.replace_file(path, content)
 
 
 def _disclosure_check(exporter: Exporter, folder: Path, receipt: Receipt) -> Check:

@@ -134,7 +134,7 @@ class Evaluation:
         steered_share: of the questions, that the gate steers.
         model: name, revision, fingerprint and dtype of the base.
         checker: name of the function that checks answers.
-        sampling: the settings of generation.
+        sampling: the settings of generation, among them ``temperature``.
         seen: how many of the questions were used to make the rule.
         question_set: name of the questions.
         trained_on: name of the question set that the rule was made with.
@@ -177,6 +177,17 @@ class Evaluation:
     def samples(self) -> int:
         """Answers to each question (n)."""
         return int(self.verdicts["off"].shape[1])
+
+    @property
+    def decoding(self) -> str:
+        """How answers were chosen, in words."""
+        temperature = self.sampling["temperature"]
+        return f"{self.samples} answers each at temperature {temperature:g}" if temperature else "greedy"
+
+    @property
+    def interval(self) -> str:
+        """The kind of interval that an accuracy has."""
+        return "Wilson" if self.samples == 1 else "bootstrap"
 
     @property
     def questions_digest(self) -> str:
@@ -282,7 +293,7 @@ def evaluation_from_record(record: Any) -> Evaluation:  # noqa: ANN401 - a JSON 
         steered_share=_number("steered_share", values["steered_share"], most=1.0),
         model=_settings("model", values["model"]),
         checker=_text("checker", values["checker"]),
-        sampling=_settings("sampling", values["sampling"]),
+        sampling=_sampling(values["sampling"]),
         seen=_count("seen", values["seen"], shape[0]),
         **{name: _optional(_text, name, values[name]) for name in ("question_set", "trained_on", "dataset", "task")},
         example=_optional(_example, "example", values["example"]),
@@ -412,6 +423,12 @@ def _settings(name: str, value: Any) -> dict[str, Any]:  # noqa: ANN401 - a JSON
     if not isinstance(value, dict) or any(isinstance(part, dict | list) for part in value.values()):
         raise UnreadableError(f"has {reprlib.repr(value)} for {name}, where there should be an object of plain values")
     return value
+
+
+def _sampling(value: Any) -> dict[str, Any]:  # noqa: ANN401 - a JSON value
+    settings = _settings("sampling", value)
+    _number("temperature", settings.get("temperature"))
+    return settings
 
 
 def _optional(read: Callable[[str, Any], _T], name: str, value: Any) -> _T | None:  # noqa: ANN401 - a JSON value

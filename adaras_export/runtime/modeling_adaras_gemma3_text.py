@@ -22,7 +22,7 @@ class AdaRASGemma3Model(SteeredModel, Gemma3TextModel):
 
     config_class = AdaRASGemma3Config
     steered_mlp_class = SteeredGemma3MLP
-    base_model_prefix = "model"  # Transformers 4.57 has that of the multimodal model, and finds no weight
+    base_model_prefix = "model"  # Transformers 4.57 uses the multimodal model's, and would find no weights
 
 
 class AdaRASGemma3ForCausalLM(SteeredGeneration, Gemma3ForCausalLM, GenerationMixin):

@@ -20,7 +20,7 @@ class SteeredGPT2MLP(SteeredMLP, GPT2MLP):
     """GPT-2's MLP; its down projection output is steered."""
 
     def forward(self, hidden_states: Any) -> Any:
-        """As the base does, up to the down projection."""
+        """Compute what the base computes, with a steered down projection."""
         return self.dropout(self.steered_down(self.act(self.c_fc(hidden_states)), self.c_proj))
 
 
@@ -40,6 +40,6 @@ class AdaRASGPT2ForCausalLM(SteeredGeneration, GPT2LMHeadModel, GenerationMixin)
 
     @wraps(GPT2LMHeadModel.forward)  # Transformers looks at the signature
     def forward(self, *args: Any, steering_start: Any = None, steering_valid: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
-        """As in Transformers, whose version 4 hands no further arguments on to the decoder."""
+        """As in Transformers; version 4 passes no further arguments to the decoder."""
         with here(handed_on=(steering_start, steering_valid)):
             return super().forward(*args, **kwargs)

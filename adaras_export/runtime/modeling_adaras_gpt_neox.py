@@ -18,7 +18,7 @@ class SteeredGPTNeoXMLP(SteeredMLP, GPTNeoXMLP):
     """GPT-NeoX's MLP; its down projection output is steered."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """As the base does, up to the down projection."""
+        """Compute what the base computes, with a steered down projection."""
         return self.steered_down(self.act(self.dense_h_to_4h(hidden_states)), self.dense_4h_to_h)
 
 

@@ -18,7 +18,7 @@ class SteeredPhi3MLP(SteeredMLP, Phi3MLP):
     """Phi3's MLP; its down projection output is steered."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """As the base does, up to the down projection."""
+        """Compute what the base computes, with a steered down projection."""
         gate, up = self.gate_up_proj(hidden_states).chunk(2, dim=-1)
         return self.steered_down(up * self.activation_fn(gate), self.down_proj)
 

@@ -2,11 +2,11 @@
 
 A small gate reads MLP activations of the prompt and predicts whether the model will be right. Where it
 predicts a failure, a constant vector is added to the output of some MLPs, from the last prompt token (or the
-first generated one) on. That vector is strength * W_down[:, idx] @ delta: what adding strength * delta to the
-neurons idx before the down projection amounts to. Opens no file, starts no process, uses no network.
+first generated one) on. The vector is strength * W_down[:, idx] @ delta, which equals adding strength * delta
+to the neurons idx before the down projection. This file opens no file, starts no process and uses no network.
 
-What belongs to sequences (what the gate has seen of them, and p(correct)) rides on their KV cache; what belongs to
-one forward pass is thread-local; the modules hold weights only. So calls on one model object may run at the same time.
+The state of the sequences (what the gate has seen, and p(correct)) is stored on their KV cache; the state of one
+forward pass is thread-local; the modules hold weights only. So one model object may serve several threads at once.
 
 B sequences, T tokens of this call, D model width, F gate features, H gate width. Layers are 0-based.
 """
@@ -30,16 +30,16 @@ except ImportError:  # Transformers 4
     conversion_mapping = None  # type: ignore[assignment]
 
 DECODER_ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "inputs_embeds")
-"""What steering reads of a decoder's call, by name. The KV cache is found by its type: its name has changed."""
+"""The arguments of a decoder's call that steering reads. The KV cache is found by its type, as its name varies."""
 
 
 class _Thread(threading.local):
-    """What holds in one thread. All of it is there from the start, or a compiled forward pass is compiled twice."""
+    """The state of one thread. Every attribute exists from the start, or a forward pass would be compiled twice."""
 
     def __init__(self) -> None:
         self.step: Step | None = None  # the forward pass that runs
         self.scope: Scope | None = None  # the generate() call that runs
-        self.handed_on: tuple[Any, Any] = (None, None)  # steering_start and steering_valid, past a Transformers class
+        self.handed_on: tuple[Any, Any] = (None, None)  # steering_start and steering_valid, for the decoder
         self.off: tuple[int, ...] = ()  # ids of the dials that are switched off
         self.last: tuple[Any, Tensor | None] = (None, None)  # dials and p(correct) of the last generate() call
 
@@ -49,7 +49,7 @@ THREAD = _Thread()
 
 @contextmanager
 def here(**values: Any) -> Iterator[None]:
-    """Let these attributes of ``THREAD`` hold for as long as the context lasts."""
+    """Set these attributes of ``THREAD`` while the context is open."""
     before = {name: getattr(THREAD, name) for name in values}
     try:
         for name, value in values.items():
@@ -75,10 +75,10 @@ class SteeringGate(nn.Module):
     def forward(
         self, seen: "tuple[Tensor, Tensor] | None", more: "tuple[Tensor, Tensor] | None" = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """What the gate keeps of each column, (B, T, H) and (B, T), and p(correct) from all of them, (B,).
+        """Sums to keep for each column, (B, T, H) and (B, T), and p(correct) from all of them, (B,).
 
-        ``seen`` is what it kept of earlier columns; ``more`` are the features of further ones, (B, T, F), and whether
-        they are prompt tokens, (B, T). A linear layer follows the pooling, so it keeps H values instead of F.
+        ``seen`` are the sums kept for earlier columns; ``more`` are the features of new columns, (B, T, F), and whether
+        they are prompt tokens, (B, T). A linear layer follows the pooling, so H values are kept instead of F.
         """
         kept = [] if seen is None else [seen]
         kind = self.output_weight.device.type
@@ -101,9 +101,8 @@ def _parameter(*shape: int) -> nn.Parameter:
 class SteeringState:
     """What the gate has seen of a batch of sequences; an attribute of their KV cache.
 
-    It holds an entry for each column of the cache up to the last prompt token, so that it can follow the cache where
-    that loses columns or changes its rows. ``probability`` is p(correct), (B,), or None before the first prompt token
-    and where there is no gate.
+    It has one entry for each column of the cache up to the last prompt token, and follows when the cache loses
+    columns or changes its rows. ``probability`` is p(correct), (B,), or None: no gate, or no prompt token yet.
     """
 
     def __init__(self) -> None:
@@ -111,7 +110,7 @@ class SteeringState:
         self.probability: Tensor | None = None
 
     def see(self, gate: SteeringGate, features_BTF: Tensor, prompt_BT: Tensor, columns: int | None) -> None:
-        """Take further columns into account, which come behind ``columns`` of the cache (None: behind those seen)."""
+        """Add new columns, which follow ``columns`` columns of the cache (None: the columns seen so far)."""
         if self.seen is not None and columns is not None:
             value_BTH, weight_BT = self.seen
             if (gap := columns - weight_BT.shape[1]) < 0:
@@ -122,7 +121,7 @@ class SteeringState:
         self.seen = value_BTH, weight_BT
 
     def crop(self, columns: int) -> None:
-        """Forget all columns behind the first ``columns``; the gate judges anew when it is asked."""
+        """Keep the first ``columns`` columns; p(correct) is computed again when it is needed."""
         if self.seen is not None and self.seen[1].shape[1] > columns:
             value_BTH, weight_BT = self.seen
             self.seen, self.probability = (value_BTH[:, :columns], weight_BT[:, :columns]), None
@@ -153,7 +152,7 @@ _ROWS: dict[str, Callable[[Tensor, Any], Tensor]] = {
 
 
 def follow(cache: Cache) -> None:
-    """Let the state that rides on a KV cache change with it: its columns with crop(), its rows with the others."""
+    """Make the state on a KV cache change with it: its columns with crop(), its rows with the other methods."""
     for name in ("crop", *_ROWS) if not hasattr(cache, "steering_follows") else ():
         setattr(cache, name, partial(_changed, cache, name))
     cache.steering_follows = True  # type: ignore[attr-defined]
@@ -169,7 +168,7 @@ def _changed(cache: Any, name: str, argument: Any) -> None:
 
 
 def _dial(name: str, meaning: str) -> Any:
-    """A number of the config: read, set, and saved with the model."""
+    """A number in the config, which can be read and set, and is saved with the model."""
     return property(
         lambda dials: float(dials._settings[name]),
         lambda dials, value: dials._settings.update({name: float(value)}),
@@ -178,7 +177,7 @@ def _dial(name: str, meaning: str) -> Any:
 
 
 class Steering:
-    """The dials of a steered model: ``model.steering``. Shared by all calls on that model.
+    """The dials of a steered model: ``model.steering``. All calls on the model share them.
 
     ``strength``, ``threshold`` and ``enabled`` may be set; 0 and False give the base model's output, bit for bit.
     """
@@ -196,7 +195,7 @@ class Steering:
         return str(self._settings["start"])
 
     def off(self) -> AbstractContextManager[None]:
-        """The base model, in this thread, for as long as the context lasts; ``enabled`` is for all threads."""
+        """Switch steering off in this thread while the context is open; ``enabled`` is for all threads."""
         return here(off=(*THREAD.off, id(self)))
 
     @property
@@ -206,18 +205,18 @@ class Steering:
 
     @property
     def last_decisions(self) -> list[tuple[float, bool]]:
-        """(p(correct), steered) of each row of what this thread's last generate() gave; empty without a gate."""
+        """(p(correct), steered) for each row of this thread's last generate(); empty without a gate."""
         dials, judged = THREAD.last
         if judged is None or dials is not self:
             return []
-        return [*zip(judged.tolist(), (judged < self.threshold).tolist(), strict=True)]  # in float32, as it is decided
+        return [*zip(judged.tolist(), (judged < self.threshold).tolist(), strict=True)]  # compared in float32
 
 
 class Step:
-    """One forward pass: collects the gate's features, then says how much each token is steered.
+    """One forward pass: collects the gate's features, then gives the strength for each token.
 
-    ``prompt_BT`` marks the prompt tokens that the gate is still to judge, up to the last column that may have one;
-    ``steered_BT`` (or broadcastable to it) marks those to steer; None is none.
+    ``prompt_BT`` marks the prompt tokens that the gate has yet to read, up to the last column that may hold one;
+    ``steered_BT`` (or a tensor broadcastable to it) marks the tokens to steer. None marks no token.
     """
 
     def __init__(
@@ -241,7 +240,7 @@ class Step:
     def place(self, start: "int | Tensor | None", valid_BT: Tensor) -> None:
         """Mark the tokens of a call in which generation begins at column ``start``, an int or (B, 1).
 
-        It is below 1 where the prompt ended earlier, above T where it goes on later; None: where the padding begins.
+        It is below 1 if the prompt ended in an earlier call, above T if it goes on; None: where the padding begins.
         """
         if start is None:  # padding may be on either side
             start = valid_BT.shape[1] - valid_BT.flip(1).int().argmax(1, keepdim=True)
@@ -257,8 +256,8 @@ class Step:
     def place_packed(self, last_R: Tensor, ends_R: Tensor, position_1T: Tensor) -> None:
         """Mark the tokens of a call in which several requests share one row, as in continuous batching.
 
-        ``last_R`` are the columns whose logits choose a token, ``ends_R`` where each request ends, with a 0 before.
-        A request of several columns is a prompt or a piece of one; so is the first token of all.
+        ``last_R`` are the columns whose logits choose a token; ``ends_R`` is 0, then the column where each request
+        ends. A request of several columns is a prompt or a part of one, and so is a token at position 0.
         """
         column_T = torch.arange(position_1T.shape[1], device=position_1T.device)
         self.steered_BT = (column_T[:, None] == last_R).any(1)[None]
@@ -267,22 +266,22 @@ class Step:
             self.steered_BT = self.steered_BT & (column_T[:, None] == single_R).any(1) & (position_1T > 0)
 
     def read(self, hidden_BTM: Tensor, index_f: Tensor) -> None:
-        """Take one layer's gate features, in the order of the layers."""
+        """Collect one layer's gate features; called in the order of the layers."""
         if self.prompt_BT is not None:
             self._features.append(hidden_BTM[:, : self.prompt_BT.shape[1]].detach().index_select(-1, index_f))
 
     def settle(self) -> None:
-        """Let the gate judge what was read."""
+        """Let the gate judge the collected features."""
         if self.gate is None or self.prompt_BT is None:
             return
         if sum(features.shape[-1] for features in self._features) != self.gate.attention_weight.shape[0]:
             raise ValueError("the gate reads layers that this call leaves out, as assistant_early_exit does; run them")
-        with torch.no_grad():  # or a layer that is computed again would lack what was saved here
+        with torch.no_grad():  # a recomputed layer must not look for activations saved here
             self.state.see(self.gate, torch.cat(self._features, dim=-1), self.prompt_BT, self.columns)
-        self._features, self.prompt_BT = [], None  # what is computed again for a gradient is not read again
+        self._features, self.prompt_BT = [], None  # recomputation for a gradient reads nothing
 
     def scale(self, like: Tensor) -> Tensor | None:
-        """strength * g per token, (B, T, 1) or broadcastable to it, float32; None where nothing is steered."""
+        """strength * g for each token, (B, T, 1) or broadcastable to it, float32; None if no token is steered."""
         if self.steered_BT is None:
             return None
         if self._scale is None:
@@ -306,8 +305,8 @@ def begin_step(
     """The step of a forward pass of ``model`` with these arguments.
 
     Raises:
-        ValueError: the mask is not 2D, the KV cache was filled without the gate, or the call goes on behind tokens that
-            no KV cache shows.
+        ValueError: the mask is not 2D, the KV cache was filled without the gate, or the mask counts earlier tokens that
+            no KV cache holds.
     """
     tokens, scope, mask = tokens_of(arguments), scope_of(model), arguments.get("attention_mask")
     cache = cache_of(arguments)
@@ -320,7 +319,7 @@ def begin_step(
     if state is None and gate is not None and columns:
         raise ValueError("the KV cache was filled without the gate; fill it through this model, with steering on")
     step = Step(SteeringState() if fresh or state is None else state, gate, dials, cache, columns)
-    if scope is not None and scope.state is None:  # later ones may be of other prompts: guidance_scale has an empty one
+    if scope is not None and scope.state is None:  # later calls may have other prompts, as with guidance_scale
         scope.state = step.state
     if is_packed(arguments):
         step.place_packed(arguments["logits_indices"], arguments["cu_seq_lens_q"], arguments["position_ids"])
@@ -332,10 +331,10 @@ def begin_step(
 
 
 def parameter_names(function: Callable[..., Any], required: tuple[str, ...] = DECODER_ARGUMENTS) -> tuple[str, ...]:
-    """Names of the parameters of a method of Transformers that may be given by position, without self.
+    """The positional parameters of a Transformers method, without self.
 
     Raises:
-        NotImplementedError: it lacks one of those that steering reads, so this version calls it something else.
+        NotImplementedError: a parameter that steering reads is missing, so this version has renamed it.
     """
     found = signature(function).parameters.values()
     names = tuple(one.name for one in found if one.kind is Parameter.POSITIONAL_OR_KEYWORD and one.name != "self")
@@ -348,10 +347,10 @@ _PLAIN = (Tensor, dict, list, tuple, str, bool, int, float, type(None))
 
 
 def cache_of(arguments: Mapping[str, Any]) -> Cache | None:
-    """The KV cache among the arguments of a call, whatever its name: Transformers 5.24 changed it.
+    """The KV cache among the arguments of a call, under any name: Transformers 5.24 changed it.
 
     Raises:
-        ValueError: there are two, or one of an unknown kind.
+        ValueError: there are two caches, or one of an unknown kind.
     """
     found = None
     for value in arguments.values():
@@ -368,7 +367,7 @@ def is_packed(arguments: Mapping[str, Any]) -> bool:
     """Whether several requests share the row of a call, as in continuous batching.
 
     Raises:
-        ValueError: they do, but the call does not say where their prompts end.
+        ValueError: several requests share it, but the call does not show where their prompts end.
     """
     told = [arguments.get(name) is not None for name in ("logits_indices", "cu_seq_lens_q")]
     if any(told) and not all(told):
@@ -377,7 +376,7 @@ def is_packed(arguments: Mapping[str, Any]) -> bool:
 
 
 def require_whole(tokens: Tensor, mask: Any) -> None:
-    """Refuse a call without KV cache whose attention mask says that there are earlier tokens."""
+    """Raise ValueError for a call without a KV cache whose attention mask counts earlier tokens."""
     if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] > tokens.shape[1]:
         raise ValueError(
             f"{tokens.shape[1]} of {mask.shape[1]} columns, and no KV cache that steering knows has the rest"
@@ -385,19 +384,19 @@ def require_whole(tokens: Tensor, mask: Any) -> None:
 
 
 def tokens_of(arguments: Mapping[str, Any]) -> Tensor:
-    """The embeddings, (B, T, D), or else the ids, (B, T), of a call."""
+    """The embeddings of a call, (B, T, D), or its token ids, (B, T)."""
     embeddings: Tensor | None = arguments.get("inputs_embeds")
     return arguments["input_ids"] if embeddings is None else embeddings
 
 
 def columns_in(cache: Cache | None) -> Any:
-    """Columns in a KV cache; None inside a compiled graph, where a static cache knows it as a tensor only."""
+    """Number of columns in a KV cache; None inside a compiled graph, where a static cache holds it as a tensor."""
     columns = 0 if cache is None else cache.get_seq_length()
     return None if isinstance(columns, Tensor) and torch.compiler.is_compiling() else int(columns)
 
 
 def valid_tokens(attention_mask: Any, tokens: Tensor) -> Tensor:
-    """Which tokens (B, T, ...) of a call are no padding, (B, T) bool, from a 2D attention mask or None."""
+    """Which tokens (B, T, ...) of a call are not padding, (B, T) bool, from a 2D attention mask or None."""
     if attention_mask is None:
         return torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
     if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
@@ -406,14 +405,14 @@ def valid_tokens(attention_mask: Any, tokens: Tensor) -> Tensor:
 
 
 def preview(step: Step, forward: Callable[..., Any], arguments: dict[str, Any]) -> None:
-    """Let a gate that reads steered layers see the prompt first, where a call holds prompt and steered tokens.
+    """Run the prompt once more, unsteered, for a gate that reads steered layers, if the call also steers tokens.
 
     Raises:
-        ValueError: earlier prompt tokens are in the KV cache, which this extra pass must not touch.
+        ValueError: earlier prompt tokens are in the KV cache, which this extra pass must not change.
     """
     if step.prompt_BT is None or step.steered_BT is None:
         return
-    if not step.steered_BT.any():  # such a gate begins with the first generated token
+    if not step.steered_BT.any():  # with this gate, steering begins at the first generated token
         step.steered_BT = None
         return
     if step.columns:
@@ -427,17 +426,17 @@ def preview(step: Step, forward: Callable[..., Any], arguments: dict[str, Any]) 
 
 
 def finish_step(step: Step, outputs: Any) -> None:
-    """Let the gate judge what no steered layer asked for, and hand the state to the KV cache, given or new."""
+    """Let the gate judge if no steered layer needed it, and put the state on the KV cache, given or new."""
     step.settle()
     for one in (step.cache, *(outputs if isinstance(outputs, tuple) else outputs.values())):
         if isinstance(one, Cache):
             one.steering_state = step.state  # type: ignore[attr-defined]
-            if not torch.compiler.is_compiling():  # there, generate() has done it before
+            if not torch.compiler.is_compiling():  # generate() did it before
                 follow(one)
 
 
 class OwnModelType:
-    """The model_type of a config's class. A config itself has its base's: Transformers 5 picks tokenizers by that."""
+    """The model_type of a config class. Its instances have the base's, by which Transformers 5 picks tokenizers."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -446,11 +445,11 @@ class OwnModelType:
         return self.name if config is None else self.name.removeprefix("adaras_")
 
     def __set__(self, config: Any, name: str) -> None:
-        """Transformers sets what config.json says."""
+        """Ignore the value that Transformers reads from config.json."""
 
 
 class SteeredMLP:
-    """Mix-in for an MLP: its forward hands h and the untouched down projection to `steered_down`."""
+    """Mix-in for an MLP: its forward passes h and the down projection to `steered_down`."""
 
     steering_vector: Tensor | None
     steering_index: Tensor | None
@@ -469,16 +468,16 @@ class SteeredMLP:
 
 
 class SteeredGatedMLP(SteeredMLP):
-    """The MLP that most families have: an activated gate times an up projection."""
+    """The MLP of most families: activated gate projection times up projection."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """As the base does, up to the down projection."""
+        """Compute what the base computes, with a steered down projection."""
         own: Any = self
         return self.steered_down(own.act_fn(own.gate_proj(x)) * own.up_proj(x), own.down_proj)
 
 
 class _Steered(PreTrainedModel):
-    """What decoder and causal language model share: their place in the Transformers library."""
+    """What the decoder and the causal language model share: loading, saving and gradient checkpointing."""
 
     install_steering: Callable[[Any], None]
 
@@ -490,7 +489,7 @@ class _Steered(PreTrainedModel):
         self._keep_in_fp32_modules_strict = kept | {"steering_gate", "steering_vector"}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Rename checkpoint keys as for the steered class: Transformers 5 does it by name, and for its own classes."""
+        """Rename checkpoint keys as for the base class: Transformers 5 looks the renaming up by class name."""
         super().__init_subclass__(**kwargs)
         native = cls.native_class()
         names = (native.__name__, getattr(native.config_class, "model_type", None)) if conversion_mapping else ()
@@ -501,13 +500,13 @@ class _Steered(PreTrainedModel):
 
     @classmethod
     def native_class(cls) -> Any:
-        """The class of Transformers that is steered."""
+        """The Transformers class that is steered."""
         return next(parent for parent in cls.__mro__ if parent.__module__.startswith("transformers."))
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As in Transformers, which makes every parameter trainable; gate and vectors stay frozen."""
-        # Else version 4 leaves buffers of layers on disk as they are: the gate's indices would be zero.
+        """As in Transformers, but the gate and the vectors stay frozen."""
+        # Without it, version 4 does not load the buffers of layers on disk, and the gate's indices would be zero.
         loaded = super().from_pretrained(*args, **{"offload_buffers": True, **kwargs})
         for name, parameter in (loaded[0] if isinstance(loaded, tuple) else loaded).named_parameters():
             parameter.requires_grad &= "steering_" not in name
@@ -516,7 +515,7 @@ class _Steered(PreTrainedModel):
     def _set_gradient_checkpointing(  # type: ignore[override]
         self, *, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **kwargs: Any
     ) -> None:
-        """Steer a layer that is computed again for its gradient as it was steered the first time."""
+        """Steer a layer that is recomputed for its gradient as it was steered in the forward pass."""
 
         def steered(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
             return gradient_checkpointing_func(here(step=THREAD.step)(function), *args, **options)
@@ -525,11 +524,11 @@ class _Steered(PreTrainedModel):
 
 
 class SteeredModel(_Steered):
-    """Mix-in for the decoder without LM head: decides per call which tokens are prompt and which are steered.
+    """Mix-in for the decoder without LM head: decides in each call which tokens are prompt and which are steered.
 
     ``forward`` takes one more argument: ``steering_start``, the column of this call at which generation begins
     (an int or (B, 1)), for teacher forcing, losses and prefixes; above T, the prompt goes on in a later call.
-    Without it, several tokens are a prompt that ends here, and one token after them is a generated one.
+    Without it, a call with several tokens is a whole prompt, and a call with one token a generated token.
     """
 
     steered_mlp_class: type[nn.Module]
@@ -537,11 +536,11 @@ class SteeredModel(_Steered):
     _auto_class = "AutoModel"
 
     def install_steering(self, config: Any) -> None:
-        """Turn the MLPs of the rule's layers into steered ones. Weight names stay those of the base model.
+        """Turn the MLPs of the rule's layers into steered MLPs. The base model's weights keep their names.
 
         Raises:
-            NotImplementedError: a server packs requests into one row without saying where their prompts end, or this
-                Transformers calls the decoder with arguments of other names.
+            NotImplementedError: a server packs requests into one row and does not show where their prompts end, or
+                this Transformers has renamed the decoder's arguments.
         """
         self.forward_names = parameter_names(self.native_class().forward)
         if (server := config._attn_implementation) in ("vllm", "sglang", "tgi"):
@@ -583,16 +582,16 @@ class SteeredModel(_Steered):
 
 
 class SteeredGeneration(_Steered, GenerationMixin):
-    """Mix-in for the causal language model: generate() tells its forward passes how long the prompt is."""
+    """Mix-in for the causal language model: generate() gives its forward passes the length of the prompt."""
 
     steered_model_class: type[SteeredModel]
     _auto_class = "AutoModelForCausalLM"
 
     def install_steering(self, config: Any) -> None:
-        """Turn the decoder into a steered one.
+        """Turn the decoder into a steered decoder.
 
         Raises:
-            NotImplementedError: this Transformers calls generate() or its parts with arguments of other names.
+            NotImplementedError: this Transformers has renamed arguments of generate() or of its parts.
         """
         require_generation(self.native_class())
         decoder = self.steered_decoder
@@ -608,10 +607,10 @@ class SteeredGeneration(_Steered, GenerationMixin):
         return self.base_model
 
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As in Transformers. Afterwards ``steering.last_decisions`` tells what the gate found.
+        """As in Transformers. Afterwards ``steering.last_decisions`` has the gate's decisions.
 
-        ``steering_start``, or that attribute of a generation config, says how many columns of the input are the
-        prompt; without it all are. Further ones are steered: the beginning of an answer that is to be continued.
+        ``steering_start``, an argument or an attribute of the generation config, is the number of input columns that
+        are the prompt; by default all are. The columns after them are the beginning of the answer, and are steered.
         """
         config = kwargs.get("generation_config", self.generation_config)
         start = kwargs.pop("steering_start", getattr(config, "steering_start", None))
@@ -624,7 +623,7 @@ class SteeredGeneration(_Steered, GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids: Any, *args: Any, inputs_embeds: Any = None, **kwargs: Any
     ) -> Any:
-        """As in Transformers, plus where the prompt ends in this call."""
+        """As in Transformers, and adds where the prompt ends in this call."""
         kwargs["inputs_embeds"] = inputs_embeds  # named above because Transformers looks at the signature
         prepared = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc]
         start, valid_BT = place_of(scope_of(self.steered_decoder), input_ids, kwargs.get("attention_mask"), prepared)
@@ -633,10 +632,10 @@ class SteeredGeneration(_Steered, GenerationMixin):
         return prepared
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """As in Transformers, but no request re-uses another's KV cache, where other tokens may have been steered.
+        """As in Transformers, but no request uses another's KV cache, in which other tokens may have been steered.
 
         Raises:
-            NotImplementedError: there is a gate, and packed requests carry no state for its verdict; or as `unshared`.
+            NotImplementedError: there is a gate, and packed requests have no place for its state; or see `unshared`.
         """
         if self.steered_decoder.steering_gate is not None:
             raise NotImplementedError("continuous batching is not supported by a model with a gate; use generate()")
@@ -644,13 +643,13 @@ class SteeredGeneration(_Steered, GenerationMixin):
 
 
 def unshared(manager: Any) -> Any:
-    """A manager of continuous batching whose requests share no KV blocks.
+    """The manager of continuous batching, set so that its requests share no KV blocks.
 
     Raises:
-        NotImplementedError: this Transformers does not show how to forbid that.
+        NotImplementedError: this Transformers has no such setting.
     """
     settings: Any = getattr(manager, "continuous_batching_config", None)
-    if conversion_mapping:  # Transformers 4 shares none
+    if conversion_mapping:  # Transformers 4 shares no blocks
         if not hasattr(settings, "allow_block_sharing"):
             raise NotImplementedError("this Transformers has no allow_block_sharing to switch off; use generate()")
         settings.allow_block_sharing = False
@@ -668,7 +667,7 @@ class Scope:
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """Let this be the running call; a draft of fewer layers that fails leaves the model its layers."""
+        """Make this the running call; restores the number of layers if a draft with fewer layers fails."""
         config: Any = self.model.config
         layers = config.num_hidden_layers
         with here(scope=self):
@@ -679,10 +678,10 @@ class Scope:
                 raise
 
     def remember(self, dials: Steering, outputs: Any) -> None:
-        """Keep what the gate found, for `Steering.last_decisions`."""
+        """Keep the gate's decisions for `Steering.last_decisions`."""
         judged = None if self.state is None else self.state.probability
         if judged is not None:
-            judged = judged[:: max(1, len(judged) // len(getattr(outputs, "sequences", outputs)))]  # one of its beams
+            judged = judged[:: max(1, len(judged) // len(getattr(outputs, "sequences", outputs)))]  # one beam each
         THREAD.last = (dials, judged)
 
 
@@ -693,17 +692,17 @@ def scope_of(model: nn.Module) -> Scope | None:
 
 
 def require_generation(model_class: Any) -> None:
-    """Refuse a Transformers whose generate() would not show where the prompt ends.
+    """Require the parameters of generate() that show where the prompt ends.
 
     Raises:
-        NotImplementedError: a parameter has another name.
+        NotImplementedError: this Transformers has renamed one.
     """
     parameter_names(model_class.generate, ("inputs", "generation_config"))
     parameter_names(model_class.prepare_inputs_for_generation, ("input_ids", "attention_mask", "inputs_embeds"))
 
 
 def prompt_width(inputs: Tensor | None, kwargs: dict[str, Any]) -> int:
-    """Columns of the prompt that generate() was given; 1 where it begins from the BOS token alone."""
+    """Number of columns of the prompt given to generate(); 1 if it starts from the BOS token alone."""
     given = (kwargs.get("attention_mask"), kwargs.get("inputs_embeds"), inputs, kwargs.get("input_ids"))
     return next((int(one.shape[1]) for one in given if one is not None), 1)
 
@@ -711,13 +710,13 @@ def prompt_width(inputs: Tensor | None, kwargs: dict[str, Any]) -> int:
 def place_of(
     scope: Scope | None, input_ids: Tensor, mask: Tensor | None, prepared: dict[str, Any]
 ) -> tuple[int | None, Tensor | None]:
-    """Where generation begins in a call that generate() has prepared, and which of its tokens are no padding.
+    """The column at which generation begins in a call prepared by generate(), and which of its tokens are not padding.
 
-    ``input_ids`` are all ids so far, ``mask`` is the 2D one: with a static cache, that of the call is a 4D one. Both
-    are None where the shape of the call says enough: a single token behind the prompt.
+    ``input_ids`` are all ids so far; ``mask`` is the 2D mask (with a static cache, the call itself has a 4D mask). Both
+    results are None if the shape of the call is enough: a single token after the prompt.
 
     Raises:
-        ValueError: the call goes on behind tokens that no KV cache shows.
+        ValueError: the mask counts earlier tokens that no KV cache holds.
     """
     cache, tokens = cache_of(prepared), tokens_of(prepared)
     if cache is None:

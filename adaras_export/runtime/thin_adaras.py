@@ -28,10 +28,10 @@ _SAMPLE_BYTES = 4096
 
 
 class ThinConfig:
-    """What `AutoConfig` takes for the config's class; `from_pretrained` gives a config of the real one's subclass.
+    """The config class that `AutoConfig` finds; its `from_pretrained` returns an instance of the real class's subclass.
 
-    A class of its own, because Transformers 5 chooses the model's class by the config's, and that of a local folder
-    is the one that a full repository in a folder of the same name has.
+    It needs a class of its own, because Transformers 5 chooses the model class by the config class, and a full
+    repository in a local folder of the same name has the same config class.
     """
 
     _classes: ClassVar[dict[type, Any]] = {}
@@ -52,7 +52,7 @@ class ThinConfig:
 
 
 class _Thin:
-    """What `AutoModel` takes for the model's class; `from_pretrained` gives a model of the real one."""
+    """The model class that `AutoModel` finds; its `from_pretrained` returns a model of the real class."""
 
     auto_class: str
 
@@ -62,18 +62,18 @@ class _Thin:
 
     @classmethod
     def from_pretrained(cls, repo: Any, *args: Any, config: Any, base: Any = None, **kwargs: Any) -> Any:
-        """As in Transformers; ``base``, a folder or Hub id, is where the base model is, if not where the config says.
+        """As in Transformers; ``base`` is the folder or Hub id of the base model, if it is not where the config says.
 
         Raises:
-            OSError: the base is not there.
-            ValueError: it is another one, or lacks weights, or the steering tensors are not those of the config.
+            OSError: the base model is not there.
+            ValueError: it is another model, or lacks weights, or the steering tensors do not fit the config.
         """
         config = copy.deepcopy(config)
         config.__class__ = config.steered_class
         settings = config.adaras = dict(config.adaras)
         record = settings.pop("base")
         config.auto_map = dict(record["auto_map"])
-        # The config's class came from the repository's code, at the revision that was asked for; so its neighbours do.
+        # The config's module is the repository's code at the requested revision; the model classes are in it, too.
         real = getattr(sys.modules[type(config).__module__], record["auto_map"][cls.auto_class].rpartition(".")[2])
         real = add_generation_mixin_to_remote_model(real)  # as AutoModel does
         if strange := [name for name in _OTHER_WEIGHTS if kwargs.get(name) is not None]:
@@ -83,10 +83,10 @@ class _Thin:
         hub = {name: kwargs[name] for name in _HUB if name in kwargs}
         own = {name: kwargs.pop(name) for name in ("revision", "subfolder") if name in kwargs} | hub
         _require_fingerprint(source, _checkpoint(source, pinned, hub), record["fingerprint"])
-        # With one given, Transformers looks for no settings and no custom_generate/generate.py where the base is.
+        # If it is given, Transformers does not look for settings or custom_generate/generate.py at the base.
         generation = kwargs["generation_config"] = kwargs.get("generation_config") or _generation(repo, config, own)
-        kwargs.pop("adapter_kwargs", None)  # it has the revision of this repository
-        config._commit_hash = None  # so has this
+        kwargs.pop("adapter_kwargs", None)  # they have the revision of this repository
+        config._commit_hash = None  # and so has this
         reported = kwargs.pop("output_loading_info", False)
         kwargs |= {"trust_remote_code": False, "use_safetensors": True}  # this repository is trusted, not the base
         model, report = _without_steering(real).from_pretrained(
@@ -122,13 +122,13 @@ class ThinModelForCausalLM(_Thin):
 
 
 def _without_steering(real: type) -> Any:
-    """``real`` for a checkpoint without the steering tensors: they come later, and nobody is to be told."""
+    """``real`` without warnings about missing steering tensors, which are loaded afterwards."""
     missing = [*(getattr(real, "_keys_to_ignore_on_load_missing", None) or ()), r"steering_(vector|index|gate)"]
     return type(real.__name__, (real,), {"__module__": real.__module__, "_keys_to_ignore_on_load_missing": missing})
 
 
 def _checkpoint(source: str, revision: str | None, hub: dict[str, Any]) -> dict[str, str]:
-    """The file of each tensor, or of all under the name "", in the order in which Transformers looks for them."""
+    """The file of each tensor, or one file for all under the name ""; looked for in the order of Transformers."""
     where = {"revision": revision, **hub}
     try:
         single, index = (
@@ -148,7 +148,7 @@ def _checkpoint(source: str, revision: str | None, hub: dict[str, Any]) -> dict[
 
 
 def _require_fingerprint(source: str, located: dict[str, str], expected: str) -> None:
-    """Refuse a base with other tensors than the one that this repository was made for.
+    """Raise ValueError for a base with other tensors than the base that this repository was made for.
 
     SHA-256 over every tensor's name, type, shape and the head, middle and tail of its bytes. The files are mapped
     into memory, so that only the samples are read: milliseconds, whatever the size.
@@ -181,7 +181,7 @@ def _generation(repo: Any, config: Any, own: dict[str, Any]) -> GenerationConfig
 
 
 def _fill(decoder: nn.Module, path: str | None) -> None:
-    """Put the tensors of the steering file into the decoder: each of them, and into each place."""
+    """Put the tensors of the steering file into the decoder; every tensor must have a place, and every place one."""
     with safe_open(path, framework="pt") as file:
         given = {name: file.get_tensor(name).clone() for name in file.keys()}
     places = {name: tensor for name, tensor in decoder.state_dict(keep_vars=True).items() if "steering_" in name}
@@ -194,7 +194,7 @@ def _fill(decoder: nn.Module, path: str | None) -> None:
     if offloaded := sorted(name for name, tensor in places.items() if tensor.is_meta):
         raise ValueError(f"{', '.join(offloaded)}: offloaded; save_pretrained() the model first and offload that")
     for name, tensor in places.items():
-        # Replaced, not copied into: Transformers made what it missed in the dtype of the other weights.
+        # Replaced, not copied: Transformers created the missing tensors in the dtype of the other weights.
         owner, _, key = name.rpartition(".")
         value: Any = given[name].to(tensor.device)
         if value.is_floating_point():

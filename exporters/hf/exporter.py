@@ -22,7 +22,7 @@ from adaras_export.exporters import payload_history
 from adaras_export.exporters.base import (
     ExportContext,
     Exporter,
-    Generating,
+    SteeredModel,
     TargetSpec,
     Written,
     stock_reference,
@@ -212,7 +212,7 @@ def payload(family: str) -> dict[str, bytes]:
     return {name: (files / name).read_bytes() for name in (_SHARED_PAYLOAD, families.FAMILIES[family].payload)}
 
 
-class _SteeredRepo(Generating):
+class _SteeredRepo(SteeredModel):
     """An opened export. Modes are set with the dials that users have."""
 
     tolerance = FLOAT32

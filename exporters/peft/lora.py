@@ -22,7 +22,7 @@ from adaras_export.exporters.adapters import ADAPTER_FILE, CONFIG_FILE, adapted
 from adaras_export.exporters.base import (
     ExportContext,
     Exporter,
-    Generating,
+    SteeredModel,
     TargetSpec,
     Written,
     require_effect,
@@ -166,7 +166,7 @@ def open_adapted(folder: Path, context: ExportContext | None) -> Any:  # noqa: A
     return model.requires_grad_(requires_grad=True)
 
 
-class Adapted(Generating):
+class Adapted(SteeredModel):
     """The base with the adapter on it."""
 
     tolerance = FLOAT32
@@ -185,5 +185,5 @@ class Adapted(Generating):
         return [Check.empty("adapter tensors that PEFT did not take", sorted(lost))]
 
     def set_to(self, mode: Mode) -> AbstractContextManager[Any]:
-        """As `Generating` says."""
+        """As `SteeredModel` says."""
         return adapters.set_to(self.model, mode)

@@ -16,7 +16,7 @@ from adaras_export.errors import require
 from adaras_export.exporters.base import (
     ExportContext,
     Exporter,
-    Generating,
+    SteeredModel,
     TargetSpec,
     Written,
     require_effect,
@@ -27,7 +27,7 @@ from adaras_export.exporters.checks import Inspection
 from adaras_export.exporters.hf import exporter
 from adaras_export.exporters.parity import FLOAT32, Artifact, Check, Reference
 from adaras_export.exporters.stock import switchable as stock_switchable
-from adaras_export.exporters.stock.plan import Plan
+from adaras_export.exporters.stock.plan import StockPlan
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class StockExporter:
     def write(self, rule: SteeringRule, base: Checkpoint, out: Path) -> Written:
         """As `Exporter` says."""
         require_effect(rule, self.spec.name)
-        plan = Plan.of(rule, base, switchable=self.switchable)
+        plan = StockPlan.of(rule, base, switchable=self.switchable)
         plan.write(out, copy=self.copy)
         exporter.write_repository(out, base, plan.config, {})
         if self.switchable:
@@ -69,7 +69,7 @@ class StockExporter:
 
     def inspect(self, folder: Path, rule: SteeringRule, base: Checkpoint) -> Inspection:
         """As `Exporter` says."""
-        plan = Plan.of(rule, base, switchable=self.switchable)
+        plan = StockPlan.of(rule, base, switchable=self.switchable)
         code, config, *checks = [*exporter.repository_checks(folder, base, plan.config, {}), *plan.checks(folder)]
         if self.switchable:
             wrong = stock_switchable.changed_settings(rule, folder)
@@ -92,7 +92,7 @@ class StockExporter:
 EXPORTER = StockExporter()
 
 
-class _Checkpoint(Generating):
+class _Checkpoint(SteeredModel):
     """An opened artifact, which is always steered."""
 
     tolerance = FLOAT32

@@ -36,7 +36,7 @@ from adaras_export.files.safetensors_record import Array
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class StockPlan:
     """What an artifact of one rule holds besides the small files.
 
     Attributes:
@@ -56,7 +56,7 @@ class Plan:
     rewritten: frozenset[Path]
 
     @classmethod
-    def of(cls, rule: SteeringRule, base: Checkpoint, *, switchable: bool = False) -> "Plan":
+    def of(cls, rule: SteeringRule, base: Checkpoint, *, switchable: bool = False) -> "StockPlan":
         """The plan of a rule on the checkpoint in ``base``: its biases steer, or a constant neuron lets a LoRA steer.
 
         Raises:

@@ -16,7 +16,7 @@ from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.core.rule import SteeringRule
 from adaras_export.exporters import adapters
 from adaras_export.exporters.adapters import ADAPTER_FILE, CONFIG_FILE, adapted
-from adaras_export.exporters.base import Generating
+from adaras_export.exporters.base import SteeredModel
 from adaras_export.exporters.checkpoint import opened, same_json, stores, strange_names, vectors, write_json
 from adaras_export.exporters.parity import Check, Mode, Tolerance
 from adaras_export.exporters.stock.constant_neuron import picking
@@ -85,7 +85,7 @@ def checks(rule: SteeringRule, base: Checkpoint, folder: Path) -> list[Check]:
     ]
 
 
-class SwitchableCheckpoint(Generating):
+class SwitchableCheckpoint(SteeredModel):
     """An opened artifact with its adapter; off is the checkpoint alone."""
 
     tolerance = Tolerance(64, off=True)  # the wider matrices may be summed in other blocks
@@ -107,5 +107,5 @@ class SwitchableCheckpoint(Generating):
         ]
 
     def set_to(self, mode: Mode) -> AbstractContextManager[Any]:
-        """As `Generating` says."""
+        """As `SteeredModel` says."""
         return adapters.set_to(self.model, mode)

@@ -803,7 +803,7 @@ def test_ways_to_run_the_rule_are_compared_in_text_and_json_and_the_file(job, ru
     export = run("export", job / "rule.safetensors", "--base", MODEL, "--to", "hf", "--evaluation", tmp_path / "e",
                  "-o", tmp_path / "steered")  # fmt: skip
     assert export[0] == 0
-    assert "Held against `gated`" in (tmp_path / "steered" / "README.md").read_text()
+    assert "Compared with `gated`" in (tmp_path / "steered" / "README.md").read_text()
 
 
 def test_an_unpaired_contrast_is_warned_about(job, run, tmp_path):

@@ -1,6 +1,7 @@
 """What a card says of an evaluation: no more than the paired test and the controls allow."""
 
 import cards
+import evaluations
 import pytest
 from cards import text
 from hypothesis import given
@@ -87,6 +88,14 @@ def test_what_was_not_evaluated_is_said_and_how_it_can_be():
 
 def test_a_comparison_is_told_with_its_intervals():
     found = effect(evaluation=cards.COMPARED)
-    assert "Held against `gated`" in found
+    assert "Compared with `gated`" in found
     assert "| `gated` | | | | | 0 (0 to 0) | 0.5 (0.25 to 1) | 1.5 (0.75 to 3) | 2 (1 to 4) |" in found
     assert "| `everywhere` | -1.0 (-3.0 to +1.0) | 3 | 8 | 0.23 | 0.0001 (5e-05 to 0.0002) | 0.5 " in found
+
+
+def test_sampled_answers_are_not_called_greedy_and_have_the_intervals_of_their_test():
+    found = effect(evaluation={**evaluations.SAMPLED, "rule": cards.RULE.fingerprint}, rule=cards.RULE.ungated())
+    assert "60 questions that the rule was not made with, with 8 answers each at temperature 0.7, by" in found
+    assert "| arm | accuracy | 95 % bootstrap interval | fixed | broken | exact paired p |" in found
+    assert "Wilson" not in found
+    assert "McNemar" not in found

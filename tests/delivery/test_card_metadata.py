@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import cards
+import evaluations
 import pytest
 import yaml
 from cards import RULE, text
@@ -13,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adaras_export.core.base_model import BaseModel
-from adaras_export.delivery.card import results
 from adaras_export.delivery.card_metadata import inherited
 from adaras_export.errors import ArtifactError
 from adaras_export.evaluation.record import evaluation_from_record
@@ -109,8 +109,8 @@ def test_no_result_is_claimed_that_was_not_measured_on_this_artifact(case):
     assert "metrics" not in found.to_dict()
 
 
-def told_results(evaluation, name="hf"):
-    return results(RULE, cards.context(name, measured=evaluation_from_record(evaluation)))
+def told_results(evaluation, name="hf", **more):
+    return cards.card(name, measured=evaluation_from_record(evaluation), **more).results()
 
 
 def test_a_task_of_a_benchmark_gets_the_file_that_its_leaderboard_reads():
@@ -118,8 +118,14 @@ def test_a_task_of_a_benchmark_gets_the_file_that_its_leaderboard_reads():
 
     [entry] = parse_eval_result_entries(yaml.safe_load(told_results(cards.GAIN)))
     assert (entry.dataset_id, entry.task_id, entry.value) == ("someone/sums", "two_digits", 0.578)
-    assert "arm gated" in entry.notes
+    assert "arm gated, greedy, n = 500, 95 % Wilson interval" in entry.notes
     assert entry.verify_token is None
+
+
+def test_machines_are_not_told_that_sampled_answers_are_greedy():
+    record = {**evaluations.SAMPLED, "dataset": "a/b", "task": "c"}
+    notes = yaml.safe_load(told_results(record, rule=RULE.ungated()))[0]["notes"]
+    assert "arm always, 8 answers each at temperature 0.7, n = 60, 95 % bootstrap interval" in notes
 
 
 def test_where_no_task_is_named_there_is_no_such_file():
@@ -148,13 +154,12 @@ WORDS = st.text(min_size=1, max_size=20) | st.text("'\"\n\r:-#{}[]&*!|>%@` \t\x8
 
 
 @given(WORDS, WORDS, st.lists(WORDS, min_size=1, max_size=3))
-def test_names_of_any_letters_come_back_from_the_header_as_they_were(repository, license, tags):
+def test_names_of_any_letters_come_back_from_the_header_as_they_were(repository, license, languages):
     """Colons, quotes, line ends and what YAML takes for numbers or truth values: as text they stay text."""
-    card = {"license": license, "language": tags}
-    found = data(repository=repository, base_card=card, tags=tags, evaluation=cards.GAIN)
+    card = {"license": license, "language": languages}
+    found = data(repository=repository, base_card=card, evaluation=cards.FEW)
     assert found.license == license
-    assert found.language == tags
-    assert {*found.tags} == {"activation-steering", "adaras", *tags}
+    assert found.language == languages
     assert found.model_name == repository
 
 

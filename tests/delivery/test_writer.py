@@ -100,21 +100,9 @@ def test_the_card_in_the_folder_has_the_rule_and_the_checks(delivered, rules):
     assert all(f"| {check.name} |" in text for check in delivered.parity.checks)
 
 
-def test_a_good_export_verifies(delivered):
-    report = verify(delivered.path)
-    assert report.ok, report.failed()
-    assert {check.name for check in report.checks} > {check.name for check in delivered.parity.checks}
-
-
 def test_a_good_export_verifies_from_another_place_and_with_the_base_elsewhere(delivered, folders, folder, tmp_path):
     base = shutil.copytree(folders["llama"], tmp_path / "moved")
     assert verify(folder, base=base).ok
-
-
-def test_two_exports_are_equal_byte_for_byte(delivered, rules, folders, tmp_path):
-    again = export(rules[KEY], base=folders["llama"], to="hf", out=tmp_path / "tiny-steered").path
-    for name in names_of(delivered.path):
-        assert (again / name).read_bytes() == (delivered.path / name).read_bytes(), name
 
 
 @pytest.mark.parametrize(
@@ -176,16 +164,6 @@ def test_one_changed_byte_of_a_base_weight_is_named(receipt, folder):
 def trap(tmp_path):
     """Code that leaves a file behind when it runs."""
     return f"\nopen({str(tmp_path / 'it-ran')!r}, 'w').close()\n"
-
-
-@pytest.mark.parametrize("name", ["modeling_adaras_llama.py", "steering_adaras.py"])
-def test_an_edited_code_file_is_named_and_never_run(name, folder, tmp_path):
-    with (folder / name).open("a") as file:
-        file.write(trap(tmp_path))
-    found = failures(with_a_new_receipt(folder))
-    assert name in found["code files that are not the library's"]
-    assert "not run, because its code or its settings differ" in found
-    assert not (tmp_path / "it-ran").exists()
 
 
 def test_the_trap_of_these_tests_does_run_where_code_is_trusted(folder, tmp_path):
@@ -780,7 +758,7 @@ def test_a_rule_that_names_a_commit_of_the_hub_is_told_where_that_is_not_at_hand
     assert report.ok
     [told] = [check for check in report.checks if check.name.endswith("so not compared")]
     assert told.detail == f"meta-llama/Llama-3.1-8B at revision {'7' * 40}"
-    assert "by the rule that was exported" in (out / "README.md").read_text()
+    assert "The rule names that base and revision." in (out / "README.md").read_text()
 
 
 INVENTED = Check("audited by an independent lab", 0, 0)

@@ -77,6 +77,7 @@ DAMAGE = {
     "a key twice": ('{"version": 2, "version": 2}', "has the key 'version' twice"),
     "nested a thousand deep": ("[" * 1000 + "]" * 1000, "nested"),
     "nested settings": (changed("sampling/a", {}), "for sampling, where there should be an object of plain values"),
+    "no temperature": (changed("sampling", {}), "has None for 'temperature'"),
     "a list of settings": (changed("model", []), r"has \[\] for model"),
     "a dataset of no Hub": (changed("dataset", "[x](y)"), "which is no Hub id"),
     "a long example": (changed("example", "x" * 999), "for example, where there should be a short question"),

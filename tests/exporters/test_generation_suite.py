@@ -15,13 +15,33 @@ import pytest
 import tiny
 import torch
 import transformers
+from pairwise import pairwise
 from tiny import CACHE, EOS, LAYERS, PAD, PROMPTS, VOCABULARY, greedy, left_padded, require_answers
 
 pytestmark = pytest.mark.slow  # hundreds of short ones
 
-FAMILIES = ("qwen3", "gemma3_text", "gpt2", "gpt_neox")
-KEYS = [(name, gate, "last_prompt_token") for name in FAMILIES for gate in (None, "causal")]
-EVERY = pytest.mark.parametrize("key", KEYS, ids=lambda key: f"{key[0]}-{'gated' if key[1] else 'ungated'}")
+DEEP = "qwen3"
+FAMILIES = (DEEP, "gemma3_text", "gpt2", "gpt_neox")
+LAST = "last_prompt_token"
+KEYS = [(DEEP, None, LAST), *((family, "causal", LAST) for family in FAMILIES)]
+
+
+def case_id(value):
+    return tiny.key_id(value) if isinstance(value, tuple) else str(value)
+
+
+def every():
+    return pytest.mark.parametrize("key", KEYS, ids=case_id)
+
+
+def each(name, values):
+    """Every value with the deep family, gated and not; with another all values and both, but not all pairs of them."""
+    values = [*values]
+    selected = pairwise((DEEP,), FAMILIES, (None, "causal"), range(len(values)))
+    cases = [((family, gate, LAST), values[at]) for family, gate, at in selected]
+    return pytest.mark.parametrize(("key", name), cases, ids=case_id)
+
+
 ROWS = torch.tensor([PROMPTS[2], PROMPTS[3][:7]])  # two prompts of 7 tokens: a batch without padding
 QUIET = {"do_sample": False, "pad_token_id": PAD, "max_new_tokens": 6}
 
@@ -98,11 +118,9 @@ STRATEGIES = {
     "several beams": {"num_beams": 4, "num_return_sequences": 2},
     "sampled beams": {"num_beams": 3, "do_sample": True},
 }
-STRATEGY = pytest.mark.parametrize("strategy", STRATEGIES)
 
 
-@EVERY
-@STRATEGY
+@each("strategy", STRATEGIES)
 def test_what_generate_returns_has_the_documented_form_and_the_bases(key, strategy, eager):
     how = STRATEGIES[strategy]
     settings = {**QUIET, "max_new_tokens": 4, "min_new_tokens": 4, **ASKED, **how}
@@ -119,7 +137,7 @@ def test_what_generate_returns_has_the_documented_form_and_the_bases(key, strate
     assert form(out) == form(base)
 
 
-@EVERY
+@every()
 def test_a_forward_pass_tells_the_attentions_and_hidden_states_of_every_layer(key, eager):
     with torch.no_grad():
         out, base = (model(ROWS, output_attentions=True, output_hidden_states=True) for model in eager[key])
@@ -127,7 +145,7 @@ def test_a_forward_pass_tells_the_attentions_and_hidden_states_of_every_layer(ke
     assert form(out) == form(base)
 
 
-@EVERY
+@every()
 def test_forward_takes_what_the_bases_takes(key, opened, stock):
     model, base = opened[key], stock[key[0]]
     theirs, ours = (inspect.signature(each.forward).parameters for each in (base, model))
@@ -141,14 +159,12 @@ def test_forward_takes_what_the_bases_takes(key, opened, stock):
 # Two ways to one result
 
 
-@EVERY
-@pytest.mark.parametrize("how", [{}, {"use_cache": False}, {"cache_implementation": "static"}], ids=str)
+@each("how", [{}, {"use_cache": False}, {"cache_implementation": "static"}])
 def test_every_cache_gives_the_oracles_answers_in_a_left_padded_batch(key, how, opened, told):
     require_answers(greedy(opened[key], **how), told[key])
 
 
-@EVERY
-@pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
+@each("attention", ["eager", "sdpa", "flex_attention"])
 def test_attention_implementations_agree(key, attention, opened, stock, told):
     if attention == "flex_attention" and not stock[key[0]]._supports_flex_attn:
         pytest.skip("the base has no flex attention")
@@ -159,14 +175,13 @@ def test_attention_implementations_agree(key, attention, opened, stock, told):
         require_answers(greedy(model), told[key])
 
 
-@EVERY
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@each("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_generate_runs_under_every_gradient_mode(key, mode, opened, told):
     with mode():
         require_answers(greedy(opened[key]), told[key])
 
 
-@EVERY
+@every()
 def test_beams_with_and_without_cache_agree(key, opened):
     how = {"num_beams": 3, "output_scores": True, "eos_token_id": 0}
     one, other = (greedy(opened[key], use_cache=cached, **how) for cached in (True, False))
@@ -174,7 +189,7 @@ def test_beams_with_and_without_cache_agree(key, opened):
     torch.testing.assert_close(one.sequences_scores, other.sequences_scores, atol=1e-5, rtol=1e-5)
 
 
-@EVERY
+@every()
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch, of 4.57's vmapped masks
 def test_a_forward_pass_is_compiled_once(key, opened):
     """In a thread that has run none before; a guard on what only a first pass finds would compile it twice."""
@@ -198,7 +213,7 @@ def test_a_forward_pass_is_compiled_once(key, opened):
     assert all(torch.equal(each, logits_of(opened[key])) for each in found)
 
 
-@EVERY
+@every()
 def test_a_left_padded_forward_pass_gives_the_next_tokens_of_single_rows(key, opened, told):
     inputs = left_padded(PROMPTS)
     positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
@@ -208,7 +223,7 @@ def test_a_left_padded_forward_pass_gives_the_next_tokens_of_single_rows(key, op
         assert float((row - answer["logits"][0]).abs().max()) <= tiny.logit_limit(answer["logits"])
 
 
-@EVERY
+@every()
 def test_position_ids_that_are_given_change_nothing_where_they_do_not_change_the_base(key, opened, stock):
     """Transformers 4.57 does not count on from them, with any model."""
     positions = (left_padded(PROMPTS)["attention_mask"].cumsum(1) - 1).clamp(min=0)
@@ -219,8 +234,7 @@ def test_position_ids_that_are_given_change_nothing_where_they_do_not_change_the
     assert unchanged(opened[key]) == unchanged(stock[key[0]]) == (not transformers.__version__.startswith("4."))
 
 
-@EVERY
-@pytest.mark.parametrize("how", [{}, {"num_beams": 2}, {"cache_implementation": "static"}], ids=str)
+@each("how", [{}, {"num_beams": 2}, {"cache_implementation": "static"}])
 def test_embeddings_give_what_ids_give(key, how, opened):
     model = opened[key]
     embeds = model.get_input_embeddings()(ROWS).detach()
@@ -229,14 +243,14 @@ def test_embeddings_give_what_ids_give(key, how, opened):
     assert torch.equal(model.generate(ROWS, inputs_embeds=embeds, **QUIET, **how), expected)
 
 
-@EVERY
+@every()
 def test_a_forward_pass_of_embeddings_gives_what_ids_give(key, opened):
     embeds = opened[key].get_input_embeddings()(ROWS)
     with torch.no_grad():
         assert torch.equal(opened[key](inputs_embeds=embeds).logits, logits_of(opened[key]))
 
 
-@EVERY
+@every()
 def test_logits_to_keep_keeps_the_last_logits(key, opened):
     every = logits_of(opened[key])
     with torch.no_grad():
@@ -245,7 +259,7 @@ def test_logits_to_keep_keeps_the_last_logits(key, opened):
     torch.testing.assert_close(last, every[:, -2:], atol=1e-5, rtol=1e-5)
 
 
-@EVERY
+@every()
 def test_generation_that_goes_on_from_its_cache_gives_what_one_call_gives(key, opened):
     """steering_start says where the prompt ended; without it the first answer belongs to the second prompt."""
     model, how = opened[key], {**QUIET, "eos_token_id": VOCABULARY - 3, "return_dict_in_generate": True}
@@ -256,7 +270,7 @@ def test_generation_that_goes_on_from_its_cache_gives_what_one_call_gives(key, o
     assert torch.equal(model.generate(half.sequences, steering_start=7, **rest).sequences, whole)
 
 
-@EVERY
+@every()
 def test_without_steering_start_a_gate_hears_the_answer_so_far_as_prompt(key, opened):
     """What the cache has not seen of it, that is: another verdict is possible. An ungated model cannot tell."""
     model, how = opened[key], {**QUIET, "eos_token_id": VOCABULARY - 3, "return_dict_in_generate": True}
@@ -269,7 +283,7 @@ def test_without_steering_start_a_gate_hears_the_answer_so_far_as_prompt(key, op
         assert any(p != q for (p, _), (q, _) in zip(model.steering.last_decisions, before, strict=True))
 
 
-@EVERY
+@every()
 def test_caches_have_the_layers_and_shapes_of_the_bases(key, opened, stock):
     with torch.no_grad():
         found, base = (model(ROWS, use_cache=True).past_key_values for model in (opened[key], stock[key[0]]))
@@ -277,8 +291,7 @@ def test_caches_have_the_layers_and_shapes_of_the_bases(key, opened, stock):
     assert form(found) == form(base)
 
 
-@EVERY
-@pytest.mark.parametrize("helper", ["lookup", "base", "itself"])
+@each("helper", ["lookup", "base", "itself"])
 def test_candidate_tokens_do_not_change_greedy_answers(key, helper, opened, stock, told):
     helpers = {"base": stock[key[0]], "itself": opened[key]}
     how = {"assistant_model": helpers[helper]} if helper in helpers else {"prompt_lookup_num_tokens": 2}
@@ -287,7 +300,7 @@ def test_candidate_tokens_do_not_change_greedy_answers(key, helper, opened, stoc
         assert found[0, len(prompt) :].tolist() == answer["ids"]
 
 
-@EVERY
+@every()
 def test_sampling_with_an_assistant_returns_the_documented_form(key, opened, stock):
     how = {**QUIET, "return_dict_in_generate": True, "output_scores": True, "output_logits": True, "do_sample": True}
     out = seeded(lambda: opened[key].generate(ROWS[:1], assistant_model=stock[key[0]], **how))
@@ -295,7 +308,7 @@ def test_sampling_with_an_assistant_returns_the_documented_form(key, opened, sto
     assert len(out.scores) == len(out.logits) == out.sequences.shape[1] - 7
 
 
-@EVERY
+@every()
 def test_generation_from_a_first_token_alone_equals_the_oracle(key, opened, stock, rules):
     """No input at all: the prompt is the BOS token."""
     told = oracle.respond(stock[key[0]], [65], tiny.plain_rule(rules[key]), 6, ends=(EOS,))
@@ -323,8 +336,7 @@ CHOICES = {
 }
 
 
-@EVERY
-@pytest.mark.parametrize("choice", CHOICES)
+@each("choice", CHOICES)
 def test_whatever_chooses_the_tokens_raw_logits_are_the_oracles(key, choice, opened, stock, rules, told):
     out = seeded(lambda: greedy(opened[key], PROMPTS, **CHOICES[choice]))
     require_along_the_path(out, PROMPTS, key, stock, rules)
@@ -333,8 +345,7 @@ def test_whatever_chooses_the_tokens_raw_logits_are_the_oracles(key, choice, ope
         assert [decision for _, decision in opened[key].steering.last_decisions] == steered
 
 
-@EVERY
-@pytest.mark.parametrize("early_stopping", [True, False, "never"])
+@each("early_stopping", [True, False, "never"])
 def test_beams_that_stop_early_have_the_scores_of_their_transitions(key, early_stopping, opened):
     how = {"num_beams": 3, "early_stopping": early_stopping, "output_scores": True, "length_penalty": 0.0}
     out = greedy(opened[key], PROMPTS, **how)
@@ -342,7 +353,7 @@ def test_beams_that_stop_early_have_the_scores_of_their_transitions(key, early_s
     torch.testing.assert_close(steps.sum(1), out.sequences_scores, atol=1e-5, rtol=1e-5)
 
 
-@EVERY
+@every()
 def test_stopping_criteria_cut_the_answer_and_nothing_else(key, opened):
     class AfterTwo(transformers.StoppingCriteria):
         def __call__(self, input_ids, scores, **kwargs):
@@ -353,7 +364,7 @@ def test_stopping_criteria_cut_the_answer_and_nothing_else(key, opened):
     assert torch.equal(model.generate(ROWS, stopping_criteria=[AfterTwo()], **how), whole[:, :9])
 
 
-@EVERY
+@every()
 def test_switched_off_sampling_draws_what_the_base_draws(key, opened, stock):
     how = {**QUIET, "do_sample": True, "top_k": 0}
     with opened[key].steering.off():
@@ -364,7 +375,7 @@ def test_switched_off_sampling_draws_what_the_base_draws(key, opened, stock):
 # Weights, gradients, saving
 
 
-@EVERY
+@every()
 def test_embeddings_are_resized_as_the_bases_are(key, opened, tmp_path):
     model = copy.deepcopy(opened[key])
     before = logits_of(model)
@@ -378,7 +389,7 @@ def test_embeddings_are_resized_as_the_bases_are(key, opened, tmp_path):
     torch.testing.assert_close(logits_of(model), before)
 
 
-@EVERY
+@every()
 def test_embeddings_and_head_are_tied_where_the_bases_are(key, opened, stock, tmp_path):
     def tied(model):
         return model.get_input_embeddings().weight is model.get_output_embeddings().weight
@@ -399,8 +410,7 @@ def loss_and_gradients(model, **how):
     return loss.detach(), {name: parameter.grad for name, parameter in twin.named_parameters()}
 
 
-@EVERY
-@pytest.mark.parametrize("reentrant", [False, True])
+@each("reentrant", [False, True])
 def test_gradients_reach_the_bases_parameters_only_and_survive_checkpointing(key, reentrant, opened, stock):
     loss, found = loss_and_gradients(opened[key])
     _, base = loss_and_gradients(stock[key[0]])
@@ -412,7 +422,7 @@ def test_gradients_reach_the_bases_parameters_only_and_survive_checkpointing(key
         torch.testing.assert_close(recomputed[name], found[name], atol=1e-5, rtol=1e-5)
 
 
-@EVERY
+@every()
 def test_saving_keeps_generation_settings_and_answers(key, opened, told, tmp_path):
     model = copy.deepcopy(opened[key])
     model.generation_config.update(max_new_tokens=3, repetition_penalty=1.25, num_beams=2)

@@ -30,15 +30,18 @@ CAUSAL, LATER = ("causal", "last_prompt_token"), ("later", "first_generated_toke
 KEY = ("llama", *CAUSAL)
 EVERYWHERE = ["greedy", "uncached", "single", "sampled"]
 ONCE = ["off", "decoder", "tokenizer", "untrusted", "again", "half"]
+FEW = ("llama", "qwen3-sharded", "gemma2", "gpt2")  # what the others would say once more, these say
 JOBS = {
-    **{(name, *CAUSAL): [*EVERYWHERE, "again", "half", "decoder"] for name in tiny.NAMES},
+    **{(name, *CAUSAL): ["greedy", "decoder"] for name in tiny.NAMES},
+    **{(name, *CAUSAL): [*EVERYWHERE, "again", "half", "decoder"] for name in FEW},
     ("qwen3", *LATER): EVERYWHERE,
-    ("gpt2", *LATER): EVERYWHERE,
-    ("qwen3", None, "last_prompt_token"): EVERYWHERE,
+    ("gpt2", *LATER): ["greedy"],
+    ("qwen3", None, "last_prompt_token"): ["greedy"],
     KEY: EVERYWHERE + ONCE,
 }
-KEYS = pytest.mark.parametrize("key", JOBS, ids=lambda key: "-".join(map(str, key)))
+KEYS = pytest.mark.parametrize("key", JOBS, ids=tiny.key_id)
 FAMILIES = pytest.mark.parametrize("name", tiny.NAMES)
+few_families = pytest.mark.parametrize("name", FEW)
 slow = pytest.mark.slow  # they share one process that opens eighteen repositories
 COMMIT, THIN_COMMIT = "5" * 40, "7" * 40
 
@@ -99,7 +102,7 @@ def put_into_the_hub_cache(folder, cache, repo, commit):
 @slow
 @KEYS
 def test_an_export_without_the_library_equals_the_oracle(key, clean, told, stock, rules):
-    require_equal_to_the_oracle(clean[key], key, told, stock, rules)
+    require_equal_to_the_oracle(clean[key], JOBS[key], key, told, stock, rules)
 
 
 @slow
@@ -154,7 +157,7 @@ def test_without_trust_remote_code_there_is_an_error_and_never_an_unsteered_mode
 
 
 @slow
-@FAMILIES
+@few_families
 def test_in_half_precision_gate_and_vectors_stay_float32(name, clean):
     own, others = clean[(name, *CAUSAL)]["half"]
     assert {dtype for key, dtype in own.items() if not key.endswith("steering_index")} == {"torch.float32"}
@@ -164,7 +167,7 @@ def test_in_half_precision_gate_and_vectors_stay_float32(name, clean):
 
 
 @slow
-@FAMILIES
+@few_families
 def test_save_pretrained_writes_a_full_repository_of_target_hf(name, clean, written, told, rules, folders):
     key = (name, *CAUSAL)
     require_answers(as_output(clean[key]["again"]), told[key])
@@ -514,18 +517,6 @@ def test_an_export_is_complete_and_verifies_also_from_elsewhere(delivered, folde
     assert report.ok, report.failed()
 
 
-@pytest.mark.parametrize("name", ["thin_adaras.py", "steering_adaras.py", "modeling_adaras_llama.py"])
-def test_edited_code_is_named_and_never_run(name, folder, tmp_path):
-    with (folder / name).open("a") as file:
-        file.write(f"\nopen({str(tmp_path / 'it-ran')!r}, 'w').close()\n")
-    found = failures(folder)
-    assert found["code files that are not the library's"] == name
-    assert "not run, because its code or its settings differ" in found
-    assert not (tmp_path / "it-ran").exists()
-    opened(folder)  # the trap would work
-    assert (tmp_path / "it-ran").exists()
-
-
 def test_a_config_that_names_another_base_is_named_and_not_followed(folder):
     settings = json.loads((folder / "config.json").read_text())["adaras"]
     for change in ({"id": "somebody/else"}, {"fingerprint": "0" * 64}, {"revision": "main"}, {"auto_map": {}}):
@@ -533,24 +524,6 @@ def test_a_config_that_names_another_base_is_named_and_not_followed(folder):
         found = failures(folder)
         assert found["config entries that differ"] == "adaras"
         assert "not run, because its code or its settings differ" in found
-
-
-@pytest.mark.parametrize("tensor", ["layers.3.mlp.steering_vector", "steering_gate.output_bias"])
-def test_a_negated_tensor_is_named_and_fails_the_comparison(tensor, folder):
-    edit_tensors(folder / STEERING_FILE, lambda tensors: tensors[tensor].neg_())
-    found = failures(folder)
-    assert found["steering tensors that differ"] == tensor
-    assert any(name.endswith("logits") or name == "gate, p(correct)" for name in found), found
-
-
-def test_a_truncated_or_missing_steering_file_is_named(folder):
-    path = folder / STEERING_FILE
-    path.write_bytes(path.read_bytes()[:-9])
-    assert "steering tensors that differ" in failures(folder)
-    path.unlink()
-    found = failures(folder)
-    assert "layers.2.mlp.steering_vector" in found["tensors missing or unknown"]
-    assert "cannot be opened" in found["it does not open or run"]
 
 
 def test_the_loader_is_only_in_thin_repositories():

@@ -455,7 +455,10 @@ def wide(rules, tmp_path_factory):
     rule = tiny.make_rule(BaseModel.of(base), gate=replace(rules[QWEN3].gate, base=None))
     (folder / "steered-wide").mkdir()
     EXPORTER.write(rule, Checkpoint(base), folder / "steered-wide")
-    return SimpleNamespace(base=base, out=folder / "steered-wide", rule=rule)
+    draw = np.random.default_rng(7)
+    rows = [draw.integers(0, 256, size=draw.integers(2, 17)).tolist() for _ in range(64)]
+    exact = probabilities(open_model(folder / "steered-wide").eval(), rows)
+    return SimpleNamespace(base=base, out=folder / "steered-wide", rule=rule, rows=rows, probabilities=exact)
 
 
 @EACH
@@ -501,10 +504,9 @@ def probabilities(model, rows):
     return np.array([p for p, _ in model.steering.last_decisions])
 
 
-def agreement(full, other, rows):
-    """The share of equal decisions with the threshold at the median, the same with it at the median of either model,
-    and the largest change of p(correct)."""
-    one, two = probabilities(full, rows), probabilities(other, rows)
+def agreement(one, two):
+    """Of p(correct) by two models: the share of equal decisions with the threshold at the median, the same with it at
+    the median of either, and the largest change."""
     shares = [
         float(np.mean((one < np.median(one)) == (two < threshold))) for threshold in (np.median(one), np.median(two))
     ]
@@ -515,9 +517,7 @@ def agreement(full, other, rows):
 @EACH
 def test_gates_of_a_quantised_model_mostly_decide_alike(quantizer, wide):
     pytest.importorskip(quantizer.library)
-    draw = np.random.default_rng(7)
-    rows = [draw.integers(0, 256, size=draw.integers(2, 17)).tolist() for _ in range(64)]
-    share, _, change = agreement(open_model(wide.out).eval(), quantised(wide.out, quantizer), rows)
+    share, _, change = agreement(wide.probabilities, probabilities(quantised(wide.out, quantizer), wide.rows))
     assert share >= 0.8
     assert change <= quantizer.p_limit
 
@@ -556,7 +556,8 @@ def smol(tmp_path_factory):
     (folder / "steered-smol").mkdir()
     rule = tiny.make_rule(BaseModel.of(base), neurons=neurons, gate=gate, strength=1.0)
     EXPORTER.write(rule, Checkpoint(base), folder / "steered-smol")
-    return SimpleNamespace(out=folder / "steered-smol", rows=rows)
+    exact = probabilities(open_model(folder / "steered-smol").eval(), rows)
+    return SimpleNamespace(out=folder / "steered-smol", rows=rows, probabilities=exact)
 
 
 def pooled_activations(model, rows, layer, index, attention_weight):
@@ -582,5 +583,5 @@ def pooled_activations(model, rows, layer, index, attention_weight):
 def test_gates_of_a_quantised_real_model_mostly_decide_alike(quantizer, smol):
     """A standardised random gate is a hard case: what it weighs differs between questions by little. Chance is 0.5."""
     pytest.importorskip(quantizer.library)
-    shares = agreement(open_model(smol.out).eval(), quantised(smol.out, quantizer), smol.rows)
+    shares = agreement(smol.probabilities, probabilities(quantised(smol.out, quantizer), smol.rows))
     assert min(shares[:2]) >= 0.65

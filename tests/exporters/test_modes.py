@@ -14,21 +14,18 @@ import tiny
 import torch
 import transformers
 from elsewhere import sampled_by_the_oracle
+from pairwise import pairwise
 from tiny import CACHE, EOS, PAD, PROMPTS, left_padded
 
 pytestmark = pytest.mark.slow  # hundreds of short ones
 
-FAMILIES = ("qwen3", "gemma3_text", "gpt2")
+DEEP = "qwen3"  # runs every mode under every rule
+FAMILIES = (DEEP, "gemma3_text", "gpt2")
 LAST, FIRST = "last_prompt_token", "first_generated_token"
 RULES = [("causal", LAST), ("causal", FIRST), ("later", FIRST), (None, LAST), (None, FIRST)]
-KEYS = [(family, *rule) for family in FAMILIES for rule in RULES]
 NEW = 6
 SETTINGS = {"do_sample": False, "pad_token_id": PAD, "max_new_tokens": NEW}
 FIVE = int(transformers.__version__.partition(".")[0]) >= 5
-
-
-def keys(chosen=lambda key: True):
-    return pytest.mark.parametrize("key", [key for key in KEYS if chosen(key)], ids=lambda key: "-".join(map(str, key)))
 
 
 @pytest.fixture(scope="module")
@@ -231,11 +228,53 @@ MODES = {
     "continuous batching": packed,
 }
 
+# Modes that are told from the oracle by more than greedy tokens; each has a test of its own below.
+OTHERS = (
+    "logits of every step, left-padded batch",
+    "last_decisions",
+    "sampling with a seed",
+    "num_return_sequences",
+    "beams",
+    "assisted by a plain model",
+    "assisted by a steered model",
+    "steered model as assistant",
+    "bare call, right-padded batch",
+    "teacher forcing with steering_start=",
+    "generate with steering_start=",
+    "second chat turn, re-used cache",
+    "torch.export of the forward",
+    "torch.compile, inductor",
+)
+
 # What Transformers 4.57 cannot do with a prompt of one token, with any model.
 SKIP_SINGLE_TOKENS = {"chunked prefill", "chunked prefill, static cache", "inputs_embeds, one prompt"}
 
 # What a gate that reads steered layers cannot do: it looks at the prompt in an extra pass, which is data-dependent.
-NOT_LATER = {"torch.compile, fullgraph"}
+NOT_LATER = {"torch.compile, fullgraph", "torch.export of the forward"}
+
+
+def allowed(family, mode, rule):
+    """Inductor is slow; that continuous batching refuses a gate needs no second family to show it."""
+    if mode == "torch.compile, inductor":
+        return rule == ("causal", LAST)
+    if mode == "continuous batching" and family != DEEP:
+        return rule[0] is None
+    return rule[0] != "later" or mode not in NOT_LATER
+
+
+CASES = pairwise((DEEP,), FAMILIES, (*MODES, *OTHERS), RULES, allowed=allowed)
+
+
+def each_case(*modes):
+    """The selected cases of these modes; the keys are those of ``rules``."""
+    assert set(modes) <= {*MODES, *OTHERS}
+    cases = [(mode, (family, *rule)) for family, mode, rule in CASES if mode in modes]
+    return pytest.mark.parametrize(("mode", "key"), cases, ids=tiny.key_id)
+
+
+@pytest.fixture(autouse=True)
+def recorded(mode, key, record_mode):
+    record_mode(mode, key[0])
 
 
 def expected_of(mode, answers):
@@ -257,14 +296,10 @@ def outcome(mode, model, tokenizer):
         return type(error).__name__
 
 
-@pytest.mark.parametrize("mode", MODES)
-@keys()
-def test_mode(mode, key, opened, told, told_base, stock, tokenizer, record_mode):  # noqa: PLR0913
+@each_case(*MODES)
+def test_mode(mode, key, opened, told, told_base, stock, tokenizer):  # noqa: PLR0913
     family, kind, _start = key
-    record_mode(mode, family)
     model = opened[key]
-    if kind == "later" and mode in NOT_LATER:
-        pytest.skip("a gate that reads steered layers looks at the prompt in an extra pass, which no graph holds")
     if kind is not None and mode == "continuous batching":
         with pytest.raises(NotImplementedError, match="continuous batching is not supported by a model with a gate"):
             packed(model)
@@ -287,32 +322,20 @@ def test_mode(mode, key, opened, told, told_base, stock, tokenizer, record_mode)
 # Modes that are told from the oracle by more than greedy tokens.
 
 
-@pytest.fixture
-def about(request, record_mode):
-    """Record the mode that a test is about; its key says the family."""
-
-    def note(mode):
-        record_mode(mode, request.node.callspec.params["key"][0])
-
-    return note
-
-
 def close(found, expected):
     return float((found.float() - expected).abs().max()) <= tiny.logit_limit(expected)
 
 
-@keys()
-def test_every_step_of_a_padded_batch_has_the_logits_of_its_single_rows(key, about, opened, told):
-    about("logits of every step, left-padded batch")
+@each_case("logits of every step, left-padded batch")
+def test_every_step_of_a_padded_batch_has_the_logits_of_its_single_rows(key, opened, told):
     for how in ({}, {"use_cache": False}, {"cache_implementation": "static"}):
         tiny.require_answers(tiny.greedy(opened[key], **how), told[key])
         for row, prompt in enumerate(PROMPTS):
             tiny.require_answers(tiny.greedy(opened[key], [prompt], **how), told[key][row : row + 1])
 
 
-@keys()
-def test_the_decisions_are_the_oracles(key, about, opened, told):
-    about("last_decisions")
+@each_case("last_decisions")
+def test_the_decisions_are_the_oracles(key, opened, told):
     model = opened[key]
     for how in ({}, {"use_cache": False}, {"cache_implementation": "static"}, {"num_beams": 2}):
         tiny.greedy(model, **how)
@@ -324,9 +347,8 @@ def test_the_decisions_are_the_oracles(key, about, opened, told):
             assert steered == answer["steered"]
 
 
-@keys()
-def test_sampling_with_a_seed_draws_what_the_oracle_draws(key, about, opened, stock, rules):
-    about("sampling with a seed")
+@each_case("sampling with a seed")
+def test_sampling_with_a_seed_draws_what_the_oracle_draws(key, opened, stock, rules):
     how = SETTINGS | {"do_sample": True, "top_k": 0, "temperature": 1.0}
     for prompt, answer in zip(PROMPTS, sampled_by_the_oracle(stock[key[0]], rules[key]), strict=True):
         with torch.random.fork_rng():
@@ -335,10 +357,9 @@ def test_sampling_with_a_seed_draws_what_the_oracle_draws(key, about, opened, st
         assert ended(new) == answer["ids"]
 
 
-@keys()
-def test_several_samples_of_a_prompt_share_its_decision(key, about, opened, stock, rules):
+@each_case("num_return_sequences")
+def test_several_samples_of_a_prompt_share_its_decision(key, opened, stock, rules):
     """Each row's logits are the oracle's along the tokens that the row drew."""
-    about("num_return_sequences")
     how = {"do_sample": True, "top_k": 0, "num_return_sequences": 3, "max_new_tokens": 4, "eos_token_id": 0}
     with torch.random.fork_rng():
         out = tiny.greedy(opened[key], PROMPTS, **how)
@@ -348,10 +369,9 @@ def test_several_samples_of_a_prompt_share_its_decision(key, about, opened, stoc
         assert close(found, oracle.respond(stock[key[0]], PROMPTS[row // 3], rule, 4, follow=new)["logits"])
 
 
-@keys()
+@each_case("beams")
 @pytest.mark.parametrize("rows", [PROMPTS, PROMPTS[3:]], ids=["batch", "single"])
-def test_beams_have_the_probability_that_the_oracle_gives_their_tokens(key, rows, about, opened, stock, rules):
-    about("beams")
+def test_beams_have_the_probability_that_the_oracle_gives_their_tokens(key, rows, opened, stock, rules):
     how = {"num_beams": 3, "length_penalty": 0.0, "eos_token_id": 0, "max_new_tokens": 5, "output_scores": True}
     out = tiny.greedy(opened[key], rows, **how)
     for row, (prompt, score) in enumerate(zip(rows, out.sequences_scores.tolist(), strict=True)):
@@ -362,28 +382,24 @@ def test_beams_have_the_probability_that_the_oracle_gives_their_tokens(key, rows
         assert sum(log_p[at, token].item() for at, token in enumerate(path)) == pytest.approx(score, abs=1e-4)
 
 
-@keys()
-@pytest.mark.parametrize("assistant", ["the base", "itself"])
-def test_assisted_decoding_equals_the_oracle(key, assistant, about, opened, told, stock):
-    about("assisted by a plain model" if assistant == "the base" else "assisted by a steered model")
-    helper = copy.deepcopy(stock[key[0]]) if assistant == "the base" else opened[key]
+@each_case("assisted by a plain model", "assisted by a steered model")
+def test_assisted_decoding_equals_the_oracle(mode, key, opened, told, stock):
+    helper = copy.deepcopy(stock[key[0]]) if mode == "assisted by a plain model" else opened[key]
     for prompt, answer in zip(PROMPTS, told[key], strict=True):
         new = opened[key].generate(torch.tensor([prompt]), assistant_model=helper, **SETTINGS)
         assert ended(new[0, len(prompt) :]) == answer["ids"]
 
 
-@keys()
-def test_as_an_assistant_it_leaves_the_answers_of_a_plain_model_alone(key, about, opened, told_base, stock):
-    about("steered model as assistant")
+@each_case("steered model as assistant")
+def test_as_an_assistant_it_leaves_the_answers_of_a_plain_model_alone(key, opened, told_base, stock):
     plain = copy.deepcopy(stock[key[0]])
     for prompt, answer in zip(PROMPTS, told_base[key[0]], strict=True):
         new = plain.generate(torch.tensor([prompt]), assistant_model=opened[key], **SETTINGS)
         assert ended(new[0, len(prompt) :]) == answer["ids"]
 
 
-@keys()
-def test_a_right_padded_prompt_has_its_own_last_token(key, about, opened, told):
-    about("bare call, right-padded batch")
+@each_case("bare call, right-padded batch")
+def test_a_right_padded_prompt_has_its_own_last_token(key, opened, told):
     width = max(map(len, PROMPTS))
     ids = torch.tensor([prompt + [PAD] * (width - len(prompt)) for prompt in PROMPTS])
     mask = torch.tensor([[1] * len(prompt) + [0] * (width - len(prompt)) for prompt in PROMPTS])
@@ -404,9 +420,8 @@ def forced(prompts, answers):
     return inputs, torch.tensor([[width - len(answer["ids"])] for answer in answers])
 
 
-@keys()
-def test_teacher_forcing_with_steering_start_equals_the_oracle(key, about, opened, told):
-    about("teacher forcing with steering_start=")
+@each_case("teacher forcing with steering_start=")
+def test_teacher_forcing_with_steering_start_equals_the_oracle(key, opened, told):
     inputs, starts = forced(PROMPTS, told[key])
     labels = inputs["input_ids"].clone()
     labels[torch.arange(labels.shape[1]) < starts] = -100
@@ -420,11 +435,10 @@ def test_teacher_forcing_with_steering_start_equals_the_oracle(key, about, opene
     assert float(out.loss) == pytest.approx(sum(loss) / len(loss), abs=1e-4)
 
 
-@keys()
+@each_case("generate with steering_start=")
 @pytest.mark.parametrize("by", ["argument", "generation config"])
-def test_an_answer_that_was_begun_is_continued_steered(key, by, about, opened, told):
+def test_an_answer_that_was_begun_is_continued_steered(key, by, opened, told):
     """The first two tokens of the answer are given; ``steering_start`` says that the prompt ended before them."""
-    about("generate with steering_start=")
     for prompt, answer in zip(PROMPTS, told[key], strict=True):
         if len(answer["ids"]) < 4:
             continue
@@ -438,9 +452,8 @@ def test_an_answer_that_was_begun_is_continued_steered(key, by, about, opened, t
         assert ended(new[0, len(prompt) :]) == answer["ids"]
 
 
-@keys()
-def test_a_second_turn_on_a_used_cache_is_what_the_oracle_says_of_the_conversation(key, about, opened, stock, rules):
-    about("second chat turn, re-used cache")
+@each_case("second chat turn, re-used cache")
+def test_a_second_turn_on_a_used_cache_is_what_the_oracle_says_of_the_conversation(key, opened, stock, rules):
     rule = tiny.plain_rule(rules[key])
     for one, two in zip(PROMPTS, PROMPTS[::-1], strict=True):
         told = oracle.converse(stock[key[0]], [one, two], rule, 4)
@@ -455,10 +468,9 @@ def test_a_second_turn_on_a_used_cache_is_what_the_oracle_says_of_the_conversati
             assert steered == told[1]["steered"]
 
 
-@keys(lambda key: key[1] != "later")
-def test_an_exported_graph_of_the_forward_decides_for_itself(key, about, opened, told):
+@each_case("torch.export of the forward")
+def test_an_exported_graph_of_the_forward_decides_for_itself(key, opened, told):
     """torch.export of a call without a cache: traced on one prompt, run on others of its length."""
-    about("torch.export of the forward")
     prompts = PROMPTS[2], PROMPTS[3][:7], PROMPTS[3][2:9]
     model = opened[key]
     with torch.no_grad():
@@ -475,7 +487,6 @@ def test_an_exported_graph_of_the_forward_decides_for_itself(key, about, opened,
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # inductor's own
-@keys(lambda key: key[1:] == ("causal", LAST))
-def test_inductor_compiles_prompt_and_single_token(key, about, opened, told):
-    about("torch.compile, inductor")
+@each_case("torch.compile, inductor")
+def test_inductor_compiles_prompt_and_single_token(key, opened, told):
     assert compiled(opened[key], backend="inductor") == [answer["ids"] for answer in told[key]]

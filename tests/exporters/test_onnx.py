@@ -13,6 +13,7 @@ import pytest
 import tiny
 import torch
 from onnx.reference import ReferenceEvaluator
+from pairwise import in_turn
 from tiny import PROMPTS
 
 from adaras_export.core import base_model
@@ -122,18 +123,15 @@ def require_oracle(logits, answers):
 
 
 def state(past, part):
-    """What the layer of the gate's state holds for each row: (B, heads, columns, size)."""
-    return past[f"past_key_values.{tiny.LAYERS}.{part}"]
+    """What the layer of the gate's state, the last one, holds for each row: (B, heads, columns, size)."""
+    return past[f"past_key_values.{len(past) // 2 - 1}.{part}"]
 
 
-def keys():
-    for name in tiny.NAMES:
-        for rule in RULES if name == "qwen3" else RULES[:2]:
-            marks = () if name == "qwen3" else pytest.mark.slow
-            yield pytest.param((name, *rule), marks=marks, id="-".join(map(str, (name, *rule))))
+DEEP = "qwen3"
+KEYS = [(name, *rule) for name, rule in in_turn((), tiny.SHALLOW, RULES[:2])] + [(DEEP, *rule) for rule in RULES]
 
 
-@pytest.mark.parametrize("key", [*keys()])
+@pytest.mark.parametrize("key", tiny.mostly_slow(KEYS, (DEEP,)), ids=tiny.key_id)
 def test_a_graph_equals_the_oracle_in_a_batch_and_row_by_row(key, steered, told):
     runner = Runner(session(steered[key]))
     logits, _, past = runner.respond()
@@ -335,11 +333,6 @@ def test_an_export_has_what_the_runtimes_need(delivered, folders):
 
 
 @pytest.mark.slow
-def test_what_was_exported_verifies_after_it_was_moved(folder):
-    assert verify(folder).ok
-
-
-@pytest.mark.slow
 def test_weights_stay_beside_the_graph_and_steering_tensors_in_it(delivered):
     model = ir.load(delivered.path / GRAPH)
     places = {
@@ -372,16 +365,6 @@ def edit(folder, change):
     receipt = json.loads(path.read_text())
     receipt["files"] |= {name: atomic.sha256_file(folder / name) for name in (GRAPH, f"{GRAPH}_data")}
     path.write_text(json.dumps(receipt))
-
-
-@pytest.mark.slow
-def test_a_changed_vector_is_found(folder):
-    def negate(model):
-        value = next(one for name, one in model.graph.initializers.items() if name.endswith("steering_vector"))
-        value.const_value = ir.tensor(-value.const_value.numpy(), name=value.name)
-
-    edit(folder, negate)
-    assert {"steering tensors that differ", "by the rule, prefill logits"} <= failed(verify(folder))
 
 
 def node(graph, op, inputs, name, **attributes):
@@ -535,11 +518,16 @@ def test_a_graph_of_another_form_is_refused(plain, rules, folders):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", BUILDER_FAMILIES)
+@pytest.mark.parametrize("name", ["qwen3", "granite", "phi3"])  # norms of heads, multipliers, and fused projections
 def test_the_builders_graph_equals_the_oracle_too(name, tmp_path):
     """Rows one by one: GroupQueryAttention takes padding on the right only."""
     pytest.importorskip("onnxruntime_genai")
-    sizes = {"head_dim": 16, **({"original_max_position_embeddings": 128} if name == "phi3" else {})}
+    assert name in BUILDER_FAMILIES
+    sizes = {
+        "head_dim": 16,
+        "num_hidden_layers": 2,
+        **({"original_max_position_embeddings": 128} if name == "phi3" else {}),
+    }
     base = tiny.save_base(name, tmp_path / "base", **sizes)
     model = tiny.build_model(name, **sizes)
     rule = tiny.make_rule(base_model.BaseModel.of(base), gate=tiny.calibrated_gate(model, "causal"))

@@ -8,6 +8,7 @@ import tiny
 import torch
 import transformers
 from elsewhere import as_output, exports, jobs_of, run_elsewhere
+from pairwise import in_turn, pairwise
 from receipts import failures
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
@@ -29,16 +30,24 @@ LOSS = ("gate", "start", "dial")
 FIVE = pytest.mark.skipif("hy_v3" not in transformers.CONFIG_MAPPING, reason="needs a Transformers with hy_v3")
 
 
+def marks_of(name, quick=()):
+    """Qwen3 is for where its form is there; where some names are quick, the others are slow."""
+    return [pytest.mark.slow] * (bool(quick) and name not in quick) + [FIVE] * name.startswith("qwen3")
+
+
 def only_five(*names, quick=()):
-    """These names, those of Qwen3 only where its form is there; where some are quick, the others are slow."""
-    slow = {name: [pytest.mark.slow] if quick and name not in quick else [] for name in names}
-    return [pytest.param(name, marks=slow[name] + ([FIVE] if name.startswith("qwen3") else [])) for name in names]
+    return [pytest.param(name, marks=marks_of(name, quick)) for name in names]
 
 
 NAMES = [name for name in tiny.NAMES if tiny.SPECS[name][0] in FORMS and name != "mistral-window"]
 HERE = [name for name in NAMES if FORMS[tiny.SPECS[name][0]].model_type in transformers.CONFIG_MAPPING]
+QUICK = ("llama-biased", "qwen2", "qwen3")
 each_name = pytest.mark.parametrize("name", only_five(*NAMES))
-most_slow = pytest.mark.parametrize("name", only_five(*NAMES, quick=("llama-biased", "qwen2", "qwen3")))
+most_slow = pytest.mark.parametrize("name", only_five(*NAMES, quick=QUICK))
+HALVES = [
+    pytest.param(*case, marks=marks_of(case[0], QUICK))
+    for case in in_turn(QUICK, NAMES, (torch.bfloat16, torch.float16))
+]
 
 
 @pytest.fixture(scope="module")
@@ -142,15 +151,25 @@ ROPES = {
     "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
     "old-yarn": {"type": "yarn", "factor": 4.0},  # an older word, and no original length
 }
+WORDS = ("for 4", "for 5")
+
+
+def read_by_both(name, rope, written):
+    """Transformers 4 reads no base that is written for 5, and not this one."""
+    return transformers.__version__ >= "5" or (written == "for 4" and (name, rope) != ("granite", "old-yarn"))
+
+
+ROTATED = pairwise(
+    ("llama",), ("llama", "mistral", "qwen2", "qwen3", "granite", "smollm3"), ROPES, WORDS, allowed=read_by_both
+)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("written", ["for 4", "for 5"])
-@pytest.mark.parametrize("rope", ROPES)
-@pytest.mark.parametrize("name", only_five("llama", "mistral", "qwen2", "qwen3", "granite", "smollm3"))
+@pytest.mark.parametrize(
+    ("name", "rope", "written"),
+    [pytest.param(*case, marks=marks_of(case[0])) for case in ROTATED],
+)
 def test_rotary_embeddings_pass_through_in_the_words_of_both_generations(name, rope, written, folders, tmp_path):
-    if transformers.__version__ < "5" and (written == "for 5" or (name, rope) == ("granite", "old-yarn")):
-        pytest.skip("Transformers 4 does not read such a base")
     base = shutil.copytree(folders[name], tmp_path / "base")
     scaling, positions = ROPES[rope], 8 if rope == "dynamic" else 128
     old = {"rope_theta": 777.0, "rope_scaling": scaling, "rope_parameters": ...}
@@ -226,8 +245,7 @@ def test_a_checkpoint_that_was_steered_before_can_be_a_base(stocked, tmp_path):
 # What is in the folder
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@most_slow
+@pytest.mark.parametrize(("name", "dtype"), HALVES)
 def test_half_precision_weights_stay_bit_identical_and_the_biases_are_exact(name, dtype, tmp_path):
     base = saved(name, tmp_path / "base", dtype, shard="20KB")
     out = carried(base, tmp_path)
@@ -382,11 +400,6 @@ def test_weights_of_no_floating_type_are_refused(rules, folders, tmp_path):
         EXPORTER.write(rules[("llama", *CAUSAL)], Checkpoint(base), tmp_path)
 
 
-def test_what_is_lost_must_be_accepted(rules, folders, tmp_path):
-    with pytest.raises(ExportError, match="stock: cannot express dial, gate, start; drop it with --accept-loss"):
-        export(rules[("llama", *CAUSAL)], base=folders["llama"], to="stock", out=tmp_path / "out")
-
-
 # Delivered and verified
 
 
@@ -412,13 +425,6 @@ def test_a_delivered_checkpoint_passes_and_says_what_it_lost(name, delivered):
     assert "off, prefill logits" not in figures
 
 
-def test_its_card_needs_no_trust_and_names_the_losses(delivered):
-    card = (delivered["llama"].path / "README.md").read_text()
-    assert "vllm serve" in card
-    assert "trust_remote_code" not in card
-    assert "**Left out by this format:** dial, gate, start." in card
-
-
 def change_tensors(path, change):
     tensors = load_file(path)
     change(tensors)
@@ -426,21 +432,6 @@ def change_tensors(path, change):
 
 
 DOWN = "model.layers.{}.mlp.down_proj.bias"
-
-
-def negate(folder):
-    change_tensors(folder / "model-steering.safetensors", lambda tensors: tensors[DOWN.format(2)].__imul__(-1))
-
-
-def shift(folder):
-    def swap(tensors):
-        tensors[DOWN.format(1)], tensors[DOWN.format(2)] = tensors[DOWN.format(2)], tensors[DOWN.format(1)]
-
-    change_tensors(folder / "model-steering.safetensors", swap)
-
-
-def remove(folder):
-    change_tensors(folder / "model-steering.safetensors", lambda tensors: tensors.pop(DOWN.format(2)))
 
 
 def unname(folder):
@@ -462,10 +453,6 @@ def unbias(folder):
     edit_json(folder / "config.json", mlp_bias=False)
 
 
-def invite(folder):
-    (folder / "modeling_evil.py").write_text("raise SystemExit")
-
-
 def follow(folder):
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/else"}')
 
@@ -475,13 +462,9 @@ def point(folder):
 
 
 TAMPERED = {
-    negate: "biases that differ",
-    shift: "biases that differ",
-    remove: "biases that differ",
     unname: "tensors missing or unknown",
     flip: "weight files that are not as they should be",
     unbias: "config entries that differ",
-    invite: "code files that are not the library's",
     follow: "code files that are not the library's",
     point: "code files that are not the library's",
 }
@@ -495,14 +478,6 @@ def test_what_was_tampered_with_fails_even_with_a_receipt_that_fits(tamper, deli
     assert TAMPERED[tamper] in failed
     stopped = "not run, because its code or its settings differ" in failed
     assert stopped == (TAMPERED[tamper].startswith(("code", "config")))
-
-
-@pytest.mark.parametrize("tamper", [negate, shift, remove])
-def test_what_was_tampered_with_computes_something_else_too(tamper, delivered, tmp_path):
-    folder = shutil.copytree(delivered["llama"].path, tmp_path / "copy")
-    tamper(folder)
-    failed = {check.name for check in verify(folder).failed()}
-    assert failed & {"by the rule, prefill logits", "it does not open or run"}
 
 
 def test_a_bias_under_a_config_without_biases_is_found_in_the_loading_report(delivered, tmp_path):

@@ -242,23 +242,6 @@ def change(path, edit):
     save_file(tensors, path, metadata={"format": "pt"})
 
 
-B = "base_model.model.model.layers.2.mlp.down_proj.lora_B.weight"
-
-
-def negate(folder):
-    change(folder / "steering-lora" / "adapter_model.safetensors", lambda tensors: tensors[B].__imul__(-1))
-
-
-def shift(folder):
-    def move(tensors):
-        for part in "AB":
-            tensors[B.replace("lora_B", f"lora_{part}").replace(".2.", ".1.")] = tensors.pop(
-                B.replace("lora_B", f"lora_{part}")
-            )
-
-    change(folder / "steering-lora" / "adapter_model.safetensors", move)
-
-
 def dim(folder):
     name = "model.layers.2.mlp.gate_proj.bias"
     change(folder / "model-steering.safetensors", lambda tensors: tensors[name].__imul__(0.5))
@@ -268,11 +251,6 @@ def widen(folder):
     """A weight in a column that must be zero."""
     name = "model.layers.0.mlp.down_proj.weight"
     change(folder / "model-base.safetensors", lambda tensors: tensors[name].__setitem__((0, tiny.MLP_SIZE), 1.0))
-
-
-def truncate(folder):
-    path = folder / "steering-lora" / "adapter_model.safetensors"
-    path.write_bytes(path.read_bytes()[:-4])
 
 
 def rank(folder):
@@ -285,9 +263,6 @@ def pickled(folder):
 
 
 TAMPERED = {
-    negate: "adapter tensors that differ",
-    shift: "adapter tensors that differ",
-    truncate: "it does not open or run",
     dim: "biases that differ",
     widen: "weight files that are not as they should be",
     rank: "config entries that differ",

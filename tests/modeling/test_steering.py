@@ -8,6 +8,7 @@ import oracle
 import pytest
 import tiny
 import torch
+from pairwise import in_turn, pairwise
 from tiny import CACHE, EOS, PROMPTS, greedy, left_padded, require_answers
 
 from adaras_export.core import families
@@ -26,13 +27,13 @@ RULES = [
 GATED = ("qwen3", "causal", "last_prompt_token")
 
 
-@pytest.mark.parametrize("use_cache", [True, False])
-@pytest.mark.parametrize(("gate", "start"), RULES)
-@pytest.mark.parametrize("name", tiny.mostly_slow(tiny.NAMES))
-def test_greedy_generation_of_a_padded_batch_equals_the_oracle(  # noqa: PLR0913 - the whole product of cases
-    name, gate, start, use_cache, rules, stock, told
-):
-    key = (name, gate, start)
+DEEP = ("llama", "qwen3", "gpt2")
+
+
+@pytest.mark.parametrize("case", tiny.mostly_slow(pairwise(DEEP, tiny.NAMES, RULES, (True, False))), ids=tiny.key_id)
+def test_greedy_generation_of_a_padded_batch_equals_the_oracle(case, rules, stock, told):
+    name, rule, use_cache = case
+    key = (name, *rule)
     expected = told[key]
     with steered(stock[name], rules[key]):
         require_answers(greedy(stock[name], use_cache=use_cache), expected)
@@ -48,8 +49,7 @@ def test_steering_changes_what_the_tiny_models_say(name, stock, rules, told):
     assert {answer["steered"] for answer in told[name, "later", "first_generated_token"]} == {True, False}
 
 
-@pytest.mark.parametrize("use_cache", [True, False])
-@pytest.mark.parametrize("name", tiny.NAMES)
+@pytest.mark.parametrize(("name", "use_cache"), in_turn(DEEP, tiny.NAMES, (True, False)))
 def test_steering_everywhere_equals_the_oracle_and_is_not_the_rule(
     name, use_cache, rules, stock, told, told_everywhere
 ):

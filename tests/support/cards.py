@@ -9,7 +9,8 @@ from adaras_export.core.base_model import BaseModel
 from adaras_export.core.gate import Gate
 from adaras_export.core.neurons import NeuronSet
 from adaras_export.core.rule import SteeringRule
-from adaras_export.delivery.card import CardContext, card
+from adaras_export.delivery.card import Card
+from adaras_export.delivery.receipt import Receipt
 from adaras_export.evaluation.record import evaluation_from_record
 from adaras_export.exporters.base import ExportContext
 from adaras_export.exporters.manifest import Disclosed
@@ -66,33 +67,32 @@ def sha(values):
     return sha256(values.tobytes())
 
 
-def context(name="hf", rule=RULE, **changes):
-    """What the card of a target says besides the rule."""
-    exporter = exporter_of(name)
+def card(name="hf", rule=RULE, measured=None, **changes):
+    """The card of a target; ``changes`` are of the receipt."""
+    target = exporter_of(name).spec
     needed = {"start", "dial", *(["gate"] if rule.gate is not None else [])}
     values = {
+        "target": target.name,
+        "options": target.recorded(),
         "repository": "someone/tiny-steered",
-        "template": exporter.spec.card,
-        "options": exporter.spec.recorded(),
-        "library": exporter.spec.library,
-        "relation": exporter.spec.relation,
-        "tags": exporter.spec.tags,
-        "rounded": exporter.spec.rounded,
-        "drops": tuple(sorted(exporter.spec.drops & needed)),
+        "drops": tuple(sorted(target.drops & needed)),
+        "rule": rule.fingerprint,
+        "given_rule": rule.fingerprint,
         "base": BASE,
+        "source": BASE.id,
+        "base_tensors": {},
         "base_card": BASE_CARD,
-        "datasets": (),
+        "parity": PARITY,
+        "files": {},
         "tensors": tuple(map(vector, (4, 5, 6, 7))),
-        "measured": None,
-        "chat_template": False,
     }
-    return CardContext(**{**values, **changes})
+    return Card(rule, Receipt(**{**values, **changes}), target, measured)
 
 
 def text(name="hf", rule=RULE, evaluation=None, **changes):
-    """A card; ``evaluation`` is a record of `adaras-export eval`."""
+    """The text of a card; ``evaluation`` is a record of `adaras-export eval`."""
     measured = None if evaluation is None else evaluation_from_record(evaluation)
-    return card(rule, PARITY, context(name, rule, measured=measured, **changes))
+    return card(name, rule, measured, **changes).text()
 
 
 def arm(name, right, fixed=0, broken=0, p_value=1.0):
@@ -163,7 +163,7 @@ NO_CONTROL = evaluation(arm("gated", 289, 29, 5, 4e-5), controls=())
 SEEN = {**GAIN, "seen": 3}
 COMPARED = evaluation(arm("gated", 289, 29, 5, 4e-5), arm("everywhere", 284, 26, 7, 0.0013), comparison=COMPARISON)
 
-# Name -> the arguments of `text`. Each has a golden file.
+# Name -> the arguments of `text`.
 CASES = {
     **{f"target-{name}": {"name": name} for name in TARGETS},
     **{f"chat-{name}": {"name": name, "chat_template": True} for name in CHATTING},
@@ -183,3 +183,9 @@ CASES = {
         "base_card": {},
     },
 }
+# Those with golden files: each kind of code, with a chat template or without, and each form of what effects are said.
+GOLDEN = (
+    *("chat-hf", "target-hf-thin", "target-peft", "target-peft-adaptive", "target-peft-merge", "target-stock"),
+    *("chat-stock-switchable", "chat-onnx", "target-onnx-int4-page", "target-gguf", "target-gguf-into"),
+    *("state-gain", "state-static-compared", "state-ungated-local-base"),
+)

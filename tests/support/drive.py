@@ -2,7 +2,9 @@
 
 import os
 import shutil
+import sys
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +15,8 @@ from tiny import EOS, LAYERS, PAD, PROMPTS, require_answers
 DRIVERS = TESTS / "system" / "runtimes" / "drivers"
 SERVERS = TESTS / "system" / "servers" / "drivers"
 NODE = TESTS / "system" / "runtimes" / "node"
-LLAMA_CPP = ROOT / ".venv-llamacpp" / "server" / "bin"  # programs that `make test-llamacpp` compiles
+VENV = Path(sys.prefix)
+LLAMA_CPP = ROOT / "build" / "llama.cpp" / "server" / "bin"  # programs that `make test-llamacpp` compiles
 
 # What runs a driver, the file that says that its environment is there, what builds that, and variables that it wants.
 Environment = namedtuple("Environment", "command built target settings", defaults=["test-runtimes", {}])
@@ -34,15 +37,14 @@ def _vllm(driver):
 
 
 def _llama_server(driver):
-    return _python(".venv-llamacpp", SERVERS / driver)._replace(
+    return _python(".venv-runtimes", SERVERS / driver)._replace(
         target="test-llamacpp", built=LLAMA_CPP / "llama-server"
     )
 
 
 def _transformers_serve():
-    folder = ROOT / ".venv-serve"
-    command = [folder / "bin" / "python", "-m", "transformers.cli.transformers", "serve"]
-    return Environment(command, folder / ".installed", "test-serve")
+    command = [sys.executable, "-m", "transformers.cli.transformers", "serve"]
+    return Environment(command, VENV / ".serve", "test-serve")
 
 
 RUNTIMES = {
@@ -57,9 +59,9 @@ RUNTIMES = {
     "vllm": _vllm("run_vllm.py"),
     "vllm-server": _vllm("run_vllm_server.py"),
     "transformers-serve": _transformers_serve(),
-    "llamacpp": _python(".venv-llamacpp", "run_llamacpp.py"),
+    "llamacpp": _python(".venv-runtimes", "run_llamacpp.py"),
     "llama-server": _llama_server("run_llama_server.py"),
-    "modelscan": Environment([ROOT / ".venv-scan" / "bin" / "modelscan"], ROOT / ".venv-scan" / ".installed", "test"),
+    "modelscan": Environment([VENV / "bin" / "modelscan"], VENV / ".scan", "test"),
 }
 
 

@@ -82,7 +82,7 @@ HOSTILE = record(
     rule=NASTY,
     model={NASTY: NASTY},
     checker=NASTY,
-    sampling={NASTY: NASTY},
+    sampling={NASTY: NASTY, "temperature": 0},
 )
 TUNED = {
     "rule": RULE,
@@ -96,7 +96,10 @@ TUNED = {
 }
 GATE = {"auc": 0.8, "auc_low": 0.73, "auc_high": 0.868, "threshold": 0.57, "validation_questions": 160}
 
-# Name of a golden report -> the files that it is made of.
+# Those with golden files; of the others, the sentence alone differs.
+GOLDEN = ("gain", "null", "no-controls", "hostile", "transfer")
+
+# Name of a report -> the files that it is made of.
 CASES = {
     "gain": {"gain.json": GAIN},
     "null": {"null.json": NULL},

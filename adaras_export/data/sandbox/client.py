@@ -136,7 +136,7 @@ def _examined(job: dict[str, Any], solved: Solution, limits: Limits) -> bool:
     return True
 
 
-class Scorer:
+class SandboxScorer:
     """A process that has a scorer loaded, and forks for each completion a child without rights; made by `scorer`."""
 
     def __init__(self, name: str) -> None:
@@ -178,14 +178,14 @@ class Scorer:
             _end(self._process)
 
 
-def scorer(name: str) -> Scorer:
+def scorer(name: str) -> SandboxScorer:
     """The scorer of that name, one for this process."""
     return _scorer(name, os.getpid())  # a fork must not share the pipes
 
 
 @lru_cache(maxsize=8)
-def _scorer(name: str, process: int) -> Scorer:  # noqa: ARG001 - a part of the key
-    return Scorer(name)
+def _scorer(name: str, process: int) -> SandboxScorer:  # noqa: ARG001 - a part of the key
+    return SandboxScorer(name)
 
 
 @contextmanager

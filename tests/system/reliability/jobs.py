@@ -43,8 +43,8 @@ JOBS = {
     "stock --switchable": Job("stock", more=("--switchable", *_STATIC)),
     "gguf": Job("gguf", more=_STATIC),
     "gguf --into": Job("gguf", more=("--into", "{home}/llama.gguf", *_STATIC)),
-    "onnx": Job("onnx"),
-    "onnx int8": Job("onnx", more=("--precision", "int8")),
+    "onnx": Job("onnx", "qwen2-shallow"),
+    "onnx int8": Job("onnx", "qwen2-shallow", ("--precision", "int8")),
 }
 # Those that take about a second each.
 QUICK = tuple(name for name in JOBS if not name.startswith("onnx"))

@@ -20,7 +20,7 @@ import jobs  # noqa: E402
 from exporting import finished, fork, load_libraries  # noqa: E402
 
 SIZE, PAGE = 1 << 20, 4096
-STEPS = 4
+STEPS = 2
 
 
 class Disk:
