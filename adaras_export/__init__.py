@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     from adaras_export.delivery.push import Pushed, push
     from adaras_export.delivery.verifier import verify
     from adaras_export.delivery.writer import ExportReport, export, refresh
-    from adaras_export.discovery.gate_training import Costs, GateOptions, GateReport, train_gate
+    from adaras_export.discovery.gate_metrics import Costs
+    from adaras_export.discovery.gate_report import GateReport
+    from adaras_export.discovery.gate_training import GateOptions, train_gate
     from adaras_export.discovery.identify import Identified, IdentifyOptions, identify
     from adaras_export.discovery.rankings import Refinement
     from adaras_export.evaluation.answers_by_arm import EvaluationOptions
@@ -53,14 +55,14 @@ _HOMES = {
     "BaseModel": "core.base_model",
     "CollectOptions": "data.collect",
     "CollectReport": "data.collect",
-    "Costs": "discovery.gate_training",
+    "Costs": "discovery.gate_metrics",
     "Evaluation": "evaluation.record",
     "EvaluationOptions": "evaluation.answers_by_arm",
     "EvaluationTask": "evaluation.task",
     "ExportReport": "delivery.writer",
     "Gate": "core.gate",
     "GateOptions": "discovery.gate_training",
-    "GateReport": "discovery.gate_training",
+    "GateReport": "discovery.gate_report",
     "Goal": "data.sampling_plan",
     "Identified": "discovery.identify",
     "IdentifyOptions": "discovery.identify",

@@ -27,7 +27,8 @@ from adaras_export.data.checkers import last_number
 from adaras_export.data.collect import CollectOptions, collect
 from adaras_export.data.sampling_plan import Goal
 from adaras_export.demo import smollm2
-from adaras_export.discovery.gate_training import GateReport, train_gate
+from adaras_export.discovery.gate_report import GateReport
+from adaras_export.discovery.gate_training import train_gate
 from adaras_export.discovery.identify import Reading, read_attribution, read_stats
 from adaras_export.discovery.rankings import Refinement, rank
 from adaras_export.errors import TraceError

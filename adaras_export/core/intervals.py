@@ -178,9 +178,9 @@ def pass_at_k(verdicts_Nn: Array, k: int) -> Estimate:
 def holm(p_values: Sequence[float]) -> list[float]:
     """Adjusted p-values, in the given order, that control the family-wise error rate (Holm 1979)."""
     adjusted, largest, count = [0.0] * len(p_values), 0.0, len(p_values)
-    for rank, index in enumerate(sorted(range(count), key=p_values.__getitem__)):
-        largest = max(largest, min(1.0, (count - rank) * p_values[index]))
-        adjusted[index] = largest
+    for rank, place in enumerate(sorted(range(count), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (count - rank) * p_values[place]))
+        adjusted[place] = largest
     return adjusted
 
 

@@ -19,7 +19,7 @@ from adaras_export.files.atomic import sha256
 from adaras_export.files.memory_mapped import KeptRows, keep_rows
 from adaras_export.files.safetensors_record import Array
 from adaras_export.modeling.activations import Reading, batches_of, token_means
-from adaras_export.modeling.gate import _features
+from adaras_export.modeling.gate import features_of
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class PromptReader:
 
         def read_batch(indices: Sequence[int]) -> list[Array]:
             rows = [self.rows[row] for row in indices]
-            return [features_TF.ravel() for features_TF in _features(self.model, rows, layer, index, self.reading)]
+            return [features_TF.ravel() for features_TF in features_of(self.model, rows, layer, index, self.reading)]
 
         widths = [len(row) * len(layer) for row in self.rows]
         key = self._key({"what": "tokens", "features": _digest([layer.tolist(), index.tolist()])})

@@ -66,22 +66,18 @@ def fit_logistic(training: Training, sizes: Sequence[int]) -> Fitted:
         chosen: Array = values_NU[:, np.searchsorted(union, places)]
         return chosen
 
-    losses: dict[int, list[Array]] = {
-        size: [_losses(columns(ranking[:size]), correct, held)
-               for held, ranking in zip(training.folds, without, strict=True)]
-        for size in sizes
-    }  # fmt: skip
-    tried = tuple(
-        GateSetting(size, c, float(loss))
-        for size, by_fold in losses.items()
-        for c, loss in zip(REGULARISATION, np.mean(by_fold, axis=0), strict=True)
-    )
+    folds = list(zip(training.folds, without, strict=True))
+    tried = []
+    for size in sizes:
+        by_fold = [_losses(columns(ranking[:size]), correct, held) for held, ranking in folds]
+        mean = np.mean(by_fold, axis=0).tolist()
+        tried += [GateSetting(size, c, loss) for c, loss in zip(REGULARISATION, mean, strict=True)]
     best = best_of(tried)
     assert best.regularisation is not None  # one of those
     places = np.sort(whole[: best.features])
     with _one_thread():
         scaler, regression = _classifier(best.regularisation).fit(columns(places), correct)
-    return Fitted(places, _unscaled(_logistic(regression), scaler), tried)
+    return Fitted(places, _unscaled(_logistic(regression), scaler), tuple(tried))
 
 
 def _losses(values_NF: Array, correct_N: Array, held: Array) -> Array:

@@ -1,7 +1,6 @@
-"""Gate metrics and thresholds: how well p(correct) separates right answers from wrong ones, and where to cut.
+"""Gate metrics: the cost of decisions, cross-fitted rates and the calibration curve.
 
-Pure statistics over arrays; knows no model, no prompt and no gate. N questions. A threshold is compared with p(correct)
-in float32, as runtimes do; scikit-learn's own curves know neither that nor midpoints, and round ties apart.
+Pure functions of arrays; knows no model, no prompt and no gate. N questions.
 """
 
 import math
@@ -13,7 +12,7 @@ import numpy as np
 from adaras_export.core.intervals import require_statistics
 from adaras_export.errors import RuleError
 from adaras_export.files.safetensors_record import Array
-from adaras_export.modeling.gate import _below, _cuts, is_below
+from adaras_export.modeling.gate import counts_below, cuts_of, is_below
 
 Fit = Callable[[Array, Array], float]
 """A threshold, from p(correct) and labels."""
@@ -50,9 +49,9 @@ class Costs:
         It may be 0 (steer none) or 1 (steer all). The lowest such t, so that ties steer less.
         """
         p_correct = p_correct.astype(np.float32)
-        cuts = np.append(_cuts(p_correct), np.float32(1))
-        missed = (~correct).sum() - _below(p_correct[~correct], cuts)
-        cost = self.missed * missed + self.needless * _below(p_correct[correct], cuts)
+        cuts = np.append(cuts_of(p_correct), np.float32(1))
+        missed = (~correct).sum() - counts_below(p_correct[~correct], cuts)
+        cost = self.missed * missed + self.needless * counts_below(p_correct[correct], cuts)
         return float(cuts[int(np.argmin(cost))])
 
     def of(self, is_steered: Array, correct: Array) -> float:
@@ -64,7 +63,7 @@ class Costs:
 def held_out(correct: Array, folds: int, seed: int) -> list[Array]:
     """Which questions each fold holds out, (N,) bool: every question in one, each with its share of either label.
 
-    There are as many folds as questions of the rarer label, where that is fewer than ``folds``.
+    There are as many folds as questions of the rarer label, two or more, where that is fewer than ``folds``.
     """
     from sklearn.model_selection import StratifiedKFold
 

@@ -16,24 +16,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from adaras_export.core.base_model import BaseModel
 from adaras_export.core.gate import Gate
-from adaras_export.core.intervals import auc_interval as auc_interval
 from adaras_export.core.question_identity import identity
 from adaras_export.core.traces import Trace, labelled_prompts, require_both, split
 from adaras_export.discovery.gate_features import PromptReader, means_file, tokens_file
 from adaras_export.discovery.gate_fitting import Fitted, by_length, fit_attention, fit_logistic
-from adaras_export.discovery.gate_metrics import (
-    Costs as Costs,  # for whoever trains or judges a gate by way of this module
-)
-from adaras_export.discovery.gate_report import GateReport as GateReport
-from adaras_export.discovery.gate_report import Pooling, ValidationScores, calibrated
+from adaras_export.discovery.gate_metrics import Costs
+from adaras_export.discovery.gate_report import GateReport, Pooling, ValidationScores, calibrated
 from adaras_export.discovery.gate_selection import Training, sizes
 from adaras_export.errors import RuleError, require
 from adaras_export.files.memory_mapped import KeptRows
 from adaras_export.files.safetensors_record import Array
 from adaras_export.modeling.activations import Reading
-from adaras_export.modeling.gate import _probability, gate_module
-from adaras_export.modeling.gate import agreeing_threshold as agreeing_threshold
-from adaras_export.modeling.gate import youden_threshold as youden_threshold
+from adaras_export.modeling.gate import gate_module, probability_of
 from adaras_export.modeling.generation import encode_prompt
 
 _FOLDS = {"logistic": 5, "attention": 3}
@@ -166,7 +160,7 @@ def partial_files(partial: Path) -> tuple[Path, Path]:
 def _probabilities(gate: Gate, fitted: Fitted, means: KeptRows, rows: Array) -> Array:
     """p(correct) of prompts that were read for the training, (N,) float32, without reading them again."""
     module = gate_module(gate)
-    return np.array([_probability(module, fitted.features(means, row)) for row in rows], np.float32)
+    return np.array([probability_of(module, fitted.features(means, row)) for row in rows], np.float32)
 
 
 def _shares(validation: float) -> dict[str, float]:

@@ -21,6 +21,9 @@ from safetensors import SafetensorError, safe_open
 LARGEST = 4 << 20
 """Bytes of JSON, of a table or of a header of tensors; an index of a thousand tensors has a tenth of a MiB."""
 
+PIECE = 1 << 20
+"""Bytes that are read at a time, of what may be larger than memory."""
+
 _DEEPEST = 64
 
 
@@ -64,6 +67,14 @@ def content(path: Path, largest: int = LARGEST) -> bytes:
     return found
 
 
+def pieces(path: Path, first: int, last: int) -> Iterator[bytes]:
+    """The bytes of a file from offset ``first`` up to ``last``, `PIECE` at a time."""
+    with path.open("rb") as file:
+        file.seek(first)
+        for position in range(first, last, PIECE):
+            yield file.read(min(PIECE, last - position))
+
+
 def text(encoded: bytes) -> str:
     """UTF-8, with or without a byte order mark.
 
@@ -102,64 +113,47 @@ def parsed(encoded: bytes, *, exact: bool = False) -> Any:  # noqa: ANN401 - a J
 
 
 def header(path: Path) -> tuple[dict[str, Any], int]:
-    """The header of a safetensors file, its metadata included, and where its data begin, in bytes.
+    """Type, shape and offsets of each tensor of a safetensors file, and where its data begin, for who reads its bytes.
 
-    Each tensor's entry has a type, a shape and two offsets; whether these fit, the library checks in `tensors`.
+    The offsets, which the library keeps to itself, are the only reason to read the header again.
 
     Raises:
-        UnreadableError: there is none, or it is larger than it has reason to be.
+        UnreadableError: as of `tensors`, or two readers could understand the header differently.
     """
-    size = size_of(path)
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, LARGEST):
-                raise UnreadableError(f"has no whole header (it is to have {length} bytes, the file has {size})")
-            entries = parsed(file.read(length))
-    except OSError as error:
-        raise UnreadableError(reason(error)) from error
-    if not isinstance(entries, dict):
-        raise UnreadableError("has no header")
-    for name in entries.keys() - {"__metadata__"}:
-        _require_entry(name, entries[name], size)
+    with tensors(path), path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        entries = parsed(file.read(length))
+    entries.pop("__metadata__", None)
     return entries, 8 + length
 
 
 @contextmanager
 def tensors(path: Path, framework: str = "numpy") -> Iterator[Any]:
-    """A safetensors file, opened by the library after `header` has looked at it.
+    """A safetensors file, opened by the library, which has checked that each tensor lies in a place of its own.
 
     Raises:
-        UnreadableError: it is none, or a tensor is of a type that the framework lacks.
+        UnreadableError: it is none, its header is larger than it has reason to be, or a tensor is of a type that the
+            framework lacks.
     """
-    header(path)
-    with opened(path, framework) as file:
-        yield file
-
-
-@contextmanager
-def opened(path: Path, framework: str = "numpy") -> Iterator[Any]:
-    """A safetensors file that `header` has looked at already, opened by the library.
-
-    Raises:
-        UnreadableError: as of `tensors`.
-    """
+    size = size_of(path)
     try:
-        with safe_open(path, framework=framework) as file:
-            yield file
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+        if length > LARGEST:
+            raise UnreadableError(f"says that its header has {length} bytes; at most {LARGEST} are read")
+        with safe_open(path, framework=framework) as opened:
+            _require_axes(opened, size)
+            yield opened
     except (SafetensorError, OSError) as error:
         raise UnreadableError(reason(error)) from error
 
 
-def _require_entry(name: str, entry: Any, size: int) -> None:  # noqa: ANN401 - a JSON value
-    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise UnreadableError(f"has another entry for tensor {name!r} than dtype, shape and data_offsets")
-    numbers = entry["shape"], entry["data_offsets"]
-    if not isinstance(entry["dtype"], str) or not all(isinstance(part, list) for part in numbers):
-        raise UnreadableError(f"has no type, shape or place for tensor {name!r}")
-    # NumPy refuses such axes of empty tensors in its own way; two elements of four bits are a byte.
-    if wrong := [one for one in chain(*numbers) if type(one) is not int or not 0 <= one <= 2 * size]:
-        raise UnreadableError(f"says {wrong[0]!r} of the shape or place of tensor {name!r}, in {size} bytes")
+def _require_axes(opened: Any, size: int) -> None:  # noqa: ANN401 - the library has no types
+    """Refuse axes of empty tensors that are longer than the file: NumPy refuses them in its own way."""
+    for name in opened.keys():
+        # Two elements of four bits are a byte.
+        if long := [axis for axis in opened.get_slice(name).get_shape() if axis > 2 * size]:
+            raise UnreadableError(f"says {long[0]} of the shape of tensor {name!r}, in {size} bytes")
 
 
 def reason(error: BaseException) -> str:

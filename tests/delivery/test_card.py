@@ -19,6 +19,7 @@ from adaras_export.core.base_model import BaseModel
 from adaras_export.core.markdown import Example
 from adaras_export.core.neurons import Ranking
 from adaras_export.core.rule import _card
+from adaras_export.evaluation.record import evaluation_from_record
 from adaras_export.exporters.checks import Check, ParityReport
 from adaras_export.files.safe_read import UnreadableError
 

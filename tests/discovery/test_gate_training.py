@@ -16,23 +16,17 @@ import tiny
 import torch
 from processes import ended, forked
 
-from adaras_export.core.intervals import Estimate
+from adaras_export.core.intervals import Estimate, auc_interval
 from adaras_export.core.question_identity import identity
 from adaras_export.core.traces import Trace, split
 from adaras_export.discovery import gate_fitting
-from adaras_export.discovery.gate_metrics import cross_fitted, rates
-from adaras_export.discovery.gate_training import (
-    Costs,
-    GateOptions,
-    auc_interval,
-    train_gate,
-    youden_threshold,
-)
+from adaras_export.discovery.gate_metrics import Costs, cross_fitted, rates
+from adaras_export.discovery.gate_training import GateOptions, train_gate
 from adaras_export.discovery.identify import Reading
 from adaras_export.errors import MissingExtraError, RuleError, TraceError
 from adaras_export.modeling import activations
 from adaras_export.modeling import gate as gate_module
-from adaras_export.modeling.gate import gate_probabilities
+from adaras_export.modeling.gate import gate_probabilities, youden_threshold
 
 sklearn_selection = pytest.importorskip("sklearn.feature_selection")
 
