@@ -112,11 +112,11 @@ def collect(
 
     sampling = Sampling(new_tokens(max_new_tokens), temperature, top_p, seed, unescaped(stop))
     goal = Goal(attempts, wanted, per_class)
+    require_varied(attempts, sampling)
     name = Path(model).resolve().name if endpoint is None and Path(model).is_dir() else model
     version = version_of(model, revision) if endpoint is None else None
     with progress() as bar:
         if endpoint is not None or backend == "vllm":
-            require_varied(attempts, sampling)
             made = (
                 _vllm(model, sampling, dtype, revision)
                 if endpoint is None

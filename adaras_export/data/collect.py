@@ -137,7 +137,7 @@ def collect(  # noqa: PLR0913 - what the job is made of
         TraceError: contradictory arguments; or the file holds other questions, settings or another model's traces, is
             written by another process, or cannot be read or written.
 
-    Source: section 3 of the paper (arXiv 2601.19847).
+    Source: the paper (arXiv 2601.19847).
 
     Example:
         model, tokenizer = load_model("Qwen/Qwen3-1.7B")

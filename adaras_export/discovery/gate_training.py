@@ -93,7 +93,7 @@ def train_gate(  # noqa: PLR0913 - what the job is made of
         RuleError: ``features`` or ``below_layer`` is outside the range that the model allows.
         MissingExtraError: scikit-learn is not installed.
 
-    Source: section 3 of the paper (arXiv 2601.19847); the logistic gate is this library's.
+    Source: the paper (arXiv 2601.19847); the logistic gate is this library's.
 
     Example:
         traces, base = read_traces("traces.jsonl"), BaseModel.of("Qwen/Qwen3-1.7B")

@@ -50,7 +50,7 @@ def evaluate(  # noqa: PLR0913 - what the job is made of
         ArtifactError: an artifact cannot be opened.
         MissingExtraError: SciPy is not installed.
 
-    Source: section 4 of the paper (arXiv 2601.19847); the flipped and random controls are this library's.
+    Source: the paper (arXiv 2601.19847); the flipped and random controls are this library's.
 
     Example:
         questions = read_questions("test.jsonl")

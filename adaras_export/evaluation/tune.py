@@ -89,7 +89,7 @@ def tune(  # noqa: PLR0913 - what the job is made of
         RuleError: no setting given, a count or strength of 0, or fewer neurons than a count.
         MissingExtraError: SciPy is not installed, or Optuna where settings are sampled.
 
-    Source: section 4 of the paper (arXiv 2601.19847) tunes the strength; signs, counts and the test are this library's.
+    Source: this library; the paper (arXiv 2601.19847) gives one count and one strength.
 
     Example:
         task = EvaluationTask(read_questions("validation.jsonl"), check, Sampling(512))
