@@ -260,7 +260,8 @@ def read_evaluation(path: Path) -> Evaluation:
     try:
         return evaluation_from_record(safe_read.parsed(safe_read.content(path, LARGEST)))
     except UnreadableError as error:
-        raise ArtifactError(f"{path}: {error}; expected a file of adaras-export eval, version {VERSION}") from error
+        expected = f"expected a file of adaras-export eval, version {VERSION}; run eval again"
+        raise ArtifactError(f"{path}: {error}; {expected}") from error
 
 
 def evaluation_from_record(record: Any) -> Evaluation:  # noqa: ANN401 - a JSON value

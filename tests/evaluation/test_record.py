@@ -120,7 +120,7 @@ def test_a_damaged_file_is_refused_in_one_line(damage, tmp_path):
     (tmp_path / "e.json").write_text(record if isinstance(record, str) else json.dumps(record))
     with pytest.raises(ArtifactError, match=rf"e.json: .*{reason}") as caught:
         read_evaluation(tmp_path / "e.json")
-    assert str(caught.value).endswith("; expected a file of adaras-export eval, version 2")
+    assert str(caught.value).endswith("; expected a file of adaras-export eval, version 2; run eval again")
     assert "\n" not in str(caught.value)
 
 

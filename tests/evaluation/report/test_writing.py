@@ -26,6 +26,7 @@ def files_of(name, folder):
 def made(tmp_path_factory):
     """The report of every case."""
     pytest.importorskip("scipy")
+    pytest.importorskip("matplotlib")
     return {name: report_of(files_of(name, tmp_path_factory.mktemp(name))) for name in evaluations.CASES}
 
 
@@ -59,6 +60,7 @@ def test_the_data_have_the_sentence_that_the_text_has(name, made):
 
 
 def test_the_page_of_a_thousand_questions_is_small(tmp_path):
+    pytest.importorskip("matplotlib")
     record = evaluations.record(evaluations.verdicts(evaluations.shares(), questions=1000))
     (tmp_path / "e.json").write_text(json.dumps(record))
     write(report_of([tmp_path / "e.json"]), tmp_path / "report.html")
