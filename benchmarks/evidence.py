@@ -24,7 +24,8 @@ from adaras_export.core.neuron_stats import AttributionStats, Tokens
 from adaras_export.core.trace_files import read_questions, read_traces, write_questions
 from adaras_export.core.traces import Question, Trace, by_question
 from adaras_export.data.checkers import last_number
-from adaras_export.data.collect import collect
+from adaras_export.data.collect import CollectOptions, collect
+from adaras_export.data.sampling_plan import Goal
 from adaras_export.demo import smollm2
 from adaras_export.discovery.gate_report import GateReport
 from adaras_export.discovery.gate_training import train_gate
@@ -32,9 +33,9 @@ from adaras_export.discovery.identify import Reading, read_attribution, read_sta
 from adaras_export.discovery.rankings import Refinement, rank
 from adaras_export.errors import TraceError
 from adaras_export.evaluation.answer_cache import AnswerCache
+from adaras_export.evaluation.answers_by_arm import is_steered_by
 from adaras_export.evaluation.arms import compare, is_random
 from adaras_export.evaluation.controls import random_control
-from adaras_export.evaluation.evaluate import is_steered_by
 from adaras_export.evaluation.task import Condition, EvaluationTask, StaticCondition
 from adaras_export.files.safetensors_record import Array
 from adaras_export.modeling.generation import Sampling
@@ -199,9 +200,9 @@ class Trial:
         """Sampled, unless they have been read already: attempts that gave no text would be tried again."""
         if (self.work / "stats_completion.safetensors").is_file():
             return {}
-        how = {"attempts": ATTEMPTS, "sampling": self.sampled, "check": self.check, "batch_size": 128}
-        asked = read_questions(self.work / "identify.jsonl")
-        return vars(collect(self.model, self.tokenizer, asked, self.work / "traces.jsonl", **how))
+        questions, out = read_questions(self.work / "identify.jsonl"), self.work / "traces.jsonl"
+        how = {"goal": Goal(ATTEMPTS), "sampling": self.sampled, "options": CollectOptions(self.check, 128)}
+        return vars(collect(self.model, self.tokenizer, questions, out, **how))
 
     def read(self, tokens: Tokens = "completion") -> tuple[NeuronStats, AttributionStats]:
         """Sums over the traces, read once."""
@@ -250,9 +251,8 @@ class Trial:
 
     def gate(self) -> GateReport:
         """Trained on the questions of the traces; reads the lower half of the layers."""
-        traces, partial = read_traces(self.work / "traces.jsonl"), self.work / "gate-partial"
-        below = self.base.layers // 2
-        return train_gate(self.model, self.tokenizer, traces, self.base, below_layer=below, partial=partial)
+        traces = read_traces(self.work / "traces.jsonl")
+        return train_gate(self.model, self.tokenizer, traces, self.base, out=self.work / "gate.safetensors")
 
     def task(self, part: str) -> EvaluationTask:
         questions = read_questions(self.work / f"{part}.jsonl")

@@ -74,6 +74,18 @@ class ParityReport:
         """The checks that did not pass."""
         return [check for check in self.checks if not check.ok]
 
+    def verdict(self) -> str:
+        """One line for a person, and below it each check that failed."""
+        if failed := self.failed():
+            return "\n".join([f"FAIL {len(failed)} of {len(self.checks)} checks", *(check.line() for check in failed)])
+        shares = [(check.figure / check.limit, check) for check in self.checks if check.limit]
+        text = f"PASS {len(self.checks)} checks"
+        if not shares:
+            return text
+        share, nearest = max(shares, key=lambda pair: pair[0])
+        name, figure, limit = printable(nearest.name), nearest.figure, nearest.limit
+        return f"{text}; nearest to its limit: {name}: {figure:.3g} of {limit:.3g} ({share:.0%})"
+
     def as_record(self) -> list[dict[str, Any]]:
         """The checks as JSON values."""
         return [

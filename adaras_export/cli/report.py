@@ -16,9 +16,7 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Make a page (.html), a text (.md) or data (.json) of evaluations; of several, rules across question sets."""
-    from adaras_export.evaluation.report.render import report_of, require_format, write
+    from adaras_export.evaluation.report.render import report as run
 
-    require_format(out)
-    made = report_of(files)
-    write(made, out)
+    made = run(files, out)
     show(made.as_record(), f"{out}: " + "\n".join(made.lines()), as_json)

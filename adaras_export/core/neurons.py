@@ -112,6 +112,25 @@ class NeuronSet(Value):
             raise RuleError(f"{path}: {error}") from error
         return neurons if top is None else neurons.top(top)
 
+    @classmethod
+    def from_csv(cls, path: str | Path, *, base: BaseModel | None = None) -> "NeuronSet":
+        """Neurons of a CSV file, in its order: columns layer, index and delta, under a header or without one.
+
+        Layer and index (within the layer) count from 0; delta is in activation units. A file with the header of the
+        reference code is read by `from_reference_csv`.
+
+        Raises:
+            RuleError: a row is not of that form (path:line), or a neuron is given twice or outside the model.
+        """
+        if published_sets.is_of_reference(Path(path)):
+            return cls.from_reference_csv(path, base=base)
+        rows = published_sets.plain_rows(Path(path))
+        layer, index, delta = (np.array(column) for column in zip(*rows, strict=True))
+        try:
+            return cls(layer, index, delta, base=base)
+        except RuleError as error:
+            raise RuleError(f"{path}: {error}") from error
+
     def _arrays(self) -> dict[str, Array]:
         optional = {name: getattr(self, name) for name in self._optional if getattr(self, name) is not None}
         return {"layer": self.layer, "index": self.index, "delta": self.delta, **optional}

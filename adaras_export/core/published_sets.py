@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from adaras_export.files.atomic import sha256
 from adaras_export.files.safe_read import UnreadableError
 
 _COLUMNS = ("overall_neuron_index", "layer", "neuron_index_in_layer", "weight")
+_PLAIN = ("layer", "index", "delta")
 
 
 def neuron_rows(path: Path) -> list[tuple[int, int, float]]:
@@ -45,6 +46,40 @@ def neuron_rows(path: Path) -> list[tuple[int, int, float]]:
     return rows
 
 
+def is_of_reference(path: Path) -> bool:
+    """Whether the first line of a CSV file is a header of the reference code.
+
+    Raises:
+        RuleError: the file cannot be read.
+    """
+    return _COLUMNS[0] in next(_lines(path), [])
+
+
+def plain_rows(path: Path) -> list[tuple[int, int, float]]:
+    """Layer, index and delta of every row of a CSV file with these three columns, under a header or without one.
+
+    Raises:
+        RuleError: a row is not of that form (path:line), or there is none.
+    """
+    rows = []
+    for line, row in enumerate(_lines(path), start=1):
+        if not row or (line == 1 and [name.strip().lower() for name in row] == [*_PLAIN]):
+            continue
+        if len(row) != len(_PLAIN):
+            raise RuleError(f"{path}:{line}: has {len(row)} columns; expected {', '.join(_PLAIN)}")
+        rows.append(_neuron(f"{path}:{line}", row))
+    if not rows:
+        raise RuleError(f"{path}: has no rows; expected one neuron a row: {', '.join(_PLAIN)}")
+    return rows
+
+
+def _lines(path: Path) -> Iterator[list[str]]:
+    try:
+        yield from csv.reader(io.StringIO(safe_read.text(safe_read.content(path)), newline=""))
+    except (UnreadableError, csv.Error) as error:
+        raise RuleError(f"{path}: {error}; expected a CSV file of neurons") from error
+
+
 def questions_of(rows: Sequence[tuple[int, int, float]]) -> tuple[str, ...]:
     """Identities of the questions that these neurons were found with, where they are a published set that we know.
 
@@ -73,11 +108,17 @@ def _require_columns(path: Path, found: Sequence[str]) -> None:
 
 
 def _numbers(place: str, row: Mapping[str, str]) -> tuple[int, int, int, float]:
+    layer, index, delta = _neuron(place, [row[name] for name in _COLUMNS[1:]])
+    overall = _neuron(place, [row[_COLUMNS[0]], "0", "0"])[0]
+    return overall, layer, index, delta
+
+
+def _neuron(place: str, values: Sequence[str]) -> tuple[int, int, float]:
+    """Two whole numbers and one that may have a fraction."""
     try:
-        overall, layer, index = (int(row[name]) for name in _COLUMNS[:3])
-        delta = float(row["weight"])
+        layer, index, delta = int(values[0]), int(values[1]), float(values[2])
     except (TypeError, ValueError) as error:
         raise RuleError(f"{place}: {error}; expected numbers") from error
-    if max(abs(overall), abs(layer), abs(index)) >= 1 << 53 or not math.isfinite(delta):
+    if max(abs(layer), abs(index)) >= 1 << 53 or not math.isfinite(delta):
         raise RuleError(f"{place}: holds NaN, infinity or a number of more than 53 bits; expected those of a neuron")
-    return overall, layer, index, delta
+    return layer, index, delta

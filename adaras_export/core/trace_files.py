@@ -23,9 +23,16 @@ def read_traces(path: str | Path) -> list[Trace]:
     The reference's lines (``id`` is the question, ``_id`` the attempt) get the prompt text that its
     authors used, and the trace id ``question#attempt``.
 
+    Args:
+        path: what `collect` wrote, or lines with id, question_id, prompt, completion and correct.
+
     Raises:
         TraceError: with path:line of the first line that is not a trace, repeats a trace id, or
             asks something else under a known question id; with the path, where there is no line.
+
+    Example:
+        traces = read_traces("traces.jsonl")
+        print(sum(trace.correct for trace in traces), "of", len(traces), "are correct")
     """
     traces: list[Trace] = []
     lines: dict[str, int] = {}
@@ -49,9 +56,16 @@ def read_questions(path: str | Path) -> list[Question]:
     message of a chat. The reference's AIME files give some ids to the questions of two years: where
     all rows of an id name their year, it gets ``@`` and the digest of the prompt appended.
 
+    Args:
+        path: lines with id, prompt (text, or chat messages) or question, and answer.
+
     Raises:
         TraceError: with path:line of the first line that is not a question or repeats the id of one; with the
             path, where the file has no line.
+
+    Example:
+        questions = read_questions("questions.jsonl")
+        print(questions[0].id, questions[0].prompt, questions[0].answer)
     """
     rows = list(_parsed(path, _question_of))
     years = Counter(question.id for _, (question, has_year) in rows if has_year)

@@ -12,6 +12,12 @@ nor its mirror image b+a, was ever a training question, whatever the seeds.
 import hashlib
 import random
 from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from adaras_export.core.traces import Question
+
+MODEL = Path(__file__).with_name("planted_model")
+"""The embedded model."""
 
 SMALLEST, LARGEST = 100, 999
 RESERVED_COUNT = 162_054  # of the 810,000 ordered pairs; a test counts them
@@ -60,6 +66,15 @@ def splits(sizes: Mapping[str, int], seed: int) -> dict[str, list[dict[str, obje
             raise ValueError(f"splits: {name} has size {size}, which must be 0 or more")
     remaining = iter(problems(sum(sizes.values()), seed))
     return {name: [next(remaining) for _ in range(size)] for name, size in sizes.items()}
+
+
+def questions(sizes: Mapping[str, int], seed: int = 1) -> dict[str, list[Question]]:
+    """Disjoint lists of reserved questions by name, as `splits` gives them."""
+    parts = splits(sizes, seed)
+    return {
+        name: [Question(str(row["id"]), row["prompt"], str(row["answer"])) for row in rows]  # type: ignore[arg-type]
+        for name, rows in parts.items()
+    }
 
 
 def training_pair(draw: random.Random) -> tuple[int, int]:

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from adaras_export.core.intervals import Estimate, changed, difference, mean_interval, paired_difference
 from adaras_export.core.rule import SteeringRule
 from adaras_export.evaluation.answer_cache import AnswerCache
+from adaras_export.evaluation.answers_by_arm import EvaluationOptions, answer_all, evaluation_from_answers
 from adaras_export.evaluation.claims import arms_of
-from adaras_export.evaluation.evaluate import EvaluationOptions, answer_all, evaluation_from_answers
 from adaras_export.evaluation.record import Comparison, Evaluation, Gap
 from adaras_export.evaluation.task import Condition, EvaluationTask, StaticCondition, under_condition
 from adaras_export.files.safetensors_record import Array

@@ -19,8 +19,8 @@ from adaras_export.core.question_identity import identity
 from adaras_export.core.rule import Start, SteeringRule
 from adaras_export.errors import TraceError
 from adaras_export.evaluation.answer_cache import AnswerCache
+from adaras_export.evaluation.answers_by_arm import is_steered_by, require_fresh
 from adaras_export.evaluation.arms import compare
-from adaras_export.evaluation.evaluate import is_steered_by, require_fresh
 from adaras_export.evaluation.selection_bias import SelectionBias, selection_bias
 from adaras_export.evaluation.task import EvaluationTask
 from adaras_export.evaluation.tune_report import Trial, TuneReport
@@ -32,19 +32,38 @@ DEFAULT_STRENGTHS = (-3.0, -1.0, -0.3, 0.3, 1.0, 3.0)
 _WHOLE_GRID = Search()
 
 
-def tune(  # noqa: PLR0913 - one decision of the researcher each
+@dataclass(frozen=True)
+class TuneOptions:
+    """Which settings are tried, and how.
+
+    Attributes:
+        counts: numbers of neurons.
+        strengths: signed strengths, or a span of magnitudes of both signs; never 0.
+        start: the first steered token, or several to choose among.
+        search: grid or sampler, and whether settings stop early.
+        journal: file of answers, from which a killed run continues; the caller removes it.
+    """
+
+    counts: Sequence[int] = DEFAULT_COUNTS
+    strengths: Sequence[float] | Span = DEFAULT_STRENGTHS
+    start: Start | Sequence[Start] = "last_prompt_token"
+    search: Search = _WHOLE_GRID
+    journal: Path | None = None
+
+
+_DEFAULT = TuneOptions()
+
+
+def tune(  # noqa: PLR0913 - what the job is made of
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     neurons: NeuronSet | Mapping[str, NeuronSet],
     gate: Gate | None,
     task: EvaluationTask,
-    *,
     base: BaseModel,
-    counts: Sequence[int] = DEFAULT_COUNTS,
-    strengths: Sequence[float] | Span = DEFAULT_STRENGTHS,
-    start: Start | Sequence[Start] = "last_prompt_token",
-    search: Search = _WHOLE_GRID,
-    journal: str | Path | None = None,
+    options: TuneOptions = _DEFAULT,
+    *,
+    out: str | Path | None = None,
 ) -> TuneReport:
     """Try counts of the best neurons at signed strengths, as they would be deployed (gated, with a gate).
 
@@ -53,39 +72,66 @@ def tune(  # noqa: PLR0913 - one decision of the researcher each
     says so, and how much of a gain is selection bias.
 
     Args:
-        model: the base model, in float32 if verdicts are to be reproducible.
+        model: the base model, in float32 if answers are to be reproducible.
         tokenizer: its tokenizer.
         neurons: a ranking, or several by name, to choose among.
         gate: which prompts are steered; None steers all.
-        task: fresh questions.
+        task: fresh questions, one answer to each.
         base: the identity of ``model``.
-        counts: numbers of neurons.
-        strengths: signed strengths, or a span of magnitudes.
-        start: the first steered token, or several to choose among.
-        search: grid or sampler, and whether settings stop early.
-        journal: file of verdicts, to go on from if the run is killed.
+        options: counts, strengths, starts and search; default: 50 and 200 neurons at 6 strengths.
+        out: file to write the chosen rule to. Answers are kept beside it until then, so that a killed run goes on.
+
+    Returns:
+        the chosen rule, every setting that was tried, and the chance that the best of them is best by luck.
 
     Raises:
-        TraceError: a question was used to find the neurons or the gate, or the journal is not of this run.
+        TraceError: a question was used to find the neurons or the gate, or the file beside ``out`` is of another run.
         RuleError: no setting given, a count or strength of 0, or fewer neurons than a count.
         MissingExtraError: SciPy is not installed, or Optuna where settings are sampled.
+
+    Source: this library; the paper (arXiv 2601.19847) gives one count and one strength.
+
+    Example:
+        task = EvaluationTask(read_questions("validation.jsonl"), check, Sampling(512))
+        report = tune(model, tokenizer, found.neurons, gate, task, base, TuneOptions(counts=(50,)))
+        report.rule.save("rule.safetensors")
     """
+    if out is None:
+        return _tuned(model, tokenizer, neurons, gate, task, base, options)
+    journal = Path(out).with_name(f"{Path(out).name}.partial.jsonl")
+    report = _tuned(model, tokenizer, neurons, gate, task, base, replace(options, journal=journal))
+    report.rule.save(out)
+    journal.unlink(missing_ok=True)
+    return report
+
+
+def _tuned(  # noqa: PLR0913 - the arguments of `tune`
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    neurons: NeuronSet | Mapping[str, NeuronSet],
+    gate: Gate | None,
+    task: EvaluationTask,
+    base: BaseModel,
+    options: TuneOptions,
+) -> TuneReport:
     require_statistics()  # before the work, not after it
     if task.samples > 1:
         raise TraceError(f"tune: {task.samples} answers to each question; expected one, of more questions")
     rankings = {"": neurons} if isinstance(neurons, NeuronSet) else dict(neurons)
     used = [one for ranking in rankings.values() for one in ranking.questions]
     require_fresh(task.questions, (*used, *(gate.questions if gate else ())), "give others")
-    starts: Sequence[Start] = (start,) if isinstance(start, str) else start
-    space = Space(tuple(rankings), counts, strengths, starts)
+    starts: Sequence[Start] = (options.start,) if isinstance(options.start, str) else options.start
+    space = Space(tuple(rankings), options.counts, options.strengths, starts)
     maker = _RuleMaker(rankings, gate, base, (*used, *(identity(question.prompt) for question in task.questions)))
     maker.require_possible(space)
-    proposals = proposer(space, search)
-    with closing(AnswerCache(model, tokenizer, task, None if journal is None else Path(journal))) as cache:
+    proposals = proposer(space, options.search)
+    with closing(AnswerCache(model, tokenizer, task, options.journal)) as cache:
         is_steered_N = np.ones(len(task.questions), dtype=bool)
         if gate is not None:
             is_steered_N = is_steered_by(model, tokenizer, gate, task, cache)
-        return _Tuning(space, search, maker, _GatedAnswers(cache, is_steered_N), len(task.questions)).run(proposals)
+        return _Tuning(space, options.search, maker, _GatedAnswers(cache, is_steered_N), len(task.questions)).run(
+            proposals
+        )
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 Knows nothing of labels, rankings or rules. B rows, T tokens, L layers, M MLP neurons.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -157,6 +158,7 @@ class Reading:
         chunk_tokens: rows of more tokens are read in pieces of so many, so that activations take no more memory.
         tokens: which tokens of a trace count: "all", or those of the "completion".
         too_long: what becomes of traces that exceed the model's context: "refuse", "skip" or "read".
+        warn: called with a sentence about what makes the result doubtful; default: the log.
     """
 
     token_budget: int = 4096
@@ -164,6 +166,7 @@ class Reading:
     chunk_tokens: int = 4096
     tokens: Tokens = "all"
     too_long: TooLong = "refuse"
+    warn: Callable[[str], None] = logging.getLogger(__name__).warning
 
     def __post_init__(self) -> None:
         for name in ("token_budget", "chunk_tokens"):

@@ -30,13 +30,24 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A stock model in eval mode and its tokenizer, padding on the left; runs no foreign code.
 
-    Without a ``device``: CUDA where torch sees one, else the CPU. With a ``device_map``, Accelerate puts the modules
-    where it says, or as "auto" fills GPUs, then memory, then the disk (``offload_folder``); ``device`` does not count.
+    Args:
+        base: folder or Hub id.
+        revision: branch, tag or commit of a Hub id.
+        dtype: numbers that the model computes with; float32 where results are to be reproducible.
+        device: default: CUDA where torch sees one, else the CPU.
+        device_map: where Accelerate puts the modules; "auto" fills GPUs, then memory, then the disk. Then ``device``
+            does not count.
+        offload_folder: where a device map may put weights on the disk.
 
     Raises:
         MissingExtraError: a device map without Accelerate.
         ArtifactError: no model there, or its tensors are not exactly those of the architecture.
         UnsupportedModelError: the architecture is not in the table.
+
+    Example:
+        model, tokenizer = load_model("Qwen/Qwen3-1.7B", dtype="bfloat16")
+        report = collect(model, tokenizer, read_questions("questions.jsonl"), "traces.jsonl")
+        print(report.correct, "of", report.traces, "traces are correct")
     """
     folder = fetch(base, revision)
     Checkpoint(folder).require_buildable()

@@ -15,7 +15,7 @@ from adaras_export.data.checkers import exact
 from adaras_export.errors import ArtifactError, MissingExtraError, RuleError, TraceError
 from adaras_export.evaluation import answer_cache
 from adaras_export.evaluation.evaluate import EvaluationTask
-from adaras_export.evaluation.tune import tune
+from adaras_export.evaluation.tune import TuneOptions, tune
 from adaras_export.evaluation.tune_search import Search, Span
 from adaras_export.files.append_log import SealedLog
 from adaras_export.modeling.gate import gate_probabilities
@@ -52,9 +52,10 @@ def run(stock, tokenizer, bases):
         questions = [
             Question(f"q{n}", prompt, one) for n, (prompt, one) in enumerate(zip(PROMPTS, answers, strict=True))
         ]
-        settings = {"base": bases["qwen3"], "counts": COUNTS, "strengths": STRENGTHS} | changes
+        options = TuneOptions(**{"counts": COUNTS, "strengths": STRENGTHS} | changes)
         neurons = tiny.make_neurons() if neurons is None else neurons
-        return tune(stock["qwen3"], tokenizer, neurons, gate, EvaluationTask(questions, check, GREEDY), **settings)
+        task = EvaluationTask(questions, check, GREEDY)
+        return tune(stock["qwen3"], tokenizer, neurons, gate, task, bases["qwen3"], options)
 
     return go
 

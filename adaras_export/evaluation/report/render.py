@@ -75,6 +75,36 @@ class Report:
         return "\n".join(map(visible, whole.split("\n"))) + "\n"  # names stand in attributes of charts, too
 
 
+def report(files: Sequence[str | Path], out: str | Path | None = None) -> Report:
+    """What evaluations show, on one page; of several, rules across question sets.
+
+    Args:
+        files: JSON files of evaluations; also what `adaras-export tune` and `gate` print with ``--json``, which tell
+            how the rule was made.
+        out: file to write: a page (.html), a text (.md) or data (.json).
+
+    Returns:
+        all figures of the report; its ``markdown()`` and ``page()`` are the texts.
+
+    Raises:
+        ArtifactError: a file cannot be read, none is an evaluation, two are of the same rule and questions, or ``out``
+            names no format or cannot be written.
+        MissingExtraError: SciPy is not installed; or for a page, matplotlib or markdown-it-py.
+
+    Example:
+        evaluate(model, tokenizer, rule, task, out="evaluation.json")
+        made = report(["evaluation.json"], "report.html")
+        print(*made.lines())
+    """
+    place = None if out is None else Path(out)
+    if place is not None:
+        require_format(place)  # before the work, not after it
+    made = report_of([Path(file) for file in files])
+    if place is not None:
+        write(made, place)
+    return made
+
+
 def report_of(paths: Sequence[Path]) -> Report:
     """The report of these files.
 
