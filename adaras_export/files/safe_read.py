@@ -1,8 +1,8 @@
-"""Files that somebody else wrote, read so that the worst of them costs a line: no hang, no flood, no half-read value.
+"""Reads untrusted files: a bad file raises one line, and never blocks the reader or fills its memory.
 
-A file is opened only where it is a regular one (a pipe or a device could keep its reader forever), up to a size that
-what we expect never reaches, because JSON takes up to thirty times its size in memory. JSON is taken at its word: a
-key given twice, NaN, a number of hundreds of digits or half a character is refused. Knows nothing of their purpose.
+Only regular files are opened, since a pipe or a device can block forever. Sizes are limited, since parsed JSON takes up
+to thirty times its size in memory. JSON that readers could understand differently is refused: duplicate keys, NaN,
+numbers of hundreds of digits, lone surrogates.
 """
 
 import json
@@ -19,20 +19,20 @@ from typing import Any, NoReturn
 from safetensors import SafetensorError, safe_open
 
 LARGEST = 4 << 20
-"""Bytes of JSON, of a table or of a header of tensors; an index of a thousand tensors has a tenth of a MiB."""
+"""Limit in bytes for JSON, tables and safetensors headers; an index of a thousand tensors has 0.1 MiB."""
 
 _DEEPEST = 64
 
 
 class UnreadableError(ValueError):
-    """Why a file is refused, in words that fit behind its name."""
+    """A file is refused; the message continues a sentence that begins with the file's name."""
 
 
 def size_of(path: Path, largest: float = math.inf) -> int:
     """The size of a regular file, in bytes.
 
     Raises:
-        UnreadableError: there is no such file, it is none, or it is larger.
+        UnreadableError: there is no such file, the path is not a regular file, or the file is larger.
     """
     try:
         found = path.stat()
@@ -51,7 +51,7 @@ def content(path: Path, largest: int = LARGEST) -> bytes:
     """The bytes of a regular file.
 
     Raises:
-        UnreadableError: as of `size_of`, or it cannot be opened.
+        UnreadableError: the path is not a regular file, or the file is too large or cannot be read.
     """
     size_of(path, largest)
     try:
@@ -59,16 +59,16 @@ def content(path: Path, largest: int = LARGEST) -> bytes:
             found = file.read(largest + 1)
     except OSError as error:
         raise UnreadableError(reason(error)) from error
-    if len(found) > largest:  # it grew, or is one of those of the kernel, whose size is said to be 0
+    if len(found) > largest:  # the file grew, or the kernel reports size 0, as under /proc
         raise UnreadableError(f"has more than {largest} bytes, which is more than is read")
     return found
 
 
 def text(encoded: bytes) -> str:
-    """UTF-8, with or without a byte order mark.
+    """Decode UTF-8, with or without a byte order mark.
 
     Raises:
-        UnreadableError: it is not UTF-8.
+        UnreadableError: the bytes are not UTF-8.
     """
     try:
         return encoded.decode("utf-8-sig")
@@ -80,9 +80,9 @@ def parsed(encoded: bytes, *, exact: bool = False) -> Any:  # noqa: ANN401 - a J
     """The JSON value in ``encoded``; with ``exact``, fractions are Decimal, and whole numbers may be long.
 
     Raises:
-        UnreadableError: it is not JSON, or JSON that two readers could understand differently.
+        UnreadableError: the text is not JSON, or two readers could understand it differently.
     """
-    # Tokenizers call no limit 10**30. What takes more than 4000 digits takes long: Python itself refuses a little more.
+    # Tokenizers write 10**30 for "no limit". Long integers parse slowly; Python itself refuses more than 4300 digits.
     fraction, most = (_decimal, 4000) if exact else (_finite, 100)
     try:
         value = json.loads(
@@ -102,12 +102,12 @@ def parsed(encoded: bytes, *, exact: bool = False) -> Any:  # noqa: ANN401 - a J
 
 
 def header(path: Path) -> tuple[dict[str, Any], int]:
-    """The header of a safetensors file, its metadata included, and where its data begin, in bytes.
+    """The header of a safetensors file with its metadata, and the offset in bytes where the data begin.
 
-    Each tensor's entry has a type, a shape and two offsets; whether these fit, the library checks in `tensors`.
+    Each tensor's entry has a type, a shape and two offsets; `tensors` lets the library check that these fit.
 
     Raises:
-        UnreadableError: there is none, or it is larger than it has reason to be.
+        UnreadableError: the header is missing, truncated, too large or malformed.
     """
     size = size_of(path)
     try:
@@ -127,10 +127,10 @@ def header(path: Path) -> tuple[dict[str, Any], int]:
 
 @contextmanager
 def tensors(path: Path, framework: str = "numpy") -> Iterator[Any]:
-    """A safetensors file, opened by the library after `header` has looked at it.
+    """Open a safetensors file with the library after `header` has checked it.
 
     Raises:
-        UnreadableError: it is none, or a tensor is of a type that the framework lacks.
+        UnreadableError: the file is not safetensors, or the framework lacks the type of a tensor.
     """
     header(path)
     with opened(path, framework) as file:
@@ -139,10 +139,10 @@ def tensors(path: Path, framework: str = "numpy") -> Iterator[Any]:
 
 @contextmanager
 def opened(path: Path, framework: str = "numpy") -> Iterator[Any]:
-    """A safetensors file that `header` has looked at already, opened by the library.
+    """Open a safetensors file that `header` has already checked.
 
     Raises:
-        UnreadableError: as of `tensors`.
+        UnreadableError: the file is not safetensors, or the framework lacks the type of a tensor.
     """
     try:
         with safe_open(path, framework=framework) as file:
@@ -157,13 +157,13 @@ def _require_entry(name: str, entry: Any, size: int) -> None:  # noqa: ANN401 - 
     numbers = entry["shape"], entry["data_offsets"]
     if not isinstance(entry["dtype"], str) or not all(isinstance(part, list) for part in numbers):
         raise UnreadableError(f"has no type, shape or place for tensor {name!r}")
-    # NumPy refuses such axes of empty tensors in its own way; two elements of four bits are a byte.
-    if wrong := [one for one in chain(*numbers) if type(one) is not int or not 0 <= one <= 2 * size]:
+    # Empty tensors too: NumPy raises its own error for huge axes. Twice the size: two 4-bit elements share a byte.
+    if wrong := [number for number in chain(*numbers) if type(number) is not int or not 0 <= number <= 2 * size]:
         raise UnreadableError(f"says {wrong[0]!r} of the shape or place of tensor {name!r}, in {size} bytes")
 
 
 def reason(error: BaseException) -> str:
-    """What an error says, without the number and the name that Python puts around it."""
+    """The message of an error, without the errno and the file name that Python adds."""
     return getattr(error, "strerror", None) or str(error)
 
 
@@ -200,7 +200,7 @@ def _whole(most: int, digits: str) -> int:
 
 
 def _require_plain(value: Any) -> None:  # noqa: ANN401 - a JSON value
-    """Refuse what is nested deeper than anything of ours, which compares and writes by recursion, or is no text."""
+    """Refuse deep nesting, which recursive code cannot handle, and lone surrogates."""
     level: list[Any] = [[value]]
     for _ in range(_DEEPEST):
         level = [inner for outer in level for inner in _inside(outer)]
@@ -210,7 +210,7 @@ def _require_plain(value: Any) -> None:  # noqa: ANN401 - a JSON value
 
 
 def _inside(outer: list[Any] | dict[str, Any]) -> Iterator[Any]:
-    """The lists and objects right inside a value; its texts are looked at."""
+    """The lists and objects directly inside a value; checks its texts."""
     for part in outer if isinstance(outer, list) else chain(outer, outer.values()):
         if isinstance(part, str):
             _require_characters(part)
@@ -219,5 +219,5 @@ def _inside(outer: list[Any] | dict[str, Any]) -> Iterator[Any]:
 
 
 def _require_characters(part: str) -> None:
-    if not part.isascii() and any("\ud800" <= one <= "\udfff" for one in part):
+    if not part.isascii() and any("\ud800" <= char <= "\udfff" for char in part):
         raise UnreadableError("holds half of a character (a lone surrogate)")

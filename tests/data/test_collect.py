@@ -277,7 +277,7 @@ def test_of_two_runs_into_one_file_the_second_is_refused_in_one_line(run, tmp_pa
     """Both ended with status 0 and wrote every trace: the file had each twice, and no reader took it."""
 
     def again(done, total):
-        with pytest.raises(TraceError, match=r"t\.jsonl: another process is writing it; wait for its end"):
+        with pytest.raises(TraceError, match=r"t\.jsonl: another process is writing it; wait until it ends"):
             run()
 
     assert run(progress=again).traces == 20
