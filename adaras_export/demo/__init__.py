@@ -1,1 +1,1 @@
-"""The whole job on a model that is at hand: an embedded synthetic one, or SmolLM2 from its PyPI wheel."""
+"""Models and tasks of the demo: an embedded synthetic model, or SmolLM2 from its PyPI wheel."""
