@@ -205,7 +205,7 @@ def test_a_file_of_other_questions_is_refused_and_left_as_it_is(run, tmp_path):
     before = (tmp_path / "t.jsonl").read_bytes()
     for others, message in (
         ([QUESTIONS[0], Question("q1", "something else", "1"), *QUESTIONS[2:]], "trace q1#0 has another prompt than q"),
-        (QUESTIONS[1:], "holds question q0, which is not among the 4 given; expected all that it holds"),
+        (QUESTIONS[1:], "holds question q0, which is not among the 4 given; expected all questions of the file"),
         ([Question("test", "1=", "1")], "holds question q0, which is not among the 1 given"),
     ):
         with pytest.raises(TraceError, match=message):
