@@ -1,4 +1,4 @@
-"""Chosen neurons, and the amount by which each is steered. Knows no gate.
+"""The chosen neurons, and the amount by which each is steered.
 
 K chosen neurons. Layers and neuron indices are 0-based everywhere.
 """
@@ -30,18 +30,18 @@ Ranking = Literal["given", "paper", "absolute", "cohen_d", "t", "attribution"]
 
 @dataclass(frozen=True, eq=False)
 class NeuronSet(Value):
-    """Chosen neurons, best first, and the amount that belongs to each.
+    """Chosen neurons, best first, and the delta of each.
 
     Attributes:
         layer: (K,) decoder layers.
         index: (K,) neurons, counted within their layer.
-        delta: (K,) what strength 1 adds to the neuron's activation; in activation units.
-        mean_correct: (K,) mean activation over correct traces; None where it is not known.
+        delta: (K,) added to the neuron's activation at strength 1, in activation units.
+        mean_correct: (K,) mean activation over correct traces; None where it is unknown.
         mean_incorrect: (K,) the same over incorrect traces.
-        score: (K,) what the ranking sorted by.
-        ranking: how the neurons were chosen; "given" for neurons from elsewhere.
-        base: the model that they belong to; None where it is not known.
-        questions: identities of the questions that they were found with (`question_identity`); as all below.
+        score: (K,) the score that the ranking sorted by.
+        ranking: how the neurons were chosen; "given" for neurons from another source.
+        base: the model that they belong to; None where it is unknown.
+        questions: identities of the questions that they were found with, see `question_identity`.
     """
 
     layer: Array
@@ -76,7 +76,7 @@ class NeuronSet(Value):
         """The first ``count`` neurons.
 
         Raises:
-            RuleError: there are fewer.
+            RuleError: the set has fewer neurons.
         """
         if not 0 <= count <= len(self):
             raise RuleError(f"neurons: {count} wanted; the set has {len(self)}")
@@ -98,11 +98,11 @@ class NeuronSet(Value):
         """Neurons that the reference code published (`top_200.csv`), in the order of the file.
 
         Columns: overall_neuron_index (= layer * M + index), layer, neuron_index_in_layer, weight (= delta);
-        others are ignored. Of some published sets the questions are known (`reference.questions_of`).
+        others are ignored. The questions of some published sets are known (`published_sets.questions_of`).
 
         Raises:
-            RuleError: a column is missing, a row is not of that form or contradicts itself (path:line),
-                or the file has fewer than ``top`` rows.
+            RuleError: a column is missing, a row is malformed or contradicts the others (path:line), or the file has
+                fewer than ``top`` rows.
         """
         rows = published_sets.neuron_rows(Path(path))
         layer, index, delta = (np.array(column) for column in zip(*rows, strict=True))

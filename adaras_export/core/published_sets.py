@@ -1,4 +1,4 @@
-"""Files of the reference code (github.com/cat-sk/AdaRAS), read without it; and what its neurons were found with."""
+"""Neuron files of the reference code (github.com/cat-sk/AdaRAS), and the questions of its published sets."""
 
 import csv
 import io
@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ def neuron_rows(path: Path) -> list[tuple[int, int, float]]:
     """Layer, index and delta of every row of a `top_200.csv`.
 
     Raises:
-        RuleError: a column is missing, or a row is not of that form or contradicts the others (path:line).
+        RuleError: a column is missing, or a row is malformed or contradicts the others (path:line).
     """
     rows: list[tuple[int, int, float]] = []
     sizes: set[float] = set()
@@ -81,23 +82,24 @@ def _lines(path: Path) -> Iterator[list[str]]:
 
 
 def questions_of(rows: Sequence[tuple[int, int, float]]) -> tuple[str, ...]:
-    """Identities of the questions that these neurons were found with, where they are a published set that we know.
+    """Identities of the questions that a published set of neurons was found with; empty for other sets.
 
-    A published set is recognised by its first ten neurons, under any file name. Empty for all others.
+    A published set is recognised by its first ten neurons, under any file name.
     """
     first = first_neurons(rows)
-    return tuple(one for entry in published().values() if entry["first_neurons"] == first for one in entry["questions"])
+    known = (entry["questions"] for entry in published().values() if entry["first_neurons"] == first)
+    return tuple(chain.from_iterable(known))
 
 
 def first_neurons(rows: Sequence[tuple[int, int, float]]) -> str:
-    """16 hex digits over layer and index of the first ten neurons."""
+    """16 hex digits of SHA-256 over layer and index of the first ten neurons."""
     return sha256(json.dumps([[layer, index] for layer, index, _ in rows[:10]]).encode())[:16]
 
 
 def published() -> dict[str, Any]:
-    """By the name of a set: `first_neurons`, and identities of the questions of the traces that it was found with."""
-    found: dict[str, Any] = json.loads(files("adaras_export.core").joinpath("published_sets.json").read_text())
-    return found
+    """The published sets by name: `first_neurons`, and the identities of the questions."""
+    sets: dict[str, Any] = json.loads(files("adaras_export.core").joinpath("published_sets.json").read_text())
+    return sets
 
 
 def _require_columns(path: Path, found: Sequence[str]) -> None:

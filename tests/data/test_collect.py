@@ -214,7 +214,7 @@ def test_a_file_of_other_questions_is_refused_and_left_as_it_is(run, tmp_path):
     before = (tmp_path / "t.jsonl").read_bytes()
     for others, message in (
         ([QUESTIONS[0], Question("q1", "something else", "1"), *QUESTIONS[2:]], "trace q1#0 has another prompt than q"),
-        (QUESTIONS[1:], "holds question q0, which is not among the 4 given; expected all that it holds"),
+        (QUESTIONS[1:], "holds question q0, which is not among the 4 given; expected all questions of the file"),
         ([Question("test", "1=", "1")], "holds question q0, which is not among the 1 given"),
     ):
         with pytest.raises(TraceError, match=message):
@@ -286,7 +286,7 @@ def test_of_two_runs_into_one_file_the_second_is_refused_in_one_line(run, tmp_pa
     """Both ended with status 0 and wrote every trace: the file had each twice, and no reader took it."""
 
     def again(done, total):
-        with pytest.raises(TraceError, match=r"t\.jsonl: another process is writing it; wait for its end"):
+        with pytest.raises(TraceError, match=r"t\.jsonl: another process is writing it; wait until it ends"):
             run()
 
     assert run(progress=again).traces == 20

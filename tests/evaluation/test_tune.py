@@ -285,7 +285,7 @@ def untimed(content):
     ("content", "message"),
     [
         (b"my notes", r"j.jsonl:1: is not JSON.*expected the journal of an earlier run"),
-        (b'{"kind": "traces"}\n', "is of other questions, another checker or other options"),
+        (b'{"kind": "traces"}\n', "was written with other questions, another checker or other generation"),
         (b"{head}[1, 2]\n", "j.jsonl:2: is not as it was written"),
     ],
 )
