@@ -340,7 +340,7 @@ def test_a_journal_of_another_model_is_refused(rule, run, task, stock, tokenizer
 
 def test_the_gates_pass_is_not_run_again(rule, run, tmp_path, monkeypatch):
     whole = run(rule(), random_seeds=(), journal=tmp_path / "journal").as_record()
-    monkeypatch.setattr("adaras_export.evaluation.evaluate.gate_probabilities", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr("adaras_export.evaluation.answers_by_arm.gate_probabilities", lambda *_: pytest.fail("read"))
     assert run(rule(), random_seeds=(), journal=tmp_path / "journal").as_record() == whole
 
 
