@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adaras_export import demo
 from adaras_export.core.base_model import BaseModel
 from adaras_export.core.neuron_stats import NeuronStats
 from adaras_export.core.neurons import Ranking
@@ -38,8 +37,6 @@ from adaras_export.evaluation.tune_report import TuneReport
 from adaras_export.exporters.parity import ParityReport
 from adaras_export.modeling.generation import Sampling
 from adaras_export.modeling.loading import load_model
-
-_DEMO = Path(demo.__file__).parent
 
 Bar = Callable[[str], Callable[[int, int], None]]
 
@@ -69,13 +66,8 @@ def planted_task(_out: Path) -> Task:
     """
     return Task(
         name="planted",
-<<<<<<< HEAD
         base=planted.MODEL,
         questions=planted.questions({"identify": 400, "validation": 300, "test": 1000}),
-=======
-        base=_DEMO / "planted_model",
-        questions={name: [_planted_question(row) for row in rows] for name, rows in parts.items()},
->>>>>>> report
         attempts=8,
         sampling=Sampling(40, temperature=1.0),
         counts=(50, 200),
@@ -306,11 +298,7 @@ def _in_a_clean_process(folder: Path, questions: Sequence[Question], sampling: S
     arguments = [str(folder), json.dumps(prompts, default=list), str(sampling.max_new_tokens)]
     environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error"}
     done = subprocess.run(
-<<<<<<< HEAD
         [sys.executable, str(Path(planted.__file__).with_name("clean_process.py")), *arguments],
-=======
-        [sys.executable, str(_DEMO / "clean_process.py"), *arguments],
->>>>>>> report
         capture_output=True,
         text=True,
         check=False,
