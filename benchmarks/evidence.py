@@ -26,12 +26,13 @@ from adaras_export.core.traces import Question, Trace, by_question
 from adaras_export.data.checkers import last_number
 from adaras_export.data.collect import collect
 from adaras_export.demo import smollm2
-from adaras_export.discovery.gate_training import GateReport, train_gate
+from adaras_export.discovery.gate_report import GateReport
+from adaras_export.discovery.gate_training import train_gate
 from adaras_export.discovery.identify import Reading, read_attribution, read_stats
 from adaras_export.discovery.rankings import Refinement, rank
 from adaras_export.errors import TraceError
 from adaras_export.evaluation.answer_cache import AnswerBook
-from adaras_export.evaluation.arms import compared, is_random
+from adaras_export.evaluation.arms import compare, is_random
 from adaras_export.evaluation.controls import random_control
 from adaras_export.evaluation.evaluate import gate_fires
 from adaras_export.evaluation.task import Everywhere, Exam, Way
@@ -349,7 +350,7 @@ def tested(
 def report(told: dict[str, Array]) -> tuple[str, dict[str, Any]]:
     """A Markdown table, and its figures. Holm's correction is over all rules but random ones."""
     names = [name for name in told if name != "off" and not is_random(name)]
-    arms = {name: compared(name, values, told["off"]) for name, values in told.items()}
+    arms = {name: compare(name, values, told["off"]) for name, values in told.items()}
     adjusted = dict(zip(names, holm([arms[name].p_value for name in names]), strict=True))
     random = [arms[name].accuracy for name in arms if is_random(name)]
     rank_p = rank_p_value(arms[names[0]].accuracy, random) if random else None

@@ -52,7 +52,7 @@ class Tolerance:
 # One negated delta of six moves logits by 7 * 10^4 units and more.
 FLOAT32 = Tolerance(64)
 
-_STEPS = 6
+STEPS = 6
 # The last row is long and has no padding, to find errors that occur far into a prompt.
 _LENGTHS = (3, 7, 11, 72)
 
@@ -153,7 +153,7 @@ class Script:
 def rehearse(reference: Reference) -> Script:
     """Run the reference on pseudo-random prompts of several lengths."""
     generator = torch.Generator().manual_seed(0)
-    lengths = [min(length, reference.context - _STEPS) for length in _LENGTHS]
+    lengths = [min(length, reference.context - STEPS) for length in _LENGTHS]
     draw = [torch.randint(reference.vocabulary, (length,), generator=generator).tolist() for length in lengths]
     rows = tuple(tuple(row) for row in draw)
     modes: dict[str, Mode] = {"by the rule": "rule", "off": "off"}
@@ -278,7 +278,7 @@ def play_model(model: Callable[..., Any], rows: Sequence[Sequence[int]], follow_
     """Left-padded prefill, then one token at a time with the KV cache."""
     ids, mask = left_pad(rows, 0, "cpu")
     cache, logits, tokens = None, [], []
-    for step in range(_STEPS):
+    for step in range(STEPS):
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         outputs = model(
             input_ids=ids,

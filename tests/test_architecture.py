@@ -53,7 +53,7 @@ def test_each_layer_imports_only_what_stands_below_it():
         "adaras_export.core.rule",
         "adaras_export.core.neuron_stats",
         "adaras_export.exporters",
-        "adaras_export.exporters.onnx.runner",
+        "adaras_export.exporters.onnx.__main__",
     ],
 )
 def test_values_are_imported_without_torch_or_transformers(module):

@@ -25,7 +25,8 @@ from adaras_export.data.collect import CollectReport, Recording, collect
 from adaras_export.delivery.verifier import verify
 from adaras_export.delivery.writer import ExportReport, export
 from adaras_export.demo import planted, smollm2
-from adaras_export.discovery.gate_training import GateReport, train_gate
+from adaras_export.discovery.gate_report import GateReport
+from adaras_export.discovery.gate_training import train_gate
 from adaras_export.discovery.identify import Identified, Reading, identify
 from adaras_export.errors import ExportError, MissingExtraError, require
 from adaras_export.evaluation.evaluate import Conduct, Evaluation, Exam, evaluate

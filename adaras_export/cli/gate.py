@@ -8,7 +8,7 @@ import typer
 from adaras_export.cli.options import A_FILE, Json, Model, Out, Precision, Revision, load_model, progress, show
 
 if TYPE_CHECKING:
-    from adaras_export.discovery.gate_training import Costs
+    from adaras_export.discovery.gate_metrics import Costs
 
 
 def gate(
@@ -86,6 +86,6 @@ def _costs_of(threshold: str, missed: float | None, needless: float | None) -> "
         return None
     if missed is None or needless is None:
         raise typer.BadParameter("--threshold cost: expected both --cost-missed and --cost-needless")
-    from adaras_export.discovery.gate_training import Costs
+    from adaras_export.discovery.gate_metrics import Costs
 
     return Costs(missed, needless)

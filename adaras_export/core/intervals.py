@@ -1,4 +1,4 @@
-"""Figures over questions: resampled intervals, exact paired tests and sampled answers, with nothing but arrays.
+"""Intervals and tests of figures over questions: bootstrap, Tango, McNemar, Holm, DeLong; pure functions of arrays.
 
 Questions are the units everywhere: several answers to one question are averaged before anything is drawn, so they
 never count as evidence of their own. Knows no arms, no rule and no files.
@@ -7,23 +7,25 @@ N questions, n answers to each.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 
 from adaras_export.errors import require
 from adaras_export.files.safetensors_record import Array
 
+Z = NormalDist().inv_cdf(0.975)
+"""Half the width of a 95 % interval of the normal distribution, in standard errors."""
+
+_POWER_Z = Z + NormalDist().inv_cdf(0.8)
 _RESAMPLES = 9999
-_AT_ONCE = 2**22  # numbers of resamples in memory
-_NORMAL = NormalDist()
-_Z = _NORMAL.inv_cdf(0.975)
-_POWER_Z = _Z + _NORMAL.inv_cdf(0.8)
+_FEW_LEVELS = 64  # different values
+_AT_ONCE = 1 << 17  # numbers of resamples in memory; few, so that they fit in the processor's cache
 _COUNTABLE = 10**9  # additions, about a second
-_FEW = 10  # questions
+_FEW_CHANGED = 10  # questions
 _LEAST_CHANGED = 6  # as many verdicts must change, all one way, for an exact McNemar p below 0.05
 
 
@@ -42,40 +44,49 @@ def per_question(verdicts: Array) -> Array:
     return values if values.ndim == 1 else values.mean(axis=1)
 
 
-def bootstrap_mean(values_N: Array, seed: int = 0) -> Estimate:
+def mean_interval(values_N: Array) -> Estimate:
     """Mean with its 95 % BCa bootstrap interval over questions (Efron 1987).
 
-    Where all values are the same a bootstrap has no width; see `_least_width`. Values lie in [-1, 1].
+    The same values give the same interval. Where all values are equal it has no width.
     """
-    count, mean = len(values_N), float(values_N.mean())
-    levels, times = np.unique(np.round(values_N, 12), return_counts=True)  # sums in another order are equal, too
+    mean, scale, count = float(values_N.mean()), float(np.abs(values_N).max()) or 1.0, len(values_N)
+    scaled = np.round(values_N / scale, 12)
+    levels, times = np.unique(scaled, return_counts=True)
     if len(levels) == 1:
-        width = _least_width(count)
-        return Estimate(mean, max(mean - width, -1.0), min(mean + width, 1.0))
-    # How often each value is drawn is all that a mean needs: N draws of N questions are one multinomial draw.
-    draw, shares = np.random.default_rng(seed), times / count
-    sizes = [len(part) for part in np.array_split(np.arange(_RESAMPLES), 1 + _RESAMPLES * len(levels) // _AT_ONCE)]
-    means = np.sort(np.concatenate([draw.multinomial(count, shares, size=size) @ levels / count for size in sizes]))
-    return Estimate(mean, *_bca_ends(means, mean, _acceleration(values_N - mean)))
+        return Estimate(mean, mean, mean)
+
+    def statistic(resamples: Array, axis: int) -> Array:
+        # BCa counts the resamples whose mean equals that of the sample, in whatever order either was summed up.
+        rounded: Array = np.round(resamples.mean(axis), 11)
+        return rounded
+
+    draw, drawn = np.random.default_rng(0), None
+    if len(levels) <= _FEW_LEVELS:
+        # How often each value is drawn is all that a mean needs: N draws of N questions are one multinomial draw.
+        means = np.round(draw.multinomial(count, times / count, size=_RESAMPLES) @ levels / count, 11)
+        drawn = SimpleNamespace(bootstrap_distribution=means)
+    bootstrap = require_statistics().bootstrap(
+        (scaled,),
+        statistic,
+        n_resamples=0 if drawn else _RESAMPLES,
+        bootstrap_result=drawn,
+        method="BCa",
+        batch=1 + _AT_ONCE // count,
+        random_state=draw,  # called `rng` from SciPy 1.15 on, which takes both
+    )
+    low, high = bootstrap.confidence_interval
+    return Estimate(mean, float(low) * scale, float(high) * scale)
 
 
-def _acceleration(centred_N: Array) -> float:
-    """A sixth of the skewness of the mean: what the jackknife gives for it."""
-    return float((centred_N**3).sum() / (6 * (centred_N**2).sum() ** 1.5))
+def bootstrap_mean(values_N: Array) -> Estimate:
+    """Mean of values in [-1, 1] with its 95 % bootstrap interval over questions; see `mean_interval`.
 
-
-def _bca_ends(sorted_means: Array, mean: float, acceleration: float) -> tuple[float, float]:
-    slack = 1e-12  # of rounding
-    below = (sorted_means < mean - slack).mean()
-    equal = (sorted_means <= mean + slack).mean() - below
-    share = min(max(float(below + equal / 2), 1 / _RESAMPLES), 1 - 1 / _RESAMPLES)  # ties count half
-    bias = _NORMAL.inv_cdf(share)
-
-    def end(z: float) -> float:
-        shifted = bias + (bias + z) / max(1 - acceleration * (bias + z), 1e-9)
-        return float(np.quantile(sorted_means, _NORMAL.cdf(shifted)))
-
-    return end(-_Z), end(_Z)
+    Where all values are equal a bootstrap has no width; see `_least_width`.
+    """
+    mean, width = mean_interval(values_N), _least_width(len(values_N))
+    if mean.low < mean.high:
+        return mean
+    return Estimate(mean.value, max(mean.value - width, -1.0), min(mean.value + width, 1.0))
 
 
 def difference(arm: Array, other: Array) -> Estimate:
@@ -86,18 +97,18 @@ def difference(arm: Array, other: Array) -> Estimate:
     for several answers at least as wide as the one of no changed verdict.
     """
     gained_N = per_question(arm) - per_question(other)
-    if np.count_nonzero(gained_N) >= _FEW:
+    if np.count_nonzero(gained_N) >= _FEW_CHANGED:
         return bootstrap_mean(gained_N)
     if arm.ndim == 1 or arm.shape[1] == other.shape[1] == 1:
         return paired_difference(arm.reshape(-1).astype(bool), other.reshape(-1).astype(bool))
-    found, width = bootstrap_mean(gained_N), _least_width(len(gained_N))
-    low, high = min(found.low, found.value - width), max(found.high, found.value + width)
-    return Estimate(found.value, max(low, -1.0), min(high, 1.0))
+    mean, width = bootstrap_mean(gained_N), _least_width(len(gained_N))
+    low, high = min(mean.low, mean.value - width), max(mean.high, mean.value + width)
+    return Estimate(mean.value, max(low, -1.0), min(high, 1.0))
 
 
 def _least_width(count: int) -> float:
-    """What a score test leaves open where nothing at all was seen to change; Tango's interval then."""
-    return _Z**2 / (count + _Z**2)
+    """The half width of Tango's interval where no verdict changed."""
+    return Z**2 / (count + Z**2)
 
 
 def changed(arm: Array, other: Array) -> tuple[int, int, float]:
@@ -110,15 +121,15 @@ def changed(arm: Array, other: Array) -> tuple[int, int, float]:
         return paired_test(arm.reshape(-1).astype(bool), other.reshape(-1).astype(bool))
     # Whole numbers, so that sums can be counted: differences are multiples of 1 / (n_arm * n_other).
     gained = arm.sum(axis=1) * other.shape[1] - other.sum(axis=1) * arm.shape[1]
-    return int((gained > 0).sum()), int((gained < 0).sum()), _swap_p_value([int(one) for one in gained])
+    return int((gained > 0).sum()), int((gained < 0).sum()), _swap_p_value(gained.tolist())
 
 
 def _swap_p_value(gained: list[int]) -> float:
-    """How likely a sum is at least as far from 0, if every term could as well have the opposite sign.
+    """The probability that the sum is at least as far from 0, if the sign of every term is a fair coin.
 
-    Counted exactly, and for the largest sums, where that would take minutes, by the normal distribution.
+    It is counted exactly; for the largest sums, where that would take minutes, it is the normal approximation.
     """
-    observed, sizes = abs(sum(gained)), [abs(one) for one in gained if one]
+    observed, sizes = abs(sum(gained)), [abs(term) for term in gained if term]
     step = math.gcd(*sizes) if sizes else 1
     total = sum(sizes) // step
     if len(sizes) * total > _COUNTABLE:
@@ -165,26 +176,26 @@ def pass_at_k(verdicts_Nn: Array, k: int) -> Estimate:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjusted p-values that keep the chance of one false finding among them all at the level (Holm 1979)."""
-    adjusted, worst, count = [0.0] * len(p_values), 0.0, len(p_values)
-    for rank, place in enumerate(sorted(range(count), key=lambda one: p_values[one])):
-        worst = max(worst, min(1.0, (count - rank) * p_values[place]))
-        adjusted[place] = worst
+    """Adjusted p-values, in the given order, that control the family-wise error rate (Holm 1979)."""
+    adjusted, largest, count = [0.0] * len(p_values), 0.0, len(p_values)
+    for rank, place in enumerate(sorted(range(count), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (count - rank) * p_values[place]))
+        adjusted[place] = largest
     return adjusted
 
 
 def rank_p_value(reached: float, controls: Sequence[float]) -> float:
-    """How likely a random draw of neurons does as well: (1 + controls that do) / (1 + controls)."""
-    return (1 + sum(one >= reached for one in controls)) / (1 + len(controls))
+    """The p-value of the rule's rank among random controls: (1 + controls that do as well) / (1 + controls)."""
+    return (1 + sum(control >= reached for control in controls)) / (1 + len(controls))
 
 
 def in_points(difference: float) -> str:
-    """A difference of two shares in per cent, signed; however it was summed up, it is rounded to the same figure."""
+    """A difference of two shares in percentage points, signed; the order of a sum does not change the rounding."""
     return f"{100 * (round(difference, 9) + 0.0):+.1f}"
 
 
 def paired_test(arm: Array, other: Array) -> tuple[int, int, float]:
-    """Questions that ``arm`` fixes and breaks, seen from ``other``, and the p-value of the exact McNemar test."""
+    """How many questions ``arm`` has right and ``other`` wrong, the reverse, and the exact McNemar test's p-value."""
     stats = require_statistics()
     fixed, broken = int((arm & ~other).sum()), int((other & ~arm).sum())
     p_value = float(stats.binomtest(fixed, fixed + broken).pvalue) if fixed + broken else 1.0
@@ -203,8 +214,10 @@ def paired_difference(arm: Array, other: Array) -> Estimate:
     def score(difference: float) -> float:
         return _score(difference, count, fixed, broken)
 
-    low = _root(lambda difference: score(difference) - _Z, -1.0, value)
-    high = _root(lambda difference: score(difference) + _Z, value, 1.0)
+    # The score falls from above z at -1 to 0 at the observed difference, and on to below -z at 1.
+    root = require("scipy.optimize", "identify", "comparing verdicts").brentq
+    low = -1.0 if value == -1 else root(lambda difference: score(difference) - Z, -1.0, value, xtol=1e-12)
+    high = 1.0 if value == 1 else root(lambda difference: score(difference) + Z, value, 1.0, xtol=1e-12)
     return Estimate(value, low, high)
 
 
@@ -217,22 +230,6 @@ def _score(difference: float, count: int, fixed: int, broken: int) -> float:
     return (fixed - broken - count * difference) / math.sqrt(max(variance, 1e-300))  # 0 at the ends of the range
 
 
-def _root(function: Callable[[float], float], low: float, high: float) -> float:
-    """Where a falling function crosses 0, or the end of the range that it does not cross it before."""
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if function(middle) > 0 else (low, middle)
-    return (low + high) / 2
-
-
-def mean_interval(values_N: Array) -> Estimate:
-    """Mean with its percentile bootstrap interval; the same values give the same interval."""
-    draw, count = np.random.default_rng(0), len(values_N)
-    means = [values_N[draw.integers(count, size=count)].mean() for _ in range(_RESAMPLES)]
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Estimate(float(values_N.mean()), float(low), float(high))
-
-
 def require_statistics() -> ModuleType:
     """SciPy's statistics, or the error that names the extra to install."""
     return require("scipy.stats", "identify", "comparing verdicts")
@@ -241,15 +238,15 @@ def require_statistics() -> ModuleType:
 def auc_interval(p_correct: Array, correct: Array) -> tuple[float, float, float]:
     """Area under the ROC curve with its 95 % interval by DeLong, Biometrics 44 (1988) 837, within [0, 1]."""
     right, wrong = _placements(p_correct, correct)
-    auc, margin = float(right.mean()), _Z * _error(right, wrong)
+    auc, margin = float(right.mean()), Z * _error(right, wrong)
     return auc, max(0.0, auc - margin), min(1.0, auc + margin)
 
 
 def auc_difference(p_correct: Array, other: Array, correct: Array) -> Estimate:
     """How much larger the area of the first is on the same questions, with DeLong's interval for pairs."""
     pairs = zip(_placements(p_correct, correct), _placements(other, correct), strict=True)
-    right, wrong = (one - another for one, another in pairs)
-    difference, margin = float(right.mean()), _Z * _error(right, wrong)
+    right, wrong = (first - second for first, second in pairs)
+    difference, margin = float(right.mean()), Z * _error(right, wrong)
     return Estimate(difference, max(-1.0, difference - margin), min(1.0, difference + margin))
 
 
@@ -257,9 +254,9 @@ def _placements(p_correct: Array, correct: Array) -> tuple[Array, Array]:
     """For each right answer the share of wrong ones that it beats, for each wrong one that of right ones; ties half."""
     right, wrong = (np.sort(p_correct[which].astype(np.float64)) for which in (correct, ~correct))
     # In the order of the questions: differences pair them.
-    own_right, own_wrong = p_correct[correct].astype(np.float64), p_correct[~correct].astype(np.float64)
-    beaten = [np.searchsorted(wrong, own_right, side) for side in ("left", "right")]
-    beating = [len(right) - np.searchsorted(right, own_wrong, side) for side in ("right", "left")]
+    each_right, each_wrong = p_correct[correct].astype(np.float64), p_correct[~correct].astype(np.float64)
+    beaten = [np.searchsorted(wrong, each_right, side) for side in ("left", "right")]
+    beating = [len(right) - np.searchsorted(right, each_wrong, side) for side in ("right", "left")]
     return (beaten[0] + beaten[1]) / 2 / len(wrong), (beating[0] + beating[1]) / 2 / len(right)
 
 

@@ -50,7 +50,7 @@ def checks(folder: Path, receipt: Receipt, exporter: Exporter, rule: SteeringRul
     left_out = sorted({*receipt.drops} ^ {*dropped(rule, exporter)})
     written = _other_than_written(folder, receipt, exporter, rule)
     return [
-        _base_check(receipt, base),
+        Check.empty("tensors of the base that changed since", differing_keys(base.hashes, receipt.base_tensors)),
         _disclosure_check(exporter, folder, receipt),
         Check.empty("card other than its receipt's", written),
         Check.empty("statements about the base that differ from its card", other),
@@ -105,13 +105,12 @@ def _differing(place: Path, base: Checkpoint, receipt: Receipt) -> list[str]:
 def claim_checks(receipt: Receipt, exporter: Exporter, rule: SteeringRule, ran: ParityReport) -> list[Check]:
     """Whether the checks of a receipt are those that were made now, with their limits; figures are its author's."""
     only_written = {AGREEMENT} if exporter.spec.rounded and rule.gate is not None else set()
-    told, notes = [
-        [one for one in receipt.parity.checks if (one.name in only_written) == is_note] for is_note in (0, 1)
-    ]
-    theirs, ours = (Counter(check.name for check in checks) for checks in (told, ran.checks))
+    recorded = [check for check in receipt.parity.checks if check.name not in only_written]
+    notes = [check for check in receipt.parity.checks if check.name in only_written]
+    theirs, ours = (Counter(check.name for check in checks) for checks in (recorded, ran.checks))
     bounds = {check.name: _bound(check) for check in ran.checks}
-    other = [one.name for one in told if one.name in bounds and not _is_near(_bound(one), bounds[one.name])]
-    wrong = [*(theirs - ours), *(ours - theirs), *other]
+    different = [c.name for c in recorded if c.name in bounds and not _is_near(_bound(c), bounds[c.name])]
+    wrong = [*(theirs - ours), *(ours - theirs), *different]
     return [
         Check("checks of the receipt that verify does not make so", len(wrong), 0, "; ".join(wrong)),
         *(replace(check, name=f"{check.name}: by the receipt, not measured again", limit=None) for check in notes),
@@ -219,10 +218,3 @@ def _disclosure_check(exporter: Exporter, folder: Path, receipt: Receipt) -> Che
         return Check(name, 1, 0, str(error))
     other = manifest.differing(found, receipt.tensors)
     return Check.empty(name, other)
-
-
-def _base_check(receipt: Receipt, base: Checkpoint) -> Check:
-    found = base.hashes
-    names = {*found, *receipt.base_tensors}
-    changed = sorted(name for name in names if found.get(name) != receipt.base_tensors.get(name))
-    return Check.empty("tensors of the base that changed since", changed)

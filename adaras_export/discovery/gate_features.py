@@ -1,4 +1,4 @@
-"""What a gate may see of prompts: the mean of h over their tokens, and some neurons of h at every token.
+"""Gate features: the mean of h over a prompt's tokens, and some neurons of h at every token.
 
 Knows nothing of labels. N prompts, T tokens, L layers, M MLP neurons, F features. What is read goes into files, so that
 memory does not grow with prompts, and a run that was killed reads what it lacks.
@@ -19,12 +19,12 @@ from adaras_export.files.atomic import sha256
 from adaras_export.files.memory_mapped import KeptRows, keep_rows
 from adaras_export.files.safetensors_record import Array
 from adaras_export.modeling.activations import Reading, batches_of, token_means
-from adaras_export.modeling.gate import _features
+from adaras_export.modeling.gate import features_of
 
 
 @dataclass(frozen=True)
-class Prompts:
-    """Encoded prompts, the model that reads them, and where it is kept."""
+class PromptReader:
+    """Encoded prompts, the model that reads them, and the file that keeps what was read."""
 
     model: PreTrainedModel
     base: BaseModel
@@ -46,7 +46,7 @@ class Prompts:
                 raise TraceError(
                     f"prompts: activations of layers {bad[:5]} are NaN or infinite; load the model in float32"
                 )
-            return [one.ravel() for one in means_BLM]
+            return [means_LM.ravel() for means_LM in means_BLM]
 
         widths = [layers * self.base.mlp_size] * len(self.rows)
         key = self._key({"what": "means", "layers": layers})
@@ -62,7 +62,7 @@ class Prompts:
 
         def read_batch(indices: Sequence[int]) -> list[Array]:
             rows = [self.rows[row] for row in indices]
-            return [one.ravel() for one in _features(self.model, rows, layer, index, self.reading)]
+            return [features_TF.ravel() for features_TF in features_of(self.model, rows, layer, index, self.reading)]
 
         widths = [len(row) * len(layer) for row in self.rows]
         key = self._key({"what": "tokens", "features": _digest([layer.tolist(), index.tolist()])})

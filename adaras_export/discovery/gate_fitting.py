@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adaras_export.discovery.gate_report import Tried, best_of
-from adaras_export.discovery.gate_selection import Scaling, Training
+from adaras_export.discovery.gate_report import GateSetting, best_of
+from adaras_export.discovery.gate_selection import Training
 from adaras_export.errors import require
 from adaras_export.files.memory_mapped import KeptRows
 from adaras_export.files.safetensors_record import Array
@@ -38,78 +38,83 @@ class Fitted:
     Attributes:
         places: (F,) columns of the means.
         weights: of `SteeringGate`, by name.
-        tried: the settings that it was chosen among.
-        tokens: the features at every token of every prompt, if it pools them unevenly.
+        tried: all settings of the cross-validation.
+        tokens: the features at every token of every prompt; None for logistic regression, which needs means only.
         token_places: (U,) their columns.
     """
 
     places: Array
     weights: dict[str, Array]
-    tried: tuple[Tried, ...]
+    tried: tuple[GateSetting, ...]
     tokens: KeptRows | None = None
     token_places: Array | None = None
 
     def features(self, means: KeptRows, row: int) -> Array:
-        """What the classifier pools of a prompt, (T, F); its mean alone, if that is all it needs."""
+        """The features of a prompt that the classifier pools, (T, F); T is 1 where it needs the mean only."""
         if self.tokens is None or self.token_places is None:
             return means[row][self.places][None]
-        found: Array = _table(self.tokens, row, self.token_places, self.places)
-        return found
+        return _table(self.tokens, row, self.token_places, self.places)
 
 
 def fit_logistic(training: Training, sizes: Sequence[int]) -> Fitted:
-    """Logistic regression on the mean over the prompt's tokens, in the gate's form.
-
-    Raises:
-        MissingExtraError: scikit-learn is not installed.
-    """
+    """Logistic regression on the mean over the prompt's tokens, in the gate's form."""
     without, whole = training.rankings(max(sizes))
-    with _regressions() as linear:
-        return _chosen_logistic(linear, training, sizes, without, whole)
-
-
-@contextmanager
-def _regressions() -> Iterator[Any]:
-    """The module of scikit-learn, on one thread of linear algebra.
-
-    On matrices as small as these, two threads on a busy machine of two cores took six times as long as one.
-    """
-    linear = require("sklearn.linear_model", "identify", "training a gate")
-    threads = require("threadpoolctl", "identify", "training a gate")  # scikit-learn brings it
-    with threads.threadpool_limits(1, user_api="blas"):
-        yield linear
-
-
-def _chosen_logistic(
-    linear: Any,  # noqa: ANN401 - scikit-learn's
-    training: Training,
-    sizes: Sequence[int],
-    without: Sequence[Array],
-    whole: Array,
-) -> Fitted:
     union = np.unique(np.concatenate([*without, whole]))
     values_NU, correct = training.columns(union), training.correct
-    losses: dict[tuple[int, float], list[float]] = {(size, c): [] for size in sizes for c in REGULARISATION}
-    for held, ranking in zip(training.folds(), without, strict=True):
-        for size in sizes:
-            own = values_NU[:, np.searchsorted(union, ranking[:size])]
-            scaling = Scaling.of(own[~held])
-            fitted, left_out = scaling.apply(own[~held]), scaling.apply(own[held])
-            for c in REGULARISATION:
-                z = _regression(linear, c, fitted, correct[~held]).decision_function(left_out)
-                losses[size, c].append(float(np.logaddexp(0, np.where(correct[held], -z, z)).mean()))
-    tried = tuple(Tried(size, c, float(np.mean(found))) for (size, c), found in losses.items())
+
+    def columns(places: Array) -> Array:
+        chosen: Array = values_NU[:, np.searchsorted(union, places)]
+        return chosen
+
+    folds = list(zip(training.folds, without, strict=True))
+    tried = []
+    for size in sizes:
+        by_fold = [_losses(columns(ranking[:size]), correct, held) for held, ranking in folds]
+        mean = np.mean(by_fold, axis=0).tolist()
+        tried += [GateSetting(size, c, loss) for c, loss in zip(REGULARISATION, mean, strict=True)]
     best = best_of(tried)
     assert best.regularisation is not None  # one of those
     places = np.sort(whole[: best.features])
-    chosen = values_NU[:, np.searchsorted(union, places)]
-    scaling = Scaling.of(chosen)
-    weights = _logistic(_regression(linear, best.regularisation, scaling.apply(chosen), correct))
-    return Fitted(places, scaling.fold(weights), tried)
+    with _one_thread():
+        scaler, regression = _classifier(best.regularisation).fit(columns(places), correct)
+    return Fitted(places, _unscaled(_logistic(regression), scaler), tuple(tried))
 
 
-def _regression(linear: Any, c: float, values_NF: Array, correct_N: Array) -> Any:  # noqa: ANN401 - scikit-learn's
-    return linear.LogisticRegression(C=c, max_iter=1000).fit(values_NF, correct_N)
+def _losses(values_NF: Array, correct_N: Array, held: Array) -> Array:
+    """The log loss on the questions that a fold holds out, for each candidate of C."""
+    from sklearn.model_selection import GridSearchCV
+
+    search = GridSearchCV(
+        _classifier(),
+        {"logisticregression__C": REGULARISATION},
+        scoring="neg_log_loss",
+        cv=[(np.flatnonzero(~held), np.flatnonzero(held))],
+        refit=False,
+        error_score="raise",
+    )
+    with _one_thread():
+        loss: Array = -search.fit(values_NF, correct_N).cv_results_["mean_test_score"]
+    return loss
+
+
+def _classifier(c: float = 1.0) -> Any:  # noqa: ANN401 - scikit-learn's
+    """Logistic regression on standardised features: a pipeline of scikit-learn."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    return make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=1000))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Linear algebra on one thread.
+
+    On matrices as small as these, two threads on a busy machine of two cores took six times as long as one.
+    """
+    threads = require("threadpoolctl", "identify", "training a gate")  # scikit-learn brings it
+    with threads.threadpool_limits(1, user_api="blas"):
+        yield
 
 
 def _logistic(fitted: Any) -> dict[str, Array]:  # noqa: ANN401 - scikit-learn's
@@ -125,18 +130,25 @@ def _logistic(fitted: Any) -> dict[str, Array]:  # noqa: ANN401 - scikit-learn's
     }
 
 
-def by_length(lengths: Array, train: Array, correct: Array, asked: Array) -> Array:
-    """p(correct) of some prompts by logistic regression on their length alone, fitted on others.
+def _unscaled(weights: dict[str, Array], scaler: Any) -> dict[str, Array]:  # noqa: ANN401 - scikit-learn's
+    """Weights on raw features that do what ``weights`` do on those that ``scaler`` standardised."""
+    folded = dict(weights)
+    for weight, bias in (("attention_weight", "attention_bias"), ("hidden_weight", "hidden_bias")):
+        folded[weight] = weights[weight] / scaler.scale_
+        folded[bias] = weights[bias] - folded[weight] @ scaler.mean_
+    return folded
 
-    Raises:
-        MissingExtraError: scikit-learn is not installed.
+
+def by_length(lengths: Array, train: Array, correct: Array, validation: Array) -> Array:
+    """p(correct) of the validation prompts by logistic regression on the length of the training prompts.
+
+    ``lengths`` are of all prompts, in tokens; ``train`` and ``validation`` are rows of them.
     """
-    values = np.asarray(lengths, np.float64)[:, None]
-    scaling = Scaling.of(values[train])
-    with _regressions() as linear:
-        fitted = _regression(linear, 1.0, scaling.apply(values[train]), correct)
-    found: Array = fitted.predict_proba(scaling.apply(values[asked]))[:, 1]
-    return found
+    values_N1 = np.asarray(lengths, np.float64)[:, None]
+    with _one_thread():
+        fitted = _classifier().fit(values_N1[train], correct)
+        p_correct: Array = fitted.predict_proba(values_N1[validation])[:, 1]
+    return p_correct
 
 
 def fit_attention(
@@ -152,34 +164,36 @@ def fit_attention(
     union = np.unique(np.concatenate([*without, whole]))
     values_NU, tokens = training.columns(union), read_tokens(union)
 
-    def fitted(places: Array, which: Array) -> tuple[Scaling, dict[str, Array]]:
+    def fitted(places: Array, which: Array) -> tuple[Any, dict[str, Array]]:
         """Standardisation, and weights behind it."""
-        scaling = Scaling.of(values_NU[which][:, np.searchsorted(union, places)])
-        return scaling, _attention(scaled(places, which, scaling), training.correct[which], seed)
+        from sklearn.preprocessing import StandardScaler
 
-    def scaled(places: Array, which: Array, scaling: Scaling) -> list[Array]:
-        rows = training.rows[which]
-        return [scaling.apply(_table(tokens, row, union, places)).astype(np.float32) for row in rows]
+        scaler = StandardScaler().fit(values_NU[which][:, np.searchsorted(union, places)])
+        return scaler, _attention(scaled(places, which, scaler), training.correct[which], seed)
+
+    def scaled(places: Array, which: Array, scaler: Any) -> list[Array]:  # noqa: ANN401 - scikit-learn's
+        tables = (_table(tokens, row, union, places) for row in training.rows[which])
+        return [scaler.transform(table.astype(np.float64)).astype(np.float32) for table in tables]
 
     losses: dict[int, list[float]] = {size: [] for size in sizes}
-    for held, ranking in zip(training.folds(), without, strict=False):
+    for held, ranking in zip(training.folds, without, strict=False):
         for size in sizes:
             places = np.sort(ranking[:size])
-            scaling, weights = fitted(places, ~held)
+            scaler, weights = fitted(places, ~held)
             module = _module(weights)
             with torch.no_grad():
-                found = _Batches.of(scaled(places, held, scaling), training.correct[held]).loss(module)
-            losses[size].append(found.item())
-    tried = tuple(Tried(size, None, float(np.mean(found)) if found else None) for size, found in losses.items())
+                loss = _Batches.of(scaled(places, held, scaler), training.correct[held]).loss(module)
+            losses[size].append(loss.item())
+    tried = tuple(GateSetting(size, None, float(np.mean(loss)) if loss else None) for size, loss in losses.items())
     places = np.sort(whole[: best_of(tried).features])
-    scaling, weights = fitted(places, np.ones(len(training.rows), bool))
-    return Fitted(places, scaling.fold(weights), tried, tokens, union)
+    scaler, weights = fitted(places, np.ones(len(training.rows), bool))
+    return Fitted(places, _unscaled(weights, scaler), tried, tokens, union)
 
 
 def _table(tokens: KeptRows, row: int, union: Array, places: Array) -> Array:
     """Some features at every token of a prompt, (T, F)."""
-    found: Array = tokens[row].reshape(-1, len(union))[:, np.searchsorted(union, places)]
-    return found
+    features_TF: Array = tokens[row].reshape(-1, len(union))[:, np.searchsorted(union, places)]
+    return features_TF
 
 
 def _module(weights: dict[str, Array]) -> SteeringGate:
@@ -197,7 +211,7 @@ class _Batches:
     @classmethod
     def of(cls, tokens: Sequence[Array], correct_N: Array) -> "_Batches":
         parts = []
-        for rows in batches([len(one) for one in tokens], _TOKENS, len(tokens)):
+        for rows in batches([len(features_TF) for features_TF in tokens], _TOKENS, len(tokens)):
             width = max(len(tokens[row]) for row in rows)
             padded = [np.pad(tokens[row], ((0, width - len(tokens[row])), (0, 0))) for row in rows]
             mask = [[1.0] * len(tokens[row]) + [0.0] * (width - len(tokens[row])) for row in rows]

@@ -1,7 +1,6 @@
-"""How well probabilities tell right answers from wrong ones, and from where on to steer.
+"""Gate metrics: the cost of decisions, cross-fitted rates and the calibration curve.
 
-Pure statistics over arrays; knows no model, no prompt and no gate. N questions; p(correct) is compared as runtimes do,
-in float32.
+Pure functions of arrays; knows no model, no prompt and no gate. N questions.
 """
 
 import math
@@ -13,12 +12,11 @@ import numpy as np
 from adaras_export.core.intervals import require_statistics
 from adaras_export.errors import RuleError
 from adaras_export.files.safetensors_record import Array
-from adaras_export.modeling.gate import _below, _cuts, is_below
+from adaras_export.modeling.gate import counts_below, cuts_of, is_below
 
 Fit = Callable[[Array, Array], float]
 """A threshold, from p(correct) and labels."""
 
-_Z = 1.959964
 _FOLDS = 10
 _BINS = 10
 
@@ -51,9 +49,9 @@ class Costs:
         It may be 0 (steer none) or 1 (steer all). The lowest such t, so that ties steer less.
         """
         p_correct = p_correct.astype(np.float32)
-        cuts = np.append(_cuts(p_correct), np.float32(1))
-        missed = (~correct).sum() - _below(p_correct[~correct], cuts)
-        cost = self.missed * missed + self.needless * _below(p_correct[correct], cuts)
+        cuts = np.append(cuts_of(p_correct), np.float32(1))
+        missed = (~correct).sum() - counts_below(p_correct[~correct], cuts)
+        cost = self.missed * missed + self.needless * counts_below(p_correct[correct], cuts)
         return float(cuts[int(np.argmin(cost))])
 
     def of(self, is_steered: Array, correct: Array) -> float:
@@ -62,28 +60,24 @@ class Costs:
         return float((self.missed * missed + self.needless * needless) / len(correct))
 
 
-def dealt(correct: Array, folds: int, seed: int) -> Array:
-    """The fold of each question, (N,): of equal size within one, and each with its share of either label."""
-    draw = np.random.default_rng(seed)
-    found, start = np.zeros(len(correct), np.int64), 0
-    for label in (True, False):
-        rows = draw.permutation(np.flatnonzero(correct == label))
-        found[rows] = (start + np.arange(len(rows))) % folds
-        start += len(rows)
-    return found
+def held_out(correct: Array, folds: int, seed: int) -> list[Array]:
+    """Which questions each fold holds out, (N,) bool: every question in one, each with its share of either label.
+
+    There are as many folds as questions of the rarer label, two or more, where that is fewer than ``folds``.
+    """
+    from sklearn.model_selection import StratifiedKFold
+
+    count = min(folds, int(correct.sum()), int((~correct).sum()))
+    splits = StratifiedKFold(count, shuffle=True, random_state=seed % 2**32).split(correct, correct)
+    return [np.isin(np.arange(len(correct)), held) for _, held in splits]
 
 
 def cross_fitted(p_correct: Array, correct: Array, fit: Fit, seed: int) -> Array:
-    """Which questions are steered below a threshold that was chosen on others, (N,) bool.
-
-    Ten folds, or as many as there are questions of the rarer label.
-    """
-    folds = min(_FOLDS, int(correct.sum()), int((~correct).sum()))
-    fold, found = dealt(correct, folds, seed), np.zeros(len(correct), bool)
-    for one in range(folds):
-        own = fold == one
-        found[own] = is_below(p_correct[own], fit(p_correct[~own], correct[~own]))
-    return found
+    """Which questions are steered below a threshold that was chosen on others, in ten folds, (N,) bool."""
+    is_steered = np.zeros(len(correct), bool)
+    for held in held_out(correct, _FOLDS, seed):
+        is_steered[held] = is_below(p_correct[held], fit(p_correct[~held], correct[~held]))
+    return is_steered
 
 
 def rates(is_steered: Array, correct: Array) -> tuple[float, float]:
@@ -111,21 +105,21 @@ class Bin:
 
 
 def reliability(p_correct: Array, correct: Array) -> tuple[Bin, ...]:
-    """The calibration curve, in bins of about equally many questions: ten, or fewer so that each has ten."""
+    """The calibration curve, in bins of about equally many questions: ten, or fewer so that each has ten.
+
+    The bins are those of scikit-learn's `calibration_curve`, which does not say how many questions each has.
+    """
     stats = require_statistics()
     p_correct = p_correct.astype(np.float64)
     bins = max(2, min(_BINS, len(p_correct) // 10))
     edges = np.quantile(p_correct, np.linspace(0, 1, bins + 1))
     place = np.searchsorted(edges[1:-1], p_correct)
-    found = []
-    for one in np.unique(place):
-        own = place == one
-        count, right = int(own.sum()), int(correct[own].sum())
+    curve = []
+    for number in np.unique(place):
+        within = place == number
+        count, right = int(within.sum()), int(correct[within].sum())
         interval = stats.binomtest(right, count).proportion_ci(confidence_level=0.95, method="wilson")
-        found.append(Bin(count, float(p_correct[own].mean()), right / count, float(interval.low), float(interval.high)))
-    return tuple(found)
-
-
-def brier(p_correct: Array | float, correct: Array) -> float:
-    """Mean squared distance of p(correct) from what happened: 0 is best."""
-    return float(((p_correct - correct) ** 2).mean())
+        curve.append(
+            Bin(count, float(p_correct[within].mean()), right / count, float(interval.low), float(interval.high))
+        )
+    return tuple(curve)

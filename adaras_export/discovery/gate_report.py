@@ -1,4 +1,4 @@
-"""What there is to know of a gate before it is used: how well it separates, how its probabilities hold, what it adds.
+"""The report on a gate: how well it separates right from wrong answers, its calibration, and what it adds to baselines.
 
 Knows no model; everything is computed from probabilities and labels of questions that the gate was not fitted on.
 """
@@ -11,7 +11,7 @@ import numpy as np
 
 from adaras_export.core.gate import Gate
 from adaras_export.core.intervals import Estimate, auc_difference, auc_interval
-from adaras_export.discovery.gate_metrics import Bin, Costs, brier, cross_fitted, rates, reliability
+from adaras_export.discovery.gate_metrics import Bin, Costs, cross_fitted, rates, reliability
 from adaras_export.files.safetensors_record import Array
 from adaras_export.modeling.gate import is_below, youden_threshold
 
@@ -19,7 +19,7 @@ Pooling = Literal["logistic", "attention"]
 
 
 @dataclass(frozen=True)
-class Tried:
+class GateSetting:
     """One setting of the selection on training questions.
 
     Attributes:
@@ -96,8 +96,8 @@ class GateReport:
     brier: float
     brier_of_share: float
     over_length: Estimate
-    chosen: Tried
-    tried: tuple[Tried, ...]
+    chosen: GateSetting
+    tried: tuple[GateSetting, ...]
     calibration: tuple[Bin, ...]
     deciders: tuple[Decider, ...]
     pooling: Pooling
@@ -105,7 +105,7 @@ class GateReport:
 
     def line(self) -> str:
         """One line for a person."""
-        length = next(one.auc for one in self.deciders if one.name == "length")
+        length = next(decider.auc for decider in self.deciders if decider.name == "length")
         assert length is not None  # it has a p(correct)
         return (
             f"{len(self.gate.layer)} features of layers {self.gate.layer.min()} to {self.gate.layer.max()}, "
@@ -117,21 +117,21 @@ class GateReport:
         )
 
     def doubts(self) -> list[str]:
-        """Why this gate may not be worth it, if so."""
-        found = []
+        """Reasons not to use this gate."""
+        doubts = []
         if self.auc_low <= 0.5:
-            found.append("NOT DISTINGUISHABLE FROM CHANCE")
+            doubts.append("NOT DISTINGUISHABLE FROM CHANCE")
         if self.over_length.low <= 0:
-            found.append("NOT DISTINGUISHABLE FROM THE LENGTH OF THE PROMPT")
+            doubts.append("NOT DISTINGUISHABLE FROM THE LENGTH OF THE PROMPT")
         if self.gate.threshold in (0, 1):
-            found.append(f"THE THRESHOLD STEERS {'NO' if self.gate.threshold == 0 else 'EVERY'} PROMPT")
-        return found
+            doubts.append(f"THE THRESHOLD STEERS {'NO' if self.gate.threshold == 0 else 'EVERY'} PROMPT")
+        return doubts
 
     def table(self) -> str:
         """The gate beside the other ways to decide, for a person."""
         cost = "" if self.costs is None else f"{'cost':>8}"
         head = f"{'':8}{'AUC':24}{'steers wrong':>14}{'steers right':>14}{cost}"
-        return "\n".join([head, *(one.row() for one in self.deciders)])
+        return "\n".join([head, *(decider.row() for decider in self.deciders)])
 
     def as_record(self) -> dict[str, Any]:
         """JSON values."""
@@ -144,15 +144,15 @@ class GateReport:
             "costs": None if self.costs is None else asdict(self.costs),
             "features": self.chosen.features,
             "regularisation": self.chosen.regularisation,
-            "selection": {"tried": [asdict(one) for one in self.tried]},
-            "calibration": {"bins": [asdict(one) for one in self.calibration]},
-            "deciders": {one.name: asdict(one) for one in self.deciders},
+            "selection": {"tried": [asdict(setting) for setting in self.tried]},
+            "calibration": {"bins": [asdict(bin_) for bin_ in self.calibration]},
+            "deciders": {decider.name: asdict(decider) for decider in self.deciders},
             "auc_over_length": asdict(self.over_length),
         }
 
 
 @dataclass(frozen=True)
-class Judged:
+class ValidationScores:
     """Probabilities and labels of the validation questions.
 
     Attributes:
@@ -171,14 +171,16 @@ class Judged:
 
 
 def calibrated(
-    gate: Gate, judged: Judged, tried: Sequence[Tried], pooling: Pooling, costs: Costs | None, seed: int
+    gate: Gate, scores: ValidationScores, tried: Sequence[GateSetting], pooling: Pooling, costs: Costs | None, seed: int
 ) -> GateReport:
-    """The gate with its threshold, and what the validation questions say of it; the best of ``tried`` was chosen."""
-    p_correct, correct = judged.p_correct, judged.correct
+    """The gate with its threshold and its figures on the validation questions; the best of ``tried`` was chosen."""
+    from sklearn.metrics import brier_score_loss
+
+    p_correct, correct = scores.p_correct, scores.correct
     fit = youden_threshold if costs is None else costs.threshold
     threshold = fit(p_correct, correct)
     apparent = rates(is_below(p_correct, threshold), correct)
-    deciders = _deciders(judged, costs, seed)
+    deciders = _deciders(scores, costs, seed)
     own = deciders[0].auc
     assert own is not None  # of the gate
     return GateReport(
@@ -188,13 +190,13 @@ def calibrated(
         auc_high=own.high,
         sensitivity=deciders[0].sensitivity,
         specificity=deciders[0].specificity,
-        train_questions=judged.train_questions,
+        train_questions=scores.train_questions,
         validation_questions=len(correct),
         apparent_sensitivity=apparent[0],
         apparent_specificity=apparent[1],
-        brier=brier(p_correct, correct),
-        brier_of_share=brier(judged.train_share, correct),
-        over_length=auc_difference(p_correct, judged.by_length, correct),
+        brier=brier_score_loss(correct, p_correct),
+        brier_of_share=brier_score_loss(correct, np.full(len(correct), scores.train_share)),
+        over_length=auc_difference(p_correct, scores.by_length, correct),
         chosen=best_of(tried),
         tried=tuple(tried),
         calibration=reliability(p_correct, correct),
@@ -204,20 +206,20 @@ def calibrated(
     )
 
 
-def best_of(tried: Sequence[Tried]) -> Tried:
+def best_of(tried: Sequence[GateSetting]) -> GateSetting:
     """The setting with the lowest loss; ties go to fewer features, then to more regularisation."""
-    return min(tried, key=lambda one: (one.log_loss or 0.0, one.features, one.regularisation or 0.0))
+    return min(tried, key=lambda setting: (setting.log_loss or 0.0, setting.features, setting.regularisation or 0.0))
 
 
-def _deciders(judged: Judged, costs: Costs | None, seed: int) -> tuple[Decider, ...]:
-    correct, fit = judged.correct, youden_threshold if costs is None else costs.threshold
-    scores = {"gate": judged.p_correct, "length": judged.by_length}
-    steered = {name: cross_fitted(p_correct, correct, fit, seed) for name, p_correct in scores.items()}
+def _deciders(scores: ValidationScores, costs: Costs | None, seed: int) -> tuple[Decider, ...]:
+    correct, fit = scores.correct, youden_threshold if costs is None else costs.threshold
+    by_name = {"gate": scores.p_correct, "length": scores.by_length}
+    steered = {name: cross_fitted(p_correct, correct, fit, seed) for name, p_correct in by_name.items()}
     everyone = np.ones(len(correct), bool)
     return tuple(
         Decider(
             name,
-            Estimate(*auc_interval(scores[name], correct)) if name in scores else None,
+            Estimate(*auc_interval(by_name[name], correct)) if name in by_name else None,
             *rates(is_steered, correct),
             None if costs is None else costs.of(is_steered, correct),
         )

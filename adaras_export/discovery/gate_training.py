@@ -16,25 +16,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from adaras_export.core.base_model import BaseModel
 from adaras_export.core.gate import Gate
-from adaras_export.core.intervals import auc_interval as auc_interval
 from adaras_export.core.question_identity import identity
 from adaras_export.core.traces import Trace, labelled_prompts, require_both, split
-from adaras_export.discovery.gate_features import Prompts, means_file, tokens_file
+from adaras_export.discovery.gate_features import PromptReader, means_file, tokens_file
 from adaras_export.discovery.gate_fitting import Fitted, by_length, fit_attention, fit_logistic
-from adaras_export.discovery.gate_metrics import (
-    Costs as Costs,  # for whoever trains or judges a gate by way of this module
-)
-from adaras_export.discovery.gate_report import GateReport as GateReport
-from adaras_export.discovery.gate_report import Judged, Pooling, calibrated
+from adaras_export.discovery.gate_metrics import Costs
+from adaras_export.discovery.gate_report import GateReport, Pooling, ValidationScores, calibrated
 from adaras_export.discovery.gate_selection import Training, sizes
-from adaras_export.discovery.gate_selection import f_scores as f_scores
 from adaras_export.errors import RuleError, require
 from adaras_export.files.memory_mapped import KeptRows
 from adaras_export.files.safetensors_record import Array
 from adaras_export.modeling.activations import Reading
-from adaras_export.modeling.gate import _probability, gate_module
-from adaras_export.modeling.gate import agreeing_threshold as agreeing_threshold
-from adaras_export.modeling.gate import youden_threshold as youden_threshold
+from adaras_export.modeling.gate import gate_module, probability_of
 from adaras_export.modeling.generation import encode_prompt
 
 _FOLDS = {"logistic": 5, "attention": 3}
@@ -79,14 +72,15 @@ def train_gate(  # noqa: PLR0913 - one decision of the researcher each
             files (`partial_files`). Without it, in the folder for temporary files.
 
     Raises:
-        TraceError: a part of the questions has one label only, activations are not finite, or have no room on the disk.
-        RuleError: there are fewer neurons than features, no feature, or no such layer.
+        TraceError: the training or the validation questions have fewer than two of a label, an activation is not
+            finite, or the disk is full.
+        RuleError: ``features`` or ``below_layer`` is outside the range that the model allows.
         MissingExtraError: scikit-learn is not installed.
     """
     require("sklearn.linear_model", "identify", "training a gate")
     if not 1 <= below_layer <= base.layers:
         raise RuleError(f"gate: reads layers below {below_layer}; expected 1 to {base.layers}, the layers of {base.id}")
-    wanted = sizes(features, below_layer * base.mlp_size)
+    counts = sizes(features, below_layer * base.mlp_size)
     prompts, labels = labelled_prompts(traces)
     parts = split([str(row) for row in range(len(prompts))], _shares(validation_share), seed)
     train, validation = (np.array(sorted(map(int, parts[name]))) for name in ("train", "validation"))
@@ -94,22 +88,22 @@ def train_gate(  # noqa: PLR0913 - one decision of the researcher each
     require_both(labels[validation], "validation")
     rows = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     with _kept_at(partial) as place:
-        read = Prompts(model, base, rows, reading or Reading(), place)
-        means = read.means(below_layer)
-        training = Training.dealt(means, train, labels[train], _FOLDS[pooling], seed)
+        reader = PromptReader(model, base, rows, reading or Reading(), place)
+        means = reader.means(below_layer)
+        training = Training.of(means, train, labels[train], _FOLDS[pooling], seed)
         if pooling == "logistic":
-            fitted = fit_logistic(training, wanted)
+            fitted = fit_logistic(training, counts)
         else:
             fitted = fit_attention(
-                training, wanted, lambda places: read.tokens(places // base.mlp_size, places % base.mlp_size), seed
+                training, counts, lambda places: reader.tokens(places // base.mlp_size, places % base.mlp_size), seed
             )
         names = tuple(identity(prompt) for prompt in prompts)
         layer, index = fitted.places // base.mlp_size, fitted.places % base.mlp_size
         gate = Gate(layer, index, **fitted.weights, threshold=0.5, base=base, questions=names)
         p_correct = _probabilities(gate, fitted, means, validation)
     length = by_length(np.array([len(row) for row in rows]), train, labels[train], validation)
-    judged = Judged(p_correct, length, labels[validation], float(labels[train].mean()), len(train))
-    return calibrated(gate, judged, fitted.tried, pooling, costs, seed)
+    scores = ValidationScores(p_correct, length, labels[validation], float(labels[train].mean()), len(train))
+    return calibrated(gate, scores, fitted.tried, pooling, costs, seed)
 
 
 def partial_files(partial: Path) -> tuple[Path, Path]:
@@ -129,7 +123,7 @@ def _kept_at(partial: Path | None) -> Iterator[Path]:
 def _probabilities(gate: Gate, fitted: Fitted, means: KeptRows, rows: Array) -> Array:
     """p(correct) of prompts that were read for the training, (N,) float32, without reading them again."""
     module = gate_module(gate)
-    return np.array([_probability(module, fitted.features(means, row)) for row in rows], np.float32)
+    return np.array([probability_of(module, fitted.features(means, row)) for row in rows], np.float32)
 
 
 def _shares(validation: float) -> dict[str, float]:

@@ -48,10 +48,10 @@ class Refinement:
             )
 
     def require_of(self, ranking: Ranking) -> None:
-        """Refuse what is another ranking's.
+        """Refuse refinements that only ranking "attribution" has.
 
         Raises:
-            RuleError: it is.
+            RuleError: ``shrink`` or ``agree`` is set, and ``ranking`` is another one.
         """
         if (self.shrink or self.agree) and ranking != "attribution":
             raise RuleError(f"ranking: {ranking} is not shrunk, and agrees with itself; expected attribution")
@@ -72,8 +72,8 @@ def rank(
     """The ``keep`` best neurons by a ranking; fewer where a refinement lets fewer pass.
 
     Raises:
-        RuleError: fewer than ``keep`` neurons at ``min_layer`` and above, none that passes, a ranking without what it
-            needs, or a refinement that is another ranking's.
+        RuleError: fewer than ``keep`` neurons at ``min_layer`` and above, no neuron passes a refinement, ranking
+            "attribution" without ``attribution``, or a refinement that the ranking does not have.
         TraceError: a class has no traces.
     """
     refinement.require_of(ranking)
@@ -117,14 +117,20 @@ def rank_by_attribution(stats: NeuronStats, attribution: AttributionStats, keep:
 
 
 def require_room(base: BaseModel, keep: int, min_layer: int | None, per_layer: int | None = None) -> None:
-    """Refuse a number of neurons that the layers do not have; None: the upper half of them, and no budget.
+    """Refuse a number of neurons that the layers do not have.
+
+    Args:
+        base: the model.
+        keep: how many neurons.
+        min_layer: the lowest layer to take them from, 0-based; None: the first of the upper half.
+        per_layer: at most so many of one layer; None: all.
 
     Raises:
-        RuleError: they have not.
+        RuleError: ``keep`` is less than 1 or more than these layers allow, or there is no layer ``min_layer``.
     """
     lowest = base.layers // 2 if min_layer is None else min_layer
-    of_one = base.mlp_size if per_layer is None else min(per_layer, base.mlp_size)
-    if not 0 <= lowest < base.layers or not 1 <= keep <= (base.layers - lowest) * of_one:
+    allowed = base.mlp_size if per_layer is None else min(per_layer, base.mlp_size)
+    if not 0 <= lowest < base.layers or not 1 <= keep <= (base.layers - lowest) * allowed:
         budget = "" if per_layer is None else f", and {per_layer} of one are allowed"
         raise RuleError(
             f"neurons: {keep} wanted from layer {lowest} on; {base.id} has {base.layers} layers of "
@@ -152,14 +158,6 @@ def paired_t(stats: NeuronStats) -> Array:
     return t
 
 
-def discoveries(p_values: Array, rate: float) -> Array:
-    """Which hypotheses are rejected at a false discovery rate, bool of any shape (Benjamini and Hochberg 1995)."""
-    flat = np.sort(p_values.ravel())
-    below = np.flatnonzero(flat <= rate * np.arange(1, flat.size + 1) / flat.size)
-    passing: Array = p_values <= (flat[below[-1]] if below.size else -1.0)
-    return passing
-
-
 _Ranked = tuple[Array, Sequence[Array], Array | None]
 """delta, the keys that count (the first most, it is the score), and which neurons may be taken; (L, M) each."""
 
@@ -182,11 +180,12 @@ def _by_cohen(stats: NeuronStats, _lowest: int, _refinement: Refinement) -> _Ran
 
 
 def _by_t(stats: NeuronStats, lowest: int, refinement: Refinement) -> _Ranked:
-    distributions: Any = require("scipy.stats", "identify", "ranking by t")
+    scipy: Any = require("scipy.stats", "identify", "ranking by t")
     t, (correct, incorrect) = paired_t(stats), stats.means()
     passing = np.zeros(t.shape, dtype=bool)
-    p_values = 2 * distributions.t.sf(np.abs(t[lowest:]), stats.correct_count - 1)
-    passing[lowest:] = discoveries(p_values, refinement.fdr)
+    p_values = 2 * scipy.t.sf(np.abs(t[lowest:]), stats.correct_count - 1)
+    adjusted = scipy.false_discovery_control(p_values, axis=None).reshape(p_values.shape)
+    passing[lowest:] = adjusted <= refinement.fdr
     if not passing.any():
         raise RuleError(
             f"ranking t: none of {p_values.size} neurons passes a false discovery rate of {refinement.fdr:g} (least "

@@ -1,28 +1,17 @@
-"""What verdicts on the same questions show: accuracies, paired tests, intervals and tables.
+"""Arms: ways of steering compared with no steering on the same questions, and their tables.
 
-What they allow to say is in conclusions.py.
-
-Pure statistics over arrays and numbers; knows no model, no rule and no question. N questions.
+Pure; knows no model, no rule and no question. Claims from arms are made in claims.py. N questions, n answers to each.
 """
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from adaras_export.core.intervals import (
-    Estimate,
-    changed,
-    mean_at_n,
-    paired_test,
-    require_statistics,
-)
+from adaras_export.core.intervals import Estimate, changed, mean_at_n, require_statistics
 from adaras_export.files.safetensors_record import Array
 
 RULE_ARMS = ("gated", "always", "everywhere")
 """Ways to run one rule, nearest to the paper's first: with its gate; without; without its start too."""
-
-_Z = 1.959963984540054
-_RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -124,12 +113,21 @@ class Comparison:
 
 
 def compare(name: str, arm: Array, off: Array) -> Arm:
-    """Accuracy with its 95 % Wilson interval, and the exact McNemar test against no steering."""
-    stats = require_statistics()
-    count, right = len(arm), int(arm.sum())
-    interval = stats.binomtest(right, count).proportion_ci(confidence_level=0.95, method="wilson")
-    fixed, broken, p_value = paired_test(arm, off)
-    return Arm(name, count, right / count, float(interval.low), float(interval.high), fixed, broken, p_value)
+    """An arm compared with no steering on the same questions; verdicts are (N,) or (N, n) each.
+
+    Of one answer to each question: Wilson's interval and McNemar's exact test. Of several: the bootstrap interval of
+    the mean over questions, the questions that do better and worse, and the exact swap test.
+    """
+    accuracy = _accuracy(arm)
+    return Arm(name, len(arm), accuracy.value, accuracy.low, accuracy.high, *changed(arm, off))
+
+
+def _accuracy(verdicts: Array) -> Estimate:
+    if verdicts.ndim == 2 and verdicts.shape[1] > 1:
+        return mean_at_n(verdicts)
+    count, right = len(verdicts), int(verdicts.sum())
+    interval = require_statistics().binomtest(right, count).proportion_ci(confidence_level=0.95, method="wilson")
+    return Estimate(right / count, float(interval.low), float(interval.high))
 
 
 def is_random(name: str) -> bool:
@@ -153,15 +151,3 @@ def arms_table(arms: Sequence[Arm]) -> str:
         least, most = (pick(arm.accuracy for arm in draws) for pick in (min, max))
         lines.append(f"{together:{width}}  {least:7.1%} to {most:.1%}")
     return "\n".join([head, *lines])
-
-
-def compared(name: str, arm: Array, off: Array) -> Arm:
-    """An arm, (N,) or (N, n), held against no steering.
-
-    Of one answer a question: Wilson's interval and McNemar's exact test. Of several: the bootstrap interval of the
-    mean over questions, questions that do better and worse, and the exact swap test.
-    """
-    if arm.ndim == 1 or arm.shape[1] == 1:
-        return compare(name, arm.reshape(-1).astype(bool), off.reshape(-1).astype(bool))
-    mean = mean_at_n(arm)
-    return Arm(name, len(arm), mean.value, mean.low, mean.high, *changed(arm, off))

@@ -24,7 +24,7 @@ from adaras_export.core.rule import SteeringRule
 from adaras_export.core.traces import Prompt, Question
 from adaras_export.errors import ArtifactError, TraceError
 from adaras_export.evaluation.answer_cache import AnswerBook, Answers
-from adaras_export.evaluation.arms import Arm, Comparison, arms_table, compared
+from adaras_export.evaluation.arms import Arm, Comparison, arms_table, compare
 from adaras_export.evaluation.claims import conclusion, lead_of
 from adaras_export.evaluation.controls import random_control
 from adaras_export.evaluation.task import Elsewhere, Everywhere, Way
@@ -263,7 +263,7 @@ def _about(model: PreTrainedModel, rule: SteeringRule, exam: Exam, conduct: Cond
 def reported(rule: SteeringRule, exam: Exam, sheet: Sheet) -> Evaluation:
     """The evaluation that these answers are."""
     verdicts = sheet.column("correct")
-    arms = tuple(compared(name, values, verdicts["off"]) for name, values in verdicts.items())
+    arms = tuple(compare(name, values, verdicts["off"]) for name, values in verdicts.items())
     return Evaluation(
         rule=rule.fingerprint,
         arms=arms,

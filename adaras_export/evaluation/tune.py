@@ -21,7 +21,7 @@ from adaras_export.errors import TraceError
 from adaras_export.evaluation.answer_cache import AnswerBook
 from adaras_export.evaluation.arms import compare
 from adaras_export.evaluation.evaluate import gate_fires, require_fresh
-from adaras_export.evaluation.selection_bias import Luck, luck
+from adaras_export.evaluation.selection_bias import SelectionBias, selection_bias
 from adaras_export.evaluation.task import Exam
 from adaras_export.evaluation.tune_report import Trial, TuneReport
 from adaras_export.evaluation.tune_search import Proposer, Search, Setting, Space, Span, proposer, rungs
@@ -50,7 +50,7 @@ def tune(  # noqa: PLR0913 - one decision of the researcher each
 
     Of the settings that answered all questions, the most accurate one wins; ties go to the smaller |strength|, then to
     fewer neurons, then to the positive strength. A setting is returned even where none beats no steering: the report
-    says so, and how much of a gain is luck.
+    says so, and how much of a gain is selection bias.
 
     Args:
         model: the base model, in float32 if verdicts are to be reproducible.
@@ -155,7 +155,7 @@ class _Tuning:
         everything = self._asked(len(self._order))
         off = self._book.verdicts(None, everything)
         rule, found = self._maker.rule(best), (*trials.values(),)
-        return TuneReport(rule, compare("off", off, off), found, trials[best], self._luck(best), self._search)
+        return TuneReport(rule, compare("off", off, off), found, trials[best], self._selection_bias(best), self._search)
 
     def _halve(self, settings: Sequence[Setting]) -> None:
         left = list(settings)
@@ -189,7 +189,7 @@ class _Tuning:
         start = f" from {setting.start}" if len(self._space.starts) > 1 else ""
         return f"{setting.count} neurons{ranking} at {setting.strength:g}{start}"
 
-    def _luck(self, best: Setting) -> Luck:
+    def _selection_bias(self, best: Setting) -> SelectionBias:
         shape = len(self._tried), len(self._order)
         differences: Array = np.zeros(shape, dtype=np.int8)
         answered: Array = np.zeros(shape, dtype=bool)
@@ -198,4 +198,4 @@ class _Tuning:
             steered, off = self._book.verdicts(self._rules[setting], asked), self._book.verdicts(None, asked)
             differences[row, asked] = steered.astype(np.int8) - off
             answered[row, asked] = True
-        return luck(differences, answered, list(self._tried).index(best))
+        return selection_bias(differences, answered, list(self._tried).index(best))

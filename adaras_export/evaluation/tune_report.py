@@ -1,4 +1,4 @@
-"""What tuning found, for a person and for a program: the chosen setting, every trial, and how much of it is luck.
+"""What tuning found, for a person and for a program: the chosen setting, every trial, and the selection bias.
 
 Knows no model; settings and verdicts come from tune.py.
 """
@@ -12,7 +12,7 @@ from adaras_export.core.markdown import plain
 from adaras_export.core.rule import Start, SteeringRule
 from adaras_export.errors import ArtifactError
 from adaras_export.evaluation.arms import Arm, arms_table
-from adaras_export.evaluation.selection_bias import Luck
+from adaras_export.evaluation.selection_bias import SelectionBias
 from adaras_export.evaluation.tune_search import Search
 from adaras_export.files.atomic import replace_file
 
@@ -53,7 +53,7 @@ class TuneReport:
     off: Arm
     trials: tuple[Trial, ...]
     chosen: Trial
-    luck: Luck
+    bias: SelectionBias
     search: Search
 
     @property
@@ -64,7 +64,7 @@ class TuneReport:
     @property
     def distinguishable(self) -> bool:
         """Whether chance alone would rarely make the best of so many settings as good."""
-        return self.beats_off and self.luck.p_value < 0.05
+        return self.beats_off and self.bias.p_value < 0.05
 
     def table(self) -> str:
         """All settings, one line each, beside no steering."""
@@ -83,8 +83,8 @@ class TuneReport:
     def _chance(self) -> str:
         """The winner's curse in words."""
         return (
-            f"the best of {self.luck.settings} settings gains as much by chance with p = {self.luck.p_value:.2g}; "
-            f"expect {100 * self.luck.fresh_gain:+.1f} points on fresh questions"
+            f"the best of {self.bias.settings} settings gains as much by chance with p = {self.bias.p_value:.2g}; "
+            f"expect {100 * self.bias.fresh_gain:+.1f} points on fresh questions"
         )
 
     def as_record(self) -> dict[str, Any]:
@@ -97,7 +97,7 @@ class TuneReport:
             "start": self.chosen.start,
             "beats_off": self.beats_off,
             "distinguishable": self.distinguishable,
-            "luck": self.luck.as_record(),
+            "selection_bias": self.bias.as_record(),
             "search": vars(self.search),
             "arms": [vars(arm) for arm in (self.off, *(trial.arm for trial in self.trials))],
             "trials": [{**trial.as_record(), "chosen": trial is self.chosen} for trial in self.trials],
@@ -112,7 +112,7 @@ class TuneReport:
             "",
             f"Chosen: {plain(self.line())}.",
             "",
-            f"Tried: {self.luck.settings}; {sum(trial.stopped for trial in self.trials)} were stopped before all "
+            f"Tried: {self.bias.settings}; {sum(trial.stopped for trial in self.trials)} were stopped before all "
             f"questions; {self._chance()}. Rule: `{self.rule.fingerprint}`.",
             "",
             f"| {' | '.join(heads)} |",

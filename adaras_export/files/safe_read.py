@@ -21,6 +21,9 @@ from safetensors import SafetensorError, safe_open
 LARGEST = 4 << 20
 """Limit in bytes for JSON, tables and safetensors headers; an index of a thousand tensors has 0.1 MiB."""
 
+PIECE = 1 << 20
+"""Bytes that are read at a time from files that may be larger than memory."""
+
 _DEEPEST = 64
 
 
@@ -41,7 +44,7 @@ def size_of(path: Path, largest: float = math.inf) -> int:
     except (OSError, ValueError) as error:  # ValueError: NUL in the name
         raise UnreadableError(reason(error)) from error
     if not stat.S_ISREG(found.st_mode):
-        raise UnreadableError("is no regular file")
+        raise UnreadableError("is not a regular file")
     if found.st_size > largest:
         raise UnreadableError(f"has {found.st_size} bytes; at most {largest} are read")
     return found.st_size
@@ -62,6 +65,14 @@ def content(path: Path, largest: int = LARGEST) -> bytes:
     if len(found) > largest:  # the file grew, or the kernel reports size 0, as under /proc
         raise UnreadableError(f"has more than {largest} bytes, which is more than is read")
     return found
+
+
+def pieces(path: Path, first: int, last: int) -> Iterator[bytes]:
+    """The bytes of a file from offset ``first`` up to ``last``, `PIECE` at a time."""
+    with path.open("rb") as file:
+        file.seek(first)
+        for position in range(first, last, PIECE):
+            yield file.read(min(PIECE, last - position))
 
 
 def text(encoded: bytes) -> str:
@@ -102,64 +113,47 @@ def parsed(encoded: bytes, *, exact: bool = False) -> Any:  # noqa: ANN401 - a J
 
 
 def header(path: Path) -> tuple[dict[str, Any], int]:
-    """The header of a safetensors file with its metadata, and the offset in bytes where the data begin.
+    """Type, shape and offsets of each tensor of a safetensors file, and the offset in bytes where its data begin.
 
-    Each tensor's entry has a type, a shape and two offsets; `tensors` lets the library check that these fit.
+    The library does not give the offsets, so the header is read again.
 
     Raises:
-        UnreadableError: the header is missing, truncated, too large or malformed.
+        UnreadableError: `tensors` refuses the file, or two readers could understand the header differently.
     """
-    size = size_of(path)
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, LARGEST):
-                raise UnreadableError(f"has no whole header (it is to have {length} bytes, the file has {size})")
-            entries = parsed(file.read(length))
-    except OSError as error:
-        raise UnreadableError(reason(error)) from error
-    if not isinstance(entries, dict):
-        raise UnreadableError("has no header")
-    for name in entries.keys() - {"__metadata__"}:
-        _require_entry(name, entries[name], size)
+    with tensors(path), path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        entries = parsed(file.read(length))
+    entries.pop("__metadata__", None)
     return entries, 8 + length
 
 
 @contextmanager
 def tensors(path: Path, framework: str = "numpy") -> Iterator[Any]:
-    """Open a safetensors file with the library after `header` has checked it.
+    """Open a safetensors file with the library, which checks that tensors do not overlap.
 
     Raises:
-        UnreadableError: the file is not safetensors, or the framework lacks the type of a tensor.
+        UnreadableError: the file is not safetensors, its header is too large, or the framework lacks the type of a
+            tensor.
     """
-    header(path)
-    with opened(path, framework) as file:
-        yield file
-
-
-@contextmanager
-def opened(path: Path, framework: str = "numpy") -> Iterator[Any]:
-    """Open a safetensors file that `header` has already checked.
-
-    Raises:
-        UnreadableError: the file is not safetensors, or the framework lacks the type of a tensor.
-    """
+    size = size_of(path)
     try:
-        with safe_open(path, framework=framework) as file:
-            yield file
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+        if length > LARGEST:
+            raise UnreadableError(f"says that its header has {length} bytes; at most {LARGEST} are read")
+        with safe_open(path, framework=framework) as opened:
+            _require_axes(opened, size)
+            yield opened
     except (SafetensorError, OSError) as error:
         raise UnreadableError(reason(error)) from error
 
 
-def _require_entry(name: str, entry: Any, size: int) -> None:  # noqa: ANN401 - a JSON value
-    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise UnreadableError(f"has another entry for tensor {name!r} than dtype, shape and data_offsets")
-    numbers = entry["shape"], entry["data_offsets"]
-    if not isinstance(entry["dtype"], str) or not all(isinstance(part, list) for part in numbers):
-        raise UnreadableError(f"has no type, shape or place for tensor {name!r}")
-    # Empty tensors too: NumPy raises its own error for huge axes. Twice the size: two 4-bit elements share a byte.
-    if wrong := [number for number in chain(*numbers) if type(number) is not int or not 0 <= number <= 2 * size]:
-        raise UnreadableError(f"says {wrong[0]!r} of the shape or place of tensor {name!r}, in {size} bytes")
+def _require_axes(opened: Any, size: int) -> None:  # noqa: ANN401 - the library has no types
+    """Refuse axes longer than the file: NumPy raises its own error for those of empty tensors."""
+    for name in opened.keys():
+        # Two 4-bit elements share a byte.
+        if long := [axis for axis in opened.get_slice(name).get_shape() if axis > 2 * size]:
+            raise UnreadableError(f"says {long[0]} of the shape of tensor {name!r}, in {size} bytes")
 
 
 def reason(error: BaseException) -> str:
@@ -177,12 +171,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise UnreadableError(f"holds {name}, which is no JSON")
+    raise UnreadableError(f"holds {name}, which is not JSON")
 
 
 def _finite(digits: str) -> float:
     if math.isinf(value := float(digits)):
-        raise UnreadableError(f"holds {digits}, which is no finite number")
+        raise UnreadableError(f"holds {digits}, which is not a finite number")
     return value
 
 
@@ -190,7 +184,7 @@ def _decimal(digits: str) -> Decimal:
     try:
         return Decimal(digits)
     except InvalidOperation as error:
-        raise UnreadableError(f"holds {digits}, which is no finite number") from error
+        raise UnreadableError(f"holds {digits}, which is not a finite number") from error
 
 
 def _whole(most: int, digits: str) -> int:

@@ -44,23 +44,22 @@ def load_file(path: str | Path, kind: str, largest: int = LARGEST) -> tuple[dict
     path = Path(path)
     try:
         safe_read.size_of(path, largest)
-        entries, _ = safe_read.header(path)
-        record = _record(entries.pop("__metadata__", None), kind)
-        _require_numpy_types(entries)
-        with safe_read.opened(path) as file:
-            return {name: file.get_tensor(name) for name in entries}, record
+        with safe_read.tensors(path) as file:
+            record = _record(file.metadata() or {}, kind)
+            _require_numpy_types(file)
+            return {name: file.get_tensor(name) for name in file.keys()}, record
     except UnreadableError as error:
         raise ArtifactError(f"{path}: {error}; expected a {kind} file of adaras_export") from error
 
 
-def _require_numpy_types(entries: Mapping[str, Any]) -> None:
-    if strange := sorted({entry["dtype"] for entry in entries.values()} - _DTYPES):
+def _require_numpy_types(file: Any) -> None:  # noqa: ANN401 - safetensors has no types
+    if strange := sorted({file.get_slice(name).get_dtype() for name in file.keys()} - _DTYPES):
         raise UnreadableError(f"holds {', '.join(strange)}")
 
 
-def _record(metadata: Any, kind: str) -> dict[str, Any]:  # noqa: ANN401 - a JSON value
+def _record(metadata: Mapping[str, str], kind: str) -> dict[str, Any]:
     """The record in a file's metadata, without its kind."""
-    if not isinstance(metadata, dict) or not isinstance(metadata.get(_KEY), str):
+    if _KEY not in metadata:
         raise UnreadableError("has no adaras metadata")
     try:
         record = safe_read.parsed(metadata[_KEY].encode())

@@ -5,20 +5,19 @@ A GGUF file is a header, metadata, one record a tensor, and the tensors' bytes, 
 
 import hashlib
 import struct
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter
 
 from adaras_export.exporters.gguf.reader import Entry, Gguf, Tensor, opened
 from adaras_export.exporters.manifest import Disclosed
-from adaras_export.files import atomic
+from adaras_export.files.safe_read import pieces
 from adaras_export.files.safetensors_record import Array
 
-_PIECE = 1 << 20
-_HEADER = 24  # magic, version, and how many tensors and entries
+_HEADER, _HEADER_SIZE = "<8sQQ", 24  # magic and version, the counts of tensors and entries
 
 
 def vectors(file: Gguf) -> dict[str, Array]:
@@ -30,8 +29,7 @@ def strange(file: Gguf, expected: Mapping[str, Array]) -> list[str]:
     """Names of tensors that are missing, or not float32 vectors of the expected size; bytes that belong to none."""
     shapes = {tensor.name: tensor.shape for tensor in file.tensors if _is_vector(tensor)}
     wrong = [name for name, values in expected.items() if shapes.get(name) != values.shape]
-    end = max((tensor.place + tensor.size for tensor in file.tensors), default=file.data_start)
-    surplus = file.path.stat().st_size - _padded(end, file.alignment)
+    surplus = file.path.stat().st_size - _padded(file.data_end, file.alignment)
     return wrong if surplus <= 0 else [*wrong, f"{surplus} bytes behind the last tensor"]
 
 
@@ -42,17 +40,17 @@ def differing(found: Mapping[str, Array], expected: Mapping[str, Array]) -> list
 
 def disclosed(folder: Path, file: str, ending: str = "") -> tuple[Disclosed, ...]:
     """The tensors of a file of an artifact whose names have this ending, as added ones."""
-    found = opened(folder / file)
+    path = folder / file
     return tuple(
         Disclosed(
             name=tensor.name,
             file=file,
             dtype=tensor.kind.name,
             shape=tensor.shape,
-            sha256=atomic.sha256(found.content(tensor)),
+            sha256=_digest(path, [(tensor.place, tensor.place + tensor.size)]),
             what="added",
         )
-        for tensor in found.tensors
+        for tensor in opened(path).tensors
         if tensor.name.endswith(ending)
     )
 
@@ -72,25 +70,26 @@ def write(path: Path, entries: Mapping[str, Entry], tensors: Mapping[str, Array]
 
 
 def copy_with(source: Path, target: Path, added: Mapping[str, Array]) -> None:
-    """Write ``source`` anew with float32 vectors more; what it holds stays as it is, byte for byte."""
-    found = opened(source)
-    data_size = max(tensor.place + tensor.size for tensor in found.tensors) - found.data_start
-    records, place = b"", _padded(data_size, found.alignment)
+    """Write ``source`` anew with float32 vectors more; what it holds stays as it is, byte for byte.
+
+    Not by the gguf library's writer, which would take apart and rebuild all metadata in memory (docs/decisions/043).
+    """
+    file = opened(source)
+    records, place = b"", _padded(file.data_end - file.data_start, file.alignment)
     for name, values in added.items():
         records += _record(name, values, place)
-        place += _padded(values.nbytes, found.alignment)
-    with source.open("rb") as old, target.open("wb") as new:
-        start, counts = old.read(8), struct.unpack("<QQ", old.read(16))
-        new.write(start + struct.pack("<QQ", counts[0] + len(added), counts[1]))
-        _copy(old, new, found.records_end - _HEADER)
+        place += _padded(values.nbytes, file.alignment)
+    start, tensor_count, entry_count = struct.unpack(_HEADER, b"".join(pieces(source, 0, _HEADER_SIZE)))
+    with target.open("wb") as new:
+        new.write(struct.pack(_HEADER, start, tensor_count + len(added), entry_count))
+        new.writelines(pieces(source, _HEADER_SIZE, file.records_end))
         new.write(records)
-        _pad(new, found.alignment)
-        old.seek(found.data_start)
-        _copy(old, new, data_size)
+        _pad(new, file.alignment)
+        new.writelines(pieces(source, file.data_start, file.data_end))
         for values in added.values():
-            _pad(new, found.alignment)
+            _pad(new, file.alignment)
             new.write(values.astype("<f4").tobytes())
-        _pad(new, found.alignment)
+        _pad(new, file.alignment)
 
 
 def content_digest(path: Path, without: Collection[str] = ()) -> str:
@@ -98,12 +97,21 @@ def content_digest(path: Path, without: Collection[str] = ()) -> str:
 
     A copy with more tensors has the same digest, once these are left out.
     """
-    found, digest = opened(path), hashlib.sha256()
-    _update(digest, path, _HEADER, found.records - _HEADER)
-    for tensor in found.tensors:
+    file = opened(path)
+    places = [(_HEADER_SIZE, file.records)]
+    for tensor in file.tensors:
         if tensor.name not in without:
-            _update(digest, path, tensor.record, tensor.record_size)
-            _update(digest, path, tensor.place, tensor.size)
+            places.append((tensor.record, tensor.record + tensor.record_size))
+            places.append((tensor.place, tensor.place + tensor.size))
+    return _digest(path, places)
+
+
+def _digest(path: Path, places: Iterable[tuple[int, int]]) -> str:
+    """SHA-256 of some parts of a file, each from its first byte up to its last."""
+    digest = hashlib.sha256()
+    for first, last in places:
+        for piece in pieces(path, first, last):
+            digest.update(piece)
     return digest.hexdigest()
 
 
@@ -124,20 +132,3 @@ def _padded(size: int, alignment: int) -> int:
 def _pad(file: BinaryIO, alignment: int) -> None:
     position = file.tell()
     file.write(bytes(_padded(position, alignment) - position))
-
-
-def _copy(old: BinaryIO, new: BinaryIO, size: int) -> None:
-    """Copy the next ``size`` bytes, in pieces."""
-    while size > 0:
-        piece = old.read(min(_PIECE, size))
-        new.write(piece)
-        size -= len(piece)
-
-
-def _update(digest: Any, path: Path, start: int, size: int) -> None:  # noqa: ANN401 - a hash object
-    with path.open("rb") as file:
-        file.seek(start)
-        while size > 0:
-            piece = file.read(min(_PIECE, size))
-            digest.update(piece)
-            size -= len(piece)

@@ -36,8 +36,8 @@ def require_carrier(path: Path, rule: SteeringRule, architecture: str) -> None:
             f"{path}: is of architecture {found}, and the base of {architecture}; expected the same, of: "
             f"{', '.join(_CARRIERS)}, where llama.cpp loads a bias of the down projection; leave out --into"
         )
-    if "split.count" in entries or file.order != "<":
-        raise ExportError(f"{path}: is one file of several, or of another byte order; expected a whole model")
+    if "split.count" in entries:
+        raise ExportError(f"{path}: is one file of several; expected a whole model")
     _require_sizes(path, {tensor.name: [*tensor.shape] for tensor in file.tensors}, rule.base)
 
 

@@ -47,13 +47,13 @@ from adaras_export.exporters.onnx import graph as graphs
 from adaras_export.exporters.onnx import tensors as manifest
 from adaras_export.exporters.onnx.calibration import Prompts, calibrated
 from adaras_export.exporters.onnx.genai import build_graph, genai_config
-from adaras_export.exporters.onnx.graph import DATA_FILE, THRESHOLD, steer, tensors
-from adaras_export.exporters.onnx.session import SteeredGraph
+from adaras_export.exporters.onnx.graph import DATA_FILE, steer, tensors
+from adaras_export.exporters.onnx.player import SteeredGraph
+from adaras_export.exporters.onnx.session import GRAPH, THRESHOLD
 from adaras_export.exporters.parity import Artifact, Check, Reference, Tolerance
 from adaras_export.files import atomic, safe_read
 from adaras_export.files.safetensors_record import Array
 
-GRAPH = "onnx/model.onnx"
 GRAPH_DATA = f"onnx/{DATA_FILE}"
 _GENAI_CONFIG = "genai_config.json"
 PRECISIONS = ("fp32", "fp16", "int8", "int4")

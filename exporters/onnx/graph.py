@@ -26,11 +26,11 @@ from adaras_export.core.gate import Gate
 from adaras_export.core.rule import SteeringRule
 from adaras_export.errors import ExportError, first_line
 from adaras_export.exporters.onnx import functions
+from adaras_export.exporters.onnx.session import STRENGTH, THRESHOLD
 from adaras_export.files.safetensors_record import Array
 
 OPSET = 23
 DATA_FILE = "model.onnx_data"
-STRENGTH, THRESHOLD = "steering_strength", "steering_threshold"
 _LAST_PROMPT_TOKEN = "steering_last_prompt_token"
 _SCOPES = "pkg.torch.onnx.name_scopes"
 

@@ -1,153 +1,209 @@
-"""An ONNX graph opened in ONNX Runtime, as the comparison asks for it. Knows the names of inputs, and no more."""
+"""An exported graph in ONNX Runtime, and the loop that decodes with it. Knows no torch and no tokenizer.
 
-from collections.abc import Sequence
+The KV cache stays in ONNX Runtime's own memory, on the device that computes.
+
+B sequences, S tokens of a call, A columns of the attention mask, V vocabulary.
+"""
+
+import reprlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
-from transformers import Cache, PreTrainedTokenizerBase
-from transformers.utils.generic import ModelOutput
 
-from adaras_export.errors import ArtifactError, ExportError, first_line
-from adaras_export.exporters.onnx.graph import STRENGTH, THRESHOLD
-from adaras_export.exporters.onnx.runner import ends_of
-from adaras_export.exporters.parity import Check, Mode, Play, Tolerance, play_model
+from adaras_export.errors import ArtifactError, MissingExtraError, RuleError, first_line, install_command
+from adaras_export.exporters.onnx.builds import require_one
 from adaras_export.files import atomic
 from adaras_export.files.safetensors_record import Array
-from adaras_export.modeling.generation import CACHE, Sampling, left_pad, pad_id, stop_ids
+
+GRAPH = "onnx/model.onnx"
+"""Where the graph is in an exported folder."""
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+STRENGTH, THRESHOLD = "steering_strength", "steering_threshold"
+_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
-class _GraphCache(Cache):
-    """What a call of the graph hands to the next one, as a KV cache, and p(correct) on it."""
-
-    steering_state: Any = None
-
-    def __init__(self, tensors: dict[str, Array]) -> None:
-        super().__init__(layers=[])
-        self.tensors = tensors
+def greedy(logits_BV: Array) -> Array:
+    """The likeliest token of each row, (B,)."""
+    tokens_B: Array = logits_BV.argmax(-1)
+    return tokens_B
 
 
-class SteeredGraph:
-    """An opened graph. Modes are set with the dials that users have: the two overridable initialisers.
+@dataclass(frozen=True)
+class Step:
+    """What one call of the graph gave.
 
-    Raises:
-        ArtifactError: ONNX Runtime does not open it, or later, does not run it.
+    Attributes:
+        logits_BV: of the last token of each row.
+        tokens_B: the next token of each row.
+        state: keys and values of the KV cache's last layer, where the gate's state is; None without a gate.
     """
 
-    switchable = True
+    logits_BV: Array
+    tokens_B: Array
+    state: tuple[Any, Any] | None
 
-    def __init__(self, path: Path, tolerance: Tolerance) -> None:
-        import onnxruntime
+    @property
+    def probability(self) -> Array | None:
+        """p(correct) of each prompt, (B,); None without a gate."""
+        return None if self.state is None else self.state[1].numpy()[:, 0, 0, 0].astype(np.float32)
 
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # else it warns of every initialiser that may be overridden
-        try:
-            self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # ONNX Runtime's errors have no class of their own in common
-            raise ArtifactError(f"{path}: cannot be opened ({first_line(error)})") from error
+    @property
+    def steered(self) -> Array | None:
+        """Whether the gate has each row steered, (B,); None without a gate."""
+        return None if self.state is None else self.state[0].numpy()[:, 0, 0, 0] != 0
+
+
+class Session:
+    """An opened graph.
+
+    Attributes:
+        gated: whether the rule has a gate.
+    """
+
+    def __init__(self, path: Path, provider: str = "cpu") -> None:
+        """Open a graph on a provider of `PROVIDERS`.
+
+        Raises:
+            ArtifactError: this ONNX Runtime cannot open the graph.
+            MissingExtraError: ONNX Runtime is not installed, or has no such provider.
+            BrokenInstallationError: two builds of it are installed.
+        """
         self.path = path
-        self.tolerance = tolerance
-        self.outputs = [one.name for one in self.session.get_outputs()]
-        self.inputs = {one.name: one for one in self.session.get_inputs()}
-        self.pasts = {name: one for name, one in self.inputs.items() if name.startswith("past_key_values.")}
-        self.gated = THRESHOLD in {one.name for one in self.session.get_overridable_initializers()}
-        self.dials: dict[str, Array] = {}
+        self._device = provider
+        self._session = _opened(path, provider)
+        self._inputs = {value.name: value for value in self._session.get_inputs()}
+        self._outputs = [value.name for value in self._session.get_outputs()]
+        self.gated = THRESHOLD in {value.name for value in self._session.get_overridable_initializers()}
 
-    def findings(self) -> Sequence[Check]:
-        """As `Artifact` says."""
-        return []
+    def batches(self, count: int) -> list[slice]:
+        """Which of ``count`` rows can be decoded together: a graph without position ids cannot pad on the left."""
+        if "position_ids" in self._inputs:
+            return [slice(count)]
+        return [slice(row, row + 1) for row in range(count)]
 
-    def play(self, rows: Sequence[Sequence[int]], mode: Mode, follow_BS: Tensor | None) -> Play:
-        """As `Player` says."""
-        if mode == "off":
-            self.dials = {STRENGTH: np.asarray(0, np.float32)}
-        elif mode != "rule" and self.gated:
-            self.dials = {THRESHOLD: np.asarray(2 if mode == "always" else mode, np.float32)}  # p(correct) is below 2
-        try:
-            return self._play(rows, follow_BS)
-        finally:
-            self.dials = {}
-
-    def _play(self, rows: Sequence[Sequence[int]], follow_BS: Tensor | None) -> Play:
-        if "position_ids" in self.inputs:
-            return play_model(self, rows, follow_BS)
-        follow = [None] * len(rows) if follow_BS is None else [row[None] for row in follow_BS]
-        alone = [play_model(self, [row], one) for row, one in zip(rows, follow, strict=True)]  # it cannot pad left
-        logits, tokens, probability = zip(*(vars(one).values() for one in alone), strict=True)
-        judged = torch.cat(probability) if self.gated else None
-        return Play(torch.cat(logits), torch.cat(tokens), judged)
-
-    def __call__(self, *, use_cache: bool, **tokens: Any) -> Any:  # noqa: ANN401, ARG002
-        """One call, as of a model of Transformers, which names the cache as the installed version does."""
-        batch, cache = len(tokens["input_ids"]), tokens.pop(CACHE)
-        past = self._empty(batch) if cache is None else cache.tensors
-        wanted = {name: value.numpy() for name, value in tokens.items() if name in self.inputs}
-        feeds = wanted | past | self.dials
-        try:
-            outputs = self.session.run(None, feeds)
-        except Exception as error:  # as above
-            raise ArtifactError(f"{self.path}: {first_line(error)}") from error
-        found = dict(zip(self.outputs, outputs, strict=True))
-        logits = torch.from_numpy(found.pop("logits"))
-        tensors = {name.replace("present.", "past_key_values."): value for name, value in found.items()}
-        cache = _GraphCache(tensors)
-        if self.gated:
-            value = tensors[max((name for name in tensors if name.endswith(".value")), key=_layer_of)]
-            cache.steering_state = SimpleNamespace(probability=torch.from_numpy(value[:, 0, 0, 0]))
-        return ModelOutput({"logits": logits, CACHE: cache})  # type: ignore[no-untyped-call]
-
-    @torch.no_grad()
-    def answer(
+    def decode(
         self,
-        tokenizer: PreTrainedTokenizerBase,
         rows: Sequence[Sequence[int]],
-        sampling: Sampling,
-        keys: Sequence[str],  # noqa: ARG002 - the protocol
-    ) -> list[list[int]]:
-        """As `parity.Answering` says; greedy only."""
-        if sampling.temperature != 0:
-            raise ExportError(f"{self.path}: temperature {sampling.temperature}; expected 0, graphs answer greedily")
-        folder = self.path.parent.parent
-        ends = ends_of(folder, atomic.read_json(folder / "config.json"))
-        ends |= {*stop_ids(tokenizer, sampling.stop)} if sampling.stop else set()
-        batches = [rows] if "position_ids" in self.inputs else [[row] for row in rows]  # it cannot pad left
-        greedy = [self._greedy(batch, pad_id(tokenizer), ends, sampling.max_new_tokens) for batch in batches]
-        return [ids for batch in greedy for ids in batch]
+        choose: Callable[[Array], Array] = greedy,
+        dials: Mapping[str, float] | None = None,
+    ) -> Iterator[Step]:
+        """The prompts in one call, then token by token, without an end.
 
-    def _greedy(self, rows: Sequence[Sequence[int]], pad: int, ends: set[int], most: int) -> list[list[int]]:
-        ids, mask = left_pad(rows, pad, "cpu")
-        cache, found, ended = None, [list[int]() for _ in rows], [False] * len(rows)
-        while not all(ended) and len(found[0]) < most:
-            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-            tokens = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-            outputs = self(**tokens, **{CACHE: cache}, use_cache=True)
-            cache, ids = outputs[CACHE], outputs.logits[:, -1].argmax(-1, keepdim=True)
-            mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
-            for row, id_ in enumerate(ids[:, 0].tolist()):
-                ended[row] |= id_ in ends
-                found[row].append(id_)
-        return [row[: next((at for at, id_ in enumerate(row) if id_ in ends), None)] for row in found]
+        Args:
+            rows: token ids of the prompts.
+            choose: the next token of each row, (B,), from logits (B, V).
+            dials: values of `STRENGTH` and `THRESHOLD` in place of the rule's own.
 
-    def p_correct(self, rows: Sequence[Sequence[int]]) -> Array:
-        """p(correct) of each prompt of token ids, (N,) float32."""
-        found = np.zeros(len(rows), np.float32)
-        for position, row in enumerate(rows):
-            ids = torch.tensor([row])
-            tokens = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-            tokens["position_ids"] = torch.arange(len(row)).unsqueeze(0)
-            cache = self(**tokens, **{CACHE: None}, use_cache=True)[CACHE]
-            found[position] = cache.steering_state.probability.item()
-        return found
+        Raises:
+            RuleError: a threshold for a rule without a gate, or a value that is no finite number.
+            ArtifactError: ONNX Runtime cannot run the graph.
+        """
+        fed = self._dials(dials or {})
+        ids_BS, mask_BA = _left_padded(rows)
+        cache = self._empty_cache(len(rows))
+        while True:
+            logits_BV, cache = self._call(ids_BS, mask_BA, {**cache, **fed})
+            tokens_B = choose(logits_BV)
+            yield Step(logits_BV, tokens_B, self._state(cache))
+            ids_BS = tokens_B[:, None]
+            mask_BA = np.concatenate([mask_BA, np.ones_like(mask_BA[:, :1])], axis=1)
 
-    def _empty(self, batch: int) -> dict[str, Array]:
-        types = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+    def _dials(self, dials: Mapping[str, float]) -> dict[str, Any]:
+        if THRESHOLD in dials and not self.gated:
+            raise RuleError(f"threshold {dials[THRESHOLD]}: the rule has no gate; expected none")
+        largest = float(np.finfo(np.float32).max)
+        if wrong := [f"{name} {value}" for name, value in dials.items() if not abs(value) <= largest]:
+            raise RuleError(f"{', '.join(wrong)}; expected a finite number")
+        return {name: _value(np.asarray(value, np.float32)) for name, value in dials.items()}
+
+    def _empty_cache(self, rows: int) -> dict[str, Any]:
+        pasts = {name: value for name, value in self._inputs.items() if name.startswith("past_key_values.")}
         return {
-            name: np.zeros((batch, one.shape[1], 0, one.shape[3]), types[one.type]) for name, one in self.pasts.items()
+            name: _value(np.zeros((rows, value.shape[1], 0, value.shape[3]), _TYPES[value.type]))
+            for name, value in pasts.items()
         }
 
+    def _call(self, ids_BS: Array, mask_BA: Array, fed: Mapping[str, Any]) -> tuple[Array, dict[str, Any]]:
+        """Logits (B, V) of the last tokens, and the KV cache after them."""
+        positions_BS = (mask_BA.cumsum(1) - 1).clip(min=0)[:, -ids_BS.shape[1] :]
+        tokens = {"input_ids": ids_BS, "attention_mask": mask_BA, "position_ids": positions_BS}
+        binding = self._session.io_binding()
+        for name in self._inputs.keys() & tokens.keys():
+            binding.bind_ortvalue_input(name, _value(np.ascontiguousarray(tokens[name])))
+        for name, value in fed.items():
+            binding.bind_ortvalue_input(name, value)
+        for name in self._outputs:
+            binding.bind_output(name, "cpu" if name == "logits" else self._device)
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:  # ONNX Runtime's errors have no class of their own in common
+            raise ArtifactError(f"{self.path}: cannot be run ({first_line(error)})") from error
+        values = dict(zip(self._outputs, binding.get_outputs(), strict=True))
+        logits_BSV: Array = values.pop("logits").numpy()
+        cache = {name.replace("present.", "past_key_values."): value for name, value in values.items()}
+        return logits_BSV[:, -1], cache
 
-def _layer_of(name: str) -> int:
-    return int(name.split(".")[1])
+    def _state(self, cache: Mapping[str, Any]) -> tuple[Any, Any] | None:
+        if not self.gated:
+            return None
+        last = max(int(name.split(".")[1]) for name in cache)
+        return cache[f"past_key_values.{last}.key"], cache[f"past_key_values.{last}.value"]
+
+
+def end_ids(folder: Path) -> set[int]:
+    """The ids that end a text, by the settings of an exported folder.
+
+    Raises:
+        ArtifactError: they are no whole numbers.
+    """
+    path = folder / "generation_config.json"
+    settings = atomic.read_json(folder / "config.json") | (atomic.read_json(path) if path.is_file() else {})
+    stored = settings.get("eos_token_id")
+    ends = stored if isinstance(stored, list) else [] if stored is None else [stored]
+    if not all(type(end) is int for end in ends):
+        raise ArtifactError(f"{folder}: eos_token_id is {reprlib.repr(stored)}; expected whole numbers: export again")
+    return set(ends)
+
+
+def _left_padded(rows: Sequence[Sequence[int]]) -> tuple[Array, Array]:
+    """Token ids (B, S), and the attention mask, which is 1 on real tokens."""
+    width = max(map(len, rows))
+    ids_BS = np.array([[0] * (width - len(row)) + [*row] for row in rows], np.int64)
+    mask_BS = np.array([[0] * (width - len(row)) + [1] * len(row) for row in rows], np.int64)
+    return ids_BS, mask_BS
+
+
+def _value(array: Array) -> Any:  # noqa: ANN401 - onnxruntime has no types
+    import onnxruntime
+
+    return onnxruntime.OrtValue.ortvalue_from_numpy(array)
+
+
+def _opened(path: Path, provider: str) -> Any:  # noqa: ANN401 - onnxruntime has no types
+    require_one("running an ONNX export")
+    import onnxruntime
+
+    library = f"onnxruntime {onnxruntime.__version__}"
+    no_provider = MissingExtraError(
+        f"provider {provider}: {library} cannot use {PROVIDERS[provider]} here; expected onnxruntime-gpu, CUDA and "
+        f"cuDNN: {install_command('onnx-gpu')}"
+    )
+    if PROVIDERS[provider] not in onnxruntime.get_available_providers():
+        raise no_provider
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # else it warns of every initialiser that may be overridden
+    settings = {"use_tf32": "0"} if provider == "cuda" else {}  # it would round to ten bits
+    try:
+        session = onnxruntime.InferenceSession(path, options, providers=[(PROVIDERS[provider], settings)])
+    except Exception as error:  # ONNX Runtime's errors have no class of their own in common
+        raise ArtifactError(
+            f"{path}: {library} cannot open this graph ({first_line(error)}); expected an intact export, and an "
+            "onnxruntime that knows its opset: pip install --upgrade onnxruntime"
+        ) from error
+    if session.get_providers()[0] != PROVIDERS[provider]:  # it falls back to the CPU where a library is missing
+        raise no_provider
+    return session

@@ -17,7 +17,7 @@ from pathlib import Path
 import onnx
 
 from adaras_export.errors import ExportError
-from adaras_export.exporters.onnx.graph import STRENGTH, THRESHOLD
+from adaras_export.exporters.onnx.session import STRENGTH, THRESHOLD
 
 GRAPH = "onnx/model_dial.onnx"
 _OWN = ("index.html", "app.js", "worker.js", "style.css", "vendor/NOTICE.txt")

@@ -9,13 +9,14 @@ import math
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from adaras_export.core import checkpoint
 from adaras_export.errors import ArtifactError, ExportError
+from adaras_export.files import safe_read
 
-_PIECE = 1 << 20
 _WIDTHS = {
     **dict.fromkeys(("F64", "I64", "U64"), 8),
     **dict.fromkeys(("F32", "I32", "U32"), 4),
@@ -58,14 +59,7 @@ def streams(path: Path) -> dict[str, Stream]:
 
 def _stored(path: Path, start: int, entry: Mapping[str, Any]) -> Stream:
     first, last = entry["data_offsets"]  # the library has checked the header
-
-    def pieces() -> Iterator[bytes]:
-        with path.open("rb") as file:
-            file.seek(start + first)
-            for at in range(first, last, _PIECE):
-                yield file.read(min(_PIECE, last - at))
-
-    return Stream(entry["dtype"], tuple(entry["shape"]), pieces)
+    return Stream(entry["dtype"], tuple(entry["shape"]), partial(safe_read.pieces, path, start + first, start + last))
 
 
 def padded(tensor: Stream, axis: int, count: int) -> Stream:

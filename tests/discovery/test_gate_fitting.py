@@ -37,12 +37,12 @@ def drawn(count, columns, signal, seed=0):
 
 def test_features_and_regularisation_are_those_of_one_nested_search():
     values, correct = drawn(80, 40, 0.7)
-    training = Training.dealt(kept(list(values)), np.arange(80), correct, 5, seed=2)
+    training = Training.of(kept(list(values)), np.arange(80), correct, 5, seed=2)
     fitted = fit_logistic(training, (3, 9))
     steps = [("best", features.SelectKBest()), ("scale", preprocessing.StandardScaler())]
     whole = pipeline.Pipeline([*steps, ("fit", linear.LogisticRegression(max_iter=1000))])
     grid = {"best__k": [3, 9], "fit__C": REGULARISATION}
-    folds = selection.PredefinedSplit(training.fold)
+    folds = [(np.flatnonzero(~held), np.flatnonzero(held)) for held in training.folds]
     search = selection.GridSearchCV(whole, grid, cv=folds, scoring="neg_log_loss").fit(values.astype(float), correct)
     expected = dict(
         zip(
@@ -63,7 +63,7 @@ def test_noise_is_not_mistaken_for_a_signal():
     """Symptom: the inner validation told of a good gate where there was nothing to find, and so chose next to no
     regularisation. Cause: features had been chosen on the questions that it held out. Seeded; no false alarm."""
     values, correct = drawn(60, 4000, 0.0)
-    fitted = fit_logistic(Training.dealt(kept(list(values)), np.arange(60), correct, 5, seed=0), (16,))
+    fitted = fit_logistic(Training.of(kept(list(values)), np.arange(60), correct, 5, seed=0), (16,))
     base_rate = -(0.4 * np.log(0.4) + 0.6 * np.log(0.6))
     assert min(one.log_loss for one in fitted.tried) > 0.97 * base_rate
 
@@ -75,7 +75,7 @@ def test_the_attention_gate_chooses_among_numbers_of_features(monkeypatch):
     draw, lengths = np.random.default_rng(1), np.arange(60) % 3 + 1
     tokens = [values[row] + 0.1 * draw.normal(size=(lengths[row], 12)) for row in range(60)]
     means = kept([one.mean(0) for one in tokens])
-    training, asked = Training.dealt(means, np.arange(40), correct[:40], 3, seed=0), []
+    training, asked = Training.of(means, np.arange(40), correct[:40], 3, seed=0), []
 
     def read(places):
         asked.append(places.tolist())

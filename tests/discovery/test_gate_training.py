@@ -16,17 +16,17 @@ import tiny
 import torch
 from processes import ended, forked
 
-from adaras_export.core.intervals import Estimate
+from adaras_export.core.intervals import Estimate, auc_interval
 from adaras_export.core.question_identity import identity
 from adaras_export.core.traces import Trace, split
 from adaras_export.discovery import gate_fitting
-from adaras_export.discovery.gate_metrics import brier, cross_fitted, rates
-from adaras_export.discovery.gate_training import Costs, auc_interval, partial_files, train_gate, youden_threshold
+from adaras_export.discovery.gate_metrics import Costs, cross_fitted, rates
+from adaras_export.discovery.gate_training import partial_files, train_gate
 from adaras_export.discovery.identify import Reading
 from adaras_export.errors import MissingExtraError, RuleError, TraceError
 from adaras_export.modeling import activations
 from adaras_export.modeling import gate as gate_module
-from adaras_export.modeling.gate import gate_probabilities
+from adaras_export.modeling.gate import gate_probabilities, youden_threshold
 
 sklearn_selection = pytest.importorskip("sklearn.feature_selection")
 
@@ -177,7 +177,9 @@ def test_the_report_judges_the_validation_questions_only(pooling, trained, stock
     correct = np.array([labels[prompt] for prompt in prompts])
     assert (report.auc, report.auc_low, report.auc_high) == pytest.approx(auc_interval(p_correct, correct))
     assert report.gate.threshold == pytest.approx(youden_threshold(p_correct, correct), abs=1e-5)
-    assert report.brier == pytest.approx(brier(p_correct, correct), abs=1e-5)
+    share = np.mean([labels[prompt] for prompt in parts_of(planted())["train"]])
+    assert report.brier == pytest.approx(np.mean((p_correct - correct) ** 2), abs=1e-5)
+    assert report.brier_of_share == pytest.approx(np.mean((share - correct) ** 2))
     assert (report.apparent_sensitivity, report.apparent_specificity) == rates(
         p_correct < report.gate.threshold, correct
     )

@@ -49,7 +49,7 @@ def place(tmp_path_factory):
 
 @pytest.mark.slow
 def test_the_runner_answers_as_the_page_says(place):
-    asked = [sys.executable, *command("python -m adaras_export.exporters.onnx.runner")[1:]]
+    asked = [sys.executable, *command("python -m adaras_export.exporters.onnx")[1:]]
     done = subprocess.run(asked, cwd=place, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()

@@ -1,4 +1,4 @@
-"""Intervals and paired tests against brute force and published figures."""
+"""Arms: their intervals and tests against brute force, and their tables."""
 
 import itertools
 import math
@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adaras_export.core.intervals import Estimate, mean_interval, paired_difference, paired_test
+from adaras_export.core.intervals import Estimate
 from adaras_export.evaluation.arms import Arm, Comparison, Gap, arms_table, compare
 
 pytest.importorskip("scipy.stats")
@@ -55,68 +55,6 @@ def test_several_random_draws_have_a_line_together():
     draws = [arm(f"random {seed}", accuracy) for seed, accuracy in enumerate((0.52, 0.47, 0.55))]
     assert arms_table([OFF, GAIN, *draws]).splitlines()[3].split() == ["3", "random", "47.0%", "to", "55.0%"]
     assert "random 0" in arms_table([OFF, GAIN, draws[0]])
-
-
-def verdicts(both, fixed, broken, neither):
-    """Two arrays of verdicts with these counts."""
-    arm = [True] * both + [True] * fixed + [False] * broken + [False] * neither
-    other = [True] * both + [False] * fixed + [True] * broken + [False] * neither
-    return np.array(arm), np.array(other)
-
-
-COUNTS = st.tuples(*[st.integers(0, 30)] * 4).filter(any)
-
-
-def test_the_paired_interval_is_tangos():
-    """Figures of a published example: Altman's airway data, Tango's interval (-0.517, -0.026)."""
-    found = paired_difference(*verdicts(1, 1, 7, 12))
-    assert (found.value, found.low, found.high) == pytest.approx((-6 / 21, -0.517, -0.026), abs=5e-4)
-
-
-def likelihood(fixed_share, difference, counts):
-    """Of the two shares of changed verdicts, given their difference; the others are one class."""
-    both, fixed, broken, neither = counts
-    broken_share = fixed_share - difference
-    rest = 1 - fixed_share - broken_share
-    shares = ((fixed, fixed_share), (broken, broken_share), (both + neither, rest))
-    return sum(count * np.log(np.maximum(share, 1e-300)) for count, share in shares if count)
-
-
-@pytest.mark.parametrize("counts", [(50, 12, 4, 34), (5, 3, 0, 12), (0, 2, 9, 4), (80, 1, 1, 18)])
-def test_the_paired_interval_ends_where_the_score_test_by_brute_force_rejects(counts):
-    found = paired_difference(*verdicts(*counts))
-    for end in (found.low, found.high):
-        grid = np.linspace(max(0.0, end), (1 + end) / 2, 200_001)
-        fixed_share = grid[np.argmax(likelihood(grid, end, counts))]
-        variance = (2 * fixed_share - end - end**2) / sum(counts)
-        assert abs(found.value - end) / math.sqrt(variance) == pytest.approx(1.96, abs=5e-3)
-
-
-@given(COUNTS)
-def test_the_paired_interval_has_a_width_holds_the_value_and_turns_round_with_the_arms(counts):
-    found, other = paired_difference(*verdicts(*counts)), paired_difference(*reversed(verdicts(*counts)))
-    assert -1 <= found.low <= found.value <= found.high <= 1
-    assert found.high > found.low
-    assert (other.value, other.low, other.high) == pytest.approx((-found.value, -found.high, -found.low), abs=1e-9)
-
-
-def test_no_changed_verdict_among_few_questions_says_less_than_among_many():
-    few, many = (paired_difference(*verdicts(count, 0, 0, count)) for count in (10, 1000))
-    assert few.high > 0.1 > many.high > 0.001
-
-
-def test_the_paired_test_counts_from_the_other_arm():
-    assert paired_test(*verdicts(5, 3, 0, 2)) == (3, 0, pytest.approx(0.25))
-    assert paired_test(*verdicts(5, 0, 0, 2)) == (0, 0, 1)
-
-
-def test_the_interval_of_a_mean_is_about_the_normal_one_and_always_the_same():
-    values = np.random.default_rng(3).gamma(1.0, size=400)
-    found, half = mean_interval(values), 1.96 * values.std() / 20
-    assert found.value == values.mean()
-    assert (found.low, found.high) == pytest.approx((found.value - half, found.value + half), abs=0.2 * half)
-    assert found == mean_interval(values)
-    assert mean_interval(np.zeros(9)) == Estimate(0, 0, 0)
 
 
 def gap(name, value=0.0, low=0.0, high=0.0, p_value=1.0):

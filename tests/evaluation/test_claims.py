@@ -1,10 +1,7 @@
-"""Sentences that claim no more than the arms show, and the corrections behind them."""
+"""Sentences that claim no more than the arms show."""
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from adaras_export.core.intervals import holm, rank_p_value
 from adaras_export.evaluation.arms import Arm
 from adaras_export.evaluation.claims import conclusion, judge
 
@@ -64,28 +61,3 @@ def test_controls_that_were_steered_like_another_way_are_none():
     assert judge(arms, "always").outcome == "uncontrolled"
     assert "no control was steered in the same way" in judge(arms, "always").sentence()
     assert judge(arms).outcome == "gain"
-
-
-@given(st.lists(st.floats(0, 1), max_size=12), st.floats(0.001, 0.2))
-def test_holm_rejects_what_the_step_down_procedure_rejects(p_values, level):
-    """In a loop, as it is told: the smallest against level / m, the next against level / (m - 1), until one fails."""
-    left, rejected = sorted(range(len(p_values)), key=p_values.__getitem__), set()
-    while left and p_values[left[0]] * len(left) <= level:
-        rejected.add(left.pop(0))
-    assert {place for place, p_value in enumerate(holm(p_values)) if p_value <= level} == rejected
-
-
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
-def test_holm_keeps_the_order_and_lies_between_no_correction_and_bonferronis(p_values):
-    found = holm(p_values)
-    for p_value, adjusted in zip(p_values, found, strict=True):
-        assert p_value <= adjusted <= min(1.0, len(p_values) * p_value)
-    order = sorted(range(len(p_values)), key=p_values.__getitem__)
-    assert [found[one] for one in order] == sorted(found)
-
-
-@given(st.lists(st.integers(0, 9), min_size=1, max_size=30), st.integers(0, 99))
-def test_a_rule_that_is_itself_a_random_draw_seldom_has_a_good_rank(accuracies, level):
-    """Over all draws that could have been the rule, p <= x is so for at most a share x: it is valid, ties or not."""
-    p_values = [rank_p_value(own, accuracies[:at] + accuracies[at + 1 :]) for at, own in enumerate(accuracies)]
-    assert sum(100 * p <= level for p in p_values) * 100 <= level * len(p_values)

@@ -1,9 +1,9 @@
-"""Luck: the p-value of the best of many is uniform by chance, small for a real gain; expected gains are smaller."""
+"""Selection bias: the p-value of the best of many is uniform by chance and small for a real gain; gains shrink."""
 
 import numpy as np
 
 from adaras_export.core.intervals import paired_test
-from adaras_export.evaluation.selection_bias import luck
+from adaras_export.evaluation.selection_bias import selection_bias
 
 
 def by_chance(seed, settings=20, questions=100):
@@ -13,7 +13,7 @@ def by_chance(seed, settings=20, questions=100):
 
 
 def whole(differences):
-    return luck(differences, np.ones(differences.shape, bool), int(differences.sum(axis=1).argmax()))
+    return selection_bias(differences, np.ones(differences.shape, bool), int(differences.sum(axis=1).argmax()))
 
 
 def test_the_best_of_twenty_lucky_settings_is_no_finding():
@@ -57,9 +57,9 @@ def test_nothing_changed_is_p_of_one_and_no_gain():
 def test_stopped_settings_count_among_the_tried_ones():
     differences, answered = by_chance(3), np.ones((20, 100), dtype=bool)
     best = int(differences.sum(axis=1).argmax())
-    alone = luck(differences[[best]], answered[[best]], 0).p_value
+    alone = selection_bias(differences[[best]], answered[[best]], 0).p_value
     answered[[one for one in range(20) if one != best], 30:] = False
-    stopped = luck(np.where(answered, differences, 0), answered, best)
+    stopped = selection_bias(np.where(answered, differences, 0), answered, best)
     assert stopped.p_value > 3 * alone
     assert stopped.settings == 20
 

@@ -154,7 +154,7 @@ def test_the_rule_remembers_the_questions_of_every_stage(run, gate):
         ({"strengths": ()}, r"strengths \[\]; expected"),
         ({"counts": ()}, r"tune: counts \[\]"),
         ({"counts": (0, 3)}, r"tune: counts \[0, 3\]"),
-        ({"counts": (7,)}, "neurons: 7 wanted; the set has 6"),
+        ({"counts": (7,)}, "neurons: 7 requested; the set has 6"),
         ({"strengths": (float("nan"),)}, "strength is nan; expected a finite number"),
     ],
 )
@@ -192,7 +192,7 @@ def test_halving_stops_settings_early_and_finishes_the_best(run, completions, ba
     assert [trial.arm.questions for trial in report.trials].count(9) == 2
     assert [trial.stopped for trial in report.trials].count(False) == 1
     assert (report.chosen.count, report.chosen.strength, report.chosen.arm.accuracy) == (3, 2.0, 1)
-    assert (report.off.questions, report.chosen.arm.questions, report.luck.settings) == (10, 10, 8)
+    assert (report.off.questions, report.chosen.arm.questions, report.bias.settings) == (10, 10, 8)
 
 
 def test_a_stopped_setting_is_compared_on_the_questions_that_it_answered(run, completions, bases):

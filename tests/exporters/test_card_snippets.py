@@ -136,7 +136,7 @@ def test_the_shell_commands_of_a_card_parse(name, place):
 @pytest.mark.onnx
 def test_the_runner_of_the_onnx_card_answers(place, answer):
     above, folder = place["onnx"]
-    [command] = [code for code in snippets.of(folder, "bash") if "onnx_runner" in code]
+    [command] = [code for code in snippets.of(folder, "bash") if "python -m adaras_export.exporters.onnx" in code]
     assert answer["rule", True] in snippets.run_shell(f"{command.strip()} --max-new-tokens 32", above)
 
 

@@ -434,7 +434,22 @@ QUANTIZERS = {
     "torchao-int8": Quantizer("torchao", lambda: transformers.TorchAoConfig(int8_weight_only()), 0.03, 0.25),
     "quanto-int8": Quantizer("optimum.quanto", lambda: transformers.QuantoConfig(weights="int8"), 0.03, 0.25),
 }
-EACH = pytest.mark.parametrize("quantizer", QUANTIZERS.values(), ids=QUANTIZERS)
+
+
+def is_there(library):
+    try:
+        return importlib.util.find_spec(library) is not None
+    except ModuleNotFoundError:  # not even the package above it
+        return False
+
+
+EACH = pytest.mark.parametrize(  # marked, since to skip inside a test would be after the fixtures, which take a minute
+    "quantizer",
+    [
+        pytest.param(one, marks=pytest.mark.skipif(not is_there(one.library), reason=f"needs {one.library}"), id=name)
+        for name, one in QUANTIZERS.items()
+    ],
+)
 
 
 def int8_weight_only():
@@ -465,7 +480,6 @@ def wide(rules, tmp_path_factory):
 def test_quantised_weights_keep_the_steering_and_its_precision(quantizer, wide):
     """Against the quantised base with the same vectors added by plain hooks, and against the reference, which adds the
     deltas to the neurons: there the vector differs by the quantisation of the columns it was folded from."""
-    pytest.importorskip(quantizer.library)
     ours, base = quantised(wide.out, quantizer), quantised(wide.base, quantizer)
     mlp = ours.model.layers[2].mlp
     assert type(mlp).__name__ == "SteeredQwen3MLP"
@@ -516,7 +530,6 @@ def agreement(one, two):
 
 @EACH
 def test_gates_of_a_quantised_model_mostly_decide_alike(quantizer, wide):
-    pytest.importorskip(quantizer.library)
     share, _, change = agreement(wide.probabilities, probabilities(quantised(wide.out, quantizer), wide.rows))
     assert share >= 0.8
     assert change <= quantizer.p_limit
@@ -582,6 +595,5 @@ def pooled_activations(model, rows, layer, index, attention_weight):
 @EACH
 def test_gates_of_a_quantised_real_model_mostly_decide_alike(quantizer, smol):
     """A standardised random gate is a hard case: what it weighs differs between questions by little. Chance is 0.5."""
-    pytest.importorskip(quantizer.library)
     shares = agreement(smol.probabilities, probabilities(quantised(smol.out, quantizer), smol.rows))
     assert min(shares[:2]) >= 0.65

@@ -24,7 +24,6 @@ from adaras_export.core.trace_files import write_questions, write_traces
 from adaras_export.core.traces import Question, Trace
 from adaras_export.delivery.verifier import verify
 from adaras_export.delivery.writer import export
-from adaras_export.discovery.gate_training import agreeing_threshold, youden_threshold
 from adaras_export.errors import ExportError, TraceError
 from adaras_export.exporters import checkpoint
 from adaras_export.exporters.base import ExportContext
@@ -32,7 +31,7 @@ from adaras_export.exporters.onnx import calibration, functions, quantize
 from adaras_export.exporters.onnx import graph as onnx_graph
 from adaras_export.exporters.onnx.exporter import EXPORTER, GRAPH
 from adaras_export.exporters.parity import compare, rehearse
-from adaras_export.modeling.gate import gate_probabilities
+from adaras_export.modeling.gate import agreeing_threshold, gate_probabilities, youden_threshold
 
 CAUSAL, LATER = ("causal", "last_prompt_token"), ("later", "first_generated_token")
 GATED, TIED = ("qwen3", *CAUSAL), ("qwen2-shallow", *CAUSAL)

@@ -287,13 +287,14 @@ import re, sys
 from pathlib import Path
 import peft, safetensors.torch, transformers
 from adaras_export.exporters.stock.exporter import StockExporter
+from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.core.rule import SteeringRule
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) << 10
 
-rule, (base, out) = SteeringRule.load(sys.argv[1]), map(Path, sys.argv[2:4])
+rule, base, out = SteeringRule.load(sys.argv[1]), Checkpoint(Path(sys.argv[2])), Path(sys.argv[3])
 Path("/proc/self/clear_refs").write_text("5")  # forget the peak
 before = peak()
 StockExporter(switchable=sys.argv[4] == "1", copy=True).write(rule, base, out)

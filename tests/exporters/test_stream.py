@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from adaras_export.errors import ArtifactError, ExportError
 from adaras_export.exporters.stock import stream
+from adaras_export.files import safe_read
 
 TYPES = ("float64", "float32", "bfloat16", "float16", "int64", "int32", "int8", "uint8", "bool", "float8_e4m3fn")
 
@@ -64,7 +65,7 @@ def test_what_is_left_out_leaves_no_hole_and_every_tensor_lies_where_its_type_wa
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("shape", [(3, 5), (1, 1), (70, 199)])
 def test_padding_adds_zero_rows_or_columns_and_changes_nothing(axis, shape, tmp_path, monkeypatch):
-    monkeypatch.setattr(stream, "_PIECE", 1 << 9)  # several pieces, and rows that lie in two of them
+    monkeypatch.setattr(safe_read, "PIECE", 1 << 9)  # several pieces, and rows that lie in two of them
     tensors = {name: value for name, value in some(m=shape).items() if "float8" not in name}
     save_file(tensors, tmp_path / "narrow.safetensors")
     wide = {

@@ -20,7 +20,7 @@ from adaras_export.core.intervals import (
     per_question,
 )
 from adaras_export.errors import ArtifactError
-from adaras_export.evaluation.arms import RULE_ARMS, Arm, compared, is_random
+from adaras_export.evaluation.arms import RULE_ARMS, Arm, compare, is_random
 from adaras_export.evaluation.claims import Judgement, adjusted_of, judge
 from adaras_export.evaluation.report.reading import Recorded
 
@@ -136,7 +136,7 @@ def sentence(result: Result) -> str:
 def result_of(recorded: Recorded) -> Result:
     """The figures of one evaluation."""
     off_Nn = recorded.verdicts["off"]
-    arms = [compared(name, values_Nn, off_Nn) for name, values_Nn in recorded.verdicts.items()]
+    arms = [compare(name, values_Nn, off_Nn) for name, values_Nn in recorded.verdicts.items()]
     judged, adjusted = judge(arms), adjusted_of(arms)
     lead_Nn = recorded.verdicts[judged.arm.name]
     judged = replace(judged, detectable=detectable(lead_Nn, off_Nn))

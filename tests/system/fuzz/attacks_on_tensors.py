@@ -1,6 +1,7 @@
 """Attacks on files of tensors: by reader, what is attacked, the bytes, and what the refusal says."""
 
 import json
+import struct
 
 import numpy as np
 from fuzz.mutations import packed
@@ -35,6 +36,14 @@ def tensor(shape, offsets, dtype="F32"):
     }
 
 
+def twice(name):
+    """The tensors of a base with a second entry for one of them."""
+    content = save(tensors())
+    start = 8 + int.from_bytes(content[:8], "little")
+    entry = json.dumps({name: json.loads(content[8:start])[name]}).encode()
+    return packed(content[8:start].rstrip()[:-1] + b"," + entry[1:], content[start:])
+
+
 def base_of(**changes):
     return {"base": {**values()["rule"].base.as_record(), **changes}}
 
@@ -46,39 +55,53 @@ def gguf(old=b"", new=b""):
     return content.replace(old, new, 1)
 
 
+def _long_text(name):
+    """An entry with a text of a mebibyte."""
+    return struct.pack("<Q4sIQ", 4, name.encode(), 8, 1 << 20) + bytes(1 << 20)
+
+
+def _record(name, place):
+    """The record of a vector of four float32 numbers."""
+    return name.encode() + struct.pack("<IQIQ", 1, 4, 0, place)
+
+
 RULE = values()["rule"].to_bytes()
 NAN, HUGE = np.array([1.0, np.nan, 2.0], np.float32), np.array([1, 2, 2**63 - 1])
 
 RULE_ATTACKS = {
-    "empty": (b"", "has no whole header .*; expected a rule file of adaras_export"),
-    "seven bytes": (RULE[:7], "has no whole header"),
-    "a header of 2**60 bytes": (b"\x00" * 7 + b"\x10" + RULE[8:], "it is to have 1152921504606846976 bytes"),
-    "a header of 2**64 - 1 bytes": (b"\xff" * 8 + RULE[8:], "it is to have 18446744073709551615 bytes"),
-    "cut off in the header": (RULE[:100], "has no whole header"),
+    "empty": (b"", "header too small; expected a rule file of adaras_export"),
+    "seven bytes": (RULE[:7], "header too small"),
+    "a header of 2**60 bytes": (
+        b"\x00" * 7 + b"\x10" + RULE[8:],
+        "says that its header has 1152921504606846976 bytes; at most",
+    ),
+    "a header of 2**64 - 1 bytes": (b"\xff" * 8 + RULE[8:], "its header has 18446744073709551615 bytes; at most"),
+    "cut off in the header": (RULE[:100], "invalid header length"),
     "cut off in the tensors": (RULE[:-1], "expected a rule file"),
     "more behind the tensors": (RULE + b"x", "expected a rule file"),
-    "a header that is no object": (with_header(b"[1]"), "has no header"),
-    "a header that is no JSON": (with_header(b"{"), "is not JSON"),
-    "a tensor twice in the header": (with_header(b'{"x":{},"x":{}}'), "has the key 'x' twice"),
-    "an entry that is none": (with_header({"x": 7}), "another entry for tensor 'x' than dtype, shape and data_offsets"),
-    "an entry with more": (with_header({"x": {**tensor([1], [0, 4])["x"], "more": 1}}, b"1234"), "another entry for"),
-    "negative offsets": (with_header(tensor([2], [-8, 0]), bytes(8)), "says -8 of the shape or place of tensor 'x'"),
-    "offsets that are fractions": (with_header(tensor([2], [0.0, 8.0]), bytes(8)), "says 0.0 of the shape or place"),
-    "a shape that is true": (with_header(tensor([True], [0, 4]), bytes(4)), "says True of the shape"),
+    "a header that is no object": (with_header(b"[1]"), "invalid JSON in header"),
+    "a header that is no JSON": (with_header(b"{"), "invalid JSON in header"),
+    "an entry that is none": (with_header({"x": 7}), "invalid type: integer `7`"),
+    "negative offsets": (with_header(tensor([2], [-8, 0]), bytes(8)), "invalid value: integer `-8`"),
+    "offsets that are fractions": (
+        with_header(tensor([2], [0.0, 8.0]), bytes(8)),
+        "invalid type: floating point `0.0`",
+    ),
+    "a shape that is true": (with_header(tensor([True], [0, 4]), bytes(4)), "invalid type: boolean `true`"),
     "offsets that go back": (with_header(tensor([2], [8, 0]), bytes(8)), "expected a rule file"),
     "tensors that overlap": (
         with_header({**tensor([2], [0, 8]), "y": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}}, bytes(12)),
         "expected a rule file",
     ),
-    "a shape that overflows": (with_header(tensor([2**32, 2**32], [0, 8]), bytes(8)), "says 4294967296 of the shape"),
+    "a shape that overflows": (with_header(tensor([2**32, 2**32], [0, 8]), bytes(8)), "overflow computing buffer size"),
     "an empty tensor with an axis of 2**62": (with_header(tensor([0, 2**62], [0, 0])), "says 4611686018427387904 of"),
     "a type that lies about its size": (with_header(tensor([2], [0, 8], "F64"), bytes(8)), "expected a rule file"),
     "a type that NumPy lacks": (with_header(tensor([4], [0, 8], "BF16"), bytes(8)), "holds BF16"),
-    "a type that nobody has": (with_header(tensor([2], [0, 8], "Q7"), bytes(8)), "holds Q7"),
-    "a type that is a number": (with_header(tensor([2], [0, 8], 7), bytes(8)), "has no type, shape or place"),
+    "a type that nobody has": (with_header(tensor([2], [0, 8], "Q7"), bytes(8)), "unknown variant `Q7`"),
+    "a type that is a number": (with_header(tensor([2], [0, 8], 7), bytes(8)), "invalid type: integer `7`"),
     "no metadata": (save({"x": np.zeros(1)}), "has no adaras metadata"),
     "metadata of another tool": (save({"x": np.zeros(1)}, {"format": "pt"}), "has no adaras metadata"),
-    "metadata that is no text": (with_header({"__metadata__": {"adaras": {"kind": "rule"}}}), "has no adaras metadata"),
+    "metadata that is no text": (with_header({"__metadata__": {"adaras": {"kind": "rule"}}}), "invalid JSON in header"),
     "metadata that is no object": (with_metadata("[1]"), "damaged metadata; expected a rule file"),
     "NaN in the metadata": (with_metadata('{"kind": "rule", "strength": NaN}'), "damaged metadata: holds NaN"),
     "a record twice": (with_metadata('{"kind": "rule", "kind": "gate"}'), "has the key 'kind' twice"),
@@ -89,7 +112,7 @@ RULE_ATTACKS = {
     "a version that is a fraction": (file_of("rule", {"version": 1.0}), "format version 1.0; expected 1"),
     "strength as text": (file_of("rule", {"strength": "2"}), "strength is '2'; expected a finite number"),
     "strength true": (file_of("rule", {"strength": True}), "strength is True; expected a finite number"),
-    "threshold 2": (file_of("rule", {"threshold": 2}), "threshold 2 is no probability"),
+    "threshold 2": (file_of("rule", {"threshold": 2}), "threshold 2 is not a probability"),
     "threshold null": (file_of("rule", {"threshold": None}), "threshold is None; expected a finite number"),
     "a start of nobody's": (file_of("rule", {"start": ["x"]}), r"start is \['x'\]; expected one of"),
     "questions in one text": (file_of("rule", {"questions": "abc"}), "questions are 'abc'; expected a list of digests"),
@@ -160,8 +183,9 @@ STATS_ATTACKS = {
 }
 MATRIX = "model.layers.1.mlp.down_proj.weight"
 WEIGHT_ATTACKS = {
-    "empty": (b"", "model.safetensors: has no whole header .*; expected a safetensors file"),
-    "a pickle": (b"\x80\x04\x95" + bytes(40), "has no whole header"),
+    "empty": (b"", "model.safetensors: .*header too small; expected a safetensors file"),
+    "a pickle": (b"\x80\x04\x95" + bytes(40), "its header has 9766016 bytes; at most"),
+    "a tensor twice, of which the library takes the last": (twice(MATRIX), f"has the key '{MATRIX}' twice"),
     "cut off": (save(tensors())[:-1], "expected a safetensors file"),
     "a matrix on its side": (save({**tensors(), MATRIX: np.ones((6, 4))}), r"has shape \[6, 4\]; expected \[4, 6\]"),
     "a matrix of one axis": (save({**tensors(), MATRIX: np.ones(24)}), r"has shape \[24\]; expected \[4, 6\]"),
@@ -176,7 +200,8 @@ WEIGHT_ATTACKS = {
 GGUF_ATTACKS = {
     "empty": (b"", "ends before its entries and tensors do; expected a GGUF file"),
     "another magic": (gguf(b"GGUF", b"GGML"), "does not begin with GGUF"),
-    "version 9": (gguf(b"GGUF\x03", b"GGUF\x09"), "is of version 9, not of 2 or 3"),
+    "version 9": (gguf(b"GGUF\x03", b"GGUF\x09"), "is of version 9, or big-endian; only versions 2 and 3 are read"),
+    "big-endian": (gguf(b"GGUF\x03\x00\x00\x00", b"GGUF\x00\x00\x00\x03"), "is of version 50331648, or big-endian"),
     "2**60 entries": (
         b"GGUF" + b"\x03\x00\x00\x00" + bytes(8) + bytes(7) + b"\x10",
         "says 1152921504606846976 entries",
@@ -197,6 +222,10 @@ GGUF_ATTACKS = {
         "has arrays of arrays",
     ),
     "a text of 2**60 bytes": (gguf(b"\x01" + bytes(7) + b"a", bytes(7) + b"\x10a"), "bytes of text; at most"),
+    "texts of 20 MiB in all": (
+        b"GGUF" + struct.pack("<IQQ", 3, 0, 20) + b"".join(_long_text(f"a.{at:02}") for at in range(20)),
+        "says 1048576 bytes of text; at most [0-9]+ are read",
+    ),
     "an entry twice": (
         gguf(b"a.count", b"a.words"),
         "has the entry 'a.words' twice",
@@ -211,7 +240,11 @@ GGUF_ATTACKS = {
         gguf(b"alignment\x04\x00\x00\x00\x40\x00\x00\x00", b"alignment\x04\x00\x00\x00\x00\x00\x00\x80"),
         "aligns its tensors to 2147483648 bytes",
     ),
-    "cut off in the tensors": (gguf()[:-80], "ends before"),
+    "cut off in the tensors": (gguf()[:-80], "ends before the values of 'direction.2' do"),
+    "tensors that share their bytes": (
+        gguf(_record("direction.2", 32), _record("direction.2", 0)),
+        "has 'direction.2' where the values of another tensor are",
+    ),
 }
 
 TABLE = {"rule": RULE_ATTACKS, "stats": STATS_ATTACKS, "weights": WEIGHT_ATTACKS, "gguf": GGUF_ATTACKS}

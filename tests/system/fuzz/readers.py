@@ -34,7 +34,9 @@ from adaras_export.exporters.gguf import files
 from adaras_export.exporters.gguf.reader import opened
 from adaras_export.exporters.manifest import Disclosed
 from adaras_export.exporters.onnx import exporter as onnx_target
-from adaras_export.exporters.onnx import genai, runner
+from adaras_export.exporters.onnx import genai
+from adaras_export.exporters.onnx.chat_template import chat_template
+from adaras_export.exporters.onnx.session import end_ids
 from adaras_export.exporters.parity import Check, ParityReport
 from adaras_export.exporters.peft.settings import require, require_fits
 from adaras_export.exporters.stock import stream, switchable
@@ -253,9 +255,8 @@ def _read_gguf(folder: Path) -> None:
 
 
 def _read_runner_settings(folder: Path) -> None:
-    runner._chat_template(folder)
-    config = atomic.read_json(folder / "config.json")
-    assert all(isinstance(end, int) for end in runner.ends_of(folder, config))
+    chat_template(folder)
+    assert all(isinstance(end, int) for end in end_ids(folder))
 
 
 def _template_seeds() -> list[bytes]:

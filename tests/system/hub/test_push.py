@@ -231,8 +231,8 @@ def test_a_signed_folder_must_have_the_right_name_already(online, artifact):
         ("hf_reader", NAME, "the token may not do this (the Hub says 403: You don't have the rights"),
         ("hf_writer", "other/steered", "the token may not do this (the Hub says 403: You don't have the rights"),
         ("", NAME, "no token was found; expected one: run `hf auth login`, or set HF_TOKEN"),
-        ("hf_writer", "user/a b", "is no name of a repository"),
-        ("hf_writer", "user/x/y", "is no name of a repository"),
+        ("hf_writer", "user/a b", "is not a repository name"),
+        ("hf_writer", "user/x/y", "is not a repository name"),
     ],
 )
 def test_who_may_not_push_is_told_why(token, name, message, online, artifact, monkeypatch):
