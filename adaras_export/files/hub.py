@@ -132,7 +132,7 @@ def look(name: str, branch: str = MAIN, token: str | None = None) -> Remote:
 
     require_token(name, token)
     if re.fullmatch("[0-9a-f]{40}", branch):
-        raise HubError(f"{name}: {branch} is a commit, which nothing can be added to; expected a branch")
+        raise HubError(f"{name}: {branch} is a commit, which cannot get new commits; expected a branch")
     api = _api(token)
     url = without_password(f"{api.endpoint}/{name}")
     with translated(name):

@@ -63,7 +63,7 @@ def content(path: Path, largest: int = LARGEST) -> bytes:
     except OSError as error:
         raise UnreadableError(reason(error)) from error
     if len(found) > largest:  # the file grew, or the kernel reports size 0, as under /proc
-        raise UnreadableError(f"has more than {largest} bytes, which is more than is read")
+        raise UnreadableError(f"has more than {largest} bytes; at most {largest} are read")
     return found
 
 

@@ -120,7 +120,7 @@ def test_a_branch_of_a_new_repository_leaves_main_empty(online, artifact):
 @slow
 def test_a_commit_is_no_branch(online, artifact):
     with pytest.raises(
-        HubError, match=rf"{NAME}: {'5' * 40} is a commit, which nothing can be added to; expected a branch"
+        HubError, match=rf"{NAME}: {'5' * 40} is a commit, which cannot get new commits; expected a branch"
     ):
         pushing.push(artifact, NAME, revision="5" * 40)
 
