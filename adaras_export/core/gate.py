@@ -84,7 +84,7 @@ class Gate(Value):
             raise RuleError(f"gate: {sizes['F']} features and {sizes['H']} hidden units; expected at least one of each")
         check_number("gate", "threshold", self.threshold)
         if not 0 <= self.threshold <= 1:
-            raise RuleError(f"gate: threshold {self.threshold} is no probability; expected a number from 0 to 1")
+            raise RuleError(f"gate: threshold {self.threshold} is not a probability; expected a number from 0 to 1")
         check_places("gate", self.layer, self.index, self.base)
         set_questions(self, "gate")
         order = np.lexsort((self.index, self.layer))

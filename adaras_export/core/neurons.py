@@ -79,7 +79,7 @@ class NeuronSet(Value):
             RuleError: the set has fewer neurons.
         """
         if not 0 <= count <= len(self):
-            raise RuleError(f"neurons: {count} wanted; the set has {len(self)}")
+            raise RuleError(f"neurons: {count} requested; the set has {len(self)}")
         return self._take(np.arange(count))
 
     def in_order(self) -> "NeuronSet":

@@ -37,10 +37,10 @@ _LABEL = re.compile(r"^(?:question|problem|q):", re.MULTILINE)
 
 def identity(prompt: Prompt) -> str:
     """The digests of the prompt and of its question, 16 hex digits each, joined by a dot."""
-    return f"{digest(prompt)}.{sha256(asked(prompt).encode())[:16]}"
+    return f"{digest(prompt)}.{sha256(question_in(prompt).encode())[:16]}"
 
 
-def asked(prompt: Prompt) -> str:
+def question_in(prompt: Prompt) -> str:
     """The question in a prompt: NFKC-normalised, casefolded, white space as single spaces.
 
     It is taken from the last user message, or from the last user turn of a rendered chat template. Of several parts

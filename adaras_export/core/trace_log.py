@@ -106,7 +106,7 @@ def _mend_last_line(out: Path) -> None:
     if last.endswith(b"\n") or not last:
         return
     if last[: len(_LINE_START)] != _LINE_START[: len(last)]:
-        raise TraceError(f"{out}: last line is no trace of ours; expected a file of traces or a new one")
+        raise TraceError(f"{out}: last line is not a trace; expected a file of traces or a new one")
     with out.open("r+b") as file:
         end = file.seek(0, os.SEEK_END)
         if _is_json(last):

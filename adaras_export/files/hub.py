@@ -132,7 +132,7 @@ def look(name: str, branch: str = MAIN, token: str | None = None) -> Remote:
 
     require_token(name, token)
     if re.fullmatch("[0-9a-f]{40}", branch):
-        raise HubError(f"{name}: {branch} is a commit, which nothing can be added to; expected a branch")
+        raise HubError(f"{name}: {branch} is a commit, which cannot get new commits; expected a branch")
     api = _api(token)
     url = without_password(f"{api.endpoint}/{name}")
     with translated(name):
@@ -223,17 +223,17 @@ def _send_large(
         stored.require(addition.upload_info.sha256.hex())
 
 
-def visibility(remote: Remote, wanted: bool | None) -> bool:  # noqa: FBT001 - three values
-    """Whether the repository is or will be private; ``wanted`` None keeps its visibility and makes a new one private.
+def visibility(remote: Remote, requested: bool | None) -> bool:  # noqa: FBT001 - three values
+    """Whether the repository is or will be private; None keeps its visibility and makes a new one private.
 
     Raises:
-        HubError: the repository has another visibility than ``wanted``.
+        HubError: the repository has another visibility than ``requested``.
     """
     if remote.private is None:
-        return True if wanted is None else wanted
-    if wanted is not None and wanted != remote.private:
+        return True if requested is None else requested
+    if requested is not None and requested != remote.private:
         now, flag = ("private", "--private") if remote.private else ("public", "--public")
-        other = "private" if wanted else "public"
+        other = "private" if requested else "public"
         raise HubError(
             f"{remote.name}: is {now}; expected {other}; push with {flag}, or make it {other} at {remote.url}/settings"
         )
@@ -313,7 +313,7 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, errors.HfHubHTTPError):
         return _refusal(error)
     if isinstance(error, errors.HFValidationError):
-        return f"is no name of a repository ({first_line(error)}); expected USER/NAME"
+        return f"is not a repository name ({first_line(error)}); expected USER/NAME"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}; expected a cache (HF_HOME) that can be written, with room"
     if constants.HF_HUB_OFFLINE and isinstance(error, OSError):

@@ -123,6 +123,6 @@ def _differences(found: bytes, header: bytes) -> str:
 def _require_room(path: Path, needed: int) -> None:
     if needed > (free := shutil.disk_usage(path.parent).free):
         raise TraceError(
-            f"{path}: needs {needed / 1e9:.1f} GB for what is read off the prompts, and {free / 1e9:.1f} GB are free; "
+            f"{path}: needs {needed / 1e9:.1f} GB for activations of the prompts, and {free / 1e9:.1f} GB are free; "
             "expected room; read fewer layers (--below-layer) or fewer prompts, or write to another disk"
         )

@@ -22,7 +22,7 @@ LARGEST = 4 << 20
 """Limit in bytes for JSON, tables and safetensors headers; an index of a thousand tensors has 0.1 MiB."""
 
 PIECE = 1 << 20
-"""Bytes that are read at a time, of what may be larger than memory."""
+"""Bytes that are read at a time from files that may be larger than memory."""
 
 _DEEPEST = 64
 
@@ -44,7 +44,7 @@ def size_of(path: Path, largest: float = math.inf) -> int:
     except (OSError, ValueError) as error:  # ValueError: NUL in the name
         raise UnreadableError(reason(error)) from error
     if not stat.S_ISREG(found.st_mode):
-        raise UnreadableError("is no regular file")
+        raise UnreadableError("is not a regular file")
     if found.st_size > largest:
         raise UnreadableError(f"has {found.st_size} bytes; at most {largest} are read")
     return found.st_size
@@ -63,7 +63,7 @@ def content(path: Path, largest: int = LARGEST) -> bytes:
     except OSError as error:
         raise UnreadableError(reason(error)) from error
     if len(found) > largest:  # the file grew, or the kernel reports size 0, as under /proc
-        raise UnreadableError(f"has more than {largest} bytes, which is more than is read")
+        raise UnreadableError(f"has more than {largest} bytes; at most {largest} are read")
     return found
 
 
@@ -115,7 +115,7 @@ def parsed(encoded: bytes, *, exact: bool = False) -> Any:  # noqa: ANN401 - a J
 def header(path: Path) -> tuple[dict[str, Any], int]:
     """Type, shape and offsets of each tensor of a safetensors file, and where its data begin, for who reads its bytes.
 
-    The offsets, which the library keeps to itself, are the only reason to read the header again.
+    The library does not give the offsets, so the header is read again.
 
     Raises:
         UnreadableError: as of `tensors`, or two readers could understand the header differently.
@@ -149,9 +149,9 @@ def tensors(path: Path, framework: str = "numpy") -> Iterator[Any]:
 
 
 def _require_axes(opened: Any, size: int) -> None:  # noqa: ANN401 - the library has no types
-    """Refuse axes of empty tensors that are longer than the file: NumPy refuses them in its own way."""
+    """Refuse axes longer than the file: NumPy raises its own error for those of empty tensors."""
     for name in opened.keys():
-        # Two elements of four bits are a byte.
+        # Two 4-bit elements share a byte.
         if long := [axis for axis in opened.get_slice(name).get_shape() if axis > 2 * size]:
             raise UnreadableError(f"says {long[0]} of the shape of tensor {name!r}, in {size} bytes")
 
@@ -171,12 +171,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise UnreadableError(f"holds {name}, which is no JSON")
+    raise UnreadableError(f"holds {name}, which is not JSON")
 
 
 def _finite(digits: str) -> float:
     if math.isinf(value := float(digits)):
-        raise UnreadableError(f"holds {digits}, which is no finite number")
+        raise UnreadableError(f"holds {digits}, which is not a finite number")
     return value
 
 
@@ -184,7 +184,7 @@ def _decimal(digits: str) -> Decimal:
     try:
         return Decimal(digits)
     except InvalidOperation as error:
-        raise UnreadableError(f"holds {digits}, which is no finite number") from error
+        raise UnreadableError(f"holds {digits}, which is not a finite number") from error
 
 
 def _whole(most: int, digits: str) -> int:

@@ -52,7 +52,7 @@ def right_pad(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tens
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
-def behind(prompts: Prefilled, texts: Sequence[Sequence[int]]) -> dict[str, Any]:
+def inputs_after(prompts: Prefilled, texts: Sequence[Sequence[int]]) -> dict[str, Any]:
     """Arguments of one forward pass over a text after each prompt; the pass consumes the prompts' cache.
 
     The pass begins with the prompt's last token, which the cache lacks; rows are padded on the right.

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from adaras_export.core import families
-from adaras_export.modeling.activations import behind
+from adaras_export.modeling.activations import inputs_after
 from adaras_export.modeling.generation import Prefilled
 from adaras_export.runtime.steering_adaras import Scope, here
 
@@ -32,5 +32,5 @@ def forced_logits(model: PreTrainedModel, prompts: Prefilled, texts: Sequence[Se
     scope = Scope(families.decoder(model), own.ids.shape[1])
     scope.place = 1, None  # the cache lacks the prompt's last token
     with here(scope=scope):
-        logits_BSV: Tensor = model(**behind(own, texts)).logits
+        logits_BSV: Tensor = model(**inputs_after(own, texts)).logits
     return logits_BSV

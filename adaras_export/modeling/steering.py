@@ -122,7 +122,7 @@ class Passes:
             self.decoder.register_forward_hook(self.end, with_kwargs=True, always_call=True),
         ]
 
-    def wanted(self) -> bool:
+    def applies(self) -> bool:
         """Whether these hooks steer the current forward pass."""
         return True
 
@@ -136,7 +136,7 @@ class Passes:
 
     def begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Decoder pre-hook: begin the step."""
-        if not self.wanted():
+        if not self.applies():
             return
         arguments = {**dict(zip(self.names, args, strict=False)), **kwargs}
         with ExitStack() as opening:

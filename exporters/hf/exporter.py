@@ -72,7 +72,7 @@ class HuggingFaceExporter:
         return TargetSpec("hf", "exporters/hf/card.md", disclosed, tags=("custom_code",))
 
     def with_context(self, context: ExportContext) -> Exporter:
-        """Take over whether weight files are copied."""
+        """A copy of this exporter that copies or links weight files, by the context."""
         return replace(self, copy=context.copy)
 
     def write(self, rule: SteeringRule, base: Checkpoint, out: Path) -> Written:

@@ -54,7 +54,7 @@ class ThinExporter:
         )
 
     def with_context(self, context: ExportContext) -> Exporter:
-        """Take over where the base is."""
+        """A copy of this exporter with the location of the base."""
         return replace(self, context=context)
 
     def write(self, rule: SteeringRule, base: Checkpoint, out: Path) -> Written:

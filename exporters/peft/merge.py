@@ -31,7 +31,7 @@ class MergeExporter(StockExporter):
         )
 
     def with_context(self, context: ExportContext) -> Exporter:
-        """Take over whether weight files are copied."""
+        """A copy of this exporter that copies or links weight files, by the context."""
         return replace(self, copy=context.copy)
 
     def write(self, rule: SteeringRule, base: Checkpoint, out: Path) -> Written:

@@ -175,7 +175,7 @@ class _AdapterPasses(Passes):
         self.layer = layer
         self.handles: list[RemovableHandle] = []
 
-    def wanted(self) -> bool:
+    def applies(self) -> bool:
         names = self.layer.active_adapters if _LOCAL.rows is None else _LOCAL.rows
         return self.adapter in names and not self.layer.disable_adapters and self.dials.active
 

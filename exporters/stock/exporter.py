@@ -51,7 +51,7 @@ class StockExporter:
         )
 
     def with_context(self, context: ExportContext) -> Exporter:
-        """Take over `switchable`, and whether weight files are copied."""
+        """A copy of this exporter with `switchable`, which copies or links weight files, by the context."""
         switchable = bool(context.options.get("switchable", False))
         if switchable:
             require("peft", "peft", "target stock with --switchable")

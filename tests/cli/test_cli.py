@@ -585,7 +585,7 @@ WRONG = {
     TUNE + "--strengths nan": r"RuleError: rule: strength is nan; expected a finite number",
     TUNE + "--counts 50.5": r"UsageError: .*--counts 50.5: expected whole numbers, 1 or more",
     TUNE + "--counts nan": r"UsageError: .*--counts nan: expected whole numbers",
-    TUNE + "--counts 201": r"RuleError: neurons: 201 wanted; the set has 200",
+    TUNE + "--counts 201": r"RuleError: neurons: 201 requested; the set has 200",
     TUNE + "--start then": r"UsageError: .*--start then: expected one of",
     TUNE + "--check guess": r"UsageError: .*'--check': 'guess' is not one of 'last_number', 'exact'",
     TUNE + "--max-new-tokens 0": r"TraceError: sampling: max_new_tokens 0",

@@ -155,7 +155,7 @@ def test_the_rule_remembers_the_questions_of_every_stage(run, gate):
         ({"strengths": ()}, r"strengths \[\]; expected"),
         ({"counts": ()}, r"tune: counts \[\]"),
         ({"counts": (0, 3)}, r"tune: counts \[0, 3\]"),
-        ({"counts": (7,)}, "neurons: 7 wanted; the set has 6"),
+        ({"counts": (7,)}, "neurons: 7 requested; the set has 6"),
         ({"strengths": (float("nan"),)}, "strength is nan; expected a finite number"),
     ],
 )
