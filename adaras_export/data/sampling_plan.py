@@ -66,7 +66,7 @@ class Goal:
         TraceError: a number below 1, or a class that could never be full.
     """
 
-    attempts: int
+    attempts: int = 8
     wanted: int | None = None
     per_class: int | None = None
 

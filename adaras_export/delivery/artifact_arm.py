@@ -1,6 +1,6 @@
-"""Exported artifacts as arms of an evaluation: they answer the questions of their rule as their users have them answer.
+"""Exported artifacts as arms of an evaluation: they answer its questions as they answer their users.
 
-Opened one at a time. Knows no format; the exporters do.
+They are opened one at a time. Knows no format; the exporters do.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ from adaras_export.core.rule import SteeringRule
 from adaras_export.delivery.receipt import Receipt
 from adaras_export.delivery.verifier import open_artifact
 from adaras_export.errors import ArtifactError, ExportError
-from adaras_export.evaluation.task import Elsewhere
+from adaras_export.evaluation.task import ArtifactCondition
 from adaras_export.exporters.manifest import RECEIPT_FILE
 from adaras_export.exporters.parity import Answering
 from adaras_export.files import atomic
@@ -23,12 +23,12 @@ from adaras_export.modeling.generation import Sampling
 @contextmanager
 def artifact_arm(
     folder: Path, rule: SteeringRule, tokenizer: PreTrainedTokenizerBase, base: str | Path | None = None
-) -> Iterator[Elsewhere]:
-    """The arm "TARGET FOLDER" that an exported folder is, as long as the context lasts.
+) -> Iterator[ArtifactCondition]:
+    """The arm "TARGET FOLDER" for an exported folder, open as long as the context lasts.
 
     Raises:
-        ArtifactError: it is no export of this rule, is not as it was written, or does not open.
-        ExportError: its format is run elsewhere.
+        ArtifactError: the folder is no export of this rule, was changed since it was written, or does not open.
+        ExportError: another program runs its format.
     """
     artifact, own, receipt = open_artifact(folder, base)
     _require_same(folder, own, rule)
@@ -41,7 +41,7 @@ def artifact_arm(
     def complete(rows: Sequence[Sequence[int]], sampling: Sampling, keys: Sequence[str]) -> list[list[int]]:
         return artifact.answer(tokenizer, rows, sampling, keys)
 
-    yield Elsewhere(_name(folder, receipt), atomic.sha256((folder / RECEIPT_FILE).read_bytes()), complete)
+    yield ArtifactCondition(_name(folder, receipt), atomic.sha256((folder / RECEIPT_FILE).read_bytes()), complete)
 
 
 def _name(folder: Path, receipt: Receipt) -> str:
@@ -50,7 +50,7 @@ def _name(folder: Path, receipt: Receipt) -> str:
 
 def _require_same(folder: Path, own: SteeringRule, rule: SteeringRule) -> None:
     """Refuse an artifact of another rule; some formats need a threshold of their own."""
-    own_gate, gate = (None if one.gate is None else one.gate.weights() for one in (own, rule))
+    own_gate, gate = (None if carrier.gate is None else carrier.gate.weights() for carrier in (own, rule))
     same = own.neurons == rule.neurons and (own.strength, own.start) == (rule.strength, rule.start)
     if not same or (own_gate is None) != (gate is None):
         raise ArtifactError(

@@ -13,10 +13,10 @@ from adaras_export.core.base_model import BaseModel
 from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.core.rule import SteeringRule
 from adaras_export.delivery.card import Card
-from adaras_export.delivery.card_effect import Measured
 from adaras_export.delivery.card_metadata import inherited
 from adaras_export.delivery.receipt import Receipt, hashes
 from adaras_export.errors import ArtifactError, ExportError, first_line
+from adaras_export.evaluation.record import read_evaluation
 from adaras_export.exporters import manifest
 from adaras_export.exporters.base import Exporter
 from adaras_export.exporters.checkpoint import changed_companions, differing_keys, holds
@@ -153,10 +153,9 @@ def evaluation_of(path: Path, rule: SteeringRule) -> bytes:
         ArtifactError: it is none.
         ExportError: it is about another rule.
     """
-    evaluation = atomic.read_json(path)
-    if evaluation.get("rule") != rule.fingerprint:
-        raise ExportError(f"{path}: evaluates rule {evaluation.get('rule')}; expected {rule.fingerprint}")
-    Measured.from_record(evaluation, str(path))
+    evaluation = read_evaluation(path)
+    if evaluation.rule != rule.fingerprint:
+        raise ExportError(f"{path}: evaluates rule {evaluation.rule}; expected {rule.fingerprint}")
     return path.read_bytes()
 
 
@@ -191,7 +190,7 @@ def has_chat_template(base: Path) -> bool:
 
 def _card(folder: Path, receipt: Receipt, exporter: Exporter, rule: SteeringRule) -> Card:
     path = folder / EVALUATION_FILE
-    measured = Measured.from_record(atomic.read_json(path), str(path)) if path.exists() else None
+    measured = read_evaluation(path) if path.exists() else None
     return Card(rule, receipt, exporter.spec, measured)
 
 
