@@ -1,20 +1,20 @@
-"""Every error that a user's input can cause, in one tree.
+"""All errors that a user's input can cause, in one tree.
 
 AdarasError
 ├── TraceError             a trace, question or split is unusable; names path:line
-├── UnsupportedModelError  an architecture that models.py does not know
-├── ArtifactError          one of our files is missing, corrupt or of another kind
+├── UnsupportedModelError  an architecture that core/families.py does not know
+├── ArtifactError          an artifact or model file is missing, damaged or of another kind
 │   └── HubError           a repository cannot be read or written
 ├── RuleError              a neuron set, gate or rule that contradicts itself or the model
 ├── ExportError            a target cannot express the rule, or cannot be written
 ├── ParityError            an artifact does not behave like the rule
-├── DistributionError      the processes that do a job together have lost each other
-├── EndpointError          a server of completions cannot be reached, refuses, or answers something else
+├── DistributionError      the processes of a distributed run have lost contact
+├── EndpointError          a completion server cannot be reached, refuses the request, or sends an unexpected answer
 ├── MissingExtraError      an optional library is not installed
-└── BrokenInstallationError  a library or target does not work, or libraries exclude each other
+└── BrokenInstallationError  an installed library does not work, or conflicts with another one
 
 A message is one line: subject, found, expected, remedy; control characters are escaped. The command line turns
-ParityError into exit 1 and every other AdarasError into exit 2; anything else is a bug of ours and keeps its traceback.
+ParityError into exit 1 and every other AdarasError into exit 2; any other exception is a bug and keeps its traceback.
 """
 
 import importlib
@@ -26,15 +26,15 @@ _LONGEST = 2000
 
 
 def printable(text: str) -> str:
-    """Text for a terminal, in one line of bearable length: control characters, as names of files may hold, escaped."""
+    """Escape control characters and shorten long text, so that it fits one line of a terminal."""
     if len(text) > _LONGEST:
         text = f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
     return visible(text)
 
 
 def visible(text: str) -> str:
-    """``text`` with all that cannot be seen, or changes how the rest is seen, escaped; spaces stay."""
-    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+    """Escape all characters that are not printable; spaces stay."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 class AdarasError(Exception):
@@ -49,11 +49,11 @@ class TraceError(AdarasError):
 
 
 class UnsupportedModelError(AdarasError):
-    """The architecture is not in the table of models.py."""
+    """The architecture is not in the table of core/families.py."""
 
 
 class ArtifactError(AdarasError):
-    """A file of ours is missing, damaged or of another kind."""
+    """An artifact or model file is missing, damaged or of another kind."""
 
 
 class HubError(ArtifactError):
@@ -73,11 +73,11 @@ class ParityError(AdarasError):
 
 
 class DistributionError(AdarasError):
-    """The processes that do a job together have lost each other."""
+    """The processes of a distributed run have lost contact."""
 
 
 class EndpointError(AdarasError):
-    """A server of completions cannot be reached, refuses, or answers something else."""
+    """A completion server cannot be reached, refuses the request, or sends an unexpected answer."""
 
 
 class MissingExtraError(AdarasError):
@@ -85,11 +85,11 @@ class MissingExtraError(AdarasError):
 
 
 class BrokenInstallationError(AdarasError):
-    """A library that is installed does not work, alone or beside another one."""
+    """An installed library does not work, or conflicts with another one."""
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of another library says first."""
+    """The first line of an error's message."""
     return str(error).strip().partition("\n")[0]
 
 
@@ -98,7 +98,7 @@ def require(module: str, extra: str, purpose: str) -> ModuleType:
 
     Raises:
         MissingExtraError: its library is not installed.
-        BrokenInstallationError: it is, but cannot be imported.
+        BrokenInstallationError: its library is installed, but cannot be imported.
     """
     library, install = module.partition(".")[0], f"run: {install_command(extra)}"
     try:
@@ -111,13 +111,13 @@ def require(module: str, extra: str, purpose: str) -> ModuleType:
 
 
 def install_command(extra: str) -> str:
-    """What brings the libraries of an extra, from wherever this library was installed: it is on no index itself."""
+    """The pip command that installs the libraries of an extra; it names them, since adaras-export is on no index."""
     from packaging.requirements import Requirement  # Transformers and huggingface_hub bring it
 
     try:
-        asked = requires("adaras-export") or ()
-    except PackageNotFoundError:  # run from its source, without an installation
+        requirements = requires("adaras-export") or ()
+    except PackageNotFoundError:  # run from source, not installed
         return f"pip install '.[{extra}]' in a clone of adaras-export"
-    markers = {line: Requirement(line).marker for line in asked}
-    wanted = [line.partition(";")[0].strip() for line, one in markers.items() if one and one.evaluate({"extra": extra})]
-    return f"pip install {shlex.join(wanted)}"
+    markers = {line: Requirement(line).marker for line in requirements}
+    chosen = [line for line, marker in markers.items() if marker and marker.evaluate({"extra": extra})]
+    return f"pip install {shlex.join(line.partition(';')[0].strip() for line in chosen)}"

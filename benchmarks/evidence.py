@@ -24,18 +24,19 @@ from adaras_export.core.neuron_stats import AttributionStats, Tokens
 from adaras_export.core.trace_files import read_questions, read_traces, write_questions
 from adaras_export.core.traces import Question, Trace, by_question
 from adaras_export.data.checkers import last_number
-from adaras_export.data.collect import collect
+from adaras_export.data.collect import CollectOptions, collect
+from adaras_export.data.sampling_plan import Goal
 from adaras_export.demo import smollm2
 from adaras_export.discovery.gate_report import GateReport
 from adaras_export.discovery.gate_training import train_gate
 from adaras_export.discovery.identify import Reading, read_attribution, read_stats
 from adaras_export.discovery.rankings import Refinement, rank
 from adaras_export.errors import TraceError
-from adaras_export.evaluation.answer_cache import AnswerBook
+from adaras_export.evaluation.answer_cache import AnswerCache
+from adaras_export.evaluation.answers_by_arm import is_steered_by
 from adaras_export.evaluation.arms import compare, is_random
 from adaras_export.evaluation.controls import random_control
-from adaras_export.evaluation.evaluate import gate_fires
-from adaras_export.evaluation.task import Everywhere, Exam, Way
+from adaras_export.evaluation.task import Condition, EvaluationTask, StaticCondition
 from adaras_export.files.safetensors_record import Array
 from adaras_export.modeling.generation import Sampling
 from adaras_export.modeling.loading import load_model
@@ -199,9 +200,9 @@ class Trial:
         """Sampled, unless they have been read already: attempts that gave no text would be tried again."""
         if (self.work / "stats_completion.safetensors").is_file():
             return {}
-        how = {"attempts": ATTEMPTS, "sampling": self.sampled, "check": self.check, "batch_size": 128}
-        asked = read_questions(self.work / "identify.jsonl")
-        return vars(collect(self.model, self.tokenizer, asked, self.work / "traces.jsonl", **how))
+        questions, out = read_questions(self.work / "identify.jsonl"), self.work / "traces.jsonl"
+        how = {"goal": Goal(ATTEMPTS), "sampling": self.sampled, "options": CollectOptions(self.check, 128)}
+        return vars(collect(self.model, self.tokenizer, questions, out, **how))
 
     def read(self, tokens: Tokens = "completion") -> tuple[NeuronStats, AttributionStats]:
         """Sums over the traces, read once."""
@@ -244,29 +245,28 @@ class Trial:
         start = "last_prompt_token" if setting.start == "everywhere" else setting.start
         return SteeringRule(rank(*read, keep=setting.count, **how), setting.strength, self.base, start=start)
 
-    def way(self, setting: Setting, read: tuple[NeuronStats, AttributionStats]) -> Way:
+    def way(self, setting: Setting, read: tuple[NeuronStats, AttributionStats]) -> Condition:
         rule = self.rule(setting, read)
-        return Everywhere(rule) if setting.start == "everywhere" else rule
+        return StaticCondition(rule) if setting.start == "everywhere" else rule
 
     def gate(self) -> GateReport:
         """Trained on the questions of the traces; reads the lower half of the layers."""
-        traces, partial = read_traces(self.work / "traces.jsonl"), self.work / "gate-partial"
-        below = self.base.layers // 2
-        return train_gate(self.model, self.tokenizer, traces, self.base, below_layer=below, partial=partial)
+        traces = read_traces(self.work / "traces.jsonl")
+        return train_gate(self.model, self.tokenizer, traces, self.base, out=self.work / "gate.safetensors")
 
-    def exam(self, part: str) -> Exam:
+    def task(self, part: str) -> EvaluationTask:
         questions = read_questions(self.work / f"{part}.jsonl")
-        return Exam(questions, self.check, self.greedy, max_rows=128, token_budget=40000)
+        return EvaluationTask(questions, self.check, self.greedy, max_rows=128, token_budget=40000)
 
-    def book(self, part: str) -> AnswerBook:
-        return AnswerBook(self.model, self.tokenizer, self.exam(part), self.work / f"answers-{part}.jsonl")
+    def cache(self, part: str) -> AnswerCache:
+        return AnswerCache(self.model, self.tokenizer, self.task(part), self.work / f"answers-{part}.jsonl")
 
     def tuned(self, read: tuple[NeuronStats, AttributionStats]) -> tuple[Setting, ...]:
         """Of each ranking the setting that is best on validation questions; of equal ones the weaker."""
         told, best = {}, {}
-        book = self.book("validation")
+        cache = self.cache("validation")
         for ranking, settings in GRIDS.items():
-            found = verdicts(book, {"off": None, **{setting.name: self.way(setting, read) for setting in settings}})
+            found = verdicts(cache, {"off": None, **{setting.name: self.way(setting, read) for setting in settings}})
             best[ranking] = best_of(settings, found)
             told |= found
         print(f"On {len(told['off'])} validation questions:\n\n{report(told)[0]}\n")
@@ -280,10 +280,10 @@ def best_of(settings: Sequence[Setting], told: dict[str, Array]) -> Setting:
     return max(settings, key=lambda one: (told[one.name].mean(), -abs(one.strength) * one.count))
 
 
-def verdicts(book: AnswerBook, ways: dict[str, Way]) -> dict[str, Array]:
+def verdicts(cache: AnswerCache, ways: dict[str, Condition]) -> dict[str, Array]:
     """Under each way, (N,) bool."""
-    book.ask([*ways.values()])
-    return {name: book.answers(way).correct[:, 0] for name, way in ways.items()}
+    cache.ask([*ways.values()])
+    return {name: cache.answers(way).correct[:, 0] for name, way in ways.items()}
 
 
 def main() -> None:
@@ -310,7 +310,7 @@ def main() -> None:
     print(f"{arguments.task}, seed {arguments.seed}: {json.dumps(about, default=str)}\n")
     if arguments.settings == "refinements":
         ways = {"off": None, **{setting.name: trial.way(setting, read) for setting in REFINEMENTS}}
-        told = verdicts(trial.book("validation"), ways)
+        told = verdicts(trial.cache("validation"), ways)
     else:
         settings = FIXED if arguments.settings == "fixed" else trial.tuned(read)
         told, own = tested(trial, read, settings, arguments)
@@ -334,17 +334,17 @@ def tested(
         rules[f"{first.name}, of {other.name}"] = trial.rule(first, parts)
     for seed in range(arguments.draws):
         rules[f"random {seed}"] = random_control(trial.model, rules[first.name], seed)
-    book = trial.book("test")
-    told = verdicts(book, {"off": None, **rules})
+    cache = trial.cache("test")
+    told = verdicts(cache, {"off": None, **rules})
     try:
         gate = trial.gate()
     except TraceError as error:  # too few questions of either label
         print(f"No gate: {error}\n")
         return told, {}
-    fires = gate_fires(trial.model, trial.tokenizer, gate.gate, trial.exam("test"), book)
-    told[f"{upper}, gated"] = np.where(fires, told[upper], told["off"])
-    print(f"Gate: {gate.line()}. It steers {fires.mean():.0%} of the test questions.\n")
-    return told, {"gate": gate.as_record(), "steered": float(fires.mean())}
+    is_steered = is_steered_by(trial.model, trial.tokenizer, gate.gate, trial.task("test"), cache)
+    told[f"{upper}, gated"] = np.where(is_steered, told[upper], told["off"])
+    print(f"Gate: {gate.line()}. It steers {is_steered.mean():.0%} of the test questions.\n")
+    return told, {"gate": gate.as_record(), "steered": float(is_steered.mean())}
 
 
 def report(told: dict[str, Array]) -> tuple[str, dict[str, Any]]:

@@ -41,8 +41,8 @@ from adaras_export import BaseModel, NeuronStats
 from adaras_export.core.families import decoder
 from adaras_export.core.trace_files import read_traces
 from adaras_export.core.traces import Trace, balanced, by_question
-from adaras_export.data.checkers import last_number
 from adaras_export.data.collect import Recording, collect
+from adaras_export.data.sampling_plan import Goal
 from adaras_export.demo import smollm2
 from adaras_export.discovery.identify import Reading, read_stats
 from adaras_export.files.safetensors_record import Array
@@ -194,10 +194,8 @@ class Bench:
                 self.tokenizer,
                 smollm2.splits({"collect": 4}, seed=2)["collect"],
                 Path(folder) / "traces.jsonl",
-                attempts=4,
+                goal=Goal(4),
                 sampling=Sampling(32, temperature=1.0),
-                check=last_number,
-                batch_size=32,
                 record=Recording(Path(folder) / "statistics.safetensors", self.base) if recording else None,
             )
 

@@ -1,4 +1,4 @@
-"""PEFT adapters, opened and played the same way by every target that writes one. Knows no method and no rule."""
+"""Open PEFT adapters and switch them on and off, for all targets that write one."""
 
 import warnings
 from contextlib import AbstractContextManager, nullcontext
@@ -14,8 +14,8 @@ from adaras_export.exporters.parity import Mode
 ADAPTER_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 
-# What is said of every adapter with `lora_bias`, what whoever opens one here finds out without it, and a name that PEFT
-# 0.21 asks Transformers 5.23 for, which has renamed it.
+# PEFT's warning for every adapter with `lora_bias`, its warning about missing keys, which our checks report, and a
+# deprecated name that PEFT 0.21 uses in Transformers 5.23.
 _EXPECTED = (
     "`lora_bias=True` was passed but the targeted layer",
     "Found missing adapter keys",
@@ -27,12 +27,12 @@ def adapted(model: Any, folder: Path) -> Any:  # noqa: ANN401 - a class of Trans
     """The model with the adapter in ``folder``.
 
     Raises:
-        ArtifactError: it does not open.
+        ArtifactError: the adapter cannot be opened.
     """
     from peft import PeftModel
 
     try:
-        # PEFT draws adapters before it reads them.
+        # PEFT initialises adapters at random before it loads them.
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             for message in _EXPECTED:
                 warnings.filterwarnings("ignore", message)
@@ -42,6 +42,6 @@ def adapted(model: Any, folder: Path) -> Any:  # noqa: ANN401 - a class of Trans
 
 
 def set_to(model: Any, mode: Mode) -> AbstractContextManager[Any]:  # noqa: ANN401 - PEFT's class
-    """As `base.SteeredModel` says: off is the model without its adapter, everything else with it."""
+    """Disable the adapter inside the context if ``mode`` is "off"; see `base.SteeredModel`."""
     off: AbstractContextManager[Any] = model.disable_adapter()
     return off if mode == "off" else nullcontext()

@@ -1,4 +1,4 @@
-"""What every export target promises: the protocol, and the reference that most artifacts must equal."""
+"""The protocol of export targets, and the reference that most artifacts must equal."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -31,14 +31,14 @@ Feature = Literal["gate", "start", "dial"]
 
 @dataclass(frozen=True)
 class ExportContext:
-    """What an exporter needs to know besides the rule and the folders.
+    """Settings of an export, besides the rule and the folders.
 
     Attributes:
-        base_id: what from_pretrained finds the base by: its Hub id, or the absolute path of its folder.
+        base_id: the name that from_pretrained gets: a Hub id, or the absolute path of the base's folder.
         base_revision: the commit of a Hub id.
-        base_elsewhere: the base's folder for `Exporter.load`, where it is no longer at that place.
-        copy: copy weight files, also where they could be linked.
-        options: what else the user chose, by name; only those of `TargetSpec.options`.
+        base_elsewhere: the base's folder for `Exporter.load`, if it has moved.
+        copy: copy weight files instead of linking them.
+        options: the target's options, by name; see `TargetSpec.options`.
     """
 
     base_id: str
@@ -50,11 +50,11 @@ class ExportContext:
 
 @dataclass(frozen=True)
 class Written:
-    """What `Exporter.write` delivered.
+    """The result of `Exporter.write`.
 
     Attributes:
-        rule: the rule that the artifact carries: the given one, or that with a threshold of its own.
-        notes: figures for the card that only writing could measure.
+        rule: the rule of the artifact: the given one, possibly with another threshold.
+        notes: figures for the card that were measured while writing.
     """
 
     rule: SteeringRule
@@ -63,24 +63,25 @@ class Written:
 
 @dataclass(frozen=True)
 class TargetSpec:
-    """What a target is, with the options that the user chose, whatever the rule and the base.
+    """The properties of a target with its chosen options, independent of rule and base.
 
     Attributes:
         name: the target.
         card: the template of its model card, by its path in this package; it fills the blocks of `delivery/card.md`:
-            ``weights``, what became of the base's weights; ``usage``, every way to load it, with code that runs as it
-            stands; ``off``, how to switch the steering off, which goes on from the code of ``usage``; ``limits``, what
-            the format cannot do and what goes wrong in silence, as a list.
-        entries: lists every tensor in the files of an artifact that is not the base's, from the folder and the SHA-256
-            of each tensor of the base; reads the files as data, and raises `ArtifactError` where it cannot.
-        drops: what the format cannot express.
-        options: names of the options that are this target's own.
-        recorded: gives the options that `verify` must know, for the receipt; may read a file to name it by its hash.
-        library: what opens it, as the Hub names it.
-        relation: what the artifact is to its base, as the Hub names it: finetune, adapter, ...
-        tags: tags of the model card that are this target's own.
-        fetches_base: whether the artifact says where its base is, and opens what is there.
-        rounded: whether it computes with rounded weights, so that a measurement with the base's own is not about it.
+            ``weights``, what happened to the base's weights; ``usage``, every way to load it, with complete code;
+            ``off``, how to switch the steering off, which continues the code of ``usage``; ``limits``, a list of what
+            the format cannot do and of silent failures.
+        entries: lists every tensor of an artifact that the base lacks or has with other bytes. Its arguments are the
+            folder and the SHA-256 of each tensor of the base. It reads the files as data, and raises `ArtifactError`
+            if it cannot.
+        drops: features of a rule that the format cannot express.
+        options: names of the target's options.
+        recorded: returns the options that `verify` needs, for the receipt; may read a file to record its hash.
+        library: the library that opens the artifact, by the Hub's name.
+        relation: the relation to the base, by the Hub's name: finetune, adapter, ...
+        tags: the target's tags for the model card.
+        fetches_base: whether the artifact names its base and loads it from there.
+        rounded: whether it computes with rounded weights, so that measurements on the base's weights do not apply.
     """
 
     name: str
@@ -101,87 +102,87 @@ class Exporter(Protocol):
 
     @property
     def spec(self) -> TargetSpec:
-        """What the target is, with the options of the context."""
+        """The properties of the target, with the options of the context."""
         ...
 
     def with_context(self, context: ExportContext) -> "Exporter":
-        """This exporter with what it needs of ``context``.
+        """A copy of this exporter with the settings of ``context``.
 
         Raises:
-            ExportError: an option has no such value, or options exclude each other.
+            ExportError: an option has an invalid value, or two options exclude each other.
         """
         ...
 
     def write(self, rule: SteeringRule, base: Checkpoint, out: Path) -> Written:
-        """Write the artifact of ``rule`` on the checkpoint in ``base`` into the empty folder ``out``.
+        """Write the artifact of ``rule`` and the checkpoint ``base`` into the empty folder ``out``.
 
         Raises:
-            ExportError: the checkpoint cannot carry it.
+            ExportError: the target cannot express the rule or the checkpoint.
         """
         ...
 
     def inspect(self, folder: Path, rule: SteeringRule, base: Checkpoint) -> Inspection:
-        """Compare what is stored, tensor by tensor and file by file; unless it is harmless, nothing of it runs."""
+        """Compare the artifact, tensor by tensor and file by file; runs nothing of it unless it is harmless."""
         ...
 
     def reference(self, folder: Path, rule: SteeringRule, base: Checkpoint) -> Reference:
-        """What the artifact in ``folder`` must equal."""
+        """The reference that the artifact in ``folder`` must equal."""
         ...
 
     def load(self, folder: Path) -> Artifact:
         """Open the artifact as its users would, in float32.
 
         Raises:
-            ArtifactError: it does not open.
+            ArtifactError: the artifact cannot be opened.
         """
         ...
 
 
 @runtime_checkable
 class Refreshing(Protocol):
-    """An exporter whose artifacts carry code of this library, which a later version may have mended."""
+    """An exporter whose artifacts contain code of this library, which a later version may have fixed."""
 
     def refresh(self, folder: Path, rule: SteeringRule, base: Checkpoint) -> None:
-        """Replace code and settings of an artifact by those that `write` writes today; its tensors stay."""
+        """Replace code and settings of an artifact with those that `write` writes today; keeps its tensors."""
         ...
 
 
 @runtime_checkable
 class Remaking(Protocol):
-    """An exporter whose artifacts can only be checked against a fresh export, which may take minutes."""
+    """An exporter whose artifacts are compared with a new export, which may take minutes."""
 
     def made_anew(self, folder: Path, rule: SteeringRule, base: Checkpoint) -> Sequence[Check]:
-        """Compare what is stored, which `Exporter.inspect` has found harmless, with what is written here and now."""
+        """Compare an artifact that `Exporter.inspect` has found harmless with a new export."""
         ...
 
 
 def require_effect(rule: SteeringRule, target: str) -> None:
-    """Refuse a rule that would give an artifact without effect.
+    """Refuse a rule without effect.
 
     Raises:
-        ExportError: it has no neurons, or strength 0.
+        ExportError: the rule has no neurons, or strength 0.
     """
     if not len(rule.neurons) or rule.strength == 0:
-        found = "no neurons" if not len(rule.neurons) else "strength 0"
-        raise ExportError(f"{target}: the rule has {found}; expected an effect, or there is nothing to put into a file")
+        cause = "no neurons" if not len(rule.neurons) else "strength 0"
+        raise ExportError(f"{target}: the rule has {cause}; expected an effect, or there is nothing to put into a file")
 
 
 class SteeredModel:
-    """An opened artifact that is a model of Transformers or PEFT; `set_to` is what its kinds differ in."""
+    """An opened artifact that is a model of Transformers or PEFT; subclasses override `set_to`."""
 
     model: Any
 
-    def set_to(self, mode: Mode) -> AbstractContextManager[Any]:  # noqa: ARG002 - this one has no dial
-        """The model steered as ``mode`` says, with the dials that users have, while the context lasts."""
+    def set_to(self, mode: Mode) -> AbstractContextManager[Any]:  # noqa: ARG002 - no dial here
+        """Steer the model in ``mode`` inside the context, with the dials that users have."""
         return nullcontext()
 
     def play(self, rows: Sequence[Sequence[int]], mode: Mode, follow_BS: torch.Tensor | None) -> Play:
-        """As `parity.Player` says."""
+        """Run prompts in ``mode``; see `parity.Player`."""
         with self.set_to(mode):
             return play_model(self.model, rows, follow_BS)
 
     def generate(self, rows: Sequence[Sequence[int]], mode: Mode, follow_BS: torch.Tensor) -> torch.Tensor:
-        """As `parity.Generating` says."""
+        """The logits of `generate()` in ``mode``; see `parity.Generating`."""
         with self.set_to(mode):
             return generate_logits(self.model, rows, follow_BS)
 
@@ -192,12 +193,12 @@ class SteeredModel:
         sampling: Sampling,
         keys: Sequence[str],
     ) -> list[list[int]]:
-        """As `parity.Answering` says."""
+        """New ids of every row; see `parity.Answering`."""
         return complete_ids(self.model, tokenizer, rows, sampling, keys)
 
 
 def stock_reference(rule: SteeringRule, base: Checkpoint, *, everywhere: bool = False) -> Reference:
-    """The base model in float32, steered by hooks; ``everywhere`` leaves out gate and start."""
+    """The base model in float32, steered by hooks; ``everywhere`` ignores gate and start."""
     from transformers import AutoModelForCausalLM
 
     base.require_buildable()
@@ -208,5 +209,5 @@ def stock_reference(rule: SteeringRule, base: Checkpoint, *, everywhere: bool = 
 
 
 def sizes_of(model: Any) -> tuple[int, int]:  # noqa: ANN401 - a class of Transformers
-    """How many token ids a model knows, and how many tokens it takes."""
+    """The vocabulary size and the context length of a model."""
     return int(model.config.vocab_size), int(model.config.max_position_embeddings)

@@ -1,4 +1,4 @@
-"""What the targets do alike with the checkpoint of a base: fold a rule from it, carry its files along, compare them."""
+"""What targets share: fold a rule into vectors, copy files of the base checkpoint, and compare files and tensors."""
 
 import json
 import shutil
@@ -23,11 +23,11 @@ from adaras_export.files.safetensors_record import Array
 
 
 def plain_config(base: Checkpoint) -> dict[str, Any]:
-    """The config.json of a base, which Transformers can build, and which has the shapes of its weights.
+    """The config.json of a base, after checking that Transformers can build the model.
 
     Raises:
-        ArtifactError: it is not so.
-        ExportError: its weights are quantised.
+        ArtifactError: Transformers cannot build the config, or its shapes differ from those of the weights.
+        ExportError: the weights are quantised.
     """
     config = base.config
     if "quantization_config" in config:
@@ -37,9 +37,9 @@ def plain_config(base: Checkpoint) -> dict[str, Any]:
 
 
 def vectors(rule: SteeringRule, base: Checkpoint) -> dict[int, Array]:
-    """W_down[:, idx] @ delta of each steered layer, (D,) float32: folded in float64 from the stored weights.
+    """W_down[:, idx] @ delta of each steered layer, (D,) float32: computed in float64 from the stored weights.
 
-    Without the strength, which stays a dial.
+    The strength is not included; it stays a dial.
     """
     folded = {}
     for layer in rule.layers():
@@ -49,8 +49,7 @@ def vectors(rule: SteeringRule, base: Checkpoint) -> dict[int, Array]:
     return folded
 
 
-# What belongs to a checkpoint besides its weights and its config: tokenizer, chat templates, generation settings,
-# licence. Never code, never pickles.
+# The small files of a checkpoint: tokenizer, chat templates, generation settings, licence. Never code, never pickles.
 _COMPANIONS = (
     "*.json",
     "*.jinja",
@@ -60,18 +59,18 @@ _COMPANIONS = (
     "NOTICE*",
     "additional_chat_templates/*.jinja",
 )
-# The last one would send from_pretrained, where peft is installed, to another repository and its code.
+# With peft installed, from_pretrained would follow adapter_config.json to another repository and its code.
 _NOT_COMPANIONS = {"config.json", "model.safetensors.index.json", "adapter_config.json", *DESCRIBING}
 
 
 def companions(base: Path) -> dict[str, Path]:
-    """The small files that belong to a checkpoint, by their name below its folder."""
-    found = [path for pattern in _COMPANIONS for path in sorted(base.glob(pattern)) if path.is_file()]
-    return {str(path.relative_to(base)): path for path in found if path.name not in _NOT_COMPANIONS}
+    """The small files of a checkpoint, by path within its folder."""
+    paths = [path for pattern in _COMPANIONS for path in sorted(base.glob(pattern)) if path.is_file()]
+    return {str(path.relative_to(base)): path for path in paths if path.name not in _NOT_COMPANIONS}
 
 
 def copy_companions(base: Path, out: Path) -> None:
-    """Copy the small files that belong to a checkpoint."""
+    """Copy the small files of a checkpoint."""
     for name, source in companions(base).items():
         target = out / name
         target.parent.mkdir(exist_ok=True)
@@ -83,7 +82,7 @@ INDEX_FILE = "model.safetensors.index.json"
 
 
 def linked_name(path: Path) -> str:
-    """What a weight file of the base is called in an artifact: beginning with "model", as converters want it."""
+    """The name of a base's weight file in an artifact; it begins with "model", which converters need."""
     # from_pretrained prefers model.safetensors to an index, and would then miss the steering file.
     taken = {"model.safetensors": "model-base.safetensors", STEERING_FILE: "model-base-steering.safetensors"}
     name = path.name if path.name.startswith("model") else f"model-{path.name}"
@@ -91,12 +90,12 @@ def linked_name(path: Path) -> str:
 
 
 def write_index(out: Path, weight_map: dict[str, str]) -> None:
-    """Write the index that tells from_pretrained which file holds which tensor."""
+    """Write the index of the weights: the file of each tensor."""
     write_json(out / INDEX_FILE, _index(out, weight_map))
 
 
 def index_check(folder: Path, weight_map: dict[str, str]) -> Check:
-    """Compare what `write_index` wrote."""
+    """Compare the index with the one that `write_index` writes."""
     differing = not same_json(atomic.read_json(folder / INDEX_FILE), _index(folder, weight_map))
     return Check("index of the weights that differs", float(differing), 0, INDEX_FILE if differing else "")
 
@@ -113,28 +112,28 @@ def write_tensors(out: Path, tensors: dict[str, Array]) -> None:
 
 
 def opened(folder: str | Path, **how: Any) -> tuple[Any, list[str]]:
-    """The model in a folder, or of a Hub id, in float32, and what its loading report names.
+    """Open the model of a folder or Hub id in float32; also returns the entries of the loading report.
 
-    ``how`` goes to its `from_pretrained`.
+    ``how`` is passed to `from_pretrained`.
 
     Raises:
-        ArtifactError: it does not open.
+        ArtifactError: the model cannot be opened.
     """
     from transformers import AutoModelForCausalLM
 
     try:
-        found: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **how)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **how)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ArtifactError(f"{folder}: cannot be opened ({first_line(error)})") from error
-    model, report = found
-    # Transformers 4 leaves a tensor without values that the index names and the file lacks.
+    model, report = loaded
+    # Transformers 4 leaves a tensor without values if the index names it, but the file lacks it.
     if lost := [name for name, tensor in model.state_dict().items() if tensor.is_meta]:
         raise ArtifactError(f"{folder}: cannot be opened (no values for {', '.join(lost)})")
     return model.eval(), sorted(f"{key} {name}" for key, names in report.items() for name in names)
 
 
 def changed_companions(folder: Path, base: Path, tokenizers: Collection[str] = ()) -> list[str]:
-    """Files carried from the base that are not as they were there; one of these tokenizer classes may be named."""
+    """Names of copied files that differ from the base's; a tokenizer may name one of the classes ``tokenizers``."""
     changed = {name for name, source in companions(base).items() if not same_content(folder / name, source)}
     if _TOKENIZER_SETTINGS in changed and (folder / _TOKENIZER_SETTINGS).exists():
         found, expected = (atomic.read_json(path / _TOKENIZER_SETTINGS) for path in (folder, base))
@@ -145,13 +144,13 @@ def changed_companions(folder: Path, base: Path, tokenizers: Collection[str] = (
 
 
 def unknown_files(folder: Path, base: Path | None, own: Iterable[str]) -> Check:
-    """What an artifact holds besides ``own``, the base's small files and the receipt's: a chat template, say."""
+    """Files besides ``own``, the base's small files and the receipt's; for example, a chat template."""
     known = {*own, *DESCRIBING, *(() if base is None else companions(base))}
     strange = [shown(name) for name in sorted(entries(folder).keys() - known)]
     return Check.empty("files that neither the library nor the base has", strange)
 
 
-# Texts on which tokenizers that were set up differently disagree: digits, spaces, case, accents, other scripts.
+# Texts that differently configured tokenizers split differently: digits, spaces, case, accents, other scripts.
 _SAMPLES = (
     "What is 1234 + 56?",
     "  two  spaces\n\tand a tab",
@@ -164,10 +163,10 @@ _TOKENIZER_SETTINGS = "tokenizer_config.json"
 
 
 def tokenizer_classes(base: Path) -> list[str]:
-    """The class of a base's tokenizer, as Transformers 4 finds it, then others that may open the same one in version 5.
+    """The tokenizer class that Transformers 4 finds for a base, then others that may open the same one in version 5.
 
-    Version 5 goes by the config's model_type, too, which an artifact may not have. All are names of version 4: 5 knows
-    them.
+    Version 5 also uses the config's model_type, which an artifact may change. All names are of version 4; version 5
+    knows them.
     """
     path, config = base / _TOKENIZER_SETTINGS, atomic.read_json(base / "config.json")
     settings = atomic.read_json(path) if path.exists() else {}
@@ -177,7 +176,7 @@ def tokenizer_classes(base: Path) -> list[str]:
 
 
 def name_tokenizer_class(out: Path, name: str) -> None:
-    """Name the tokenizer's class, if there is a tokenizer."""
+    """Write the class of the tokenizer into its settings, if there is a tokenizer."""
     path = out / _TOKENIZER_SETTINGS
     settings = atomic.read_json(path) if path.exists() else {}
     if (out / "tokenizer.json").exists() and settings.get("tokenizer_class") != name:
@@ -185,7 +184,7 @@ def name_tokenizer_class(out: Path, name: str) -> None:
 
 
 def tokenised_differently(one: Any, other: Any) -> int:  # noqa: ANN401 - tokenizers of Transformers
-    """On how many of a few hard texts two tokenizers disagree."""
+    """The number of sample texts on which two tokenizers differ."""
     return sum(one(text)["input_ids"] != other(text)["input_ids"] for text in _SAMPLES)
 
 
@@ -195,7 +194,7 @@ def stores(path: Path | None, name: str, value: Array) -> bool:
         return False
     try:
         with safe_read.tensors(path) as file:
-            # The shape first: a foreign tensor may be larger than memory.
+            # The shape first: an untrusted tensor may be larger than memory.
             if name not in file.keys() or tuple(file.get_slice(name).get_shape()) != value.shape:
                 return False
             return np.array_equal(file.get_tensor(name), value)
@@ -204,20 +203,20 @@ def stores(path: Path | None, name: str, value: Array) -> bool:
 
 
 def disclosed(folder: Path, base_tensors: Mapping[str, str]) -> tuple[Disclosed, ...]:
-    """As `Exporter.disclosed` says, of an artifact whose tensors are in safetensors files."""
-    found = []
+    """The added and changed tensors of an artifact with safetensors files; see `TargetSpec.entries`."""
+    tensors = []
     for file, path in files_of(folder).items():
         if path.suffix == ".safetensors" and file not in DESCRIBING:
             for name, entry in sorted(checkpoint.header(path).items()):
                 digest = checkpoint.tensor_hash(path, entry)
                 if digest != base_tensors.get(name):
                     what: What = "changed" if name in base_tensors else "added"
-                    found.append(Disclosed(name, file, entry["dtype"], tuple(entry["shape"]), digest, what))
-    return tuple(found)
+                    tensors.append(Disclosed(name, file, entry["dtype"], tuple(entry["shape"]), digest, what))
+    return tuple(tensors)
 
 
 def stored_names(path: Path) -> set[str]:
-    """The tensors of a safetensors file; none where it is truncated or missing."""
+    """The tensor names of a safetensors file; empty if it is truncated or missing."""
     try:
         with safe_read.tensors(path) as file:
             return set(file.keys())
@@ -226,7 +225,7 @@ def stored_names(path: Path) -> set[str]:
 
 
 def strange_names(path: Path, expected: Iterable[str]) -> list[str]:
-    """What a file of `write_tensors` has besides these tensors, or lacks of them; all, where it is truncated."""
+    """Tensor names that only the file or only ``expected`` has, and other metadata; all, if the file is truncated."""
     try:
         with safe_read.tensors(path) as file:
             metadata = [] if file.metadata() == {"format": "pt"} else [f"{path.name}:__metadata__"]
@@ -236,27 +235,27 @@ def strange_names(path: Path, expected: Iterable[str]) -> list[str]:
 
 
 def stored(located: Mapping[str, Path], name: str) -> Array:
-    """A tensor of a checkpoint in float64; ``located`` as `models.shards` gives it.
+    """A tensor of a checkpoint in float64; ``located`` is `Checkpoint.files`.
 
     Raises:
-        ExportError: there is no such tensor.
+        ExportError: the checkpoint lacks the tensor.
     """
     if name not in located:
         folder = next(iter(located.values())).parent
         raise ExportError(f"{folder}: no tensor {name}; expected the biases that its config names")
     with safe_read.tensors(located[name], "pt") as file:
-        found: torch.Tensor = file.get_tensor(name)
-    return found.double().numpy()
+        tensor: torch.Tensor = file.get_tensor(name)
+    return tensor.double().numpy()
 
 
 def differing_keys(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
-    """The entries that only one of two mappings has, or that differ."""
+    """Keys that only one mapping has, or whose values differ."""
     one, other = ({key: [value] for key, value in values.items()} for values in (found, expected))
     return [key for key in sorted({*found, *expected}) if not same_json(one.get(key, []), other.get(key, []))]
 
 
 def same_json(one: Any, other: Any) -> bool:  # noqa: ANN401 - JSON
-    """Whether two values are the same: Python takes true for 1 and 1 for 1.0, other readers of a config do not."""
+    """Whether two JSON values are equal and of the same type; Python alone takes true, 1 and 1.0 as equal."""
     if type(one) is not type(other):
         return False
     if isinstance(one, dict):
@@ -267,18 +266,18 @@ def same_json(one: Any, other: Any) -> bool:  # noqa: ANN401 - JSON
 
 
 def same_content(path: Path, other: Path) -> bool:
-    """Whether two files hold the same bytes; two names of one file, as links are, need no reading."""
+    """Whether two files have the same bytes; hard links are not read."""
     if not path.is_file():
         return False
     return path.samefile(other) or atomic.sha256_file(path) == atomic.sha256_file(other)
 
 
 def holds(path: Path, content: bytes) -> bool:
-    """Whether a file holds just these bytes."""
+    """Whether a file has exactly these bytes."""
     return path.is_file() and path.stat().st_size == len(content) and path.read_bytes() == content
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write JSON as all files of an artifact have it."""
-    path.unlink(missing_ok=True)  # not written into: it may be a link to a file of another folder
+    """Write a JSON file of an artifact: indented, with sorted keys."""
+    path.unlink(missing_ok=True)  # it may be a hard link to a file of another folder
     path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""A figure held against its limit, and a list of them. Knows nothing of what is checked, and imports nothing heavy."""
+"""Checks: figures with their limits, and lists of them. Imports no torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from adaras_export.errors import printable
 
 @dataclass(frozen=True)
 class Check:
-    """One comparison: ``figure`` must not exceed ``limit``; a None limit only reports."""
+    """One comparison: ``figure`` must not exceed ``limit``; with the limit None it is only reported."""
 
     name: str
     figure: float
@@ -18,30 +18,32 @@ class Check:
 
     @classmethod
     def empty(cls, name: str, found: Sequence[str]) -> "Check":
-        """Passes where nothing was found; else it counts and names what was."""
+        """A check that passes if ``found`` is empty; else it counts and lists the items."""
         return cls(name, len(found), 0, " ".join(found))
 
     @property
     def ok(self) -> bool:
-        """Whether the figure is within the limit; NaN never is."""
+        """Whether the figure is within the limit; NaN is not."""
         return self.limit is None or self.figure <= self.limit
 
     def line(self) -> str:
-        """One line for a person."""
+        """One line of text for the terminal."""
         verdict = "    " if self.limit is None else "ok  " if self.ok else "FAIL"
         limit = "" if self.limit is None else f"  (limit {self.limit:.3g})"
         detail = "  " + self.detail if self.detail else ""
-        return printable(f"{verdict} {self.name}: {self.figure:.3g}{limit}{detail}")  # it names foreign files
+        return printable(
+            f"{verdict} {self.name}: {self.figure:.3g}{limit}{detail}"
+        )  # the detail may contain untrusted file names
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """What an artifact stores, compared with what it should store; nothing of it has run.
+    """Checks of an artifact's files against the expected ones, without running any of them.
 
     Attributes:
-        code: whether all that could run is this library's own.
-        settings: whether its settings are; they name code and files.
-        tensors: whether its tensors are, and whatever else is in the folder.
+        code: whether all code in it is this library's.
+        settings: whether its settings are the expected ones; settings can name code and files.
+        tensors: whether its tensors and other files are the expected ones.
     """
 
     code: Check
@@ -50,7 +52,7 @@ class Inspection:
 
     @property
     def harmless(self) -> bool:
-        """Whether the artifact may be run: neither its code nor its settings are foreign."""
+        """Whether the artifact is safe to run: its code and settings are the expected ones."""
         return self.code.ok and self.settings.ok
 
     @property
@@ -74,6 +76,18 @@ class ParityReport:
         """The checks that did not pass."""
         return [check for check in self.checks if not check.ok]
 
+    def verdict(self) -> str:
+        """One line for a person, and below it each check that failed."""
+        if failed := self.failed():
+            return "\n".join([f"FAIL {len(failed)} of {len(self.checks)} checks", *(check.line() for check in failed)])
+        shares = [(check.figure / check.limit, check) for check in self.checks if check.limit]
+        text = f"PASS {len(self.checks)} checks"
+        if not shares:
+            return text
+        share, nearest = max(shares, key=lambda pair: pair[0])
+        name, figure, limit = printable(nearest.name), nearest.figure, nearest.limit
+        return f"{text}; nearest to its limit: {name}: {figure:.3g} of {limit:.3g} ({share:.0%})"
+
     def as_record(self) -> list[dict[str, Any]]:
         """The checks as JSON values."""
         return [
@@ -85,9 +99,9 @@ class ParityReport:
         """The checks that `as_record` described.
 
         Raises:
-            KeyError, TypeError: the record is not of that form.
+            KeyError, TypeError: the record has another form.
         """
-        return cls(tuple(_check(one) for one in record))
+        return cls(tuple(_check(entry) for entry in record))
 
 
 def _check(record: Any) -> Check:  # noqa: ANN401 - comes from a file

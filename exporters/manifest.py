@@ -1,6 +1,6 @@
-"""The tensors of an artifact that are not its base's: what the receipt lists, the card shows and `verify` finds again.
+"""The manifest of an artifact: its tensors that the base lacks or has with other bytes, and its files.
 
-Knows them by name, file and hash; reads no files and knows no format.
+The receipt lists these tensors, the card shows them, and `verify` compares them.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ EVALUATION_FILE = "evaluation.json"
 RESULTS_FILE = ".eval_results/adaras.yaml"
 SIGNATURE_FILE = "model.sig"
 DESCRIBING = {CARD_FILE, EVALUATION_FILE, RESULTS_FILE, RECEIPT_FILE, RULE_FILE, SIGNATURE_FILE}
-_NOT_OURS = re.compile(r"\.git/|\.gitattributes\Z|\.cache/huggingface/")  # put there by git and the Hub
+_NOT_OURS = re.compile(r"\.git/|\.gitattributes\Z|\.cache/huggingface/")  # written by git and the Hub
 
 What = Literal["added", "changed"]
 
@@ -32,12 +32,12 @@ class Disclosed:
     """A tensor, or a function of a graph, that the base lacks or has with other bytes.
 
     Attributes:
-        name: as the file has it.
+        name: name in the file.
         file: path within the artifact.
-        dtype: as safetensors writes types: F32, I64, ...; "function" for a function of a graph.
-        shape: empty for a number and for a function.
-        sha256: of its bytes.
-        what: "added" where the base has no tensor of this name, "changed" where it has another.
+        dtype: safetensors' name of the type (F32, I64, ...); "function" for a function of a graph.
+        shape: empty for a scalar and for a function.
+        sha256: SHA-256 of the bytes.
+        what: "added" if the base has no tensor of this name, "changed" if it has one with other bytes.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Disclosed:
             raise ArtifactError(f"tensor {self.name!r}: damaged entry; expected name, file, dtype, shape, sha256, what")
 
     def as_record(self) -> dict[str, Any]:
-        """JSON values."""
+        """The fields as JSON values."""
         return {**asdict(self), "shape": list(self.shape)}
 
     @classmethod
@@ -62,7 +62,7 @@ class Disclosed:
         """The value that `as_record` described.
 
         Raises:
-            ArtifactError: the record is not of that form.
+            ArtifactError: the record has another form.
         """
         try:
             return cls(**{**record, "shape": tuple(record["shape"])})
@@ -71,18 +71,18 @@ class Disclosed:
 
     @property
     def only_zeros(self) -> bool:
-        """Whether every byte of it is 0, by its hash."""
+        """Whether all bytes are 0, by the hash."""
         size = _SIZES.get(self.dtype, 0) * prod(self.shape)
         return 0 < size <= _LARGEST and self.sha256 == _hash_of_zeros(size)
 
 
-_LARGEST = 1 << 26  # a bias or a vector; larger ones are not looked at, as a hostile receipt may claim any shape
+_LARGEST = 1 << 26  # enough for a bias or a vector; a hostile receipt can claim any shape
 _SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4}
 
 
 def differing(found: Sequence[Disclosed], expected: Sequence[Disclosed]) -> list[str]:
-    """Names of what only one of two lists has, or has with another file, type, shape or hash."""
-    return sorted({one.name for one in {*found} ^ {*expected}})
+    """Names of tensors that only one list has, or whose entries differ."""
+    return sorted({tensor.name for tensor in {*found} ^ {*expected}})
 
 
 @cache
@@ -94,15 +94,15 @@ def _hash_of_zeros(count: int) -> str:
 
 
 def entries(folder: Path) -> dict[str, Path]:
-    """All that an artifact's folder holds but plain folders, by path within it: files, links to folders, pipes, ...
+    """All entries of an artifact's folder by path within it, except folders: files, links to folders, pipes, ...
 
-    Without what the Hub and git put beside it.
+    Files of git and of the Hub's cache are left out.
     """
-    found: list[Path] = []
-    for parent, folders, files in os.walk(folder, onerror=lambda error: found.append(Path(error.filename))):
-        links = [name for name in folders if Path(parent, name).is_symlink()]  # whose content nobody looks at
-        found.extend(Path(parent, name) for name in (*files, *links))
-    named = {path.relative_to(folder).as_posix(): path for path in sorted(found)}
+    paths: list[Path] = []
+    for parent, folders, files in os.walk(folder, onerror=lambda error: paths.append(Path(error.filename))):
+        links = [name for name in folders if Path(parent, name).is_symlink()]  # os.walk does not follow them
+        paths.extend(Path(parent, name) for name in (*files, *links))
+    named = {path.relative_to(folder).as_posix(): path for path in sorted(paths)}
     return {name: path for name, path in named.items() if not _NOT_OURS.match(name)}
 
 
@@ -112,13 +112,13 @@ def files_of(folder: Path) -> dict[str, Path]:
 
 
 def shown(name: str) -> str:
-    """A file's name as it is printed: in escapes where it could break a line or look like another one."""
+    """A file name for output; escaped if it has spaces, unprintable characters or characters beyond ASCII."""
     return name if name.isascii() and name.isprintable() and " " not in name else ascii(name)
 
 
 def is_file(path: Path) -> bool:
-    """Whether it is a file, or a link to one."""
+    """Whether a path is a file, or a link to one."""
     try:
         return path.is_file()
-    except OSError:  # a folder on the way of a link that may not be entered
+    except OSError:  # a link through a folder without access
         return False

@@ -1,8 +1,8 @@
-"""Compare what an artifact computes with the reference semantics of its rule. Knows no file format.
+"""Compare the outputs of an artifact with the reference semantics of its rule.
 
-Both sides play the same prompts: a left-padded batch, prefill and then cached decoding along the reference's greedy
-tokens; as the rule says, steered always, off, and with a threshold that steers half of the rows. What is run with
-Transformers' `generate()` is run so, too: the reference makes its forward passes itself, with a cache of its own.
+Both sides run the same prompts: a left-padded batch, prefilled and then decoded with a cache along the reference's
+greedy tokens. They run by the rule, always steered, off, and with a threshold that steers half of the rows. Artifacts
+that users run with Transformers' `generate()` are compared through it as well; the reference calls forward directly.
 
 B sequences, S generated tokens, V vocabulary.
 """
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
 from adaras_export.core.rule import SteeringRule
-from adaras_export.exporters.checks import Check as Check  # whoever compares imports them from here
+from adaras_export.exporters.checks import Check as Check  # re-exported for comparisons
 from adaras_export.exporters.checks import ParityReport as ParityReport
 from adaras_export.modeling.divergence import next_token_divergence
 from adaras_export.modeling.generation import CACHE, Sampling, left_pad, with_defaults
@@ -24,18 +24,18 @@ from adaras_export.modeling.steering import steered, steered_everywhere
 from adaras_export.runtime.steering_adaras import cache_of
 
 Mode = Literal["rule", "always", "off"] | float
-"""How to steer: as the rule says, every row, none, or the rows with p(correct) below a number."""
+"""How to steer: by the rule, every row, no row, or the rows with p(correct) below a number."""
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far an artifact may be from the reference.
+    """How much an artifact may differ from the reference.
 
     Attributes:
-        units: of logits, in roundings of the largest one in float32.
-        off: whether logits may differ by as much with strength 0 too; else they must be equal, bit for bit.
-        probability: of p(correct).
-        ties: whether a greedy token may be another one whose logit is as good, within twice the limit.
+        units: limit for logits, in units of the float32 rounding error of the largest logit.
+        off: whether this limit also holds with steering off; else logits must be equal, bit for bit.
+        probability: limit for p(correct).
+        ties: whether a greedy token may differ if its logit is within twice the limit of the best one.
     """
 
     units: float
@@ -44,11 +44,11 @@ class Tolerance:
     ties: bool = False
 
     def of(self, logits: Tensor) -> float:
-        """The limit for logits like these."""
+        """The limit for these reference logits."""
         return self.units * torch.finfo(torch.float32).eps * max(1.0, float(logits.abs().max()))
 
 
-# PyTorch sums in another order. Measured over seven toy bases in all modes: up to 3.5 units; on SmolLM2-135M: 8.
+# PyTorch sums in different orders. Measured over seven toy bases in all modes: up to 3.5 units; on SmolLM2-135M: 8.
 # One negated delta of six moves logits by 7 * 10^4 units and more.
 FLOAT32 = Tolerance(64)
 
@@ -59,7 +59,7 @@ _LENGTHS = (3, 7, 11, 72)
 
 @dataclass(frozen=True)
 class Play:
-    """What one side computed: logits (B, S, V) float32, greedy tokens (B, S), p(correct) (B,) where gated."""
+    """Outputs of one side: logits (B, S, V) float32, greedy tokens (B, S), and p(correct) (B,) with a gate."""
 
     logits_BSV: Tensor
     tokens_BS: Tensor
@@ -70,16 +70,16 @@ class Player(Protocol):
     """One side of the comparison."""
 
     def play(self, rows: Sequence[Sequence[int]], mode: Mode, follow_BS: Tensor | None) -> Play:
-        """Run prompts of token ids; feed ``follow_BS`` after them, or the side's own greedy tokens."""
+        """Run prompts of token ids; then feed ``follow_BS``, or the side's own greedy tokens if it is None."""
         ...
 
 
 class Artifact(Player, Protocol):
-    """The side that is judged."""
+    """The side that is checked."""
 
     @property
     def tolerance(self) -> Tolerance:
-        """How exact it is."""
+        """How much it may differ from the reference."""
         ...
 
     @property
@@ -88,7 +88,7 @@ class Artifact(Player, Protocol):
         ...
 
     def findings(self) -> Sequence[Check]:
-        """What there was to say when it was opened."""
+        """Checks that were made when the artifact was opened."""
         ...
 
 
@@ -97,13 +97,13 @@ class Generating(Protocol):
     """An artifact that its users run with Transformers' `generate()`."""
 
     def generate(self, rows: Sequence[Sequence[int]], mode: Mode, follow_BS: Tensor) -> Tensor:
-        """Logits (B, S, V) of prompts of token ids, where `generate()` takes ``follow_BS`` for its tokens."""
+        """Logits (B, S, V) of `generate()` on prompts of token ids; it is forced to generate ``follow_BS``."""
         ...
 
 
 @runtime_checkable
 class Answering(Protocol):
-    """An artifact that answers prompts as its users have it answer."""
+    """An artifact that completes prompts in the way its users run it."""
 
     def answer(
         self,
@@ -112,23 +112,23 @@ class Answering(Protocol):
         sampling: Sampling,
         keys: Sequence[str],
     ) -> list[list[int]]:
-        """New ids of every row of prompt ids, as `generation.complete_ids` gives them.
+        """New ids of every row of prompt ids, as from `generation.complete_ids`.
 
         Raises:
-            ExportError: it does not sample.
+            ExportError: the artifact cannot sample.
         """
         ...
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What an artifact must equal.
+    """The reference that an artifact must equal.
 
     Attributes:
-        player: plays what the format can express of the rule.
-        vocabulary: how many token ids there are.
-        context: how many tokens it takes.
-        whole: plays the whole rule, where the format leaves out some of it.
+        player: runs the part of the rule that the format can express.
+        vocabulary: the number of token ids.
+        context: the context length in tokens.
+        whole: runs the whole rule; None if the format can express all of it.
     """
 
     player: Player
@@ -139,9 +139,9 @@ class Reference:
 
 @dataclass(frozen=True)
 class Script:
-    """The prompts, what the reference did with them, and how far that is from the whole rule.
+    """The prompts, the outputs of the reference, and their distance from the whole rule.
 
-    ``single`` is of the last one alone, steered always.
+    ``single`` is the output for the last prompt without a batch, always steered.
     """
 
     rows: tuple[tuple[int, ...], ...]
@@ -151,13 +151,13 @@ class Script:
 
 
 def rehearse(reference: Reference) -> Script:
-    """Let the reference play pseudo-random prompts of several lengths."""
+    """Run the reference on pseudo-random prompts of several lengths."""
     generator = torch.Generator().manual_seed(0)
     lengths = [min(length, reference.context - STEPS) for length in _LENGTHS]
     draw = [torch.randint(reference.vocabulary, (length,), generator=generator).tolist() for length in lengths]
     rows = tuple(tuple(row) for row in draw)
     modes: dict[str, Mode] = {"by the rule": "rule", "off": "off"}
-    if reference.whole is None:  # else there is no gate, and always is by the rule
+    if reference.whole is None:  # otherwise every row is steered by the rule
         modes["steered always"] = "always"
     plays = {name: (mode, reference.player.play(rows, mode, None)) for name, mode in modes.items()}
     by_rule = plays["by the rule"][1]
@@ -179,7 +179,7 @@ def _loss(static: Play, whole: Play) -> Check:
 
 
 def compare(script: Script, artifact: Artifact) -> list[Check]:
-    """Play the script on an artifact and compare."""
+    """Run the script on an artifact and compare the outputs."""
     checks, tolerance = list(artifact.findings()), artifact.tolerance
     for name, (mode, expected) in script.plays.items():
         if mode == "off" and not artifact.switchable:
@@ -203,7 +203,9 @@ def compare(script: Script, artifact: Artifact) -> list[Check]:
 def _logit_checks(name: str, expected: Play, found: Play, limit: float, tie: float) -> list[Check]:
     prefill = _distance(found.logits_BSV[:, 0], expected.logits_BSV[:, 0])
     decode = _distance(found.logits_BSV[:, 1:], expected.logits_BSV[:, 1:])
-    best_BS, taken_BS = (expected.logits_BSV.gather(-1, one.tokens_BS[..., None])[..., 0] for one in (expected, found))
+    best_BS, taken_BS = (
+        expected.logits_BSV.gather(-1, play.tokens_BS[..., None])[..., 0] for play in (expected, found)
+    )
     other = int(((found.tokens_BS != expected.tokens_BS) & ~(best_BS - taken_BS <= tie)).sum())
     return [
         Check(f"{name}, prefill logits", prefill, limit),
@@ -217,7 +219,7 @@ def _always(plays: Mapping[str, tuple[Mode, Play]]) -> tuple[Mode, Play]:
 
 
 def _generate_checks(script: Script, artifact: Artifact) -> list[Check]:
-    """`generate()` of the batch, and of the long prompt alone: both steered, whatever the rule's threshold is."""
+    """Compare `generate()` on the batch and on the long prompt; both are steered at any threshold of the rule."""
     assert isinstance(artifact, Generating)
     batch_mode, batch = script.plays.get("half of the rows steered", script.plays["by the rule"])
     mode, always = _always(script.plays)
@@ -242,13 +244,13 @@ def _probability_check(expected: Play, found: Play, limit: float) -> Check:
 
 
 def _distance(one: Tensor, other: Tensor) -> float:
-    if one.shape != other.shape:  # fewer steps, say
+    if one.shape != other.shape:  # for example, fewer steps
         return float("nan")
     return float((one.double() - other.double()).abs().max())  # NaN stays NaN, and fails
 
 
 class ReferencePlayer:
-    """A stock model under `steered`; ``everywhere`` leaves out gate and start, as static artifacts do."""
+    """A stock model under `steered`; ``everywhere`` ignores gate and start, as static artifacts do."""
 
     def __init__(self, model: nn.Module, rule: SteeringRule, *, everywhere: bool = False) -> None:
         self.model = model
@@ -256,7 +258,7 @@ class ReferencePlayer:
         self.everywhere = everywhere
 
     def play(self, rows: Sequence[Sequence[int]], mode: Mode, follow_BS: Tensor | None) -> Play:
-        """As `Player` says."""
+        """Run prompts in ``mode``; see `Player`."""
         if mode == "off":
             return play_model(self.model, rows, follow_BS)
         if self.everywhere:
@@ -296,7 +298,7 @@ def play_model(model: Callable[..., Any], rows: Sequence[Sequence[int]], follow_
 
 @torch.no_grad()
 def generate_logits(model: Any, rows: Sequence[Sequence[int]], follow_BS: Tensor) -> Tensor:  # noqa: ANN401
-    """As `Generating` says, of a model of Transformers or PEFT."""
+    """Logits of `generate()` of a Transformers or PEFT model, forced to generate ``follow_BS``; see `Generating`."""
     ids, mask = left_pad(rows, 0, "cpu")
     settings: Any = GenerationConfig
     greedy = settings(max_new_tokens=follow_BS.shape[1], do_sample=False, num_beams=1, pad_token_id=0)
@@ -311,7 +313,7 @@ def generate_logits(model: Any, rows: Sequence[Sequence[int]], follow_BS: Tensor
 
 
 class _Following(LogitsProcessor):
-    """Leaves given tokens as the only choice; `output_logits` are those before it."""
+    """Forces given tokens; `output_logits` are the logits before it."""
 
     def __init__(self, follow_BS: Tensor, width: int) -> None:
         self.follow_BS = follow_BS

@@ -1,13 +1,14 @@
-"""Which files of code exports of this library have carried, and what the earlier ones lack. Runs none of them.
+"""All versions of the code files in exports, and the fixes that earlier versions lack.
 
-payload_history.json has the SHA-256 of each version of each file of `adaras_export.runtime`, with a number: how many of
-its fixes were made when that version was. tests/support/payload_history.py writes it.
+payload_history.json has the SHA-256 of each version of each file of `adaras_export.runtime`, with the number of fixes
+that the version contains. tests/support/payload_history.py writes it.
 """
 
 import functools
 import json
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -19,27 +20,28 @@ FILE = "payload_history.json"
 
 
 def known(folder: Path, name: str) -> bool:
-    """Whether a file of an export is code that this library has put there under its name, today or before."""
+    """Whether a file of an export is any version of this library's code of that name."""
     versions = _history()["files"].get(name, {})
     return (folder / name).is_file() and atomic.sha256_file(folder / name) in versions
 
 
 def check(name: str, folder: Path, strange: Sequence[str]) -> Check:
-    """The check ``name``, which fails where entries of a folder are not this library's code of today.
+    """The check ``name``, which fails if there are ``strange`` files, which are not the current code.
 
-    Where all of them were so before, it says what that lacks.
+    If all of them are earlier versions, the detail lists the fixes that they lack.
     """
-    found = Check.empty(name, strange)
-    if not strange or not all(known(folder, one) for one in strange):
-        return found
+    result = Check.empty(name, strange)
+    if not strange or not all(known(folder, file) for file in strange):
+        return result
     history = _history()
-    made = min(history["files"][one][atomic.sha256_file(folder / one)] for one in strange)
-    lacks = "; ".join(history["fixes"][made:]) or "nothing that matters"
-    told = f"(earlier code of this library; it lacks: {lacks}; run: adaras-export refresh {shlex.quote(str(folder))})"
-    return Check(name, found.figure, found.limit, f"{found.detail} {told}")
+    fixes = min(history["files"][file][atomic.sha256_file(folder / file)] for file in strange)
+    lacks = "; ".join(history["fixes"][fixes:]) or "nothing that matters"
+    hint = f"(earlier code of this library; it lacks: {lacks}; run: adaras-export refresh {shlex.quote(str(folder))})"
+    return replace(result, detail=f"{result.detail} {hint}")
 
 
 @functools.cache
 def _history() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((resources.files("adaras_export.exporters") / FILE).read_text(encoding="utf-8"))
-    return found
+    text = (resources.files("adaras_export.exporters") / FILE).read_text(encoding="utf-8")
+    history: dict[str, Any] = json.loads(text)
+    return history

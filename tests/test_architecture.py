@@ -65,9 +65,31 @@ def test_values_are_imported_without_torch_or_transformers(module):
 
 def test_every_public_name_is_there():
     for name in adaras_export.__all__:
-        assert getattr(adaras_export, name).__name__ == name
+        assert getattr(adaras_export, name).__name__.removeprefix("adaras_export.") == name
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         adaras_export.nothing  # noqa: B018
+
+
+JOB = "load_model read_questions collect read_traces identify train_gate tune evaluate report export verify push"
+
+
+def test_the_whole_job_is_public():
+    assert {*JOB.split()} < {*dir(adaras_export)}
+
+
+@pytest.mark.parametrize("name", JOB.split())
+def test_a_stage_says_what_it_takes_gives_and_refuses(name):
+    text = getattr(adaras_export, name).__doc__
+    assert all(f"\n    {part}:\n" in text for part in ("Args", "Raises", "Example"))
+
+
+def test_editors_and_type_checkers_see_the_names_that_are_loaded_later():
+    tree = ast.parse((ROOT / "adaras_export" / "__init__.py").read_text())
+    [block] = [node for node in tree.body if isinstance(node, ast.If)]
+    seen = {alias.name: node.module for node in block.body for alias in node.names}
+    later = {name: f"adaras_export.{home}" for name, home in adaras_export._HOMES.items()}
+    assert seen == {**later, "demo": "adaras_export"}
+    assert sorted(seen) == adaras_export.__all__
 
 
 def test_dir_shows_the_public_names_and_nothing_else():

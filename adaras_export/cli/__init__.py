@@ -8,17 +8,18 @@ import logging
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
-from adaras_export.cli import collect, evaluate, export, gate, identify, machine, questions, report, tune
+from adaras_export import __version__
+from adaras_export.cli import collect, evaluate, export, gate, identify, machine, questions, report, rule, tune
+from adaras_export.cli.examples import epilog
 from adaras_export.errors import AdarasError, ParityError, printable
 
 app = typer.Typer(
     name="adaras-export",
-    help="Find reasoning-critical neurons, and ship models that steer them at test time, gate included.",
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 
@@ -30,6 +31,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "merge": identify.merge,
     "gate": gate.gate,
     "tune": tune.tune,
+    "rule": rule.rule,
     "eval": evaluate.evaluate,
     "report": report.report,
     "export": export.export,
@@ -41,7 +43,22 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "doctor": machine.doctor,
 }
 for _name, _command in _COMMANDS.items():
-    app.command(_name)(_command)
+    app.command(_name, epilog=epilog(_name))(_command)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"adaras-export {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _program(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Find reasoning-critical neurons, and ship models that steer them at test time, gate included."""
 
 
 def main() -> None:

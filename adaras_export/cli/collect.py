@@ -4,13 +4,16 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from adaras_export.cli.options import (
     A_FILE,
+    ADVANCED,
+    SAMPLING,
     Check,
+    Dtype,
     Json,
     NewTokens,
     Out,
@@ -45,11 +48,11 @@ def collect(
     model: Annotated[str, typer.Option("--model", "-m", help="Folder or Hub id; with --endpoint, the served name.")],
     out: Out,
     attempts: Annotated[int, typer.Option(help="Completions per question, at most.")] = 8,
-    temperature: Annotated[float, typer.Option(help="0 is greedy (one attempt).")] = 1.0,
-    top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = 1.0,
+    temperature: Annotated[float, typer.Option(help="0 is greedy (one attempt).", rich_help_panel=SAMPLING)] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus sampling.", rich_help_panel=SAMPLING)] = 1.0,
     max_new_tokens: NewTokens = None,
     stop: Stop = None,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.", rich_help_panel=SAMPLING)] = 0,
     check: Check = None,
     batch_size: Rows = 32,
     wanted: Annotated[int | None, typer.Option(help="Stop at so many questions with both outcomes.")] = None,
@@ -60,7 +63,8 @@ def collect(
         Path | None, typer.Option(help="Also record activation statistics into this file.", callback=in_a_folder)
     ] = None,
     backend: Annotated[
-        Literal["transformers", "vllm"], typer.Option(help="What runs the model here.")
+        Literal["transformers", "vllm"],
+        typer.Option(help="What runs the model here.", rich_help_panel=ADVANCED),
     ] = "transformers",
     dtype: Precision = "float32",
     revision: Revision = None,
@@ -87,7 +91,7 @@ def collect(
     as_json: Json = False,
 ) -> None:
     """Sample several attempts at each question and check them. Goes on where it was interrupted."""
-    server = {
+    of_server = {
         "concurrency": concurrency,
         "requests-per-minute": requests_per_minute,
         "retries": retries,
@@ -95,51 +99,39 @@ def collect(
         "api-key-env": api_key_env,
     }
     local = {"record": record, "revision": revision, "backend": _unless(backend, "transformers")}
-    _require_fitting(endpoint, server, {**local, "dtype": _unless(dtype, "float32")}, backend)
+    _require_fitting(endpoint, of_server, {**local, "dtype": _unless(dtype, "float32")}, backend)
     read, chosen = asked(questions, check)
     if endpoint is None:
         require_model(model, revision)
     from adaras_export.core.base_model import BaseModel
     from adaras_export.core.checkpoint import version_of
-    from adaras_export.data.collect import Recording, collect_from, require_varied
+    from adaras_export.data.collect import CollectOptions, Recording, collect_from, require_varied
     from adaras_export.data.collect import collect as run
     from adaras_export.data.sampling_plan import Goal
     from adaras_export.modeling.generation import Sampling
 
     sampling = Sampling(new_tokens(max_new_tokens), temperature, top_p, seed, unescaped(stop))
+    goal = Goal(attempts, wanted, per_class)
+    require_varied(attempts, sampling)
     name = Path(model).resolve().name if endpoint is None and Path(model).is_dir() else model
-    if endpoint is not None or backend == "vllm":
-        require_varied(attempts, sampling)
-        goal = Goal(attempts, wanted, per_class)
-        version = version_of(model, revision) if endpoint is None else None
-        made = (
-            _vllm(model, sampling, dtype, revision) if endpoint is None else _server(endpoint, model, sampling, server)
-        )
-        with progress() as bar:
-            told = bar("sampling")
-            how: dict[str, Any] = {"batch_size": batch_size, "name": name, "revision": version, "progress": told}
-            report = collect_from(made, read, out, goal, check=chosen, **how)
-    else:
-        loaded, tokenizer = load_model(model, revision, dtype)
-        sampling = replace(sampling, max_new_tokens=fitting(max_new_tokens, loaded, tokenizer, read))
-        recording = None if record is None else Recording(record, BaseModel.of(model, revision))
-        with progress() as bar:
-            report = run(
-                loaded,
-                tokenizer,
-                read,
-                out,
-                attempts=attempts,
-                sampling=sampling,
-                check=chosen,
-                batch_size=batch_size,
-                wanted=wanted,
-                per_class=per_class,
-                record=recording,
-                name=name,
-                revision=version_of(model, revision),
-                progress=bar("sampling"),
+    version = version_of(model, revision) if endpoint is None else None
+    with progress() as bar:
+        if endpoint is not None or backend == "vllm":
+            made = (
+                _vllm(model, sampling, dtype, revision)
+                if endpoint is None
+                else _server(
+                    endpoint, model, sampling, _key(api_key_env), concurrency, requests_per_minute, retries, timeout
+                )
             )
+            options = CollectOptions(chosen, batch_size, name, version, bar("sampling"))
+            report = collect_from(made, read, out, goal=goal, options=options)
+        else:
+            loaded, tokenizer = load_model(model, revision, dtype)
+            sampling = replace(sampling, max_new_tokens=fitting(max_new_tokens, loaded, tokenizer, read))
+            recording = None if record is None else Recording(record, BaseModel.of(model, revision))
+            options = CollectOptions(chosen, batch_size, name, version, bar("sampling"))
+            report = run(loaded, tokenizer, read, out, goal=goal, sampling=sampling, record=recording, options=options)
     show(vars(report), f"{out}: {_told(report, sampling, max_new_tokens)}", as_json)
 
 
@@ -176,26 +168,38 @@ def _require_fitting(
         raise typer.BadParameter("--record: vLLM shows no activations; run identify on the traces instead")
 
 
-def _server(endpoint: str, model: str, sampling: "Sampling", given: Mapping[str, Any]) -> "Backend":
+def _server(
+    endpoint: str,
+    model: str,
+    sampling: "Sampling",
+    key: str | None,
+    concurrency: int | None,
+    per_minute: float | None,
+    retries: int | None,
+    timeout: float | None,
+) -> "Backend":
     from adaras_export.data.backends.openai import Endpoint, EndpointBackend
 
-    named = given["api-key-env"]
-    key = os.environ.get(named or _KEY)
-    if named is not None and not key:
+    usual = Endpoint(endpoint, model, key, per_minute=per_minute)
+    pressed = replace(
+        usual,
+        concurrency=usual.concurrency if concurrency is None else concurrency,
+        retries=usual.retries if retries is None else retries,
+        timeout=usual.timeout if timeout is None else timeout,
+    )
+    return EndpointBackend(pressed, sampling)
+
+
+def _key(variable: str | None) -> str | None:
+    key = os.environ.get(variable or _KEY)
+    if variable is not None and not key:
         raise typer.BadParameter(
-            f"--api-key-env {named}: there is no such environment variable; expected the key in it"
+            f"--api-key-env {variable}: there is no such environment variable; expected the key in it"
         )
-    pressed = {
-        "concurrency": given["concurrency"],
-        "per_minute": given["requests-per-minute"],
-        "retries": given["retries"],
-        "timeout": given["timeout"],
-    }
-    settings = {name: value for name, value in pressed.items() if value is not None}
-    return EndpointBackend(Endpoint(endpoint, model, key, **settings), sampling)
+    return key
 
 
-def _vllm(model: str, sampling: "Sampling", dtype: Any, revision: str | None) -> "Backend":  # noqa: ANN401 - checked
+def _vllm(model: str, sampling: "Sampling", dtype: Dtype, revision: str | None) -> "Backend":
     from adaras_export.data.backends.vllm import VllmBackend
 
     quiet_libraries()

@@ -21,16 +21,18 @@ from adaras_export.core.neurons import Ranking
 from adaras_export.core.trace_files import read_traces, write_questions
 from adaras_export.core.traces import Question
 from adaras_export.data.checkers import checker
-from adaras_export.data.collect import CollectReport, Recording, collect
+from adaras_export.data.collect import CollectOptions, CollectReport, Recording, collect
+from adaras_export.data.sampling_plan import Goal
 from adaras_export.delivery.verifier import verify
 from adaras_export.delivery.writer import ExportReport, export
 from adaras_export.demo import planted, smollm2
 from adaras_export.discovery.gate_report import GateReport
 from adaras_export.discovery.gate_training import train_gate
-from adaras_export.discovery.identify import Identified, Reading, identify
+from adaras_export.discovery.identify import Identified, IdentifyOptions, Reading, identify
 from adaras_export.errors import ExportError, MissingExtraError, require
-from adaras_export.evaluation.evaluate import Conduct, Evaluation, Exam, evaluate
-from adaras_export.evaluation.tune import tune
+from adaras_export.evaluation.evaluate import EvaluationOptions, EvaluationTask, evaluate
+from adaras_export.evaluation.record import Evaluation
+from adaras_export.evaluation.tune import TuneOptions, tune
 from adaras_export.evaluation.tune_report import TuneReport
 from adaras_export.exporters.parity import ParityReport
 from adaras_export.modeling.generation import Sampling
@@ -62,11 +64,10 @@ def planted_task(_out: Path) -> Task:
     The paper's deltas are differences of means, about a seventh of a deviation here, so its strengths are larger: both
     rankings may add vectors of about the same norms.
     """
-    parts = planted.splits({"identify": 400, "validation": 300, "test": 1000}, seed=1)
     return Task(
         name="planted",
-        base=Path(__file__).with_name("planted_model"),
-        questions={name: [_planted_question(row) for row in rows] for name, rows in parts.items()},
+        base=planted.MODEL,
+        questions=planted.questions({"identify": 400, "validation": 300, "test": 1000}),
         attempts=8,
         sampling=Sampling(40, temperature=1.0),
         counts=(50, 200),
@@ -158,7 +159,7 @@ class Summary:
         for name, one in self.candidates.items():
             lines += ["", f"ranking: {name}", f"  {one.identified.line()}", f"  {one.tuned.line()}"]
             lines += [f"  {line}" for line in one.evaluation.table().splitlines()]
-            lines += [f"  {one.evaluation.verdict}"]
+            lines += [f"  {one.evaluation.conclusion}"]
         lines += ["", f"exported  {self.exported} (better on validation) -> {self.delivery.path}"]
         checks, failed = self.verified.checks, self.verified.failed()
         lines += [f"verified  {len(checks) - len(failed)} of {len(checks)} checks passed"]
@@ -215,18 +216,14 @@ def job(task: Task, out: Path, bar: Bar) -> Summary:
         tokenizer,
         task.questions["identify"],
         out / "traces.jsonl",
-        attempts=task.attempts,
+        goal=Goal(task.attempts),
         sampling=task.sampling,
-        check=checker("last_number"),
-        batch_size=128,
         record=Recording(out / "statistics.safetensors", base),
-        progress=bar("sample and check"),
+        options=CollectOptions(batch_size=128, progress=bar("sample and check")),
     )
     traces = read_traces(out / "traces.jsonl")
     reading = Reading(progress=bar("train the gate"))
-    half = base.layers // 2
-    gate = train_gate(model, tokenizer, traces, base, below_layer=half, reading=reading)
-    gate.gate.save(out / "gate.safetensors")
+    gate = train_gate(model, tokenizer, traces, base, reading=reading, out=out / "gate.safetensors")
 
     candidates: dict[Ranking, Candidate] = {}
     for ranking in RANKINGS:
@@ -235,25 +232,25 @@ def job(task: Task, out: Path, bar: Bar) -> Summary:
             tokenizer,
             traces,
             base,
-            ranking=ranking,
+            IdentifyOptions(ranking),
             stats=NeuronStats.load(out / "statistics.safetensors"),
             reading=Reading(progress=bar("attribution")) if ranking == "attribution" else None,
+            out=out / f"neurons-{ranking}.safetensors",
         )
-        identified.neurons.save(out / f"neurons-{ranking}.safetensors")
         tuned = tune(
             model,
             tokenizer,
             identified.neurons,
             gate.gate,
-            _exam(task, "validation", bar(f"tune {ranking}")),
-            base=base,
-            counts=task.counts,
-            strengths=task.strengths[ranking],
+            _evaluation_task(task, "validation", bar(f"tune {ranking}")),
+            base,
+            TuneOptions(task.counts, task.strengths[ranking]),
+            out=out / f"rule-{ranking}.safetensors",
         )
-        tuned.rule.save(out / f"rule-{ranking}.safetensors")
-        exam = _exam(task, "test", bar(f"evaluate {ranking}"))
-        evaluation = evaluate(model, tokenizer, tuned.rule, exam, Conduct(range(task.random_controls)))
-        evaluation.save(out / f"evaluation-{ranking}.json")
+        test = _evaluation_task(task, "test", bar(f"evaluate {ranking}"))
+        controls = EvaluationOptions(range(task.random_controls))
+        record = out / f"evaluation-{ranking}.json"
+        evaluation = evaluate(model, tokenizer, tuned.rule, test, controls, out=record)
         candidates[ranking] = Candidate(identified, tuned, evaluation)
 
     if (out / "steered-model").exists():
@@ -280,18 +277,14 @@ def job(task: Task, out: Path, bar: Bar) -> Summary:
     )
 
 
-def _planted_question(row: dict[str, Any]) -> Question:
-    return Question(row["id"], row["prompt"], row["answer"])
-
-
-def _exam(task: Task, part: str, progress: Callable[[int, int], None]) -> Exam:
+def _evaluation_task(task: Task, part: str, progress: Callable[[int, int], None]) -> EvaluationTask:
     greedy = Sampling(task.sampling.max_new_tokens, stop=task.sampling.stop)
-    return Exam(task.questions[part], checker("last_number"), greedy, max_rows=128, progress=progress)
+    return EvaluationTask(task.questions[part], checker("last_number"), greedy, max_rows=128, progress=progress)
 
 
 def _telling(task: Task, evaluation: Evaluation) -> list[Question]:
     """Test questions to show: two that steering changed, where there are any, and one that it left alone."""
-    steered, off = evaluation.verdicts["gated"], evaluation.verdicts["off"]
+    steered, off = (evaluation.verdicts[name][:, 0] for name in ("gated", "off"))
     changed = [
         question for question, one, other in zip(task.questions["test"], steered, off, strict=True) if one != other
     ]
@@ -305,7 +298,7 @@ def _in_a_clean_process(folder: Path, questions: Sequence[Question], sampling: S
     arguments = [str(folder), json.dumps(prompts, default=list), str(sampling.max_new_tokens)]
     environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error"}
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("clean_process.py")), *arguments],
+        [sys.executable, str(Path(planted.__file__).with_name("clean_process.py")), *arguments],
         capture_output=True,
         text=True,
         check=False,

@@ -3,13 +3,14 @@
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from adaras_export.cli.options import (
     A_FILE,
     A_FOLDER,
+    SAMPLING,
     Check,
     Json,
     Model,
@@ -30,6 +31,8 @@ from adaras_export.cli.options import (
     unescaped,
 )
 
+_RECORD = "What the record says of the questions"
+
 
 def evaluate(
     questions: Annotated[Path, typer.Argument(help="JSONL of test questions, unseen so far.", **A_FILE)],
@@ -42,18 +45,28 @@ def evaluate(
     ] = None,
     random_controls: Annotated[int, typer.Option(help="Random-neuron arms, one seed each.")] = 20,
     check: Check = None,
-    samples: Annotated[int, typer.Option(help="Answers to each question, for mean@n and pass@k.")] = 1,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the sampling; the same for every arm.")] = 0,
+    samples: Annotated[
+        int, typer.Option(help="Answers to each question, for mean@n and pass@k.", rich_help_panel=SAMPLING)
+    ] = 1,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.", rich_help_panel=SAMPLING)] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus sampling.", rich_help_panel=SAMPLING)] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling; the same for every arm.", rich_help_panel=SAMPLING)] = 0,
     max_new_tokens: NewTokens = None,
     stop: Stop = None,
     batch_size: Rows = 64,
     allow_seen: Seen = False,
-    question_set: Annotated[str | None, typer.Option(help="Name of the questions; default: that of the file.")] = None,
-    trained_on: Annotated[str | None, typer.Option(help="Name of the set that the rule was made with.")] = None,
-    dataset: Annotated[str | None, typer.Option(help="Hub dataset that the questions are from, for the card.")] = None,
-    task: Annotated[str | None, typer.Option(help="Task of that benchmark, for its leaderboard.")] = None,
+    question_set: Annotated[
+        str | None, typer.Option(help="Name of the questions; default: that of the file.", rich_help_panel=_RECORD)
+    ] = None,
+    trained_on: Annotated[
+        str | None, typer.Option(help="Name of the set that the rule was made with.", rich_help_panel=_RECORD)
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="Hub dataset that the questions are from, for the card.", rich_help_panel=_RECORD)
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="Task of that benchmark, for its leaderboard.", rich_help_panel=_RECORD)
+    ] = None,
     dtype: Precision = "float32",
     revision: Revision = None,
     as_json: Json = False,
@@ -68,27 +81,27 @@ def evaluate(
     listed, chosen = asked(questions, check)
     read.base.require_same(BaseModel.of(model, revision))  # a model in memory has no fingerprint to compare
     from adaras_export.delivery.artifact_arm import artifact_arm
-    from adaras_export.evaluation.compare import compare_arms
-    from adaras_export.evaluation.evaluate import Conduct, Exam
+    from adaras_export.evaluation.evaluate import EvaluationOptions, EvaluationTask
     from adaras_export.evaluation.evaluate import evaluate as run
     from adaras_export.modeling.generation import Sampling
 
     sampling = Sampling(new_tokens(max_new_tokens), temperature, top_p, seed, unescaped(stop))
-    about: dict[str, Any] = {"dataset": dataset, "task": task, "samples": samples}
-    exam = Exam(listed, chosen, sampling, batch_size, name=question_set or questions.stem, **about)
+    answering = EvaluationTask(
+        listed,
+        chosen,
+        sampling,
+        batch_size,
+        dataset=dataset,
+        benchmark_task=task,
+        samples=samples,
+        name=question_set or questions.stem,
+    )
     loaded, tokenizer = load_model(model, revision, dtype)
-    fits = fitting(max_new_tokens, loaded, tokenizer, listed)
-    exam = replace(exam, sampling=replace(sampling, max_new_tokens=fits))
-    journal = out.with_name(f"{out.name}.partial.jsonl")
+    sampling = replace(sampling, max_new_tokens=fitting(max_new_tokens, loaded, tokenizer, listed))
     openers = [partial(artifact_arm, folder, read, tokenizer) for folder in artifact or ()]
-    conduct = Conduct(range(random_controls), allow_seen, journal, openers, trained_on)
+    options = EvaluationOptions(range(random_controls), allow_seen, artifacts=openers, trained_on=trained_on)
     with progress() as bar:
-        watched = replace(exam, progress=bar("answering"))
-        if arms:
-            report = compare_arms(loaded, tokenizer, read, watched, arms, conduct)
-        else:
-            report = run(loaded, tokenizer, read, watched, conduct)
-    report.save(out)
-    journal.unlink(missing_ok=True)
-    verdict = report.verdict.removesuffix(".") + fitted(exam.sampling, max_new_tokens)
-    show(report.as_record(), f"{report.table()}\n{out}: {verdict}", as_json)
+        answering = replace(answering, sampling=sampling, progress=bar("answering"))
+        evaluation = run(loaded, tokenizer, read, answering, options, arms=arms, out=out)
+    conclusion = evaluation.conclusion.removesuffix(".") + fitted(sampling, max_new_tokens)
+    show(evaluation.as_record(), f"{evaluation.table()}\n{out}: {conclusion}", as_json)

@@ -1,18 +1,34 @@
 """From a rule to an artifact that others can trust: `export`, `verify`, `refresh`, `card`, `sign`, `push`."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Literal, cast, get_args
 
 import typer
 
-from adaras_export.cli.options import A_FILE, A_FOLDER, Json, quiet_libraries, require_choice, require_model, show, warn
+from adaras_export.cli.options import (
+    A_FILE,
+    A_FOLDER,
+    ADVANCED,
+    Base,
+    Json,
+    MovedBase,
+    Verbose,
+    quiet_libraries,
+    require_choice,
+    require_model,
+    show,
+    warn,
+)
 from adaras_export.errors import ParityError
 
 if TYPE_CHECKING:
+    from adaras_export.delivery.push import Plan
+    from adaras_export.delivery.writer import TargetOptions
     from adaras_export.exporters.checks import ParityReport
 
+_TARGET = "Options of one target"
 Exported = Annotated[Path, typer.Argument(help="An exported folder.", **A_FOLDER)]
 Feature = Literal["gate", "start", "dial"]
 Target = Literal["hf", "hf-thin", "onnx", "peft", "stock", "gguf"]
@@ -20,29 +36,52 @@ Target = Literal["hf", "hf-thin", "onnx", "peft", "stock", "gguf"]
 
 def export(
     rule: Annotated[Path, typer.Argument(help="Rule file.", **A_FILE)],
-    base: Annotated[str, typer.Option(help="Folder or Hub id of the base model.")],
+    base: Base,
     to: Annotated[Target, typer.Option(help="What to export to.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="New folder.")],
     accept_loss: Annotated[str, typer.Option(help="Features that the format may leave out: gate,start,dial.")] = "",
     evaluation: Annotated[Path | None, typer.Option(help="File of eval, for the model card.", **A_FILE)] = None,
-    strength: Annotated[float | None, typer.Option(help="Another strength than the rule's.")] = None,
-    copy: Annotated[bool, typer.Option("--copy", help="Copy weight files instead of hard-linking them.")] = False,
+    strength: Annotated[
+        float | None, typer.Option(help="Another strength than the rule's.", rich_help_panel=ADVANCED)
+    ] = None,
+    copy: Annotated[
+        bool, typer.Option("--copy", help="Copy weight files, do not hard-link them.", rich_help_panel=ADVANCED)
+    ] = False,
     precision: Annotated[
-        Literal["fp32", "fp16", "int8", "int4"] | None, typer.Option(help="onnx: of the weights.", show_default="fp32")
+        Literal["fp32", "fp16", "int8", "int4"] | None,
+        typer.Option(help="onnx: of the weights.", show_default="fp32", rich_help_panel=_TARGET),
     ] = None,
-    inline: Annotated[bool, typer.Option("--inline", help="onnx: no functions in the graph, for OpenVINO.")] = False,
-    genai: Annotated[bool, typer.Option("--genai", help="onnx: the graph of ONNX Runtime GenAI's builder.")] = False,
-    page: Annotated[bool, typer.Option("--page", help="onnx: a web page beside it, with libraries from npm.")] = False,
+    inline: Annotated[
+        bool, typer.Option("--inline", help="onnx: no functions in the graph, for OpenVINO.", rich_help_panel=_TARGET)
+    ] = False,
+    genai: Annotated[
+        bool, typer.Option("--genai", help="onnx: the graph of ONNX Runtime GenAI's builder.", rich_help_panel=_TARGET)
+    ] = False,
+    page: Annotated[
+        bool,
+        typer.Option("--page", help="onnx: a web page beside it, with libraries from npm.", rich_help_panel=_TARGET),
+    ] = False,
     calibration: Annotated[
-        Path | None, typer.Option(help="onnx: JSONL of prompts, for the gate's threshold.", **A_FILE)
+        Path | None,
+        typer.Option(help="onnx: JSONL of prompts, for the gate's threshold.", rich_help_panel=_TARGET, **A_FILE),
     ] = None,
-    adaptive: Annotated[bool, typer.Option("--adaptive", help="peft: gate and start; needs this library.")] = False,
-    merge: Annotated[bool, typer.Option("--merge", help="peft: merged into a base that has the biases.")] = False,
-    switchable: Annotated[bool, typer.Option("--switchable", help="stock: steering as a LoRA, per request.")] = False,
+    adaptive: Annotated[
+        bool, typer.Option("--adaptive", help="peft: gate and start; needs this library.", rich_help_panel=_TARGET)
+    ] = False,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="peft: merged into a base that has the biases.", rich_help_panel=_TARGET)
+    ] = False,
+    switchable: Annotated[
+        bool, typer.Option("--switchable", help="stock: steering as a LoRA, per request.", rich_help_panel=_TARGET)
+    ] = False,
     into: Annotated[
-        Path | None, typer.Option(help="gguf: a GGUF model, to be written anew with steering in it.", **A_FILE)
+        Path | None,
+        typer.Option(
+            help="gguf: a GGUF model, to be written anew with steering in it.", rich_help_panel=_TARGET, **A_FILE
+        ),
     ] = None,
     sign: Annotated[Path | None, typer.Option(help="PEM file of a private key to sign it with.", **A_FILE)] = None,
+    verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
     """Bake a rule into an artifact that runs without this library, verify it, and give it card and receipt."""
@@ -57,7 +96,7 @@ def export(
     from adaras_export.delivery.writer import export as run
 
     quiet_libraries()
-    chosen = {
+    chosen = {  # by the names of `TargetOptions`
         "precision": precision,
         "inline": inline,
         "genai": genai,
@@ -68,20 +107,30 @@ def export(
         "switchable": switchable,
         "into": into,
     }
-    how: dict[str, Any] = {"accept_loss": accepted, "evaluation": evaluation, "strength": strength, "copy": copy}
-    how |= {name: value for name, value in chosen.items() if value not in (None, False)}
-    report = run(read, base=base, to=to, out=out, **how)
+    report = run(
+        read,
+        base=base,
+        to=to,
+        out=out,
+        accept_loss=accepted,
+        evaluation=evaluation,
+        strength=strength,
+        copy=copy,
+        **_given(chosen),
+    )
     if signature is not None:
         signature(out)
     signed, receipt = "" if signature is None else " and a signature", _receipt_hash(out)
     record = {"path": str(report.path), "target": to, "files": report.files, "parity": report.parity.as_record()}
-    text = f"{_checks(report.parity)}\n{out}: {len(report.files)} files and a receipt{signed}\nreceipt {receipt}"
+    text = (
+        f"{_checks(report.parity, verbose)}\n{out}: {len(report.files)} files and a receipt{signed}\nreceipt {receipt}"
+    )
     show(record | {"receipt": receipt}, text, as_json)
 
 
 def verify(
     folder: Exported,
-    base: Annotated[str | None, typer.Option(help="The base model, if it moved since the export.")] = None,
+    base: MovedBase = None,
     offline_hashes: Annotated[
         bool, typer.Option("--offline-hashes", help="Files against the receipt only: needs no base, runs nothing.")
     ] = False,
@@ -89,13 +138,17 @@ def verify(
     key: Annotated[
         Path | None, typer.Option(help="PEM file of the public key that it must be signed with.", **A_FILE)
     ] = None,
+    verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
     """Check an exported folder: its files, what it stores, and what it computes."""
     from adaras_export.delivery import receipt as delivery_receipt
+    from adaras_export.exporters import manifest
 
     if offline_hashes and base is not None:
-        raise typer.BadParameter("--offline-hashes with --base: it compares nothing with a base; leave out one of them")
+        raise typer.BadParameter(
+            "--offline-hashes with --model: it compares nothing with a base; leave out one of them"
+        )
     if offline_hashes:  # without torch, which takes longer to import than most folders to read
         from adaras_export.delivery.integrity import verify_files
 
@@ -109,8 +162,10 @@ def verify(
         quiet_libraries()
         report = run(folder, base, receipt=receipt, key=key)
     left_out = _unproven(known=receipt is not None or key is not None) if offline_hashes else []
+    if key is None and (folder / manifest.SIGNATURE_FILE).exists():
+        left_out.append("not checked: its signature: give --key")
     record = {"ok": report.ok, "checks": report.as_record(), "receipt": _receipt_hash(folder), "unproven": left_out}
-    text = "\n".join([_checks(report), f"receipt {record['receipt']}", *left_out])
+    text = "\n".join([_checks(report, verbose), f"receipt {record['receipt']}", *left_out])
     show(record, text, as_json)
     if not report.ok:
         raise ParityError(f"{folder}: {len(report.failed())} of {len(report.checks)} checks failed")
@@ -118,7 +173,8 @@ def verify(
 
 def refresh(
     folder: Exported,
-    base: Annotated[str | None, typer.Option(help="The base model, if it moved since the export.")] = None,
+    base: MovedBase = None,
+    verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
     """Give an export to hf or hf-thin of an earlier version the code of this one, and verify it; its weights stay."""
@@ -135,7 +191,7 @@ def refresh(
     receipt = _receipt_hash(folder)
     record = {"path": str(folder), "changed": changed, "parity": report.parity.as_record(), "receipt": receipt}
     written = f"written: {', '.join(changed)}" if changed else "as it was"
-    show(record, f"{_checks(report.parity)}\n{folder}: {written}\nreceipt {receipt}", as_json)
+    show(record, f"{_checks(report.parity, verbose)}\n{folder}: {written}\nreceipt {receipt}", as_json)
 
 
 def card(
@@ -194,21 +250,30 @@ def push(
     if not (yes or dry_run or sys.stdin.isatty()):
         raise typer.BadParameter("nobody is there to be asked; expected --yes, or --dry-run to see what would be done")
     delivery_receipt.read(folder)  # refuses what is no export before torch is imported
-    from adaras_export.delivery.push import carry_out, plan
+    from adaras_export.delivery.push import plan
+    from adaras_export.delivery.push import push as run
 
     quiet_libraries()
-    planned = plan(folder, repository, private=private, revision=revision, message=message)
-    for warning in planned.warnings:
-        warn(warning)
     if dry_run:
+        planned = plan(folder, repository, private=private, revision=revision, message=message)
+        _warn_of(planned)
         show(planned.as_record(), planned.text(), as_json)
         return
-    sys.stderr.write(f"{planned.text()}\n")
-    if not (yes or planned.empty):
-        typer.confirm("push this?", abort=True, err=True)
-    done = carry_out(planned)
+
+    def confirm(planned: "Plan") -> None:
+        _warn_of(planned)
+        sys.stderr.write(f"{planned.text()}\n")
+        if not (yes or planned.empty):
+            typer.confirm("push this?", abort=True, err=True)
+
+    done = run(folder, repository, private=private, revision=revision, message=message, confirm=confirm)
     did = f"{len(done.uploaded)} files sent, {len(done.removed)} removed, {len(done.unchanged)} were there"
     show(done.as_record(), f"{done.url}: {did}\nreceipt {done.receipt}", as_json)
+
+
+def _warn_of(planned: "Plan") -> None:
+    for warning in planned.warnings:
+        warn(warning)
 
 
 def _signature(key: Path) -> Callable[[Path], Path]:
@@ -240,5 +305,10 @@ def _unproven(*, known: bool) -> list[str]:
     return [f"not checked: {text}" for text in ([computed] if known else [forged, computed])]
 
 
-def _checks(report: "ParityReport") -> str:
-    return "\n".join(check.line() for check in report.checks)
+def _checks(report: "ParityReport", verbose: bool) -> str:
+    return "\n".join(check.line() for check in report.checks) if verbose else report.verdict()
+
+
+def _given(options: Mapping[str, object]) -> "TargetOptions":
+    """The options that were given, which have the types of the command line."""
+    return cast("TargetOptions", {name: value for name, value in options.items() if value not in (None, False)})

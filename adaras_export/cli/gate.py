@@ -5,7 +5,19 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from adaras_export.cli.options import A_FILE, Json, Model, Out, Precision, Revision, load_model, progress, show
+from adaras_export.cli.options import (
+    A_FILE,
+    ADVANCED,
+    Json,
+    Model,
+    Out,
+    Precision,
+    Revision,
+    TokenBudget,
+    load_model,
+    progress,
+    show,
+)
 
 if TYPE_CHECKING:
     from adaras_export.discovery.gate_metrics import Costs
@@ -31,8 +43,8 @@ def gate(
     cost_needless: Annotated[
         float | None, typer.Option(help="With --threshold cost: of a right answer that is steered.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the splits by question.")] = 0,
-    token_budget: Annotated[int, typer.Option(help="Tokens of one batch.")] = 4096,
+    seed: Annotated[int, typer.Option(help="Seed of the splits by question.", rich_help_panel=ADVANCED)] = 0,
+    token_budget: TokenBudget = 4096,
     dtype: Precision = "float32",
     revision: Revision = None,
     as_json: Json = False,
@@ -41,31 +53,17 @@ def gate(
     from adaras_export.core.base_model import BaseModel
     from adaras_export.core.trace_files import read_traces
 
-    wanted = _features_of(features)
+    count = _features_of(features)
     read, base = read_traces(traces), BaseModel.of(model, revision)
     costs = _costs_of(threshold, cost_missed, cost_needless)
-    from adaras_export.discovery.gate_training import partial_files, train_gate
-    from adaras_export.discovery.identify import Reading
+    from adaras_export.discovery.gate_training import GateOptions, train_gate
+    from adaras_export.modeling.activations import Reading
 
+    options = GateOptions(below_layer, count, pooling, costs, seed=seed)
     loaded, tokenizer = load_model(model, revision, dtype)
-    partial = out.with_name(f"{out.name}.partial")
     with progress() as bar:
-        report = train_gate(
-            loaded,
-            tokenizer,
-            read,
-            base,
-            below_layer=base.layers // 2 if below_layer is None else below_layer,
-            features=wanted,
-            pooling=pooling,
-            costs=costs,
-            seed=seed,
-            reading=Reading(token_budget, bar("reading prompts")),
-            partial=partial,
-        )
-    report.gate.save(out)
-    for kept in partial_files(partial):
-        kept.unlink(missing_ok=True)
+        reading = Reading(token_budget, bar("reading prompts"))
+        report = train_gate(loaded, tokenizer, read, base, options, reading=reading, out=out)
     show(report.as_record(), f"{report.table()}\n{out}: {report.line()}", as_json)
 
 

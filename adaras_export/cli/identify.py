@@ -1,9 +1,5 @@
 """`identify` and `merge`: neurons, from labelled traces, read by one process or shared among many."""
 
-import glob
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -11,12 +7,15 @@ import typer
 
 from adaras_export.cli.options import (
     A_FILE,
+    ADVANCED,
+    RANKING,
     Json,
     Model,
     Out,
     Precision,
     Revision,
     Start,
+    TokenBudget,
     load_model,
     progress,
     require_model,
@@ -25,13 +24,10 @@ from adaras_export.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from adaras_export.core.neuron_stats import NeuronStats
-    from adaras_export.core.neurons import Ranking
+    from adaras_export.core.neuron_stats import Contrast
     from adaras_export.core.traces import Trace
     from adaras_export.discovery.process_group import Group
-    from adaras_export.discovery.rankings import Refinement
-    from adaras_export.discovery.reading_job import Job, Part, Plan
-    from adaras_export.modeling.activations import Progress
+    from adaras_export.discovery.reading_job import Part
 
 RankingName = Annotated[
     Literal["paper", "absolute", "cohen_d", "t", "attribution"],
@@ -39,11 +35,21 @@ RankingName = Annotated[
 ]
 Keep = Annotated[int, typer.Option(help="Neurons to keep.")]
 MinLayer = Annotated[int | None, typer.Option(help="Lowest layer; default: half of the layers.")]
-PerLayer = Annotated[int | None, typer.Option(help="At most so many neurons of one layer.")]
-Fdr = Annotated[float, typer.Option(help="False discovery rate of --ranking t.")]
-Shrink = Annotated[bool, typer.Option("--shrink", help="Attribution: scores lose what their standard error explains.")]
+PerLayer = Annotated[int | None, typer.Option(help="At most so many neurons of one layer.", rich_help_panel=RANKING)]
+Fdr = Annotated[float, typer.Option(help="False discovery rate of --ranking t.", rich_help_panel=RANKING)]
+Shrink = Annotated[
+    bool,
+    typer.Option(
+        "--shrink", help="Attribution: scores lose what their standard error explains.", rich_help_panel=RANKING
+    ),
+]
 Agree = Annotated[
-    bool, typer.Option("--agree", help="Attribution: only neurons whose difference of means has the same sign.")
+    bool,
+    typer.Option(
+        "--agree",
+        help="Attribution: only neurons whose difference of means has the same sign.",
+        rich_help_panel=RANKING,
+    ),
 ]
 
 
@@ -60,31 +66,44 @@ def identify(
     agree: Agree = False,
     margin: Annotated[
         Literal["sum", "mean"],
-        typer.Option(help="Attribution: log p of a completion is the sum or the mean over its tokens."),
+        typer.Option(
+            help="Attribution: log p of a completion is the sum or the mean over its tokens.", rich_help_panel=RANKING
+        ),
     ] = "sum",
     per_class: Annotated[int | None, typer.Option(help="Balance: so many traces of each label a question.")] = None,
-    unpaired: Annotated[bool, typer.Option("--unpaired", help="Contrast all traces, not within questions.")] = False,
+    unpaired: Annotated[
+        bool, typer.Option("--unpaired", help="Contrast all traces, not within questions.", rich_help_panel=RANKING)
+    ] = False,
     start: Start = "last_prompt_token",
     stats: Annotated[
         Path | None, typer.Option(help="Statistics that collect --record wrote for these traces.", **A_FILE)
     ] = None,
     tokens: Annotated[
-        Literal["all", "completion"], typer.Option(help="Tokens of a trace that count: all is the paper's.")
+        Literal["all", "completion"],
+        typer.Option(help="Tokens of a trace that count: all is the paper's.", rich_help_panel=ADVANCED),
     ] = "all",
-    token_budget: Annotated[int, typer.Option(help="Tokens of one batch.")] = 4096,
-    chunk_tokens: Annotated[int, typer.Option(help="Longer traces are read in pieces of so many tokens.")] = 4096,
+    token_budget: TokenBudget = 4096,
+    chunk_tokens: Annotated[
+        int, typer.Option(help="Longer traces are read in pieces of so many tokens.", rich_help_panel=ADVANCED)
+    ] = 4096,
     too_long: Annotated[
-        Literal["refuse", "skip", "read"], typer.Option(help="What to do with traces beyond the model's context.")
+        Literal["refuse", "skip", "read"],
+        typer.Option(help="What to do with traces beyond the model's context.", rich_help_panel=ADVANCED),
     ] = "refuse",
     shard: Annotated[
-        str | None, typer.Option(help="i/n: read the i-th (from 0) of n shares and write its sums, for merge.")
+        str | None,
+        typer.Option(
+            help="i/n: read the i-th (from 0) of n shares and write its sums, for merge.", rich_help_panel=ADVANCED
+        ),
     ] = None,
     dtype: Precision = "float32",
     device_map: Annotated[
         Literal["auto", "balanced", "sequential"] | None,
-        typer.Option(help="auto: fill GPUs, then memory, then the disk (Accelerate)."),
+        typer.Option(help="auto: fill GPUs, then memory, then the disk (Accelerate).", rich_help_panel=ADVANCED),
     ] = None,
-    offload_folder: Annotated[Path | None, typer.Option(help="Where a device map may put weights on disk.")] = None,
+    offload_folder: Annotated[
+        Path | None, typer.Option(help="Where a device map may put weights on disk.", rich_help_panel=ADVANCED)
+    ] = None,
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
@@ -93,40 +112,34 @@ def identify(
     from adaras_export.core.base_model import BaseModel
     from adaras_export.core.neuron_stats import NeuronStats
     from adaras_export.discovery import process_group
-    from adaras_export.discovery.identify import Method, job_of, require_of
-    from adaras_export.discovery.rankings import require_room
+    from adaras_export.discovery.identify import IdentifyOptions, read_shard
+    from adaras_export.discovery.identify import identify as run
+    from adaras_export.discovery.rankings import Refinement
     from adaras_export.modeling.activations import Reading
 
-    choice: dict[str, Any] = {"ranking": ranking, "keep": keep, "min_layer": min_layer}
-    choice["refinement"] = _refinement(ranking, per_layer, fdr, shrink=shrink, agree=agree)
-    shares = None if shard is None else _shares_of(shard)
+    refinement = Refinement(per_layer, fdr, shrink, agree)
+    contrast: Contrast = "unpaired" if unpaired else "within_question"
+    options = IdentifyOptions(ranking, keep, min_layer, refinement, contrast, start, margin)
+    share = None if shard is None else _share_of(shard)
     if stats is not None and (per_class is not None or shard is not None):
         found = "--per-class" if shard is None else "--shard"
         raise typer.BadParameter(f"{found} and --stats: the statistics are of all traces; expected one of the two")
-    contrast: Any = "unpaired" if unpaired else "within_question"
-    method = Method(ranking, contrast, start, stats is not None, margin)
     try:
         with process_group.joined() as group, progress() as bar:
             _require_alone(group, shard, device_map)
             read = _read(traces, per_class)
             recorded = None if stats is None else NeuronStats.load(stats)
-            weights = load_model(model, revision, dtype, process_group.device(), device_map, offload_folder)
-            told = bar("reading traces") if group.rank == 0 else None
-            reading = Reading(token_budget, told, chunk_tokens, tokens, too_long)
             base = BaseModel.of(model, revision)
-            if shard is None:
-                require_room(base, keep, min_layer, per_layer)  # before the work, not after it
-            if recorded is not None:
-                require_of(recorded, read, base, reading)
-            job = job_of(*weights, read, base, method, reading)
+            loaded, tokenizer = load_model(model, revision, dtype, process_group.device(), device_map, offload_folder)
+            told = bar("reading traces") if group.rank == 0 else None
+            reading = Reading(token_budget, told, chunk_tokens, tokens, too_long, warn)
+            if share is not None:
+                part = read_shard(loaded, tokenizer, read, base, options, share, reading=reading, out=out)
+                show(_record(part, shard), f"{out}: {_line(part, shard)}", as_json)
+                return
+            identified = run(loaded, tokenizer, read, base, options, stats=recorded, reading=reading, out=out)
             if group.rank == 0:
-                _warn_of(job.plan, unpaired)
-            with _shared(job, group, out, shares, told) as part:
-                if shard is not None:
-                    part.save(out)
-                    show(_record(part, shard), f"{out}: {_line(part, shard)}", as_json)
-                elif group.rank == 0:
-                    _rank(part, recorded, out, choice, as_json)
+                show(identified.as_record(), f"{out}: {identified.line()}", as_json)
     except process_group.StoppedError as error:
         raise typer.Exit(2) from error
 
@@ -144,26 +157,15 @@ def merge(
     as_json: Json = False,
 ) -> None:
     """Rank the neurons by what the shards of one identify have read, and keep the best."""
-    from adaras_export.discovery.reading_job import Part, merged
-    from adaras_export.errors import TraceError
-
-    refinement = _refinement(ranking, per_layer, fdr, shrink=shrink, agree=agree)
-    if len({*parts}) < len(parts):
-        raise TraceError(f"{max(parts, key=parts.count)}: is given twice; expected each part once")
-    whole = merged({str(path): Part.load(path) for path in parts})
-    choice = {"ranking": ranking, "keep": keep, "min_layer": min_layer, "refinement": refinement}
-    _rank(whole, None, out, choice, as_json)
-
-
-def _refinement(ranking: "Ranking", per_layer: int | None, fdr: float, *, shrink: bool, agree: bool) -> "Refinement":
+    from adaras_export.discovery.identify import IdentifyOptions, merge_shards
     from adaras_export.discovery.rankings import Refinement
 
-    refinement = Refinement(per_layer, fdr, shrink, agree)
-    refinement.require_of(ranking)
-    return refinement
+    options = IdentifyOptions(ranking, keep, min_layer, Refinement(per_layer, fdr, shrink, agree))
+    identified = merge_shards(parts, options, out=out)
+    show(identified.as_record(), f"{out}: {identified.line()}", as_json)
 
 
-def _shares_of(shard: str) -> tuple[int, int]:
+def _share_of(shard: str) -> tuple[int, int]:
     index, slash, count = shard.partition("/")
     if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
         raise typer.BadParameter(f"--shard {shard}: expected i/n with i from 0 to n - 1, such as 0/4")
@@ -187,49 +189,9 @@ def _read(traces: Path, per_class: int | None) -> "list[Trace]":
     return read if per_class is None else balanced(read, 0, per_class)
 
 
-def _warn_of(plan: "Plan", unpaired: bool) -> None:
-    if unpaired:
-        warn("unpaired contrast finds what tells easy questions from hard ones; within questions is the method's")
-    if plan.skipped:
-        warn(f"traces left out because they exceed the model's context of {plan.context} tokens: {plan.skipped}")
-    if plan.beyond:
-        warn(
-            f"traces read beyond the model's context of {plan.context} tokens, which it was not made for: {plan.beyond}"
-        )
-
-
-@contextmanager
-def _shared(
-    job: "Job", group: "Group", out: Path, shares: tuple[int, int] | None, told: "Progress | None"
-) -> Iterator["Part"]:
-    """What this process is to write: the sums of its shard, or in process 0 those of all processes.
-
-    They are kept beside the output until it is written.
-    """
-    index, count = (group.rank, group.size) if shares is None else shares
-    partial = out.with_name(f"{out.name}.partial" + (f"-{index}of{count}" if group.size > 1 else ""))
-    ours = {f"{out.name}.partial-{rank}of{group.size}" for rank in range(group.size)} | {partial.name}
-    for path in sorted(out.parent.glob(f"{glob.escape(out.name)}.partial*")):
-        if path.name not in ours and group.rank == 0:
-            warn(f"{path}: is of an unfinished run of another number of processes, and is not used")
-    part = job.read(job.plan.share(index, count), partial, told, group.check)
-    parts = group.gather(part)
-    yield reduce(lambda one, other: one.merge(other), parts) if parts else part
-    group.wait()
-    partial.unlink(missing_ok=True)
-
-
-def _rank(part: "Part", recorded: "NeuronStats | None", out: Path, choice: dict[str, Any], as_json: bool) -> None:
-    from adaras_export.discovery.identify import ranked_part
-
-    found = ranked_part(part, recorded, **choice)
-    found.neurons.save(out)
-    show(found.as_record(), f"{out}: {found.line()}", as_json)
-
-
-def _record(part: "Part", shard: str) -> dict[str, Any]:
+def _record(part: "Part", shard: str | None) -> dict[str, Any]:
     return {"shard": shard, "chunks": len(part.done), "all_chunks": part.total}
 
 
-def _line(part: "Part", shard: str) -> str:
+def _line(part: "Part", shard: str | None) -> str:
     return f"sums of shard {shard}, {len(part.done)} of {part.total} chunks; adaras-export merge ranks all of them"

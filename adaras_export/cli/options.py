@@ -35,21 +35,42 @@ A_FILE: dict[str, Any] = {"exists": True, "dir_okay": False}
 A_FOLDER: dict[str, Any] = {"exists": True, "file_okay": False}
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+# Headings of --help for options that most users never need, or need together.
+ADVANCED, SAMPLING, RANKING = "Advanced", "Sampling", "Ranking"
+
 Model = Annotated[str, typer.Option("--model", "-m", help="Folder or Hub id of the model to steer.")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")]
+Base = Annotated[str, typer.Option("--model", "-m", "--base", help="Folder or Hub id of the base model.")]
+MovedBase = Annotated[
+    str | None, typer.Option("--model", "-m", "--base", help="The base model, if it moved since the export.")
+]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print every check, not only those that failed.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.", rich_help_panel=ADVANCED)]
 Out = Annotated[Path, typer.Option("--out", "-o", help="File to write.", callback=in_a_folder)]
 Check = Annotated[CheckerName | None, typer.Option(help="Answer checker.", show_default="the questions'")]
 NewTokens = Annotated[
     int | None,
     typer.Option(
-        help="Tokens that a completion may have.", show_default=f"{_NEW_TOKENS}, or what fits the model's context"
+        help="Tokens that a completion may have.",
+        show_default=f"{_NEW_TOKENS}, or what fits the model's context",
+        rich_help_panel=SAMPLING,
     ),
 ]
-Stop = Annotated[str | None, typer.Option(help="A completion ends before a token with this text (\\n: a line end).")]
+Stop = Annotated[
+    str | None,
+    typer.Option(help="A completion ends before a token with this text (\\n: a line end).", rich_help_panel=SAMPLING),
+]
 Start = Annotated[Starts, typer.Option(help="First steered token.")]
-Precision = Annotated[Dtype, typer.Option("--dtype", help="Numbers that the model computes with.")]
-Rows = Annotated[int, typer.Option("--batch-size", help="Rows of one batch.")]
-Seen = Annotated[bool, typer.Option("--allow-seen", help="Accept questions that an earlier stage was fitted on.")]
+Precision = Annotated[
+    Dtype, typer.Option("--dtype", help="Numbers that the model computes with.", rich_help_panel=ADVANCED)
+]
+Rows = Annotated[int, typer.Option("--batch-size", help="Rows of one batch.", rich_help_panel=ADVANCED)]
+TokenBudget = Annotated[int, typer.Option("--token-budget", help="Tokens of one batch.", rich_help_panel=ADVANCED)]
+Seen = Annotated[
+    bool,
+    typer.Option(
+        "--allow-seen", help="Accept questions that an earlier stage was fitted on.", rich_help_panel=ADVANCED
+    ),
+]
 
 
 def warn(text: str) -> None:

@@ -16,9 +16,7 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Make a page (.html), a text (.md) or data (.json) of evaluations; of several, rules across question sets."""
-    from adaras_export.evaluation.report.render import made_of, require_format, written
+    from adaras_export.evaluation.report.render import report as run
 
-    require_format(out)
-    found = made_of(files)
-    written(found, out)
-    show(found.record, f"{out}: " + "\n".join(found.lines), as_json)
+    made = run(files, out)
+    show(made.as_record(), f"{out}: " + "\n".join(made.lines()), as_json)

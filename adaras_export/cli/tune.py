@@ -2,12 +2,13 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from adaras_export.cli.options import (
     A_FILE,
+    ADVANCED,
     Check,
     Json,
     Model,
@@ -42,21 +43,17 @@ def tune(
     model: Model,
     neurons: Annotated[
         list[Path],
-        typer.Option(
-            help="File of identify, or a top_200.csv of the reference; several: the best one is chosen.", **A_FILE
-        ),
+        typer.Option(help="File of identify, or a CSV as rule reads it; several: the best one is chosen.", **A_FILE),
     ],
     out: Out,
     gate: Annotated[
         Path | None, typer.Option(help="File of gate; without it every prompt is steered.", **A_FILE)
     ] = None,
-    counts: Annotated[str, typer.Option(help="Numbers of neurons to try.", show_default="50,200")] = "",
+    counts: Annotated[str, typer.Option(help="Numbers of neurons to try.")] = "50,200",
     strengths: Annotated[
         str,
-        typer.Option(
-            help="Signed strengths; or LOW:HIGH, magnitudes of both signs.", show_default="-3,-1,-0.3,0.3,1,3"
-        ),
-    ] = "",
+        typer.Option(help="Signed strengths; or LOW:HIGH, magnitudes of both signs."),
+    ] = "-3,-1,-0.3,0.3,1,3",
     start: Annotated[
         str, typer.Option(help="First steered token: last_prompt_token, first_generated_token, or both with a comma.")
     ] = "last_prompt_token",
@@ -66,7 +63,9 @@ def tune(
     first: Annotated[
         int, typer.Option(min=0, help="Questions that every setting answers before two thirds stop; 0: all.")
     ] = 0,
-    seed: Annotated[int, typer.Option(help="Of the sampler and of the order of questions.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Of the sampler and of the order of questions.", rich_help_panel=ADVANCED)
+    ] = 0,
     report: Annotated[Path | None, typer.Option(help="Every trial: a .json or .md file.", callback=in_a_folder)] = None,
     check: Check = None,
     max_new_tokens: NewTokens = None,
@@ -83,31 +82,26 @@ def tune(
 
     if report is not None:
         require_choice("report", report.suffix, FORMATS)
-    tried: dict[str, Any] = {
-        "start": [start_of(one) for one in start.split(",")],
-        "search": Search(trials, first, seed=seed),
-        **({"counts": counts_of(counts)} if counts else {}),
-        **({"strengths": _strengths_of(strengths)} if strengths else {}),
-    }
+    starts, search = [start_of(name) for name in start.split(",")], Search(trials, first, seed=seed)
+    numbers, signed = counts_of(counts), _strengths_of(strengths)
     read, chosen = asked(questions, check)
     base = BaseModel.of(model, revision)
     rankings, read_gate = _rankings(neurons, base), None if gate is None else Gate.load(gate)
-    from adaras_export.evaluation.evaluate import Exam
+    from adaras_export.evaluation.task import EvaluationTask
+    from adaras_export.evaluation.tune import TuneOptions
     from adaras_export.evaluation.tune import tune as run
     from adaras_export.modeling.generation import Sampling
 
+    options = TuneOptions(numbers, signed, starts, search)
     sampling = Sampling(new_tokens(max_new_tokens), stop=unescaped(stop))
     loaded, tokenizer = load_model(model, revision)
     sampling = replace(sampling, max_new_tokens=fitting(max_new_tokens, loaded, tokenizer, read))
-    exam = Exam(read, chosen, sampling, batch_size, name=questions.stem)
-    journal = out.with_name(f"{out.name}.partial.jsonl")
     with progress() as bar:
-        watched = replace(exam, progress=bar("trying settings"))
-        found = run(loaded, tokenizer, rankings, read_gate, watched, base=base, journal=journal, **tried)
+        told = bar("trying settings")
+        task = EvaluationTask(read, chosen, sampling, batch_size, progress=told, name=questions.stem)
+        found = run(loaded, tokenizer, rankings, read_gate, task, base, options, out=out)
     if report is not None:
         found.save(report)
-    found.rule.save(out)
-    journal.unlink(missing_ok=True)
     notes = _blind(rankings) + fitted(sampling, max_new_tokens)
     show(found.as_record(), f"{found.table()}\n{out}: {found.line()}{notes}", as_json)
 
@@ -116,9 +110,7 @@ def _rankings(files: list[Path], base: "BaseModel") -> "NeuronSet | dict[str, Ne
     """The neurons of every file; several are named by their files."""
     from adaras_export.core.neurons import NeuronSet
 
-    read = [
-        NeuronSet.from_reference_csv(one, base=base) if one.suffix == ".csv" else NeuronSet.load(one) for one in files
-    ]
+    read = [NeuronSet.from_csv(one, base=base) if one.suffix == ".csv" else NeuronSet.load(one) for one in files]
     names = [one.stem for one in files]
     if len({*names}) < len(names):  # of the same name in different folders
         names = [str(one) for one in files]

@@ -1,1 +1,1 @@
-"""Frozen values: rule, neurons, gate, traces, base model, checkpoint, intervals. Imports no torch."""
+"""Values: rule, neurons, gate, traces, base model, checkpoint, intervals. Importing them loads no torch."""

@@ -1,4 +1,4 @@
-"""The identity of a base model: where it is, which revision, its sizes and its fingerprint. Knows no weights."""
+"""The identity of a base model: its id, revision, sizes and fingerprint."""
 
 import reprlib
 from dataclasses import asdict, dataclass
@@ -13,7 +13,7 @@ from adaras_export.files.hub import fetch
 
 @dataclass(frozen=True)
 class BaseModel:
-    """The identity of the model that a rule is made for: what it is, not its weights.
+    """The identity of the model that a rule is made for, without its weights.
 
     Attributes:
         id: Hub id, or the name of the local folder.
@@ -47,20 +47,20 @@ class BaseModel:
 
     @classmethod
     def of(cls, path_or_id: str | Path, revision: str | None = None) -> "BaseModel":
-        """Read a model folder, or fetch one from the Hub into its cache first.
+        """The identity of a model folder, or of a Hub repository, which is downloaded into the cache.
 
         Raises:
-            ArtifactError: no config.json or no safetensors weights there, or the Hub cannot be reached.
+            ArtifactError: the folder has no config.json or no safetensors weights, or the download failed.
             UnsupportedModelError: the architecture is not in the table.
         """
         return cls.of_checkpoint(Checkpoint(fetch(path_or_id, revision)), path_or_id)
 
     @classmethod
     def of_checkpoint(cls, checkpoint: Checkpoint, path_or_id: str | Path) -> "BaseModel":
-        """The identity of a model whose folder is known; ``path_or_id`` is what the user calls it.
+        """The identity of a checkpoint; ``path_or_id`` is what the user gave: its folder or its Hub id.
 
         Raises:
-            ArtifactError: no config.json or no safetensors weights there.
+            ArtifactError: the folder has no config.json or no safetensors weights.
             UnsupportedModelError: the architecture is not in the table.
         """
         folder, config = checkpoint.folder, checkpoint.config
@@ -85,10 +85,10 @@ class BaseModel:
         return base
 
     def require_same(self, other: "BaseModel") -> None:
-        """Refuse ``other`` where it is not this model; an unrecorded fingerprint matches any.
+        """Refuse ``other`` if it is another model; a missing fingerprint matches any.
 
         Raises:
-            RuleError: family, sizes or weights differ; names every difference.
+            RuleError: family, sizes or weights differ; the message lists every difference.
         """
         differing = [
             f"{name} {getattr(other, name)} (expected {getattr(self, name)})"
@@ -108,18 +108,18 @@ class BaseModel:
         """The value that `as_record` described.
 
         Raises:
-            ArtifactError: the record is not of that form.
+            ArtifactError: the record has other keys.
         """
         try:
             return cls(**record)
-        except TypeError as error:  # other keys, or no object
+        except TypeError as error:  # other keys, or not an object
             raise ArtifactError(f"{subject}: damaged base record ({error})") from error
 
 
 def _require_sizes(base: BaseModel, checkpoint: Checkpoint) -> None:
-    """Refuse a config whose sizes are not those of the weights: whoever believed it would make room for them.
+    """Refuse a config whose sizes differ from those of the weights, before memory is allocated for them.
 
-    The matrices of quantised weights are packed into other shapes.
+    Quantised weights are not compared: they are packed into other shapes.
     """
     family, located = checkpoint.family, checkpoint.files
     below = f"{checkpoint.layers_key}."

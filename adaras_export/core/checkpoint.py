@@ -1,7 +1,7 @@
-"""A checkpoint on disk: its tensors by file, their hashes, and whether Transformers can build what its config says.
+"""A checkpoint on disk: its config, its tensors by file, their hashes, and whether Transformers can build it.
 
-A config is foreign, and its sizes are believed: asked to open it, Transformers makes room first, and what it raises for
-a value that it cannot use is of any type. It is tried without memory. Knows no rule.
+The config is untrusted: Transformers would allocate memory for any size in it, and raises errors of many types for bad
+values. So the model is first built on the meta device, which allocates nothing.
 """
 
 import copy
@@ -24,17 +24,17 @@ from adaras_export.files.safe_read import UnreadableError
 if TYPE_CHECKING:
     from torch import Tensor
 
-# No way out of the folder, on any system.
+# A plain name cannot point out of the folder, on any system.
 _FILE_NAME = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9_.+-]{0,200}\.safetensors")
 _SAMPLE_BYTES = 4096
 
-# What its config classes, module constructors and PyTorch raise for a text, a zero or a list in place of a size.
+# What config classes, module constructors and PyTorch raise for a text, a zero or a list in place of a size.
 _BAD_SIZES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model's folder. Nothing is read before it is asked for, and everything at most once.
+    """A model folder; each part is read when it is first used, and only once.
 
     Attributes:
         folder: where config.json and the safetensors files are.
@@ -50,7 +50,7 @@ class Checkpoint:
         """The content of config.json.
 
         Raises:
-            ArtifactError: there is none, or it is no JSON object.
+            ArtifactError: the file is missing or holds no JSON object.
         """
         return copy.deepcopy(self._config)
 
@@ -69,12 +69,12 @@ class Checkpoint:
 
     @cached_property
     def files(self) -> dict[str, Path]:
-        """The file of each tensor; see `shards`."""
+        """The file of each tensor, by tensor name; see `shards`."""
         return shards(self.folder)
 
     @cached_property
     def entries(self) -> dict[str, dict[str, Any]]:
-        """Type, shape and offsets of each tensor, as its file's header has them.
+        """The header entry of each tensor: type, shape and offsets.
 
         Raises:
             ArtifactError: a file lacks a tensor that the index names.
@@ -87,7 +87,7 @@ class Checkpoint:
 
     @cached_property
     def hashes(self) -> dict[str, str]:
-        """SHA-256 of the bytes of each tensor; reads them all."""
+        """SHA-256 of the bytes of each tensor; reads the whole checkpoint."""
         return {name: tensor_hash(self.files[name], self.entries[name]) for name in sorted(self.files)}
 
     @cached_property
@@ -98,8 +98,8 @@ class Checkpoint:
     def fingerprint_of(self, names: Collection[str]) -> str:
         """SHA-256 over name, type, shape and a sample of the bytes (head, middle, tail) of these tensors.
 
-        Tells one checkpoint from another in milliseconds, whatever its size; that no byte of a file was changed is
-        for the file hashes of a receipt to say.
+        Distinguishes checkpoints in milliseconds, at any size. It does not detect every changed byte; the file hashes
+        of a receipt do.
         """
         digest = hashlib.sha256()
         for name in sorted(self.files.keys() & {*names}):
@@ -115,20 +115,20 @@ class Checkpoint:
 
     @property
     def decoder_key(self) -> str:
-        """What the names of the decoder's tensors begin with: "model." or the like, or nothing."""
+        """The prefix of the decoder's tensor names, such as "model."; may be empty."""
         prefix = f"{self.family.decoder}."
         return prefix if any(name.startswith(prefix) for name in self.files) else ""
 
     @property
     def layers_key(self) -> str:
-        """The name of the list of decoder layers: "model.layers" or the like."""
+        """The name of the list of decoder layers, such as "model.layers"."""
         return f"{self.decoder_key}{self.family.layers}"
 
     def down_columns(self, layer: int, index: "Tensor") -> "Tensor":
-        """W_down[:, index] of a layer, counted from 0: (D, K), in its stored type.
+        """W_down[:, index] of a 0-based layer: (D, K), in its stored type.
 
         Raises:
-            ArtifactError: there is no such tensor.
+            ArtifactError: the checkpoint lacks the tensor.
         """
         name = f"{self.layers_key}.{layer}.{self.family.down}.weight"
         if name not in self.files:
@@ -138,16 +138,16 @@ class Checkpoint:
         return weight[index].T if self.family.transposed else weight[:, index]
 
     def no_tensor(self, name: str) -> ArtifactError:
-        """The error for a tensor that every model of the family has."""
+        """The error for a missing tensor that every model of the family has."""
         return ArtifactError(
             f"{self.folder}: no tensor {name}; expected the plain weights of a {self.family.model_type} model"
         )
 
     def require_buildable(self) -> None:
-        """Refuse a model that Transformers would not open, or only after making room for what its weights are not.
+        """Refuse a config that Transformers cannot build, or whose shapes differ from those of the weights.
 
         Raises:
-            ArtifactError: the config describes no model, or one with other shapes than the weights have.
+            ArtifactError: the config describes no model, or other shapes than the weights have.
             UnsupportedModelError: the architecture is not in the table.
         """
         assert self._is_buildable
@@ -161,15 +161,15 @@ class Checkpoint:
         prefix = "" if self.decoder_key else f"{family.decoder}."
         headers = {file: header(file) for file in {*self.files.values()}}
         for name, file in self.files.items():
-            found = headers[file].get(name, {}).get("shape")
-            if found != expected.get(prefix + name, expected.get(name, found)):
-                wanted = expected.get(prefix + name, expected.get(name))
-                raise ArtifactError(f"{file}: {name} has shape {found}; expected {wanted}, as config.json says")
+            shape = headers[file].get(name, {}).get("shape")
+            built = expected.get(prefix + name, expected.get(name, shape))
+            if shape != built:
+                raise ArtifactError(f"{file}: {name} has shape {shape}; expected {built}, as config.json says")
         return True
 
 
 def _shapes(path: Path, config: dict[str, Any], family: str) -> dict[str, list[int]]:
-    """The shape of each tensor of the model that a config describes, by name."""
+    """The shape of each tensor of the model that a config describes, by tensor name."""
     import torch
     from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM, __version__
@@ -212,7 +212,7 @@ def _indexed(index: Path) -> dict[str, Path]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise ArtifactError(f"{index}: has no weight_map; expected tensor names and their files")
     files = {str(file) for file in weight_map.values()}
-    # Links are followed: a snapshot of the Hub's cache consists of them.
+    # is_file follows links: a snapshot in the Hub's cache consists of them.
     if strange := sorted(
         file for file in files if not _FILE_NAME.fullmatch(file) or not (index.parent / file).is_file()
     ):
@@ -232,16 +232,16 @@ def tensor_hash(path: Path, entry: Mapping[str, Any]) -> str:
 
 
 def data_start(path: Path) -> int:
-    """Where the tensors of a safetensors file begin, in bytes; it is one, as `header` has found."""
+    """The offset in bytes where the tensors of a safetensors file begin; `header` has checked the file."""
     with path.open("rb") as file:
         return 8 + int.from_bytes(file.read(8), "little")
 
 
 def header(path: Path) -> dict[str, dict[str, Any]]:
-    """The header of a safetensors file, checked by the library itself, without the metadata.
+    """The header of a safetensors file without its metadata; the library has checked it.
 
     Raises:
-        ArtifactError: it is no safetensors file.
+        ArtifactError: the file is not safetensors.
     """
     try:
         entries, _ = safe_read.header(path)
@@ -251,10 +251,10 @@ def header(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def version_of(path_or_id: str | Path, revision: str | None = None) -> str:
-    """What tells two models of one name apart: the commit of a Hub id, the fingerprint of a folder's tensors.
+    """The version of a model: the commit of a Hub id, or the fingerprint of a folder's tensors.
 
     Raises:
-        HubError: there is neither.
+        HubError: there is no such folder and no such repository, or the download failed.
         ArtifactError: the folder has no tensors.
     """
     folder = fetch(path_or_id, revision)

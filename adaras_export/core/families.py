@@ -1,7 +1,7 @@
-"""What this project knows of model architectures, and what identifies a base model.
+"""The table of supported model architectures, and where each keeps its decoder layers and MLPs.
 
-The only file that names modules of a model. Knows nothing of steering. An architecture that is
-not in the table is refused: a guessed module path would steer the wrong thing without an error.
+The only file that names modules of a model. An architecture that is not in the table is refused: a guessed module path
+could steer the wrong module without an error.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ class Family:
 
     Attributes:
         model_type: the name in config.json.
-        stem: what the family's classes are called: Qwen3 in Qwen3ForCausalLM.
+        stem: the start of the family's class names: Qwen3 in Qwen3ForCausalLM.
         decoder: the module that holds the decoder layers, below the language model; checkpoints of the decoder alone
             leave it out of their keys.
         layers: the list of decoder layers, below the decoder.
@@ -29,7 +29,7 @@ class Family:
         transposed: whether its weight is stored (M, D), as GPT-2's Conv1D does, instead of (D, M).
         sizes: the keys of config.json for L, M and D.
         mlp_ratio: M / D where the config says null for M.
-        tokenizer: the tokenizer's class where a checkpoint leaves that to its model_type: what Transformers 4 opens.
+        tokenizer: the tokenizer class that Transformers 4 opens where a checkpoint names none.
     """
 
     model_type: str
@@ -48,7 +48,7 @@ class Family:
         return f"modeling_adaras_{self.model_type}.py"
 
     def sizes_in(self, config: Mapping[str, Any]) -> tuple[int, int, int]:
-        """L, M and D of a config that has these keys."""
+        """L, M and D of a config that has the keys in ``sizes``."""
         layers, mlp_size, hidden_size = (config[key] for key in self.sizes)
         if mlp_size is None and self.mlp_ratio is not None and isinstance(hidden_size, int):
             mlp_size = self.mlp_ratio * hidden_size
@@ -116,7 +116,7 @@ def decoder(model: "nn.Module") -> "nn.Module":
 
 
 def input_device(model: "nn.Module") -> Any:  # noqa: ANN401 - torch is not imported here
-    """The torch.device that token ids go to; Accelerate's, where it moves weights about while the model runs."""
+    """The torch.device for token ids; where Accelerate moves weights at run time, its execution device."""
     embedding = cast("Any", model).get_input_embeddings()
     hook = getattr(embedding, "_hf_hook", None)  # only where there is a device map
     placed = None if hook is None else getattr(hook, "execution_device", None)
@@ -124,14 +124,14 @@ def input_device(model: "nn.Module") -> Any:  # noqa: ANN401 - torch is not impo
 
 
 def decoder_layer(model: "nn.Module", layer: int) -> "nn.Module":
-    """A decoder layer, counted from 0; the hidden states are what leaves it, or the first of several values."""
+    """A 0-based decoder layer; its output, or the first of several, is the hidden state."""
     layers: Any = getattr(decoder(model), _family(model).layers)
     module: nn.Module = layers[layer]
     return module
 
 
 def down_projection(model: "nn.Module", layer: int) -> "nn.Module":
-    """The down projection of a 0-based decoder layer; what enters it is h."""
+    """The down projection of a 0-based decoder layer; its input is h."""
     module: nn.Module = reduce(getattr, _family(model).down.split("."), decoder_layer(model, layer))
     return module
 
@@ -144,7 +144,7 @@ def mlp(model: "nn.Module", layer: int) -> "nn.Module":
 
 
 def down_name(family: str, layer: int) -> str:
-    """The name that the down projection of a 0-based decoder layer has in a causal language model of a family."""
+    """The module name of a 0-based layer's down projection in a causal language model of a family."""
     known = FAMILIES[family]
     return f"{known.decoder}.{known.layers}.{layer}.{known.down}"
 

@@ -1,6 +1,6 @@
-"""The gate: a small classifier that predicts, from a prompt's activations, whether the model would fail.
+"""The gate: a small classifier that predicts from a prompt's activations whether the model would fail.
 
-F gate features, H gate width. Knows no torch and no training.
+F gate features, H gate width.
 """
 
 from collections.abc import Mapping
@@ -55,7 +55,7 @@ class Gate(Value):
         output_weight: (H,).
         output_bias: ().
         threshold: in [0, 1].
-        base: the model whose activations it reads; None where it is not known.
+        base: the model whose activations it reads; None where it is unknown.
         questions: identities of the questions that it was trained and calibrated on.
     """
 
@@ -84,7 +84,7 @@ class Gate(Value):
             raise RuleError(f"gate: {sizes['F']} features and {sizes['H']} hidden units; expected at least one of each")
         check_number("gate", "threshold", self.threshold)
         if not 0 <= self.threshold <= 1:
-            raise RuleError(f"gate: threshold {self.threshold} is no probability; expected a number from 0 to 1")
+            raise RuleError(f"gate: threshold {self.threshold} is not a probability; expected a number from 0 to 1")
         check_places("gate", self.layer, self.index, self.base)
         set_questions(self, "gate")
         order = np.lexsort((self.index, self.layer))

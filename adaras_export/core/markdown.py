@@ -123,6 +123,11 @@ class Example:
     text: str
     chat: bool
 
+    @property
+    def prompt(self) -> str | list[dict[str, str]]:
+        """The prompt that this is the example of."""
+        return [{"role": "user", "content": self.text}] if self.chat else self.text
+
     @classmethod
     def of(cls, prompt: Any) -> "Example | None":  # noqa: ANN401 - a prompt, or what a file has in its place
         """The example that a prompt is: a short text that can be seen, alone or as the only turn of a chat."""

@@ -1,7 +1,7 @@
-"""Running sums over questions, from which neurons are ranked: a few (L, M) arrays, whatever the number of traces.
+"""Running sums over questions, from which neurons are ranked: a few (L, M) arrays for any number of traces.
 
-Knows nothing of models in memory, tokens or files of traces. Sums are float64, and exact (see `exact`): parts that were
-read apart merge to the same bytes in any order. L layers, M MLP neurons, N traces.
+Sums are exact (see `compensated_sums`): parts that were read separately merge to the same bytes in any order.
+L layers, M MLP neurons, N traces.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ from adaras_export.files.safetensors_record import Array
 
 Contrast = Literal["within_question", "unpaired"]
 Tokens = Literal["all", "completion"]
-"""Which tokens of a trace its mean is over; the paper's are all of them, the prompt's too."""
+"""The tokens that a trace's mean is taken over; the paper takes all, with the prompt."""
 
 _REST = "_rest"
 _S = TypeVar("_S", bound="_Sums")
@@ -28,9 +28,9 @@ _S = TypeVar("_S", bound="_Sums")
 
 @dataclass(frozen=True, eq=False)
 class _Sums(Value):
-    """Arrays of shape (L, M) and counts that add up over questions.
+    """Arrays of shape (L, M) and counts that are summed over questions.
 
-    ``rests`` holds, by the name of a sum, what its float64 lacks of the exact one; absent: nothing.
+    ``rests`` holds the rest of each exact sum by its name, see `compensated_sums`; a missing one is zero.
     """
 
     base: BaseModel
@@ -42,7 +42,7 @@ class _Sums(Value):
     _counts: ClassVar[tuple[str, ...]] = ()
     _labels: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     _later: ClassVar[tuple[str, ...]] = ()
-    """What files of earlier releases lack: it has a default."""
+    """Fields that files of earlier releases lack; they have defaults."""
 
     def __post_init__(self) -> None:
         for name in self._sums:
@@ -58,7 +58,7 @@ class _Sums(Value):
         set_questions(self, self.kind)
 
     def _checked(self, name: str, given: Array) -> Array:
-        """A sum of the right shape; a single 0 stands for zeros."""
+        """A sum as float64 of shape (L, M); a scalar 0 stands for zeros."""
         shape = (self.base.layers, self.base.mlp_size)
         values = np.asarray(given, dtype=np.float64)
         if values.shape == () and not values:
@@ -70,7 +70,7 @@ class _Sums(Value):
         return values
 
     def _exact(self, name: str) -> tuple[Array, Array]:
-        """A sum as `exact.add` takes it."""
+        """A sum as the pair that `compensated_sums.add` takes."""
         total: Array = getattr(self, name)
         return total, self.rests.get(name, np.zeros_like(total))
 
@@ -84,7 +84,7 @@ class _Sums(Value):
         """The sums over the questions of both, in any order and grouping.
 
         Raises:
-            RuleError: they belong to different models, or were contrasted in different ways.
+            RuleError: the sums belong to different models, or use another contrast or other tokens.
             TraceError: a question is in both.
         """
         self.base.require_same(other.base)
@@ -126,7 +126,7 @@ class _Sums(Value):
         sums = {name: array for name, array in arrays.items() if not name.endswith(_REST)}
         later = [name for name in cls._later if name in record]
         if later and (missing := [*({*cls._later} - {*later}), *({*cls._sums} - {*sums})]):
-            raise KeyError(min(missing))  # a file of before has none of what came later, and others have all
+            raise KeyError(min(missing))  # a file has all later fields, or is old and has none
         rests = {name.removesuffix(_REST): array for name, array in arrays.items() if name.endswith(_REST)}
         return cls(base=base, questions=record["questions"], rests=rests, **sums, **counts)
 
@@ -137,12 +137,12 @@ _FIRST = "first_half_"
 
 
 def _none() -> Array:
-    """Stands for zeros of any shape."""
+    """A scalar zero, which stands for an array of zeros."""
     return np.zeros(())
 
 
 def is_first_half(question: str) -> bool:
-    """Whether a question, by the digest of its prompt, is in the first of two halves."""
+    """Whether a question is in the first half; the digest of its prompt decides."""
     return int(question.partition(".")[0], 16) % 2 == 1
 
 
@@ -150,13 +150,13 @@ def is_first_half(question: str) -> bool:
 class NeuronStats(_Sums):
     """Class means of every neuron, contrasted within questions (section 2 of the design; paper, section 3).
 
-    A trace counts by the mean of h over all its tokens, a question by the mean over its correct traces and the mean
-    over its incorrect ones, so that every question weighs the same. Unpaired, every trace weighs the same, and what
-    tells easy questions from hard ones is found instead: ask for it by name, and mistrust it.
+    Each trace is represented by the mean of h over its tokens, each question by the mean over its correct traces and
+    the mean over its incorrect ones. So every question has the same weight. With the contrast "unpaired" every trace
+    has the same weight; it finds neurons that separate easy questions from hard ones, so it is not the default.
 
     Attributes:
         base: the model whose activations these are.
-        questions: identities of the questions that went in.
+        questions: identities of the questions in the sums.
         correct_sum: (L, M) sum over questions of the mean over correct traces.
         incorrect_sum: the same over incorrect traces.
         difference_square_sum: (L, M) sum over questions of their squared difference.
@@ -164,11 +164,11 @@ class NeuronStats(_Sums):
         trace_square_sum: (L, M) sum of squares over all traces.
         correct_count: questions (or, unpaired, traces) in ``correct_sum``.
         incorrect_count: the same for ``incorrect_sum``.
-        trace_count: traces.
+        trace_count: number of traces.
         contrast: "within_question", or "unpaired".
-        tokens: the tokens of a trace that its mean is over: "all", or those of the "completion".
-        first_half_correct_sum: ``correct_sum`` of one half of the questions, chosen by their digest; so are all others
-            of the name. A file of an earlier release lacks them.
+        tokens: the tokens that a trace's mean is taken over: "all", or those of the "completion".
+        first_half_correct_sum: ``correct_sum`` over the first half of the questions, see `is_first_half`; so for all
+            fields with this prefix. A file of an earlier release lacks them.
     """
 
     correct_sum: Array
@@ -197,10 +197,10 @@ class NeuronStats(_Sums):
     _later: ClassVar[tuple[str, ...]] = ("tokens", *(_FIRST + name for name in _PLAIN_COUNTS))
 
     def update(self, question: str, correct_NLM: Array, incorrect_NLM: Array) -> "NeuronStats":
-        """These sums and one more question, given by its traces' means; unpaired, one class may be empty.
+        """These sums and one more question, given by its traces' means; with "unpaired", one class may be empty.
 
         Raises:
-            TraceError: an activation is NaN or infinite, a class is empty, or the question is in already.
+            TraceError: an activation is NaN or infinite, a class is empty, or the question is already in the sums.
         """
         traces = np.concatenate([correct_NLM, incorrect_NLM]).astype(np.float64)
         bad = sorted(set(np.argwhere(~np.isfinite(traces))[:, 1].tolist()))
@@ -229,7 +229,7 @@ class NeuronStats(_Sums):
         )
 
     def halves(self) -> tuple["NeuronStats", "NeuronStats"]:
-        """The sums over either half of the questions; the first is empty in a file of an earlier release."""
+        """The sums over each half of the questions; in a file of an earlier release the first half is empty."""
         names = (*_PLAIN_SUMS, *_PLAIN_COUNTS)
         first: dict[str, Any] = {name: getattr(self, _FIRST + name) for name in names}
         rests = {name: self.rests[_FIRST + name] for name in _PLAIN_SUMS if _FIRST + name in self.rests}
@@ -258,13 +258,13 @@ class NeuronStats(_Sums):
         return self.correct_sum / self.correct_count, self.incorrect_sum / self.incorrect_count
 
     def deviation(self) -> Array:
-        """Standard deviation of a neuron's trace mean over all traces, (L, M): the unit of attribution deltas."""
+        """Standard deviation of each neuron's mean over all traces, (L, M): the unit of attribution deltas."""
         mean = self.trace_sum / self.trace_count
         return np.sqrt(np.maximum(self.trace_square_sum / self.trace_count - mean**2, 0.0))
 
 
 def with_question(stats: NeuronStats, question: Sequence[Trace], means: Mapping[str, Array]) -> NeuronStats:
-    """``stats`` and one question, given its traces and the (L, M) mean of each by trace id."""
+    """Add one question to ``stats``: its traces, and the (L, M) mean of each by trace id."""
     shape = (0, stats.base.layers, stats.base.mlp_size)
     parts = [[means[trace.id] for trace in question if trace.correct is label] for label in (True, False)]
     correct, incorrect = (np.stack(part) if part else np.zeros(shape, np.float32) for part in parts)
@@ -277,10 +277,10 @@ class AttributionStats(_Sums):
 
     Attributes:
         base: the model.
-        questions: identities of the questions that went in.
+        questions: identities of the questions in the sums.
         gradient_sum: (L, M) sum over questions of d margin / d c.
         gradient_square_sum: (L, M) sum of its square.
-        first_half_sum: (L, M) the sum over one half of the questions, chosen by their digest.
+        first_half_sum: (L, M) ``gradient_sum`` over the first half of the questions, see `is_first_half`.
         first_half_count: questions in that half.
     """
 
@@ -297,7 +297,7 @@ class AttributionStats(_Sums):
         """These sums and one more question.
 
         Raises:
-            TraceError: a gradient is NaN or infinite, or the question is in already.
+            TraceError: a gradient is NaN or infinite, or the question is already in the sums.
         """
         if not np.isfinite(gradient_LM).all():
             raise TraceError(f"question {question}: its gradient is NaN or infinite; load the model in float32")
@@ -334,6 +334,6 @@ class AttributionStats(_Sums):
 
     def split_half_cosine(self) -> float:
         """Cosine between the mean attributions of the two halves; NaN where a half is empty."""
-        one, two = self.first_half_sum, self.gradient_sum - self.first_half_sum
-        norm = float(np.linalg.norm(one) * np.linalg.norm(two))
-        return float((one * two).sum()) / norm if norm else float("nan")
+        first, second = self.first_half_sum, self.gradient_sum - self.first_half_sum
+        norm = float(np.linalg.norm(first) * np.linalg.norm(second))
+        return float((first * second).sum()) / norm if norm else float("nan")

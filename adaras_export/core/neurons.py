@@ -1,4 +1,4 @@
-"""Chosen neurons, and the amount by which each is steered. Knows no gate.
+"""The chosen neurons, and the amount by which each is steered.
 
 K chosen neurons. Layers and neuron indices are 0-based everywhere.
 """
@@ -30,18 +30,18 @@ Ranking = Literal["given", "paper", "absolute", "cohen_d", "t", "attribution"]
 
 @dataclass(frozen=True, eq=False)
 class NeuronSet(Value):
-    """Chosen neurons, best first, and the amount that belongs to each.
+    """Chosen neurons, best first, and the delta of each.
 
     Attributes:
         layer: (K,) decoder layers.
         index: (K,) neurons, counted within their layer.
-        delta: (K,) what strength 1 adds to the neuron's activation; in activation units.
-        mean_correct: (K,) mean activation over correct traces; None where it is not known.
+        delta: (K,) added to the neuron's activation at strength 1, in activation units.
+        mean_correct: (K,) mean activation over correct traces; None where it is unknown.
         mean_incorrect: (K,) the same over incorrect traces.
-        score: (K,) what the ranking sorted by.
-        ranking: how the neurons were chosen; "given" for neurons from elsewhere.
-        base: the model that they belong to; None where it is not known.
-        questions: identities of the questions that they were found with (`question_identity`); as all below.
+        score: (K,) the score that the ranking sorted by.
+        ranking: how the neurons were chosen; "given" for neurons from another source.
+        base: the model that they belong to; None where it is unknown.
+        questions: identities of the questions that they were found with, see `question_identity`.
     """
 
     layer: Array
@@ -76,10 +76,10 @@ class NeuronSet(Value):
         """The first ``count`` neurons.
 
         Raises:
-            RuleError: there are fewer.
+            RuleError: the set has fewer neurons.
         """
         if not 0 <= count <= len(self):
-            raise RuleError(f"neurons: {count} wanted; the set has {len(self)}")
+            raise RuleError(f"neurons: {count} requested; the set has {len(self)}")
         return self._take(np.arange(count))
 
     def in_order(self) -> "NeuronSet":
@@ -98,11 +98,11 @@ class NeuronSet(Value):
         """Neurons that the reference code published (`top_200.csv`), in the order of the file.
 
         Columns: overall_neuron_index (= layer * M + index), layer, neuron_index_in_layer, weight (= delta);
-        others are ignored. Of some published sets the questions are known (`reference.questions_of`).
+        others are ignored. The questions of some published sets are known (`published_sets.questions_of`).
 
         Raises:
-            RuleError: a column is missing, a row is not of that form or contradicts itself (path:line),
-                or the file has fewer than ``top`` rows.
+            RuleError: a column is missing, a row is malformed or contradicts the others (path:line), or the file has
+                fewer than ``top`` rows.
         """
         rows = published_sets.neuron_rows(Path(path))
         layer, index, delta = (np.array(column) for column in zip(*rows, strict=True))
@@ -111,6 +111,25 @@ class NeuronSet(Value):
         except RuleError as error:
             raise RuleError(f"{path}: {error}") from error
         return neurons if top is None else neurons.top(top)
+
+    @classmethod
+    def from_csv(cls, path: str | Path, *, base: BaseModel | None = None) -> "NeuronSet":
+        """Neurons of a CSV file, in its order: columns layer, index and delta, under a header or without one.
+
+        Layer and index (within the layer) count from 0; delta is in activation units. A file with the header of the
+        reference code is read by `from_reference_csv`.
+
+        Raises:
+            RuleError: a row is not of that form (path:line), or a neuron is given twice or outside the model.
+        """
+        if published_sets.is_of_reference(Path(path)):
+            return cls.from_reference_csv(path, base=base)
+        rows = published_sets.plain_rows(Path(path))
+        layer, index, delta = (np.array(column) for column in zip(*rows, strict=True))
+        try:
+            return cls(layer, index, delta, base=base)
+        except RuleError as error:
+            raise RuleError(f"{path}: {error}") from error
 
     def _arrays(self) -> dict[str, Array]:
         optional = {name: getattr(self, name) for name in self._optional if getattr(self, name) is not None}

@@ -1,7 +1,7 @@
-"""Which question a prompt asks, whatever is put around it, so that one that was used is known again in another form.
+"""The identity of the question in a prompt, which stays the same when the prompt's wrapping changes.
 
-Knows the wrappings that this package and the reference code use, and common labels and chat templates; an instruction
-of somebody else's is part of the question. Keeps digests, no texts.
+Removes the instructions that this package and the reference code add, common labels and chat templates. Any other
+instruction counts as part of the question. An identity consists of digests, without text.
 """
 
 import re
@@ -24,8 +24,8 @@ def _plain(text: str) -> str:
 
 
 _AROUND = (*map(_plain, (BOXED, COMPLETE, SOLVE, TAGGED, _REFERENCE)), "```python", "```", '"""')
-_BEFORE = (*_AROUND, "question:", "problem:", "q:")
-_BEHIND = (*_AROUND, "thinking process:", "answer:", "solution:", "a:")
+_PREFIXES = (*_AROUND, "question:", "problem:", "q:")
+_SUFFIXES = (*_AROUND, "thinking process:", "answer:", "solution:", "a:")
 
 _USER_TURN = re.compile(
     r"(?:<\|im_start\|>user|<\|start_header_id\|>user<\|end_header_id\|>|<start_of_turn>user|<\|user\|>|\[inst\])"
@@ -36,16 +36,16 @@ _LABEL = re.compile(r"^(?:question|problem|q):", re.MULTILINE)
 
 
 def identity(prompt: Prompt) -> str:
-    """The digest of the prompt and that of the question in it, 16 hex digits each, with a point between them."""
-    return f"{digest(prompt)}.{sha256(asked(prompt).encode())[:16]}"
+    """The digests of the prompt and of its question, 16 hex digits each, joined by a dot."""
+    return f"{digest(prompt)}.{sha256(question_in(prompt).encode())[:16]}"
 
 
-def asked(prompt: Prompt) -> str:
-    """The question in a prompt: in Unicode's NFKC, without case, white space as single spaces.
+def question_in(prompt: Prompt) -> str:
+    """The question in a prompt: NFKC-normalised, casefolded, white space as single spaces.
 
-    Of messages it is in the last one of the user's; of text that a chat template has made, in the last turn of the
-    user's; of several parts that begin with "Question:" and the like, which are examples, it is the last part. Known
-    instructions, labels and fences are taken off both ends.
+    It is taken from the last user message, or from the last user turn of a rendered chat template. Of several parts
+    that begin with a label such as "Question:" it is the last one; the others are examples. Known instructions, labels
+    and fences are removed from both ends.
     """
     text = unicodedata.normalize("NFKC", _message(prompt)).casefold()
     text = _USER_TURN.findall(text)[-1] if _USER_TURN.search(text) else text
@@ -54,33 +54,33 @@ def asked(prompt: Prompt) -> str:
 
 
 def is_known(prompt: Prompt, used: Collection[str]) -> bool:
-    """Whether a prompt, or the question in it, is among identities, or among digests of prompts, as older files have.
+    """Whether a prompt, or the question in it, was used; ``used`` holds the single digests that `parts_of` gives.
 
-    ``used`` holds single digests: `parts_of` of what a rule has.
+    Files of earlier releases have digests of prompts in place of identities.
     """
     return any(part in used for part in identity(prompt).split("."))
 
 
 def parts_of(identities: Collection[str]) -> frozenset[str]:
-    """The digests that identities consist of."""
-    return frozenset(part for one in identities for part in one.split("."))
+    """The single digests of all identities."""
+    return frozenset(part for item in identities for part in item.split("."))
 
 
 def _message(prompt: Prompt) -> str:
     if isinstance(prompt, str):
         return prompt
-    asked_by_user = [message["content"] for message in prompt if message["role"] == "user"]
-    return asked_by_user[-1] if asked_by_user else prompt[-1]["content"]
+    user_texts = [message["content"] for message in prompt if message["role"] == "user"]
+    return user_texts[-1] if user_texts else prompt[-1]["content"]
 
 
 def _bare(text: str) -> str:
-    """Without what is known to stand around questions, as long as something is left."""
+    """Remove known prefixes and suffixes repeatedly, but never the whole text."""
     while True:
         shorter = text
-        for before in _BEFORE:
-            shorter = shorter.removeprefix(before).strip()
-        for behind in _BEHIND:
-            shorter = shorter.removesuffix(behind).strip()
+        for prefix in _PREFIXES:
+            shorter = shorter.removeprefix(prefix).strip()
+        for suffix in _SUFFIXES:
+            shorter = shorter.removesuffix(suffix).strip()
         if shorter in ("", text):
             return text
         text = shorter

@@ -1,7 +1,7 @@
 """The steering rule: which neurons, by how much, from which token on, and for which prompts.
 
-A rule is a frozen value that is valid from birth, so whatever receives one need not check it again.
-It knows nothing of torch, of model code or of export formats. The method is AdaRAS (arXiv 2601.19847).
+A rule is a frozen value that is checked when it is made, so code that receives one need not check it again.
+The method is AdaRAS (arXiv 2601.19847).
 
 Symbols: L layers, M MLP neurons of a layer, D model width, K chosen neurons, F gate features, H gate width.
 Layers and neuron indices are 0-based everywhere.
@@ -36,14 +36,15 @@ Start = Literal["last_prompt_token", "first_generated_token"]
 class SteeringRule(Value):
     """At a steered token: h[layer, index] += strength * g * delta, with g in {0, 1} for the whole sequence.
 
-    h is what enters the down projection of a layer. The gate decides g once, from the prompt, unsteered;
+    h is the input of a layer's down projection. The gate decides g once, from the unsteered prompt;
     without a gate g is 1. Neurons are kept sorted by (layer, index).
 
     Attributes:
-        neurons: which neurons and how much.
+        neurons: the steered neurons and their deltas.
         strength: factor on every delta; negative reverses the direction, 0 is the base model, bit for bit.
-        start: the first steered token. "last_prompt_token" is the paper's: the last prompt token and every
-            generated one. "first_generated_token" leaves the prompt alone. Defined over tokens, not calls.
+        start: the first steered token. "last_prompt_token", as in the paper, steers the last prompt token and
+            every generated one; "first_generated_token" steers generated tokens only. Independent of how tokens
+            are split over calls.
         gate: None steers every sequence.
         base: the model that the rule belongs to.
         questions: identities of all questions that neurons, gate and strength were fitted on; an honest
@@ -85,7 +86,7 @@ class SteeringRule(Value):
 
     @property
     def causal(self) -> bool:
-        """Whether one forward pass knows the decision before it reaches the first steered layer."""
+        """Whether the gate reads only layers below the first steered one, so that one forward pass suffices."""
         return self.gate is None or not len(self.neurons) or int(self.gate.layer.max()) < self.layers()[0]
 
     @cached_property
@@ -119,17 +120,17 @@ class SteeringRule(Value):
         token: str | None = None,
         commit_message: str | None = None,
     ) -> str:
-        """Put the rule into a repository of the Hub, with a short card, and return the commit.
+        """Push the rule to a repository of the Hub, with a short card, and return the commit.
 
         Args:
             repo_id: USER/NAME; a new repository, or one that holds no exported model.
-            private: None makes a new repository private, and leaves an existing one as it is.
-            revision: a branch, new or not; default: main.
-            token: another one than HF_TOKEN or that of `hf auth login`.
-            commit_message: default: names the rule.
+            private: None makes a new repository private, and keeps the visibility of an existing one.
+            revision: a branch, created if it is missing; default: main.
+            token: default: HF_TOKEN, or the token of `hf auth login`.
+            commit_message: the default names the rule.
 
         Raises:
-            HubError: the Hub refuses, or the repository is not private or public as ``private`` says.
+            HubError: the Hub refuses, or the repository has another visibility than ``private``.
         """
         from adaras_export.core import rule_hub
 
@@ -143,15 +144,15 @@ class SteeringRule(Value):
     def from_pretrained(
         cls, path_or_id: str | Path, *, revision: str | None = None, token: str | None = None
     ) -> "SteeringRule":
-        """The rule in a folder, or in a repository of the Hub: one of its own, or any exported model's.
+        """Load the rule of a folder or a Hub repository, which may hold only the rule or an exported model.
 
         Args:
             path_or_id: a folder or file, or USER/NAME.
             revision: branch, tag or commit of the repository; a commit pins the rule.
-            token: another one than HF_TOKEN or that of `hf auth login`.
+            token: default: HF_TOKEN, or the token of `hf auth login`.
 
         Raises:
-            HubError: the repository, or the file in it, cannot be had.
+            HubError: the file cannot be downloaded.
             ArtifactError: the file is missing, damaged or of another kind.
             RuleError: its content contradicts itself.
         """

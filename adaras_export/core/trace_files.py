@@ -1,4 +1,4 @@
-"""Traces, questions and prompts as JSONL files. A refused line is named by file and number."""
+"""Reads and writes JSONL files of traces and questions. An error names the file and line."""
 
 import json
 import reprlib
@@ -18,14 +18,21 @@ from adaras_export.files.safe_read import UnreadableError
 
 
 def read_traces(path: str | Path) -> list[Trace]:
-    """The traces of a JSONL file, ours or the reference's, in file order.
+    """The traces of a JSONL file, in this package's format or the reference's, in file order.
 
     The reference's lines (``id`` is the question, ``_id`` the attempt) get the prompt text that its
     authors used, and the trace id ``question#attempt``.
 
+    Args:
+        path: what `collect` wrote, or lines with id, question_id, prompt, completion and correct.
+
     Raises:
         TraceError: with path:line of the first line that is not a trace, repeats a trace id, or
             asks something else under a known question id; with the path, where there is no line.
+
+    Example:
+        traces = read_traces("traces.jsonl")
+        print(sum(trace.correct for trace in traces), "of", len(traces), "are correct")
     """
     traces: list[Trace] = []
     lines: dict[str, int] = {}
@@ -45,13 +52,20 @@ def read_traces(path: str | Path) -> list[Trace]:
 def read_questions(path: str | Path) -> list[Question]:
     """The questions of a JSONL file, in file order.
 
-    A ``prompt`` is taken as it is (text stays raw text), a ``question`` becomes the one user
-    message of a chat. The reference's AIME files give some ids to the questions of two years: where
-    all rows of an id name their year, it gets ``@`` and the digest of the prompt appended.
+    A ``prompt`` stays as it is (text is raw text); a ``question`` becomes the only user message of a chat. The
+    reference's AIME files use some ids in two years. Where all rows of an id have a year, ``@`` and the digest of the
+    prompt are appended to the id.
+
+    Args:
+        path: lines with id, prompt (text, or chat messages) or question, and answer.
 
     Raises:
         TraceError: with path:line of the first line that is not a question or repeats the id of one; with the
             path, where the file has no line.
+
+    Example:
+        questions = read_questions("questions.jsonl")
+        print(questions[0].id, questions[0].prompt, questions[0].answer)
     """
     rows = list(_parsed(path, _question_of))
     years = Counter(question.id for _, (question, has_year) in rows if has_year)
@@ -67,17 +81,17 @@ def read_questions(path: str | Path) -> list[Question]:
 
 
 def read_prompts(path: str | Path) -> list[Trace] | list[Question]:
-    """The labelled traces of a JSONL file whose first line has a label, else its questions.
+    """The traces of a JSONL file if its first line has a label, else its questions.
 
     Raises:
-        TraceError: as of `read_traces` and `read_questions`.
+        TraceError: `read_traces` or `read_questions` refuses the file.
     """
     _, first = next(_parsed(path, dict))
     return read_traces(path) if {"correct", "is_good"} & first.keys() else read_questions(path)
 
 
 def write_traces(path: str | Path, traces: Sequence[Trace]) -> None:
-    """Write what `read_traces` reads; the file is replaced as a whole or left as it was.
+    """Write what `read_traces` reads, atomically.
 
     Raises:
         ArtifactError: the file cannot be written.
@@ -86,7 +100,7 @@ def write_traces(path: str | Path, traces: Sequence[Trace]) -> None:
 
 
 def write_questions(path: str | Path, questions: Sequence[Question]) -> None:
-    """Write what `read_questions` reads; the file is replaced as a whole or left as it was.
+    """Write what `read_questions` reads, atomically.
 
     Raises:
         ArtifactError: the file cannot be written.
@@ -106,23 +120,23 @@ def question_line(question: Question) -> str:
 
 
 def _parsed(path: str | Path, parse: Callable[[dict[str, Any]], _T]) -> Iterator[tuple[int, _T]]:
-    """Line number (from 1) and value of every line that is not blank; errors get their place."""
-    found = False
+    """Line number (from 1) and value of every line that is not blank."""
+    is_empty = True
     try:
         safe_read.size_of(Path(path))
         with Path(path).open("rb") as file:  # bytes: text mode would break lines at a lone carriage return
             for line, content in enumerate(iter(partial(file.readline, safe_read.LARGEST + 1), b""), 1):
                 if content.strip():
-                    found = True
+                    is_empty = False
                     yield line, _located(f"{path}:{line}", content, parse)
     except (UnreadableError, OSError) as error:
         raise TraceError(f"{path}: cannot be read ({safe_read.reason(error)}); expected a JSONL file") from error
-    if not found:
+    if is_empty:
         raise TraceError(f"{path}: is empty; expected one JSON object per line")
 
 
 def _claim(lines: dict[str, int], name: str, path: str | Path, line: int) -> None:
-    """Write down the line of a name, in ``lines``; refuse a second one."""
+    """Record the line of a name in ``lines``; refuse a name that is already there."""
     if name in lines:
         raise TraceError(f"{path}:{line}: {name} was already on line {lines[name]}; expected unique ids")
     lines[name] = line
@@ -172,7 +186,7 @@ def _trace_of(row: dict[str, Any]) -> Trace:
 
 
 def _question_of(row: dict[str, Any]) -> tuple[Question, bool]:
-    """The question, and whether the line is one of the reference's that name a year."""
+    """The question, and whether the line is in the reference's format with a year."""
     if "prompt" in row and "question" in row:
         raise TraceError("has both prompt and question; expected one of them")
     is_reference = "question" in row

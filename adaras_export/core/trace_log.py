@@ -1,7 +1,4 @@
-"""A file of traces that grows: every line that was written stays, and a crash costs at most the last one.
-
-Knows nothing of how traces are made.
-"""
+"""Appends traces to a file. A crash loses at most the last line."""
 
 import json
 import os
@@ -20,7 +17,7 @@ _LINE_START = b'{"id": '
 
 
 class TraceLog:
-    """The file of one run of `collect`; a context manager that keeps other processes out.
+    """The trace file of one run of `collect`; as a context manager it locks the file.
 
     Raises:
         TraceError: another process writes the file, or it cannot be written.
@@ -40,7 +37,7 @@ class TraceLog:
         self._log.close()
 
     def append(self, traces: Sequence[Trace]) -> None:
-        """Add lines; they are on disk when this returns.
+        """Append traces; they are on disk when this returns.
 
         Raises:
             TraceError: the file cannot be written.
@@ -50,15 +47,15 @@ class TraceLog:
     def resume(
         self, questions: Sequence[Question], model: str | None = None, settings: Settings | None = None
     ) -> dict[str, Trace]:
-        """The traces that the file holds, by id; a broken last line is mended.
+        """The traces in the file, by id; repairs an unfinished last line.
 
         Raises:
-            TraceError: it cannot be read or written, is no file of traces, or holds one of a question that is not
-                given, of another ``model``, or of other ``settings``.
+            TraceError: the file cannot be read or written or holds no traces, or a trace has a question that is not
+                given, another ``model``, or other ``settings``.
         """
         path = self._log.path
         with self._log.worded():
-            if not path.is_file():  # /dev/full, which has no end
+            if not path.is_file():  # a device such as /dev/full has no end
                 return {}
             _mend_last_line(path)
             if path.stat().st_size == 0:
@@ -80,7 +77,7 @@ def _require_question(out: Path, trace: Trace, prompts: Mapping[str, str]) -> No
     if trace.question_id not in prompts:
         raise TraceError(
             f"{out}: holds question {trace.question_id}, which is not among the {len(prompts)} given; expected all "
-            "that it holds, and new ones if you like; or choose a new file"
+            "questions of the file, and possibly new ones; or choose a new file"
         )
     if prompts[trace.question_id] != digest(trace.prompt):
         raise TraceError(
@@ -90,24 +87,26 @@ def _require_question(out: Path, trace: Trace, prompts: Mapping[str, str]) -> No
 
 
 def _require_settings(out: Path, trace: Trace, found: Settings, given: Settings) -> None:
-    """Traces of two settings in one file would be contrasted for what the settings do."""
+    """Refuse other settings: a contrast of such traces would show the effect of the settings."""
     other = [name for name in dict.fromkeys((*found, *given)) if found.get(name) != given.get(name)]
     if other:
-        told = ", ".join(f"{name} {json.dumps(found.get(name))} (now {json.dumps(given.get(name))})" for name in other)
+        differences = ", ".join(
+            f"{name} {json.dumps(found.get(name))} (now {json.dumps(given.get(name))})" for name in other
+        )
         raise TraceError(
-            f"{out}: trace {trace.id} was sampled with {told}; expected the same settings; give those of the file, "
-            "or choose a new file"
+            f"{out}: trace {trace.id} was sampled with {differences}; expected the same settings; give those of the "
+            "file, or choose a new file"
         )
 
 
 def _mend_last_line(out: Path) -> None:
-    """Cut off a line that a crash left unfinished; end one that lacks only its line end."""
+    """Cut off an unfinished last line, or add its missing line end."""
     with out.open("rb") as file:
         last = b"".join(deque(file, maxlen=1))
     if last.endswith(b"\n") or not last:
         return
     if last[: len(_LINE_START)] != _LINE_START[: len(last)]:
-        raise TraceError(f"{out}: last line is no trace of ours; expected a file of traces or a new one")
+        raise TraceError(f"{out}: last line is not a trace; expected a file of traces or a new one")
     with out.open("r+b") as file:
         end = file.seek(0, os.SEEK_END)
         if _is_json(last):

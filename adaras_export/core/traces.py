@@ -1,7 +1,7 @@
-"""Questions and labelled reasoning traces: what they are, how they are read and split.
+"""Questions, labelled reasoning traces, and splits of them.
 
-Knows no tokenizer and no model. Splits are made by question and never by trace: two traces of one
-question share its prompt, so a split by trace would test on what it was trained on.
+Splits are made by question, never by trace: the traces of one question share its prompt, so a split by trace would put
+the same prompt into training and test.
 """
 
 import hashlib
@@ -33,13 +33,13 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt, the answer that a checker compares with, and the checker's name, where the question names one.
+    """A prompt, its correct answer, and optionally the name of its checker.
 
     Attributes:
-        place: path:line where it was read, for who has something to say against it; no part of the question.
+        place: path:line where the question was read, for error messages; ignored in comparisons.
 
     Raises:
-        TraceError: an empty text, or a prompt that is neither text nor chat messages.
+        TraceError: a text is empty, or the prompt is neither text nor chat messages.
     """
 
     id: str
@@ -58,14 +58,14 @@ class Question:
 
 @dataclass(frozen=True)
 class Trace:
-    """One attempt at a question: what was asked, what was written, and whether it was right.
+    """One attempt at a question: the prompt, the completion, and whether its answer is correct.
 
     Attributes:
-        model: the name of the model that wrote it, where the file says so.
-        settings: how it was sampled and checked, where the file says so.
+        model: the name of the model that wrote the completion; None where the file has none.
+        settings: how the completion was sampled and checked; None where the file has none.
 
     Raises:
-        TraceError: an empty text, a prompt or settings of another form, or a label that is not a boolean.
+        TraceError: a text is empty, the prompt or the settings are malformed, or the label is not a boolean.
     """
 
     id: str
@@ -98,7 +98,7 @@ def digest(prompt: Prompt) -> str:
 
 
 def by_question(traces: Sequence[Trace]) -> dict[str, list[Trace]]:
-    """The traces of each question, questions and traces in the order of their first appearance."""
+    """The traces of each question, in the order of their first appearance."""
     groups: dict[str, list[Trace]] = {}
     for trace in traces:
         groups.setdefault(trace.question_id, []).append(trace)
@@ -106,14 +106,13 @@ def by_question(traces: Sequence[Trace]) -> dict[str, list[Trace]]:
 
 
 def split(ids: Sequence[str], shares: Mapping[str, float], seed: int) -> dict[str, list[str]]:
-    """Deal question ids to named splits, each id to exactly one.
+    """Assign every question id to one named split.
 
     Depends on the set of ids and the seed, not on their order; sizes differ from the exact shares
-    by at most one. Inside a split the given order is kept.
+    by at most one. Each split keeps the given order.
 
     Raises:
-        TraceError: shares that are not positive or do not sum to 1, a repeated id, or so few ids
-            that a split would be empty.
+        TraceError: shares are not positive or do not sum to 1, an id is repeated, or a split would be empty.
     """
     if not all(share > 0 for share in shares.values()) or not math.isclose(sum(shares.values()), 1.0):
         raise TraceError(f"shares {dict(shares)}: expected positive numbers that sum to 1")
@@ -135,7 +134,7 @@ def require_disjoint(splits: Mapping[str, Collection[str]]) -> None:
     """Refuse splits that share a question.
 
     Raises:
-        TraceError: names the shared questions and the two splits of each.
+        TraceError: a question is in two splits; the message names both.
     """
     shared = [
         f"{question} (in {first} and {second})"
@@ -147,10 +146,10 @@ def require_disjoint(splits: Mapping[str, Collection[str]]) -> None:
 
 
 def balanced(traces: Sequence[Trace], seed: int, per_class: int | None = None) -> list[Trace]:
-    """As many correct as incorrect traces of every question that has both, in the given order.
+    """Equally many correct and incorrect traces of every question that has both, in the given order.
 
-    A question keeps its smaller class whole and an equal, seeded choice of the other one, at most
-    ``per_class`` of each. The reference's own sets are built so, with 4 and 4.
+    A question keeps its whole smaller class and as many seeded choices of the other one, at most ``per_class`` of each.
+    The reference's sets are built in this way, with 4 and 4.
 
     Raises:
         TraceError: no question has both outcomes, or ``per_class`` is not positive.
@@ -177,14 +176,14 @@ def _require_text(subject: str, name: str, value: object) -> None:
         raise TraceError(f"{subject}: {name} is {reprlib.repr(value)}; expected non-empty text")
     try:
         value.encode()
-    except UnicodeEncodeError as error:  # JSON can escape half of a surrogate pair, which no tokenizer takes
+    except UnicodeEncodeError as error:  # JSON can escape a lone surrogate, which no tokenizer accepts
         raise TraceError(
             f"{subject}: {name} is not Unicode text ({error.reason}); expected whole characters"
         ) from error
 
 
 def _checked_prompt(subject: str, prompt: object) -> Prompt:
-    """The prompt with messages of its own, so that nobody else can change it."""
+    """A checked copy of the prompt, which other code cannot change."""
     if isinstance(prompt, str):
         _require_text(subject, "prompt", prompt)
         return prompt
@@ -202,7 +201,7 @@ def _checked_message(subject: str, message: object) -> Mapping[str, str]:
 
 
 def _checked_settings(subject: str, settings: object) -> Settings:
-    """Settings of their own, so that nobody else can change them; fractions as numbers again."""
+    """A checked copy of the settings, with Decimal values as floats."""
     if not isinstance(settings, Mapping) or not all(
         isinstance(value, str | int | float | Decimal | None) for value in settings.values()
     ):
@@ -211,18 +210,18 @@ def _checked_settings(subject: str, settings: object) -> Settings:
 
 
 def _rank(seed: int, text: str) -> str:
-    """A place in a seeded order that does not depend on what else is ordered."""
+    """The sort key of a text in a seeded order; independent of the other texts."""
     return hashlib.sha256(f"{seed}:{text}".encode()).hexdigest()
 
 
 def _listing(names: Sequence[str]) -> str:
-    """The names, of a long list the first five."""
+    """The first five names, and the number of the others."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def labelled_prompts(traces: Sequence[Trace]) -> tuple[list[Prompt], Array]:
     """The prompts, and whether most of their traces are correct, (N,) bool; a tie counts as incorrect."""
-    by_prompt: dict[str, list[Trace]] = {}  # one prompt under two ids must not be in both parts
+    by_prompt: dict[str, list[Trace]] = {}  # one prompt with two ids must not be in two parts
     for group in by_question(traces).values():
         by_prompt.setdefault(digest(group[0].prompt), []).extend(group)
     groups = list(by_prompt.values())
@@ -231,10 +230,10 @@ def labelled_prompts(traces: Sequence[Trace]) -> tuple[list[Prompt], Array]:
 
 
 def require_both(labels: Array, part: str) -> None:
-    """Refuse labels that no threshold can be fitted to.
+    """Refuse labels that are too few to fit a threshold.
 
     Raises:
-        TraceError: there are less than two of either kind.
+        TraceError: there are fewer than two labels of either kind.
     """
     correct = int(labels.sum())
     if not 2 <= correct <= len(labels) - 2:
@@ -245,6 +244,6 @@ def require_both(labels: Array, part: str) -> None:
 
 
 def name_of(check: Checker) -> str:
-    """The name under which files and reports know it."""
+    """The name of a checker in files and reports."""
     name: str = getattr(check, "__name__", type(check).__name__)
     return name

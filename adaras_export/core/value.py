@@ -1,7 +1,4 @@
-"""What the frozen values of this project share: one file each, checked at birth.
-
-Knows nothing of neurons, gates or rules.
-"""
+"""The base class of values that are saved as one file each, and the checks of their fields."""
 
 import reprlib
 import sys
@@ -22,11 +19,11 @@ _MOST = 1 << 53
 
 
 class Value:
-    """A frozen value that is one file: equal when its bytes are equal."""
+    """A frozen value that is saved as one file; two values are equal if their bytes are equal."""
 
     kind: ClassVar[str]
     largest: ClassVar[int] = safetensors_record.LARGEST
-    """Bytes that no file of the kind has reason to exceed."""
+    """The largest file of this kind that is read, in bytes."""
 
     def _arrays(self) -> dict[str, Array]:
         raise NotImplementedError
@@ -42,7 +39,7 @@ class Value:
         """Write one safetensors file, atomically; the same value gives the same bytes.
 
         Raises:
-            ArtifactError: the file cannot be written; what was there before is untouched.
+            ArtifactError: the file cannot be written; an existing file is unchanged.
         """
         atomic.replace_file(path, self.to_bytes())
 
@@ -74,7 +71,7 @@ class Value:
 
 
 def restore_base(record: Mapping[str, Any], subject: str) -> BaseModel | None:
-    """The base of a record, where it has one."""
+    """The base model in a record; None where it has none."""
     return None if record["base"] is None else BaseModel.from_record(record["base"], subject)
 
 
@@ -86,16 +83,16 @@ def check_version(record: Mapping[str, Any], subject: str) -> None:
 
 
 def set_questions(value: object, subject: str) -> None:
-    """Sort the digests of a value's questions, each once."""
+    """Sort the questions of a value and remove duplicates."""
     given: object = value.questions  # type: ignore[attr-defined]
-    if not isinstance(given, list | tuple | set | frozenset) or not all(isinstance(one, str) for one in given):
+    if not isinstance(given, list | tuple | set | frozenset) or not all(isinstance(digest, str) for digest in given):
         raise RuleError(f"{subject}: questions are {reprlib.repr(given)}; expected a list of digests")
     object.__setattr__(value, "questions", tuple(sorted(set(given))))
 
 
 def freeze(value: object, name: str, array: Array) -> None:
     """Set a field of a frozen dataclass to a read-only copy."""
-    # A copy, which nobody else can change; in C order, or safetensors would write the wrong bytes.
+    # A copy, which other code cannot change; in C order, which safetensors needs.
     array = np.array(array, order="C")
     array.setflags(write=False)
     object.__setattr__(value, name, array)
@@ -127,7 +124,7 @@ def set_vectors(value: object, subject: str, types: Mapping[str, type[np.generic
 
 
 def same_length(value: object, subject: str, names: Iterable[str]) -> None:
-    """Refuse fields of different lengths; absent ones do not count."""
+    """Refuse fields of different lengths; None fields are ignored."""
     lengths = {name: len(getattr(value, name)) for name in names if getattr(value, name) is not None}
     if len(set(lengths.values())) > 1:
         found = ", ".join(f"{name} {length}" for name, length in lengths.items())
@@ -135,7 +132,7 @@ def same_length(value: object, subject: str, names: Iterable[str]) -> None:
 
 
 def check_axes(subject: str, name: str, shape: tuple[int, ...], axes: tuple[str, ...], sizes: dict[str, int]) -> None:
-    """Refuse a shape that is not the one of its axes; ``sizes`` holds the axes seen so far and learns new ones."""
+    """Refuse a shape that contradicts ``sizes``, the sizes of axes so far; adds the sizes of new axes to it."""
     expected = tuple(sizes.setdefault(axis, size) for axis, size in zip(axes, shape, strict=False))
     if len(shape) != len(axes) or shape != expected:
         named = ", ".join(f"{axis}={sizes[axis]}" if axis in sizes else axis for axis in axes)
@@ -143,26 +140,26 @@ def check_axes(subject: str, name: str, shape: tuple[int, ...], axes: tuple[str,
 
 
 def check_number(subject: str, name: str, number: object) -> None:
-    """Refuse what is no finite number of 64 bits."""
+    """Refuse a value that is not a finite float64 number."""
     most = sys.float_info.max
     if isinstance(number, bool) or not isinstance(number, int | float) or not -most <= number <= most:
         raise RuleError(f"{subject}: {name} is {reprlib.repr(number)}; expected a finite number")
 
 
 def check_count(subject: str, name: str, number: object) -> None:
-    """Refuse what is no whole number from 0 on that a float holds exactly."""
+    """Refuse a value that is not a whole number from 0 to 2^53, which float64 holds exactly."""
     if type(number) is not int or not 0 <= number <= _MOST:
         raise RuleError(f"{subject}: {name} is {reprlib.repr(number)}; expected a count")
 
 
 def check_choice(subject: str, name: str, choice: object, choices: tuple[str, ...]) -> None:
-    """Refuse what is not among the choices."""
+    """Refuse a value that is not one of the choices."""
     if choice not in choices:
         raise RuleError(f"{subject}: {name} is {reprlib.repr(choice)}; expected one of: {', '.join(choices)}")
 
 
 def check_places(subject: str, layer: Array, index: Array, base: BaseModel | None) -> None:
-    """Every (layer, index) is there once, and inside the model where the model is known."""
+    """Refuse a repeated (layer, index), or one outside the model; an unknown model has no upper limit."""
     for name, values, limit in (
         ("layer", layer, base and base.layers),
         ("index", index, base and base.mlp_size),
@@ -173,7 +170,7 @@ def check_places(subject: str, layer: Array, index: Array, base: BaseModel | Non
             raise RuleError(f"{subject}: {name} {_some(outside)} outside {where}")
     places, counts = np.unique(np.stack([layer, index]), axis=1, return_counts=True)
     if (twice := places[:, counts > 1]).size:
-        named = [f"{one}:{two}" for one, two in twice.T.tolist()]
+        named = [f"{place[0]}:{place[1]}" for place in twice.T.tolist()]
         raise RuleError(f"{subject}: neuron (layer:index) {_some(named)} given more than once")
 
 

@@ -10,7 +10,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -19,6 +18,7 @@ from adaras_export.core.neuron_stats import NeuronStats
 from adaras_export.core.trace_log import TraceLog
 from adaras_export.core.traces import Checker, Question, Settings, Trace, by_question, name_of
 from adaras_export.data.backends.local import Ledger, LocalBackend
+from adaras_export.data.checkers import checker_for
 from adaras_export.data.sampling_plan import Attempt, Backend, Completion, Goal, Plan
 from adaras_export.errors import TraceError
 from adaras_export.modeling.generation import Sampling
@@ -82,81 +82,109 @@ class CollectReport:
         return found
 
 
-def collect(  # noqa: PLR0913 - each is a decision of its own
+@dataclass(frozen=True)
+class CollectOptions:
+    """How attempts are checked and labelled, beside what is asked and how it is sampled.
+
+    Attributes:
+        check: tells right answers from wrong ones; None: the checker that the questions name, `last_number` if none.
+        batch_size: rows of one batch; for a server, attempts between two checks of the goal.
+        name: of the model that writes the traces; each trace carries it.
+        revision: commit of that model, where it has one.
+        progress: called with the attempts done and the attempts in all.
+    """
+
+    check: Checker | None = None
+    batch_size: int = 32
+    name: str | None = None
+    revision: str | None = None
+    progress: Progress | None = None
+
+
+_PLAIN = CollectOptions()
+
+
+def collect(  # noqa: PLR0913 - what the job is made of
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[Question],
     out: str | Path,
     *,
-    attempts: int,
-    sampling: Sampling,
-    check: Checker,
-    batch_size: int,
-    wanted: int | None = None,
-    per_class: int | None = None,
+    goal: Goal | None = None,
+    sampling: Sampling | None = None,
     record: Recording | None = None,
-    name: str | None = None,
-    revision: str | None = None,
-    progress: Progress | None = None,
+    options: CollectOptions = _PLAIN,
 ) -> CollectReport:
-    """Append ``attempts`` checked completions per question to the JSONL file ``out``.
+    """Sample several attempts at each question, check them, and append them to the JSONL file ``out``.
 
     Trace ids are ``question#attempt``, attempts from 0. Batches hold prompts of similar length, attempts at a question
     together, and each is on disk before the next one starts. What the file holds already is kept; with unchanged
-    arguments it ends as if the run had never been interrupted. `Goal` says what ``wanted`` and ``per_class`` stop.
-    ``name`` and ``revision`` are the model's: each trace says who wrote it, and with which settings.
+    arguments it ends as if the run had never been interrupted.
 
-    With ``record``, the activations that sampling produces anyway are summed up per question with both
-    outcomes, and saved as `NeuronStats`: what `identify` would read from the file, without a pass of its own.
-    Traces that were there before are read once.
+    Args:
+        model: the model that answers.
+        tokenizer: its tokenizer.
+        questions: with unique ids.
+        out: JSONL file of traces, new or of an earlier run with the same arguments.
+        goal: how many attempts; default: 8 at each question.
+        sampling: default: 512 new tokens at temperature 1.
+        record: sum up the activations that sampling produces anyway, per question with both outcomes, into a file of
+            `NeuronStats` ((L, M) sums over traces): what `identify` would read, without a pass of its own. Traces
+            that were there before are read once.
+        options: checker, batch size, and what the traces say of the model.
 
     Raises:
-        TraceError: contradictory arguments, a file of other questions, settings or another model's name, one that
-            another process writes, or one that cannot be read or written.
+        TraceError: contradictory arguments; or the file holds other questions, settings or another model's traces, is
+            written by another process, or cannot be read or written.
+
+    Source: the paper (arXiv 2601.19847).
+
+    Example:
+        model, tokenizer = load_model("Qwen/Qwen3-1.7B")
+        report = collect(model, tokenizer, read_questions("questions.jsonl"), "traces.jsonl", goal=Goal(attempts=8))
+        print(report.mixed_questions, "questions with both outcomes")
     """
-    _require_questions(questions, attempts, batch_size)
-    require_varied(attempts, sampling)
-    goal = Goal(attempts, wanted, per_class)
-    backend = LocalBackend(model, tokenizer, sampling, batch_size, None if record is None else {})
-    how: dict[str, Any] = {"check": check, "batch_size": batch_size, "progress": progress}
-    how |= {"name": name, "revision": revision}
+    goal, sampling = goal or Goal(), sampling or Sampling(512, temperature=1.0)
+    _require_questions(questions, options.batch_size)
+    require_varied(goal.attempts, sampling)
+    backend = LocalBackend(model, tokenizer, sampling, options.batch_size, None if record is None else {})
     if record is None or backend.means is None:
-        return collect_from(backend, questions, out, goal, **how)
+        return collect_from(backend, questions, out, goal=goal, options=options)
     ledger = Ledger(model, tokenizer, NeuronStats.empty(record.base), backend.means)
-    report = collect_from(backend, questions, out, goal, finished=ledger.close, **how)
+    report = collect_from(backend, questions, out, goal=goal, options=options, finished=ledger.close)
     ledger.stats.save(record.path)
     return report
 
 
-def collect_from(  # noqa: PLR0913 - each is a decision of its own
+def collect_from(
     backend: Backend,
     questions: Sequence[Question],
     out: str | Path,
-    goal: Goal,
     *,
-    check: Checker,
-    batch_size: int,
+    goal: Goal | None = None,
+    options: CollectOptions = _PLAIN,
     finished: Finished | None = None,
-    name: str | None = None,
-    revision: str | None = None,
-    progress: Progress | None = None,
 ) -> CollectReport:
-    """The same from any backend. Every piece of completions is on disk before the next one is looked at.
+    """`collect` from any backend: vLLM, a server, a model in this process.
+
+    Every piece of completions is on disk before the next one is looked at. ``finished`` is called with the ids of
+    questions that get no more traces, and with all traces.
 
     Raises:
-        TraceError: as of `collect`.
-        AdarasError: what the backend raises; the file holds what was completed before.
+        TraceError: see `collect`.
+        AdarasError: the backend fails; the file holds what was completed before.
     """
-    started = time.perf_counter()
-    _require_questions(questions, goal.attempts, batch_size)
+    started, goal = time.perf_counter(), goal or Goal()
+    _require_questions(questions, options.batch_size)
+    check = options.check or checker_for(questions, None)
     arranged = backend.arranged(questions)
     # Where the first questions could be all that are asked, they must not be chosen by their length.
-    plan = Plan(arranged if goal.wanted is None else questions, goal, batch_size, whole=backend.streams)
-    settings = {**backend.settings, "check": name_of(check), "revision": revision}
+    plan = Plan(arranged if goal.wanted is None else questions, goal, options.batch_size, whole=backend.streams)
+    settings = {**backend.settings, "check": name_of(check), "revision": options.revision}
     with TraceLog(Path(out)) as log:
-        held = log.resume(questions, name, settings)
-        run = _Run(backend, check, log, held, name, settings, resumed=len(held))
-        run.complete(plan, progress or _nobody, finished or _nobody)
+        held = log.resume(questions, options.name, settings)
+        run = _Run(backend, check, log, held, options.name, settings, resumed=len(held))
+        run.complete(plan, options.progress or _nobody, finished or _nobody)
     return run.report(time.perf_counter() - started)
 
 
@@ -164,12 +192,9 @@ def _nobody(_one: object, _other: object) -> None:
     """What is done, where nobody looks at it."""
 
 
-def _require_questions(questions: Sequence[Question], attempts: int, batch_size: int) -> None:
-    if not questions or attempts < 1 or batch_size < 1:
-        raise TraceError(
-            f"collect: {len(questions)} questions, {attempts} attempts, batches of {batch_size}; "
-            "expected at least one of each"
-        )
+def _require_questions(questions: Sequence[Question], batch_size: int) -> None:
+    if not questions or batch_size < 1:
+        raise TraceError(f"collect: {len(questions)} questions, batches of {batch_size}; expected at least one of each")
     repeated = [id_ for id_, count in Counter(q.id for q in questions).items() if count > 1]
     if repeated:
         raise TraceError(f"collect: question {repeated[0]} is given twice; expected unique ids")

@@ -65,7 +65,7 @@ class Goal:
         TraceError: a number is below 1, or there are too few attempts for ``per_class``.
     """
 
-    attempts: int
+    attempts: int = 8
     wanted: int | None = None
     per_class: int | None = None
 

@@ -13,7 +13,7 @@ from adaras_export.core.rule import SteeringRule
 from adaras_export.delivery.receipt import Receipt
 from adaras_export.delivery.verifier import open_artifact
 from adaras_export.errors import ArtifactError, ExportError
-from adaras_export.evaluation.task import Elsewhere
+from adaras_export.evaluation.task import ArtifactCondition
 from adaras_export.exporters.manifest import RECEIPT_FILE
 from adaras_export.exporters.parity import Answering
 from adaras_export.files import atomic
@@ -23,12 +23,12 @@ from adaras_export.modeling.generation import Sampling
 @contextmanager
 def artifact_arm(
     folder: Path, rule: SteeringRule, tokenizer: PreTrainedTokenizerBase, base: str | Path | None = None
-) -> Iterator[Elsewhere]:
+) -> Iterator[ArtifactCondition]:
     """The arm "TARGET FOLDER" of an exported folder, until the context ends.
 
     Raises:
         ArtifactError: the folder is not an export of this rule, has changed since the export, or does not open.
-        ExportError: this process cannot run its format.
+        ExportError: another program runs its format.
     """
     artifact, own, receipt = open_artifact(folder, base)
     _require_same(folder, own, rule)
@@ -41,7 +41,7 @@ def artifact_arm(
     def complete(rows: Sequence[Sequence[int]], sampling: Sampling, keys: Sequence[str]) -> list[list[int]]:
         return artifact.answer(tokenizer, rows, sampling, keys)
 
-    yield Elsewhere(_name(folder, receipt), atomic.sha256((folder / RECEIPT_FILE).read_bytes()), complete)
+    yield ArtifactCondition(_name(folder, receipt), atomic.sha256((folder / RECEIPT_FILE).read_bytes()), complete)
 
 
 def _name(folder: Path, receipt: Receipt) -> str:

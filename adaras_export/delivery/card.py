@@ -13,10 +13,11 @@ from typing import Any
 from adaras_export.core.base_model import BaseModel
 from adaras_export.core.markdown import Example, Markdown, render
 from adaras_export.core.rule import SteeringRule
-from adaras_export.delivery.card_effect import Measured, computed_arm, told
+from adaras_export.delivery.card_effect import computed_arm, effect_text
 from adaras_export.delivery.card_metadata import header, results_file
 from adaras_export.delivery.receipt import Receipt
 from adaras_export.evaluation.arms import Arm
+from adaras_export.evaluation.record import Evaluation
 from adaras_export.exporters.base import TargetSpec
 from adaras_export.exporters.manifest import Disclosed
 
@@ -35,7 +36,7 @@ class Card:
     rule: SteeringRule
     receipt: Receipt
     target: TargetSpec
-    measured: Measured | None
+    measured: Evaluation | None
 
     def text(self) -> str:
         """The complete README.md, with the YAML header that the Hub reads."""
@@ -97,7 +98,7 @@ class Card:
     def _effect(self) -> Markdown | None:
         if self.measured is None:
             return None
-        return Markdown(told(self.measured, self._arm_name(), self._command(), rounded=self.target.rounded))
+        return effect_text(self.measured, self._arm_name(), self._command(), rounded=self.target.rounded)
 
 
 def _rows(tensors: Sequence[Disclosed]) -> list[Disclosed]:

@@ -8,10 +8,10 @@ from typing import Any
 
 from adaras_export.core.base_model import BaseModel
 from adaras_export.core.markdown import Markdown, as_yaml, front_matter
-from adaras_export.delivery.card_effect import Measured
 from adaras_export.delivery.receipt import Receipt
 from adaras_export.errors import ArtifactError
 from adaras_export.evaluation.arms import Arm
+from adaras_export.evaluation.record import Evaluation
 from adaras_export.exporters.base import TargetSpec
 from adaras_export.files.hub import is_hub_id
 
@@ -31,7 +31,7 @@ _ORDER = (
 )
 
 
-def header(receipt: Receipt, target: TargetSpec, base: BaseModel, measured: tuple[Measured, Arm] | None) -> Markdown:
+def header(receipt: Receipt, target: TargetSpec, base: BaseModel, measured: tuple[Evaluation, Arm] | None) -> Markdown:
     """The header with its fences.
 
     Args:
@@ -60,7 +60,7 @@ def header(receipt: Receipt, target: TargetSpec, base: BaseModel, measured: tupl
     return front_matter({name: known[name] for name in _ORDER if name in known})
 
 
-def _results(repository: str, measured: Measured, arm: Arm) -> dict[str, Any]:
+def _results(repository: str, measured: Evaluation, arm: Arm) -> dict[str, Any]:
     from huggingface_hub import EvalResult
 
     result = EvalResult(
@@ -70,17 +70,17 @@ def _results(repository: str, measured: Measured, arm: Arm) -> dict[str, Any]:
         dataset_type=measured.dataset or "unknown",
         dataset_name=measured.dataset or f"{measured.questions} questions, not published under a name",
         metric_type="accuracy",
-        metric_name=f"Accuracy, greedy ({_interval(measured, arm)})",
+        metric_name=f"Accuracy, {measured.decoding} ({_interval(measured, arm)})",
         metric_value=round(arm.accuracy, 6),
     )
     return {"model_name": repository, "eval_results": [result], "metrics": ["accuracy"]}
 
 
-def results_file(measured: Measured | None, arm: Arm | None) -> str | None:
+def results_file(measured: Evaluation | None, arm: Arm | None) -> str | None:
     """The file for `.eval_results`: where the questions are a task of a benchmark on the Hub; None elsewhere."""
     if measured is None or arm is None or measured.dataset is None or measured.task is None:
         return None
-    notes = f"adaras-export eval, arm {arm.name}, greedy, {_interval(measured, arm)}"
+    notes = f"adaras-export eval, arm {arm.name}, {measured.decoding}, {_interval(measured, arm)}"
     dataset = {"id": measured.dataset, "task_id": measured.task}
     entry = {"dataset": dataset, "value": round(arm.accuracy, 6), "notes": notes}
     return as_yaml([entry])
@@ -108,5 +108,5 @@ def is_on_the_hub(base: BaseModel) -> bool:
     return base.revision is not None and is_hub_id(base.id)
 
 
-def _interval(measured: Measured, arm: Arm) -> str:
-    return f"n = {measured.questions}, 95 % Wilson interval {arm.low:.3f} to {arm.high:.3f}"
+def _interval(measured: Evaluation, arm: Arm) -> str:
+    return f"n = {measured.questions}, 95 % {measured.interval} interval {arm.low:.3f} to {arm.high:.3f}"

@@ -13,10 +13,10 @@ from adaras_export.core.base_model import BaseModel
 from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.core.rule import SteeringRule
 from adaras_export.delivery.card import Card
-from adaras_export.delivery.card_effect import Measured
 from adaras_export.delivery.card_metadata import inherited
 from adaras_export.delivery.receipt import Receipt, hashes
 from adaras_export.errors import ArtifactError, ExportError, first_line
+from adaras_export.evaluation.record import read_evaluation
 from adaras_export.exporters import manifest
 from adaras_export.exporters.base import Exporter
 from adaras_export.exporters.checkpoint import changed_companions, differing_keys, holds
@@ -50,7 +50,7 @@ def checks(folder: Path, receipt: Receipt, exporter: Exporter, rule: SteeringRul
     left_out = sorted({*receipt.drops} ^ {*dropped(rule, exporter)})
     written = _other_than_written(folder, receipt, exporter, rule)
     return [
-        _base_check(receipt, base),
+        Check.empty("tensors of the base that changed since", differing_keys(base.hashes, receipt.base_tensors)),
         _disclosure_check(exporter, folder, receipt),
         Check.empty("card other than its receipt's", written),
         Check.empty("statements about the base that differ from its card", other),
@@ -105,13 +105,12 @@ def _differing(place: Path, base: Checkpoint, receipt: Receipt) -> list[str]:
 def claim_checks(receipt: Receipt, exporter: Exporter, rule: SteeringRule, ran: ParityReport) -> list[Check]:
     """Whether the checks of a receipt are those that were made now, with their limits; figures are its author's."""
     only_written = {AGREEMENT} if exporter.spec.rounded and rule.gate is not None else set()
-    told, notes = [
-        [one for one in receipt.parity.checks if (one.name in only_written) == is_note] for is_note in (0, 1)
-    ]
-    theirs, ours = (Counter(check.name for check in checks) for checks in (told, ran.checks))
+    recorded = [check for check in receipt.parity.checks if check.name not in only_written]
+    notes = [check for check in receipt.parity.checks if check.name in only_written]
+    theirs, ours = (Counter(check.name for check in checks) for checks in (recorded, ran.checks))
     bounds = {check.name: _bound(check) for check in ran.checks}
-    other = [one.name for one in told if one.name in bounds and not _is_near(_bound(one), bounds[one.name])]
-    wrong = [*(theirs - ours), *(ours - theirs), *other]
+    different = [c.name for c in recorded if c.name in bounds and not _is_near(_bound(c), bounds[c.name])]
+    wrong = [*(theirs - ours), *(ours - theirs), *different]
     return [
         Check("checks of the receipt that verify does not make so", len(wrong), 0, "; ".join(wrong)),
         *(replace(check, name=f"{check.name}: by the receipt, not measured again", limit=None) for check in notes),
@@ -154,10 +153,9 @@ def evaluation_of(path: Path, rule: SteeringRule) -> bytes:
         ArtifactError: it is none.
         ExportError: it is about another rule.
     """
-    evaluation = atomic.read_json(path)
-    if evaluation.get("rule") != rule.fingerprint:
-        raise ExportError(f"{path}: evaluates rule {evaluation.get('rule')}; expected {rule.fingerprint}")
-    Measured.from_record(evaluation, str(path))
+    evaluation = read_evaluation(path)
+    if evaluation.rule != rule.fingerprint:
+        raise ExportError(f"{path}: evaluates rule {evaluation.rule}; expected {rule.fingerprint}")
     return path.read_bytes()
 
 
@@ -192,7 +190,7 @@ def has_chat_template(base: Path) -> bool:
 
 def _card(folder: Path, receipt: Receipt, exporter: Exporter, rule: SteeringRule) -> Card:
     path = folder / EVALUATION_FILE
-    measured = Measured.from_record(atomic.read_json(path), str(path)) if path.exists() else None
+    measured = read_evaluation(path) if path.exists() else None
     return Card(rule, receipt, exporter.spec, measured)
 
 
@@ -219,10 +217,3 @@ def _disclosure_check(exporter: Exporter, folder: Path, receipt: Receipt) -> Che
         return Check(name, 1, 0, str(error))
     other = manifest.differing(found, receipt.tensors)
     return Check.empty(name, other)
-
-
-def _base_check(receipt: Receipt, base: Checkpoint) -> Check:
-    found = base.hashes
-    names = {*found, *receipt.base_tensors}
-    changed = sorted(name for name in names if found.get(name) != receipt.base_tensors.get(name))
-    return Check.empty("tensors of the base that changed since", changed)

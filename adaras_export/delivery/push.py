@@ -4,7 +4,7 @@ What is pushed is exactly what the receipt describes; the folder stays as it is.
 network.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -186,7 +186,7 @@ def carry_out(planned: Plan, token: str | None = None) -> Pushed:
     )
 
 
-def push(
+def push(  # noqa: PLR0913 - what the Hub asks for
     folder: str | Path,
     repository: str,
     *,
@@ -194,13 +194,36 @@ def push(
     revision: str | None = None,
     message: str | None = None,
     token: str | None = None,
+    confirm: Callable[[Plan], None] | None = None,
 ) -> Pushed:
-    """`plan`, carried out without asking.
+    """Put an exported folder on the Hub, with one commit. Repeated after it was cut off, it sends only what is missing.
+
+    Args:
+        folder: what `export` wrote.
+        repository: USER/NAME; a new repository, or one that exists.
+        private: None keeps an existing repository as it is, and makes a new one private.
+        revision: a branch, new or not; default: main.
+        message: of the commit.
+        token: another one than HF_TOKEN or that of `hf auth login`.
+        confirm: called with the plan before anything is sent; what it raises ends the push.
+
+    Returns:
+        the commit, its address, and the SHA-256 of the receipt there.
 
     Raises:
-        AdarasError: as `plan` and `carry_out`.
+        ArtifactError: the folder is no export, or its files are not those of its receipt.
+        ExportError: the folder is signed, and its card names another repository.
+        HubError: the Hub refuses, the repository is not private or public as ``private`` says, or somebody else
+            committed meanwhile; nothing was committed.
+
+    Example:
+        report = export(rule, base="Qwen/Qwen3-1.7B", to="hf", out="steered")
+        pushed = push(report.path, "user/steered", private=True)
+        print(pushed.url, pushed.receipt)
     """
     planned = plan(folder, repository, private=private, revision=revision, message=message, token=token)
+    if confirm is not None:
+        confirm(planned)
     return carry_out(planned, token)
 
 

@@ -40,6 +40,11 @@ def verify(
 
     Raises:
         ArtifactError: the folder has no receipt, or the base cannot be found.
+
+    Example:
+        report = verify("steered")
+        assert report.ok
+        print([check.line() for check in report.checks])
     """
     folder = Path(path)
     recorded = read(folder)

@@ -7,7 +7,7 @@ never gets the final name. The exporters know the formats.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Literal, TypedDict, get_args
 
 from adaras_export import exporters
 from adaras_export.core.base_model import BaseModel
@@ -24,6 +24,9 @@ from adaras_export.exporters.payload_history import known
 from adaras_export.files import atomic, hub
 from adaras_export.files.staging import revised, staged
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 
 @dataclass(frozen=True)
 class ExportReport:
@@ -36,6 +39,32 @@ class ExportReport:
     parity: ParityReport
 
 
+class TargetOptions(TypedDict, total=False):
+    """Options that one target has and the others refuse.
+
+    Attributes:
+        precision: onnx: number type of the weights.
+        inline: onnx: no functions in the graph, for OpenVINO.
+        genai: onnx: the graph of ONNX Runtime GenAI's builder.
+        page: onnx: a web page beside the graph, with libraries from npm.
+        calibration: onnx: JSONL file of prompts, for the gate's threshold.
+        adaptive: peft: with gate and start; needs this library.
+        merge: peft: merged into a base that has the biases.
+        switchable: stock: steering as a LoRA, per request.
+        into: gguf: a GGUF model; the artifact is a copy of it with steering.
+    """
+
+    precision: Literal["fp32", "fp16", "int8", "int4"]
+    inline: bool
+    genai: bool
+    page: bool
+    calibration: str | Path
+    adaptive: bool
+    merge: bool
+    switchable: bool
+    into: str | Path
+
+
 def export(  # noqa: PLR0913 - the options of the command line
     rule: SteeringRule,
     *,
@@ -46,7 +75,7 @@ def export(  # noqa: PLR0913 - the options of the command line
     evaluation: str | Path | None = None,
     strength: float | None = None,
     copy: bool = False,
-    **options: Any,
+    **options: "Unpack[TargetOptions]",
 ) -> ExportReport:
     """Write ``rule`` on ``base`` as an artifact of target ``to`` into the new folder ``out``, and verify it.
 
@@ -59,14 +88,21 @@ def export(  # noqa: PLR0913 - the options of the command line
         evaluation: JSON file of `adaras-export eval`, for the card.
         strength: a strength that replaces the rule's.
         copy: copy weight files instead of hard-linking the base's.
-        options: the target's own options: onnx has precision, inline, genai, page and calibration; peft has adaptive
-            and merge; stock has switchable; gguf has into.
+        options: the target's own options, see `TargetOptions`.
+
+    Returns:
+        the folder, the SHA-256 of its files by path, the dropped features, and the passed checks.
 
     Raises:
         ExportError: the target cannot express the rule or has no such option, or ``out`` exists, is being written by
             another process, lies in the base's folder, or cannot be written.
         RuleError: the rule belongs to another model.
         ParityError: the artifact does not behave like the rule.
+
+    Example:
+        rule = SteeringRule.load("rule.safetensors")
+        report = export(rule, base="Qwen/Qwen3-1.7B", to="onnx", out="steered-onnx", precision="int8")
+        print(sorted(report.files), report.parity.ok)
     """
     out, exporter, given = Path(out), exporters.load(to), rule.fingerprint
     rule = rule if strength is None else rule.with_strength(strength)

@@ -1,1 +1,5 @@
-"""The whole job on a model that is at hand: an embedded synthetic one, or SmolLM2 from its PyPI wheel."""
+"""Models at hand, with questions to try the whole job on."""
+
+from adaras_export.demo.planted import MODEL, questions
+
+__all__ = ["MODEL", "questions"]

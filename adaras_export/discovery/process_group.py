@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -57,10 +58,21 @@ class Group:
         with _deaths():
             if not self.rank:
                 return [value, *(_received(type(value), rank) for rank in range(1, self.size))]
-            content = torch.from_numpy(np.frombuffer(value.to_bytes(), np.uint8).copy())
-            distributed.send(torch.tensor([len(content)]), 0)
-            distributed.send(content, 0)
+            _send(value, 0)
             return []
+
+    def share(self, value: _V) -> _V:
+        """The value of process 0, in every process; the others give one of the same type.
+
+        Raises:
+            StoppedError: another process failed.
+        """
+        with _deaths():
+            if self.rank:
+                return _received(type(value), 0)
+            for rank in range(1, self.size):
+                _send(value, rank)
+            return value
 
     def wait(self) -> None:
         """Go on when all processes have come here.
@@ -71,6 +83,14 @@ class Group:
         if self.size > 1:
             with _deaths():
                 distributed.barrier()
+
+
+_CURRENT: ContextVar[Group] = ContextVar("group", default=Group())  # noqa: B039 - a frozen value
+
+
+def current() -> Group:
+    """The group that this process has `joined`; a group of its own where it has joined none."""
+    return _CURRENT.get()
 
 
 def device() -> str | None:
@@ -97,6 +117,7 @@ def joined() -> Iterator[Group]:
         return
     distributed.init_process_group("gloo", timeout=_PATIENCE)
     group = Group(distributed.get_rank(), distributed.get_world_size())
+    token = _CURRENT.set(group)
     try:
         yield group
     except BaseException as error:
@@ -106,6 +127,7 @@ def joined() -> Iterator[Group]:
             raise StoppedError("another process failed") from error
         raise
     finally:
+        _CURRENT.reset(token)
         distributed.destroy_process_group()
 
 
@@ -151,6 +173,12 @@ def _part(group: Group) -> None:
             ended = _store().add(_ENDED, 0)
     except RuntimeError:
         return  # it is gone already
+
+
+def _send(value: Value, rank: int) -> None:
+    content = torch.from_numpy(np.frombuffer(value.to_bytes(), np.uint8).copy())
+    distributed.send(torch.tensor([len(content)]), rank)
+    distributed.send(content, rank)
 
 
 def _received(kind: type[_V], rank: int) -> _V:

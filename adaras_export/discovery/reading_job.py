@@ -62,6 +62,15 @@ class Plan:
     skipped: int
     beyond: int
 
+    def cautions(self) -> list[str]:
+        """What a reader of the result must know of the traces, a sentence each."""
+        left_out = "traces left out because they exceed the model's context of"
+        beyond = f"traces read beyond the model's context of {self.context} tokens, which it was not made for"
+        return [
+            *([f"{left_out} {self.context} tokens: {self.skipped}"] if self.skipped else []),
+            *([f"{beyond}: {self.beyond}"] if self.beyond else []),
+        ]
+
     def share(self, index: int, count: int) -> list[int]:
         """The chunks of one of ``count`` readers: about the same number of tokens each, every chunk once."""
         loads, shares = [0] * count, [[] for _ in range(count)]  # type: list[int], list[list[int]]

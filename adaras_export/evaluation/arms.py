@@ -3,9 +3,8 @@
 Pure; knows no model, no rule and no question. Claims from arms are made in claims.py. N questions, n answers to each.
 """
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 from adaras_export.core.intervals import Estimate, changed, mean_at_n, require_statistics
 from adaras_export.files.safetensors_record import Array
@@ -28,90 +27,6 @@ class Arm:
     p_value: float
 
 
-@dataclass(frozen=True)
-class Gap:
-    """How far one arm is from the reference arm, on the same questions.
-
-    Attributes:
-        name: the arm.
-        difference: its accuracy minus that of the reference.
-        fixed: questions that it has right and the reference wrong.
-        broken: questions that it has wrong and the reference right.
-        p_value: of the exact McNemar test between the two.
-        kl_reference: KL(reference || arm) of next-token distributions in nats, mean over the tokens of a text.
-        kl_reference_first: the same of the first token that follows the prompt.
-        kl_off: KL(off || arm): the size of the arm's own effect.
-        kl_off_first: the same of the first token.
-    """
-
-    name: str
-    difference: Estimate
-    fixed: int
-    broken: int
-    p_value: float
-    kl_reference: Estimate
-    kl_reference_first: Estimate
-    kl_off: Estimate
-    kl_off_first: Estimate
-
-    def divergences(self) -> tuple[Estimate, ...]:
-        """From the reference and from no steering, each over the tokens and of the first one."""
-        return self.kl_reference, self.kl_reference_first, self.kl_off, self.kl_off_first
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Ways to run one rule, side by side.
-
-    Attributes:
-        reference: the arm that the others are held against.
-        tokens: up to how many tokens of the base's own greedy completion the divergences are means over.
-        mean_tokens: how many there were, on average.
-        gaps: one for each arm, the reference's own first.
-    """
-
-    reference: str
-    tokens: int
-    mean_tokens: float
-    gaps: tuple[Gap, ...]
-
-    def as_record(self) -> dict[str, Any]:
-        """JSON values."""
-        return {**asdict(self), "gaps": [asdict(gap) for gap in self.gaps]}
-
-    def table(self) -> str:
-        """All gaps, one line each; divergences in nats."""
-        width = max(len(gap.name) for gap in self.gaps)
-        paired = (f"minus {self.reference}", "  95 % interval", "fixed", "broken", "McNemar p")
-        heads = (*paired, f"KL({self.reference})/token", "   first", "KL(off)/token", "   first")
-        lines = [f"{'':{width}}  " + "  ".join(heads)]
-        for gap in self.gaps:
-            cells = [*self._paired(gap), *(f"{one.value:.3g}" for one in gap.divergences())]
-            own = "  ".join(f"{cell:>{len(head)}}" for cell, head in zip(cells, heads, strict=True))
-            lines.append(f"{gap.name:{width}}  {own}")
-        return "\n".join(lines)
-
-    def _paired(self, gap: Gap) -> Sequence[str]:
-        if gap.name == self.reference:
-            return [""] * 5
-        change = gap.difference
-        interval = f"{100 * change.low:+.1f} to {100 * change.high:+.1f}"
-        return [f"{100 * change.value:+.1f}", interval, str(gap.fixed), str(gap.broken), f"{gap.p_value:.2g}"]
-
-    def sentence(self) -> str:
-        """How far the arm that leaves most of the rule out is from the reference; empty without another arm."""
-        gap, change = self.gaps[-1], self.gaps[-1].difference
-        if gap.name == self.reference:
-            return ""
-        unshown = " The test shows no difference, which is no proof of equality: the interval says how large it may be."
-        return (
-            f"{gap.name} against {self.reference}: {100 * change.value:+.1f} points (95 % interval "
-            f"{100 * change.low:+.1f} to {100 * change.high:+.1f}; {gap.fixed} fixed, {gap.broken} broken, "
-            f"p = {gap.p_value:.2g}), next-token KL {gap.kl_reference.value:.2g} nats."
-            f"{unshown if gap.p_value >= 0.05 else ''}"
-        )
-
-
 def compare(name: str, arm: Array, off: Array) -> Arm:
     """An arm compared with no steering on the same questions; verdicts are (N,) or (N, n) each.
 
@@ -128,6 +43,11 @@ def _accuracy(verdicts: Array) -> Estimate:
     count, right = len(verdicts), int(verdicts.sum())
     interval = require_statistics().binomtest(right, count).proportion_ci(confidence_level=0.95, method="wilson")
     return Estimate(right / count, float(interval.low), float(interval.high))
+
+
+def primary_arm(names: Collection[str]) -> str:
+    """The way to run the rule, among the named arms, that is nearest to the paper's; controls are steered like it."""
+    return next(name for name in RULE_ARMS if name in names)
 
 
 def is_random(name: str) -> bool:

@@ -12,7 +12,7 @@ from typing import Literal
 from adaras_export.core.intervals import detectable_from, holm, in_points, rank_p_value
 from adaras_export.core.rule import SteeringRule
 from adaras_export.errors import RuleError
-from adaras_export.evaluation.arms import RULE_ARMS, Arm, is_random
+from adaras_export.evaluation.arms import RULE_ARMS, Arm, is_random, primary_arm
 
 Outcome = Literal["unchanged", "harm", "uncontrolled", "flipped", "controls", "few draws", "gain"]
 
@@ -144,11 +144,6 @@ def arms_of(rule: SteeringRule, names: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in known if name in names)
 
 
-def lead_of(names: Sequence[str]) -> str:
-    """The way to run the rule that its controls are steered like: the one nearest to the paper's."""
-    return next(name for name in RULE_ARMS if name in names)
-
-
 def adjusted_of(arms: Sequence[Arm]) -> dict[str, float]:
     """The p-value of every way to run the rule among the arms, after Holm's correction for all of them."""
     p_values = {arm.name: arm.p_value for arm in arms}
@@ -162,8 +157,8 @@ def judge(arms: Sequence[Arm], name: str | None = None) -> Judgement:
     The arms hold "off" and that way.
     """
     by_name = {arm.name: arm for arm in arms}
-    lead = lead_of(tuple(by_name))
-    arm, adjusted = by_name[name or lead], adjusted_of(arms)
+    primary = primary_arm(by_name)
+    arm, adjusted = by_name[name or primary], adjusted_of(arms)
     return Judgement(
         arm=arm,
         off=by_name["off"],
@@ -171,7 +166,7 @@ def judge(arms: Sequence[Arm], name: str | None = None) -> Judgement:
         p_value=adjusted[arm.name],
         random=tuple(one.accuracy for one in arms if is_random(one.name)),
         flipped=by_name["flipped"].accuracy if "flipped" in by_name else None,
-        alike=arm.name == lead,
+        alike=arm.name == primary,
         detectable=detectable_from(arm.questions, arm.fixed + arm.broken),
     )
 

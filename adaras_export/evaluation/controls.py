@@ -9,15 +9,14 @@ from transformers import PreTrainedModel
 from adaras_export.core import families
 from adaras_export.core.rule import SteeringRule
 from adaras_export.errors import RuleError
-from adaras_export.evaluation.task import Exam as Exam  # for whoever evaluates
 from adaras_export.files.safetensors_record import Array
 
 
 def random_control(model: PreTrainedModel, rule: SteeringRule, seed: int) -> SteeringRule:
-    """The rule with other neurons of the same layers, drawn at random, and random signs.
+    """The rule with other neurons of the same layers, drawn at random, and with random signs.
 
-    Per layer there are as many neurons as in the rule (fewer where the layer has not so many others), none of them
-    the rule's own, and the vector that they add behind the down projection has the same norm.
+    A layer has as many neurons as in the rule (fewer where it has not so many others), none of them the rule's own,
+    and the vector that they add to the output of the down projection has the same norm.
 
     Raises:
         RuleError: a layer has no other neuron that adds anything.
@@ -29,10 +28,10 @@ def random_control(model: PreTrainedModel, rule: SteeringRule, seed: int) -> Ste
         others = np.setdiff1d(np.arange(rule.base.mlp_size), own)
         drawn = random.choice(others, size=min(len(own), len(others)), replace=False)
         signed = random.permutation(np.abs(delta))[: len(drawn)] * random.choice([-1.0, 1.0], size=len(drawn))
-        wanted, drawn_norm = _norm(model, layer, own, delta), _norm(model, layer, drawn, signed)
-        if wanted > 0 and drawn_norm == 0:
+        own_norm, drawn_norm = _norm(model, layer, own, delta), _norm(model, layer, drawn, signed)
+        if own_norm > 0 and drawn_norm == 0:
             raise RuleError(f"random control: no neuron of layer {layer} beside the rule's adds anything; expected one")
-        scale = wanted / drawn_norm if drawn_norm else 0.0
+        scale = own_norm / drawn_norm if drawn_norm else 0.0
         layers += [layer] * len(drawn)
         indices += drawn.tolist()
         deltas += (signed * scale).tolist()
@@ -51,7 +50,7 @@ def random_control(model: PreTrainedModel, rule: SteeringRule, seed: int) -> Ste
 
 @torch.no_grad()
 def _norm(model: PreTrainedModel, layer: int, index: Array, delta: Array) -> float:
-    """Norm of what these neurons add behind the down projection, measured through the module (it may be quantised)."""
+    """Norm of what these neurons add to the output of the down projection, which may be quantised."""
     down = families.down_projection(model, layer)
     mlp_size = families.sizes_of(model)[2]
     parameter = next(model.parameters())

@@ -1,4 +1,4 @@
-"""Questions to answer, how to answer and check them, and the ways to steer meanwhile.
+"""An evaluation task: questions, how to answer and check them, and the conditions under which a model answers.
 
 Knows no statistics and no files. N questions, n answers to each.
 """
@@ -20,19 +20,19 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Exam:
+class EvaluationTask:
     """Questions, and how to answer and check them.
 
     Attributes:
         questions: N of them.
         check: tells right answers from wrong ones.
         sampling: greedy, or with a temperature: then the j-th answer to a question has the same random numbers under
-            every way to steer, so that arms stay paired.
-        max_rows: answers of one batch.
-        token_budget: prompt tokens of one batch.
-        progress: of answers done and answers in all.
-        dataset: Hub id of what the questions are from, where somebody says so.
-        task: the task of that benchmark, where somebody says so.
+            every condition, so that arms stay paired.
+        max_rows: answers in one batch.
+        token_budget: prompt tokens in one batch.
+        progress: is called with the number of answers done and the number of all answers.
+        dataset: Hub id of the dataset that the questions are from, where it was named.
+        benchmark_task: the task of that benchmark, where it was named.
         samples: answers to each question (n).
         name: of the question set, where it has one.
     """
@@ -44,7 +44,7 @@ class Exam:
     token_budget: int = 16384
     progress: Progress | None = None
     dataset: str | None = None
-    task: str | None = None
+    benchmark_task: str | None = None
     samples: int = 1
     name: str | None = None
 
@@ -53,12 +53,14 @@ class Exam:
             raise TraceError("questions: there are none; expected at least one")
         if self.dataset is not None and not hub.is_hub_id(self.dataset):
             raise TraceError(f"dataset {self.dataset!r}: is no Hub id; expected USER/NAME")
-        if self.task is not None and self.dataset is None:
-            raise TraceError(f"task {self.task}: of no dataset; expected its Hub id, too")
+        if self.benchmark_task is not None and self.dataset is None:
+            raise TraceError(f"task {self.benchmark_task}: names no dataset; expected its Hub id, too")
         if self.samples < 1:
-            raise TraceError(f"exam: {self.samples} answers to each question; expected one or more")
+            raise TraceError(f"samples: {self.samples} answers to each question; expected one or more")
         if self.samples > 1 and self.sampling.temperature == 0:
-            raise TraceError(f"exam: {self.samples} answers at temperature 0 are equal; expected one, or a temperature")
+            raise TraceError(
+                f"samples: {self.samples} answers at temperature 0 are equal; expected one, or a temperature"
+            )
 
     @property
     def checker(self) -> str:
@@ -66,25 +68,26 @@ class Exam:
         return name_of(self.check)
 
     def keys(self, index: int) -> list[str]:
-        """What the random numbers of every answer to a question hang on, beside the seed."""
+        """What determines the random numbers of each answer to a question, beside the seed."""
         return [f"{self.questions[index].id}#{answer}" for answer in range(self.samples)]
 
 
 @dataclass(frozen=True)
-class Everywhere:
-    """A rule without its gate and its start: every token of every sequence is steered, as static artifacts do."""
+class StaticCondition:
+    """A rule without its gate and its start: every token of every sequence is steered, as in static artifacts."""
 
     rule: SteeringRule
 
 
 @dataclass(frozen=True)
-class Elsewhere:
-    """Something else that answers: an exported artifact.
+class ArtifactCondition:
+    """An exported artifact answers.
 
     Attributes:
         name: of its arm.
-        key: differs where anything differs that its answers hang on.
-        complete: new ids of every row of prompt ids, as `generation.complete_ids` gives them for the sampling and keys.
+        key: differs wherever two artifacts could answer differently.
+        complete: new ids for every row of prompt ids, given the sampling and the keys of the random numbers; see
+            `generation.complete_ids`.
     """
 
     name: str
@@ -92,21 +95,25 @@ class Elsewhere:
     complete: Callable[[Sequence[Sequence[int]], Sampling, Sequence[str]], list[list[int]]]
 
 
-Way = SteeringRule | Everywhere | Elsewhere | None
-"""How to steer: by a rule without its gate, by a rule everywhere, as an artifact does, or not at all."""
+Condition = SteeringRule | StaticCondition | ArtifactCondition | None
+"""Who answers: the model steered by a rule without its gate, or by a static rule; an artifact; the model unsteered."""
 
 
-def key_of(way: Way) -> str:
-    """The same for ways that give the same answers."""
-    if way is None:
+def condition_key(condition: Condition) -> str:
+    """The same text for conditions that give the same answers."""
+    if condition is None:
         return "off"
-    if isinstance(way, Elsewhere):
-        return way.key
-    return f"everywhere {way.rule.fingerprint}" if isinstance(way, Everywhere) else way.fingerprint
+    if isinstance(condition, ArtifactCondition):
+        return condition.key
+    if isinstance(condition, StaticCondition):
+        return f"everywhere {condition.rule.fingerprint}"
+    return condition.fingerprint
 
 
-def in_effect(model: PreTrainedModel, way: Way) -> AbstractContextManager[object]:
-    """The context in which ``model`` is steered that way."""
-    if way is None or isinstance(way, Elsewhere):
+def under_condition(model: PreTrainedModel, condition: Condition) -> AbstractContextManager[object]:
+    """The context in which ``model`` is steered as the condition says."""
+    if condition is None or isinstance(condition, ArtifactCondition):
         return nullcontext()
-    return steered_everywhere(model, way.rule) if isinstance(way, Everywhere) else steered(model, way.ungated())
+    if isinstance(condition, StaticCondition):
+        return steered_everywhere(model, condition.rule)
+    return steered(model, condition.ungated())

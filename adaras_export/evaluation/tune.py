@@ -18,11 +18,11 @@ from adaras_export.core.neurons import NeuronSet
 from adaras_export.core.question_identity import identity
 from adaras_export.core.rule import Start, SteeringRule
 from adaras_export.errors import TraceError
-from adaras_export.evaluation.answer_cache import AnswerBook
+from adaras_export.evaluation.answer_cache import AnswerCache
+from adaras_export.evaluation.answers_by_arm import is_steered_by, require_fresh
 from adaras_export.evaluation.arms import compare
-from adaras_export.evaluation.evaluate import gate_fires, require_fresh
 from adaras_export.evaluation.selection_bias import SelectionBias, selection_bias
-from adaras_export.evaluation.task import Exam
+from adaras_export.evaluation.task import EvaluationTask
 from adaras_export.evaluation.tune_report import Trial, TuneReport
 from adaras_export.evaluation.tune_search import Proposer, Search, Setting, Space, Span, proposer, rungs
 from adaras_export.files.safetensors_record import Array
@@ -32,19 +32,38 @@ DEFAULT_STRENGTHS = (-3.0, -1.0, -0.3, 0.3, 1.0, 3.0)
 _WHOLE_GRID = Search()
 
 
-def tune(  # noqa: PLR0913 - one decision of the researcher each
+@dataclass(frozen=True)
+class TuneOptions:
+    """Which settings are tried, and how.
+
+    Attributes:
+        counts: numbers of neurons.
+        strengths: signed strengths, or a span of magnitudes of both signs; never 0.
+        start: the first steered token, or several to choose among.
+        search: grid or sampler, and whether settings stop early.
+        journal: file of answers, from which a killed run continues; the caller removes it.
+    """
+
+    counts: Sequence[int] = DEFAULT_COUNTS
+    strengths: Sequence[float] | Span = DEFAULT_STRENGTHS
+    start: Start | Sequence[Start] = "last_prompt_token"
+    search: Search = _WHOLE_GRID
+    journal: Path | None = None
+
+
+_DEFAULT = TuneOptions()
+
+
+def tune(  # noqa: PLR0913 - what the job is made of
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     neurons: NeuronSet | Mapping[str, NeuronSet],
     gate: Gate | None,
-    exam: Exam,
-    *,
+    task: EvaluationTask,
     base: BaseModel,
-    counts: Sequence[int] = DEFAULT_COUNTS,
-    strengths: Sequence[float] | Span = DEFAULT_STRENGTHS,
-    start: Start | Sequence[Start] = "last_prompt_token",
-    search: Search = _WHOLE_GRID,
-    journal: str | Path | None = None,
+    options: TuneOptions = _DEFAULT,
+    *,
+    out: str | Path | None = None,
 ) -> TuneReport:
     """Try counts of the best neurons at signed strengths, as they would be deployed (gated, with a gate).
 
@@ -53,60 +72,89 @@ def tune(  # noqa: PLR0913 - one decision of the researcher each
     says so, and how much of a gain is selection bias.
 
     Args:
-        model: the base model, in float32 if verdicts are to be reproducible.
+        model: the base model, in float32 if answers are to be reproducible.
         tokenizer: its tokenizer.
         neurons: a ranking, or several by name, to choose among.
         gate: which prompts are steered; None steers all.
-        exam: fresh questions.
+        task: fresh questions, one answer to each.
         base: the identity of ``model``.
-        counts: numbers of neurons.
-        strengths: signed strengths, or a span of magnitudes.
-        start: the first steered token, or several to choose among.
-        search: grid or sampler, and whether settings stop early.
-        journal: file of verdicts, to go on from if the run is killed.
+        options: counts, strengths, starts and search; default: 50 and 200 neurons at 6 strengths.
+        out: file to write the chosen rule to. Answers are kept beside it until then, so that a killed run goes on.
+
+    Returns:
+        the chosen rule, every setting that was tried, and the chance that the best of them is best by luck.
 
     Raises:
-        TraceError: a question was used to find the neurons or the gate, or the journal is not of this run.
+        TraceError: a question was used to find the neurons or the gate, or the file beside ``out`` is of another run.
         RuleError: no setting given, a count or strength of 0, or fewer neurons than a count.
         MissingExtraError: SciPy is not installed, or Optuna where settings are sampled.
+
+    Source: this library; the paper (arXiv 2601.19847) gives one count and one strength.
+
+    Example:
+        task = EvaluationTask(read_questions("validation.jsonl"), check, Sampling(512))
+        report = tune(model, tokenizer, found.neurons, gate, task, base, TuneOptions(counts=(50,)))
+        report.rule.save("rule.safetensors")
     """
+    if out is None:
+        return _tuned(model, tokenizer, neurons, gate, task, base, options)
+    journal = Path(out).with_name(f"{Path(out).name}.partial.jsonl")
+    report = _tuned(model, tokenizer, neurons, gate, task, base, replace(options, journal=journal))
+    report.rule.save(out)
+    journal.unlink(missing_ok=True)
+    return report
+
+
+def _tuned(  # noqa: PLR0913 - the arguments of `tune`
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    neurons: NeuronSet | Mapping[str, NeuronSet],
+    gate: Gate | None,
+    task: EvaluationTask,
+    base: BaseModel,
+    options: TuneOptions,
+) -> TuneReport:
     require_statistics()  # before the work, not after it
-    if exam.samples > 1:
-        raise TraceError(f"tune: {exam.samples} answers to each question; expected one, of more questions")
+    if task.samples > 1:
+        raise TraceError(f"tune: {task.samples} answers to each question; expected one, of more questions")
     rankings = {"": neurons} if isinstance(neurons, NeuronSet) else dict(neurons)
     used = [one for ranking in rankings.values() for one in ranking.questions]
-    require_fresh(exam.questions, (*used, *(gate.questions if gate else ())), "give others")
-    starts: Sequence[Start] = (start,) if isinstance(start, str) else start
-    space = Space(tuple(rankings), counts, strengths, starts)
-    maker = _RuleMaker(rankings, gate, base, (*used, *(identity(question.prompt) for question in exam.questions)))
+    require_fresh(task.questions, (*used, *(gate.questions if gate else ())), "give others")
+    starts: Sequence[Start] = (options.start,) if isinstance(options.start, str) else options.start
+    space = Space(tuple(rankings), options.counts, options.strengths, starts)
+    maker = _RuleMaker(rankings, gate, base, (*used, *(identity(question.prompt) for question in task.questions)))
     maker.require_possible(space)
-    proposals = proposer(space, search)
-    with closing(AnswerBook(model, tokenizer, exam, None if journal is None else Path(journal))) as book:
-        fires = np.ones(len(exam.questions), bool) if gate is None else gate_fires(model, tokenizer, gate, exam, book)
-        return _Tuning(space, search, maker, _GatedBook(book, fires), len(exam.questions)).run(proposals)
+    proposals = proposer(space, options.search)
+    with closing(AnswerCache(model, tokenizer, task, options.journal)) as cache:
+        is_steered_N = np.ones(len(task.questions), dtype=bool)
+        if gate is not None:
+            is_steered_N = is_steered_by(model, tokenizer, gate, task, cache)
+        return _Tuning(space, options.search, maker, _GatedAnswers(cache, is_steered_N), len(task.questions)).run(
+            proposals
+        )
 
 
 @dataclass(frozen=True)
-class _GatedBook:
-    """Verdicts of rules that act where ``fires_N`` says so: elsewhere they are those of no steering."""
+class _GatedAnswers:
+    """Verdicts of rules that act where ``is_steered_N`` says so: elsewhere they are those of no steering."""
 
-    book: AnswerBook
-    fires_N: Array
+    cache: AnswerCache
+    is_steered_N: Array
 
     def answer(self, rules: Sequence[SteeringRule], questions: Sequence[int]) -> None:
         """Have these questions answered, unsteered and by each rule, where that is not known."""
-        steered = [one for one in questions if self.fires_N[one]]
-        missing = self.book.missing([None], questions) + self.book.missing(rules, steered)
-        self.book.expect(missing)
-        self.book.ask([None], questions)
-        self.book.ask(rules, steered)
+        steered = [one for one in questions if self.is_steered_N[one]]
+        missing = self.cache.missing([None], questions) + self.cache.missing(rules, steered)
+        self.cache.expect(missing)
+        self.cache.ask([None], questions)
+        self.cache.ask(rules, steered)
 
     def verdicts(self, rule: SteeringRule | None, questions: Sequence[int]) -> Array:
         """Of answered questions, (len(questions),) bool."""
-        found: Array = self.book.answers(None, questions).correct[:, 0]
+        found: Array = self.cache.answers(None, questions).correct[:, 0]
         if rule is not None:
-            steered = [place for place, one in enumerate(questions) if self.fires_N[one]]
-            found[steered] = self.book.answers(rule, [questions[place] for place in steered]).correct[:, 0]
+            steered = [place for place, one in enumerate(questions) if self.is_steered_N[one]]
+            found[steered] = self.cache.answers(rule, [questions[place] for place in steered]).correct[:, 0]
         return found
 
 
@@ -137,8 +185,8 @@ class _RuleMaker:
 class _Tuning:
     """One run: rounds of proposals, each halved on more and more questions."""
 
-    def __init__(self, space: Space, search: Search, maker: _RuleMaker, book: _GatedBook, questions: int) -> None:
-        self._space, self._search, self._maker, self._book = space, search, maker, book
+    def __init__(self, space: Space, search: Search, maker: _RuleMaker, cache: _GatedAnswers, questions: int) -> None:
+        self._space, self._search, self._maker, self._answers = space, search, maker, cache
         # Shuffled, so that the first ones are no easier than the others in a file that has an order.
         self._order = np.random.default_rng(search.seed).permutation(questions)
         self._tried: dict[Setting, int] = {}  # questions answered
@@ -153,7 +201,7 @@ class _Tuning:
                 proposals.tell(setting, trial.gain, trial.arm.questions, complete=not trial.stopped)
         best = max((one for one in trials if not trials[one].stopped), key=self._merit)
         everything = self._asked(len(self._order))
-        off = self._book.verdicts(None, everything)
+        off = self._answers.verdicts(None, everything)
         rule, found = self._maker.rule(best), (*trials.values(),)
         return TuneReport(rule, compare("off", off, off), found, trials[best], self._selection_bias(best), self._search)
 
@@ -163,7 +211,7 @@ class _Tuning:
         for kept, questions in rungs(len(settings), len(self._order), self._search):
             if len(left) > kept:
                 left = sorted(left, key=self._merit, reverse=True)[:kept]
-            self._book.answer([self._rules[one] for one in settings if one in left], self._asked(questions))
+            self._answers.answer([self._rules[one] for one in settings if one in left], self._asked(questions))
             self._tried |= dict.fromkeys(left, questions)
 
     def _asked(self, questions: int) -> list[int]:
@@ -173,12 +221,12 @@ class _Tuning:
     def _merit(self, setting: Setting) -> tuple[float, ...]:
         """Of settings that answered the same questions, the greatest is the best."""
         strength = setting.strength
-        correct = self._book.verdicts(self._rules[setting], self._asked(self._tried[setting]))
+        correct = self._answers.verdicts(self._rules[setting], self._asked(self._tried[setting]))
         return int(correct.sum()), -abs(strength), -setting.count, strength > 0
 
     def _trial(self, setting: Setting) -> Trial:
         asked = self._asked(self._tried[setting])
-        verdicts, off = self._book.verdicts(self._rules[setting], asked), self._book.verdicts(None, asked)
+        verdicts, off = self._answers.verdicts(self._rules[setting], asked), self._answers.verdicts(None, asked)
         arm = compare(self._name(setting), verdicts, off)
         stopped = len(asked) < len(self._order)
         return Trial(setting.count, setting.strength, arm, setting.ranking, setting.start, stopped)
@@ -195,7 +243,7 @@ class _Tuning:
         answered: Array = np.zeros(shape, dtype=bool)
         for row, (setting, questions) in enumerate(self._tried.items()):
             asked = self._asked(questions)
-            steered, off = self._book.verdicts(self._rules[setting], asked), self._book.verdicts(None, asked)
+            steered, off = self._answers.verdicts(self._rules[setting], asked), self._answers.verdicts(None, asked)
             differences[row, asked] = steered.astype(np.int8) - off
             answered[row, asked] = True
         return selection_bias(differences, answered, list(self._tried).index(best))

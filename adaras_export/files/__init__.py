@@ -1,1 +1,1 @@
-"""Reads what others wrote, writes whole files or none, and talks to the Hub. Knows no models."""
+"""Reads untrusted files, writes files atomically, and talks to the Hub. Knows no models."""

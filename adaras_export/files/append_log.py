@@ -1,7 +1,7 @@
-"""A file that one process at a time appends to, and from which a run that was killed goes on.
+"""A file that one process at a time appends to; a killed run resumes from it.
 
-`AppendLog` is the file; `SealedLog` writes JSON lines to one, each with a seal over itself and all before it, so that a
-line that was edited, doubled or moved is found. Knows nothing of what the content means.
+`AppendLog` is the file. `SealedLog` appends JSON lines. Each line has a seal: a hash over the line and all lines before
+it. The seals reveal a line that was edited, duplicated or moved.
 """
 
 import json
@@ -24,7 +24,7 @@ _HEAD = b'{"kind": "answers", "of": "'
 
 
 class AppendLog:
-    """A file that this process alone appends to, once it has claimed it."""
+    """A file that only this process appends to after `claim`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -32,11 +32,11 @@ class AppendLog:
 
     @property
     def is_claimed(self) -> bool:
-        """Whether other processes are kept out."""
+        """Whether this process holds the lock of the file."""
         return self._free is not None
 
     def claim(self) -> None:
-        """Keep other processes out until `close`; makes the file if there is none.
+        """Lock the file until `close`; create it if it is missing.
 
         Raises:
             TraceError: another process writes the file, or it cannot be written.
@@ -48,7 +48,7 @@ class AppendLog:
         self._free = weakref.finalize(self, os.close, lock)
 
     def append(self, content: bytes) -> None:
-        """Add ``content``, on disk when this returns.
+        """Append ``content``; it is on disk when this returns.
 
         Raises:
             TraceError: the file cannot be written.
@@ -66,42 +66,41 @@ class AppendLog:
             os.truncate(self.path, length)
 
     def close(self) -> None:
-        """Let other processes write the file."""
+        """Release the lock."""
         if self._free is not None:
             self._free()
             self._free = None
 
     def taken(self) -> TraceError:
         """The error for a file that another process writes."""
-        return TraceError(f"{self.path}: another process is writing it; wait for its end, or choose another file")
+        return TraceError(f"{self.path}: another process is writing it; wait until it ends, or choose another file")
 
     @contextmanager
     def worded(self) -> Iterator[None]:
-        """Turn what the file system says into one line."""
+        """Turn errors of the file system into a `TraceError`."""
         try:
             yield
         except (OSError, UnreadableError) as error:
             raise TraceError(
                 f"{self.path}: cannot be written ({safe_read.reason(error)}); expected a writable place with room; "
-                "run again to go on with what it holds"
+                "repeat the command to resume from this file"
             ) from error
 
 
 class SealedLog:
-    """JSON lines of one run; ``identity`` is the same for runs whose lines may be used for each other."""
+    """JSON lines of one run. Runs with the same ``identity`` may resume from each other's file."""
 
     def __init__(self, path: Path, identity: str) -> None:
         self._log, self._identity = AppendLog(path), identity
-        self._head = json.dumps({"kind": _KIND, "of": identity}).encode() + b"\n"  # to be written before the next line
+        self._head = json.dumps({"kind": _KIND, "of": identity}).encode() + b"\n"  # written before the first line
         self._seal = identity
 
     def read(self, entry: Callable[[Any], None]) -> None:
-        """Give every line to ``entry``; cuts off an unfinished last one.
+        """Pass every line to ``entry``; cut off an unfinished last line.
 
         Raises:
-            TraceError: the file is of another run or is written by another process, holds a line that is not as it was
-                written or that ``entry`` raises `UnreadableError` for, or cannot be read or written. It is left as it
-                was.
+            TraceError: the file belongs to another run, another process writes it, a line has a wrong seal, ``entry``
+                raises `UnreadableError`, or the file cannot be read or written. The file is left unchanged.
         """
         if not self._log.path.is_file():
             return
@@ -113,14 +112,14 @@ class SealedLog:
             raise
 
     def close(self) -> None:
-        """Let other processes write the file."""
+        """Release the lock."""
         self._log.close()
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """One line, on disk when this returns; makes the file if there is none.
+        """Append one line; it is on disk when this returns. Creates the file if it is missing.
 
         Raises:
-            TraceError: it cannot be written, or another process began it meanwhile.
+            TraceError: the file cannot be written, or another process has written it since `read`.
         """
         if not self._log.is_claimed:
             self._log.claim()
@@ -145,7 +144,7 @@ class SealedLog:
         self._log.cut(end)
 
     def _take(self, number: int, line: bytes, entry: Callable[[Any], None]) -> int:
-        """Use a line; how many of its bytes stay, which is none where a crash left it unfinished."""
+        """Process a line and return how many of its bytes stay: 0 for a line that a crash left unfinished."""
         if len(line) > safe_read.LARGEST:
             raise UnreadableError(f"is longer than {safe_read.LARGEST} bytes")
         is_whole = line.endswith(b"\n")
@@ -164,12 +163,12 @@ class SealedLog:
         entry(line)
 
     def _sealed(self, record: Mapping[str, Any]) -> str:
-        """The seal of a line behind those before."""
+        """The seal of the next line."""
         return sha256(f"{self._seal}{json.dumps(record)}".encode())[:16]
 
     def _require_own(self, head: Any) -> None:  # noqa: ANN401 - a JSON value
         if not isinstance(head, dict) or head.get("kind") != _KIND or head.get("of") != self._identity:
             raise TraceError(
-                f"{self._log.path}: is of other questions, another checker or other options of generation; "
-                "expected those of the run that it is from; delete it to begin again"
+                f"{self._log.path}: was written with other questions, another checker or other generation options; "
+                "expected the same ones; delete it to begin again"
             )

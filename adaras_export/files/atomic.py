@@ -1,8 +1,4 @@
-"""One safetensors file per value: arrays, plus one metadata key with sorted JSON.
-
-Knows nothing of what it stores. The same value always gives the same bytes, and a write either
-replaces the destination completely or leaves it as it was.
-"""
+"""Atomic writes, appends, links, hashes, and JSON files. A write replaces the whole file or leaves it unchanged."""
 
 import errno
 import hashlib
@@ -16,11 +12,9 @@ from adaras_export.errors import ArtifactError
 from adaras_export.files import safe_read
 from adaras_export.files.safe_read import UnreadableError
 
-"""Bytes of a file of neurons or a rule, two million of them."""
-
 
 def replace_file(path: str | Path, content: bytes) -> None:
-    """Put ``content`` at ``path`` through a temporary file beside it, so that no reader sees a part.
+    """Write ``content`` to ``path`` through a temporary file beside it, so that no reader sees a part.
 
     Raises:
         ArtifactError: the folder is missing, not writable, or the disk is full.
@@ -41,7 +35,7 @@ def replace_file(path: str | Path, content: bytes) -> None:
 
 
 def append(path: Path, content: bytes) -> None:
-    """Add to a file, made if there is none; on disk when this returns. An OSError is the caller's to word."""
+    """Append to a file, or create it; the content is on disk when this returns. The caller handles an OSError."""
     with path.open("ab") as file:
         file.write(content)
         file.flush()
@@ -49,15 +43,15 @@ def append(path: Path, content: bytes) -> None:
 
 
 def link_or_copy(source: Path, target: Path, *, copy: bool = False) -> None:
-    """Give ``source`` a second name without rewriting it; a copy where that is asked for or the file systems differ."""
-    source = source.resolve()  # a Hub snapshot holds links into its blobs
+    """Hard-link ``source`` as ``target``; copy it if ``copy`` is set or the file system cannot link it."""
+    source = source.resolve()  # the files of a Hub snapshot are symbolic links
     if copy:
         shutil.copyfile(source, target)
         return
     try:
         os.link(source, target)
     except OSError as error:
-        # Another file system, none that links, too many links, or a file of another user.
+        # Another file system, one without hard links, too many links, or a file of another user.
         if error.errno not in (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EMLINK):
             raise
         shutil.copyfile(source, target)
@@ -67,7 +61,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-        ArtifactError: the file is missing, is not JSON, or holds something else than an object.
+        ArtifactError: the file is missing, is not JSON, or holds another value than an object.
     """
     try:
         value = safe_read.parsed(safe_read.content(Path(path)))
@@ -87,7 +81,7 @@ def sha256_file(path: str | Path) -> str:
     """The SHA-256 of a file, hexadecimal, read in pieces of 1 MiB.
 
     Raises:
-        ArtifactError: it cannot be read.
+        ArtifactError: the file cannot be read.
     """
     digest = hashlib.sha256()
     try:

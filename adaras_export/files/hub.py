@@ -1,7 +1,7 @@
-"""Repositories of the Hub: what is in one, one commit to it, one file out of it; and what went wrong, in one line.
+"""Lists, commits and downloads files of Hub repositories, and turns the Hub's errors into one line.
 
-The only place that knows huggingface_hub's errors. Knows nothing of rules and artifacts. Token, cache, endpoint and
-offline mode are the library's own (HF_TOKEN, HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE).
+The only module that handles huggingface_hub's errors. Token, cache, endpoint and offline mode come from that library's
+settings (HF_TOKEN, HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE).
 """
 
 import hashlib
@@ -24,7 +24,7 @@ MAIN = "main"
 
 @dataclass(frozen=True)
 class Stored:
-    """A file on the disk, and the SHA-256 that it had when it was checked: other bytes are not sent."""
+    """A file on disk with the SHA-256 that it had when it was checked; changed files are not sent."""
 
     path: Path
     sha256: str
@@ -38,17 +38,17 @@ class Stored:
         """The bytes that were checked.
 
         Raises:
-            HubError: the file has others by now.
+            HubError: the file has changed since.
         """
         content = self.path.read_bytes()
         self.require(atomic.sha256(content))
         return content
 
     def require(self, sha256: str) -> None:
-        """Refuse bytes with another SHA-256 than that of the file when it was checked.
+        """Refuse a SHA-256 that differs from the checked one.
 
         Raises:
-            HubError: it is another one.
+            HubError: the two differ.
         """
         if sha256 != self.sha256:
             raise HubError(
@@ -58,31 +58,31 @@ class Stored:
 
 
 Content = Stored | bytes
-"""A file to be sent: where it is, or what is in it."""
+"""A file to send: a checked file on disk, or its bytes."""
 
 _SMALL = 1 << 25
-"""Bytes of a file that is held in memory while it is sent."""
+"""Files up to this size are held in memory while they are sent."""
 
 
 def size_of(content: Content) -> int:
-    """How many bytes it has."""
+    """The size of a file to send, in bytes."""
     return len(content) if isinstance(content, bytes) else content.path.stat().st_size
 
 
 def sha256_of(content: Content) -> str:
-    """Its SHA-256, hexadecimal."""
+    """The SHA-256 of a file to send, hexadecimal."""
     return atomic.sha256(content) if isinstance(content, bytes) else content.sha256
 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file in a repository: bytes, and SHA-256 of what is in large storage, git's own SHA-1 of all else."""
+    """A file in a repository: its size, and its digest (SHA-256 in large-file storage, else git's SHA-1)."""
 
     size: int
     digest: str
 
     def holds(self, content: Content) -> bool:
-        """Whether it is the same as a local file."""
+        """Whether a local file has the same content."""
         if size_of(content) != self.size:
             return False
         if len(self.digest) == 40:
@@ -92,16 +92,16 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class Remote:
-    """A branch of a repository as it was when it was looked at.
+    """The state of a branch when `look` read it.
 
     Attributes:
         name: USER/NAME.
-        url: its page.
-        branch: the branch; where it does not exist yet it will begin at ``head``.
-        private: None where there is no repository yet.
-        head: commit whose files these are; None where there is no repository yet.
-        new_branch: whether there is a repository without this branch.
-        files: what ``head`` has, by path.
+        url: the page of the repository.
+        branch: name of the branch; a missing branch will start at ``head``.
+        private: whether the repository is private; None where it does not exist yet.
+        head: commit that has ``files``; None where the repository does not exist yet.
+        new_branch: whether the repository exists, but lacks the branch.
+        files: the files of ``head``, by path.
     """
 
     name: str
@@ -122,17 +122,17 @@ class Commit:
 
 
 def look(name: str, branch: str = MAIN, token: str | None = None) -> Remote:
-    """What a repository has on a branch; there may be none yet.
+    """The state of a branch; repository and branch may be missing.
 
     Raises:
-        HubError: no token, or one that the Hub does not accept; no Hub; no such name.
+        HubError: there is no valid token, the Hub cannot be reached, or the name is invalid.
     """
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
     from huggingface_hub.hf_api import RepoFile
 
     require_token(name, token)
     if re.fullmatch("[0-9a-f]{40}", branch):
-        raise HubError(f"{name}: {branch} is a commit, which nothing can be added to; expected a branch")
+        raise HubError(f"{name}: {branch} is a commit, which cannot get new commits; expected a branch")
     api = _api(token)
     url = without_password(f"{api.endpoint}/{name}")
     with translated(name):
@@ -142,13 +142,13 @@ def look(name: str, branch: str = MAIN, token: str | None = None) -> Remote:
             raise
         except RepositoryNotFoundError:
             return Remote(name, url, branch)
-        heads = {one.name: one.target_commit for one in api.list_repo_refs(name).branches}
+        heads = {ref.name: ref.target_commit for ref in api.list_repo_refs(name).branches}
         head = heads.get(branch, info.sha)
         listed = api.list_repo_tree(name, revision=head, recursive=True)
         files = {
-            one.path: RemoteFile(one.size, one.lfs.sha256 if one.lfs else one.blob_id)
-            for one in listed
-            if isinstance(one, RepoFile)
+            item.path: RemoteFile(item.size, item.lfs.sha256 if item.lfs else item.blob_id)
+            for item in listed
+            if isinstance(item, RepoFile)
         }
     return Remote(name, url, branch, info.private, head, branch not in heads, files)
 
@@ -162,15 +162,14 @@ def commit(
     private: bool,
     token: str | None = None,
 ) -> Commit:
-    """Put files into a repository, and take others out, with one commit; creates repository and branch where missing.
+    """Add and remove files in one commit; creates a missing repository or branch.
 
-    Where there is nothing to put or take, the branch stays where it is.
-
-    Large files are sent first, so that a push which is cut off and repeated sends only what is not there yet.
+    Without files to add or remove, no commit is made. Large files are sent first, so that a repeated push sends only
+    the missing ones.
 
     Raises:
-        HubError: the Hub refuses, somebody else committed since ``remote`` was looked at, or a file has changed since
-            it was checked; nothing was committed.
+        HubError: the Hub refuses, the branch has a newer commit than ``remote``, or a file has changed since it was
+            checked; nothing was committed.
     """
     from huggingface_hub import CommitOperationDelete
 
@@ -186,55 +185,55 @@ def commit(
             return Commit(str(head), f"{remote.url}/commit/{head}")
         _send_large(api, remote, additions, files)
         deletions = [CommitOperationDelete(path) for path in sorted(removed)]
-        made = api.create_commit(
+        created = api.create_commit(
             remote.name,
             [*additions, *deletions],
             commit_message=message,
             revision=remote.branch,
             parent_commit=head,
         )
-    return Commit(made.oid, without_password(made.commit_url))
+    return Commit(created.oid, without_password(created.commit_url))
 
 
 def _additions(files: Mapping[str, Content]) -> "list[CommitOperationAdd]":
-    """What the commit is to add: of small files the checked bytes themselves, of large ones the path."""
+    """The files that the commit adds: small ones as checked bytes, large ones by path."""
     from huggingface_hub import CommitOperationAdd
 
     held = {
-        name: one.to_bytes() if isinstance(one, Stored) and size_of(one) <= _SMALL else one
-        for name, one in sorted(files.items())
+        name: file.to_bytes() if isinstance(file, Stored) and size_of(file) <= _SMALL else file
+        for name, file in sorted(files.items())
     }
-    for one in held.values():
-        if isinstance(one, Stored):
-            one.require(atomic.sha256_file(one.path))
-    return [CommitOperationAdd(name, one.path if isinstance(one, Stored) else one) for name, one in held.items()]
+    for file in held.values():
+        if isinstance(file, Stored):
+            file.require(atomic.sha256_file(file.path))
+    return [CommitOperationAdd(name, file.path if isinstance(file, Stored) else file) for name, file in held.items()]
 
 
 def _send_large(
     api: "HfApi", remote: Remote, additions: "Sequence[CommitOperationAdd]", files: Mapping[str, Content]
 ) -> None:
-    """Send what is read from the disk, and refuse to go on if the bytes that were read are not the checked ones."""
-    large = [one for one in additions if not isinstance(one.path_or_fileobj, bytes)]
+    """Send the large files, and stop if the sent bytes are not the checked ones."""
+    large = [addition for addition in additions if not isinstance(addition.path_or_fileobj, bytes)]
     if not large:
         return
     api.preupload_lfs_files(remote.name, large, revision=remote.branch, free_memory=False)
-    for one in large:
-        stored = files[one.path_in_repo]
+    for addition in large:
+        stored = files[addition.path_in_repo]
         assert isinstance(stored, Stored)
-        stored.require(one.upload_info.sha256.hex())
+        stored.require(addition.upload_info.sha256.hex())
 
 
-def visibility(remote: Remote, wanted: bool | None) -> bool:  # noqa: FBT001 - True, False, or as it is
-    """Whether a repository is private, or is to be made so; ``wanted`` None: as it is, and a new one private.
+def visibility(remote: Remote, requested: bool | None) -> bool:  # noqa: FBT001 - three values
+    """Whether the repository is or will be private; None keeps its visibility and makes a new one private.
 
     Raises:
-        HubError: it is not as it is wanted.
+        HubError: the repository has another visibility than ``requested``.
     """
     if remote.private is None:
-        return True if wanted is None else wanted
-    if wanted is not None and wanted != remote.private:
+        return True if requested is None else requested
+    if requested is not None and requested != remote.private:
         now, flag = ("private", "--private") if remote.private else ("public", "--public")
-        other = "private" if wanted else "public"
+        other = "private" if requested else "public"
         raise HubError(
             f"{remote.name}: is {now}; expected {other}; push with {flag}, or make it {other} at {remote.url}/settings"
         )
@@ -242,10 +241,10 @@ def visibility(remote: Remote, wanted: bool | None) -> bool:  # noqa: FBT001 - T
 
 
 def download(name: str, file: str, revision: str | None = None, token: str | None = None) -> Path:
-    """One file of a repository, through the local cache.
+    """Download a file of a repository into the local cache.
 
     Raises:
-        HubError: it cannot be had.
+        HubError: the file cannot be downloaded.
     """
     from huggingface_hub import hf_hub_download
 
@@ -254,10 +253,10 @@ def download(name: str, file: str, revision: str | None = None, token: str | Non
 
 
 def require_token(name: str, token: str | None = None) -> None:
-    """Refuse to go on as nobody.
+    """Refuse to continue without a token.
 
     Raises:
-        HubError: no token was given, and none is in HF_TOKEN or stored by a login.
+        HubError: there is no token: neither ``token`` nor HF_TOKEN nor a stored login.
     """
     from huggingface_hub import get_token
 
@@ -270,11 +269,11 @@ def translated(subject: str) -> Iterator[None]:
     """Turn every error of huggingface_hub into one line about ``subject``.
 
     Raises:
-        HubError: what went wrong.
+        HubError: huggingface_hub raised an error.
     """
     from huggingface_hub.errors import EntryNotFoundError
 
-    # What it raises besides errors of HTTP: names that are none, files that are not there, an upload's failed thread.
+    # Besides HTTP errors it raises these for invalid names, missing files and a failed upload thread.
     try:
         yield
     except (http_error(), EntryNotFoundError, OSError, ValueError, RuntimeError) as error:
@@ -282,7 +281,7 @@ def translated(subject: str) -> Iterator[None]:
 
 
 def without_password(text: str) -> str:
-    """A text whose addresses name no user and no password: HF_ENDPOINT may have them."""
+    """Remove user names and passwords from URLs in a text; HF_ENDPOINT may contain them."""
     return re.sub(r"(\w://)[^\s/?#]*@", r"\1", text)
 
 
@@ -298,23 +297,23 @@ _REFUSALS = {
 
 
 def http_error() -> type[Exception]:
-    """The base of all errors of huggingface_hub's HTTP client, whichever it is: requests, httpx or httpx2."""
-    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # what its own errors derive from
+    """The base class of HTTP errors in the client that huggingface_hub uses: requests, httpx or httpx2."""
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # the base of its own errors
 
-    found: type[Exception] = HTTPError
-    return found
+    base: type[Exception] = HTTPError
+    return base
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong and what to do."""
+    """What went wrong, and the remedy."""
     from huggingface_hub import constants, errors
 
     if isinstance(error, RuntimeError | FileNotFoundError) and error.__cause__ is not None:
-        error = error.__cause__  # what failed in a thread that uploads, or why a download looked into the cache only
+        error = error.__cause__  # the error in the upload thread, or the reason why a download used only the cache
     if isinstance(error, errors.HfHubHTTPError):
         return _refusal(error)
     if isinstance(error, errors.HFValidationError):
-        return f"is no name of a repository ({first_line(error)}); expected USER/NAME"
+        return f"is not a repository name ({first_line(error)}); expected USER/NAME"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}; expected a cache (HF_HOME) that can be written, with room"
     if constants.HF_HUB_OFFLINE and isinstance(error, OSError):
@@ -323,7 +322,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _failure(error: BaseException) -> str:
-    """What an error without an answer of the Hub means."""
+    """The meaning of an error without an HTTP response from the Hub."""
     from huggingface_hub import constants
 
     if answer := re.search(r"\((\d{3}) .*/xet-\w+-token/", str(error)):  # Xet's client speaks HTTP by itself
@@ -334,27 +333,26 @@ def _failure(error: BaseException) -> str:
 
 
 def _refusal(error: "HfHubHTTPError") -> str:
-    """What an answer of the Hub other than success means."""
+    """The meaning of an HTTP error response from the Hub."""
     from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
 
     status = error.response.status_code
-    said = f"the Hub says {status}" + (
-        f": {first_line(Exception(error.server_message))}" if error.server_message else ""
-    )
+    message = f": {first_line(Exception(error.server_message))}" if error.server_message else ""
+    reply = f"the Hub says {status}{message}"
     if isinstance(error, RevisionNotFoundError):
-        return f"has no such revision ({said}); expected a branch, tag or commit of it"
+        return f"has no such revision ({reply}); expected a branch, tag or commit of it"
     if isinstance(error, EntryNotFoundError):
-        return f"has no such file ({said})"
+        return f"has no such file ({reply})"
     if status == 401 and "authorization" not in error.response.request.headers:
         return _NO_TOKEN
-    return _meaning(status, said, _REFUSALS[404])
+    return _meaning(status, reply, _REFUSALS[404])
 
 
-def _meaning(status: int, said: str, missing: str) -> str:
-    """What a status other than success means; ``missing`` is the meaning of 404."""
+def _meaning(status: int, reply: str, missing: str) -> str:
+    """The meaning of an HTTP error status; ``missing`` is the meaning of 404."""
     if status >= 500:
-        return f"the Hub has a problem ({said}); repeat later: what was sent is not sent again"
-    return {**_REFUSALS, 404: missing}.get(status, "the Hub refuses ({})").format(said)
+        return f"the Hub has a problem ({reply}); repeat later: files that were sent are not sent again"
+    return {**_REFUSALS, 404: missing}.get(status, "the Hub refuses ({})").format(reply)
 
 
 def _api(token: str | None) -> "HfApi":
@@ -368,16 +366,16 @@ def _git_name(data: bytes) -> str:
 
 
 def fetch(path_or_id: str | Path, revision: str | None = None) -> Path:
-    """The folder of a model: the given one, or the Hub's snapshot in the local cache.
+    """The folder of a model: the given one, or a snapshot that is downloaded from the Hub into the cache.
 
     Raises:
-        HubError: there is neither.
+        HubError: there is no such folder and no such repository, or the download failed.
     """
     folder = Path(path_or_id)
     if folder.is_dir():
         return folder
     if not is_hub_id(str(path_or_id)):
-        raise HubError(f"{path_or_id}: no such folder; expected that of a model, or a name of the Hub: USER/NAME")
+        raise HubError(f"{path_or_id}: no such folder; expected a model folder, or a repository of the Hub: USER/NAME")
     from huggingface_hub import snapshot_download
 
     patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*", "NOTICE*"]
@@ -386,11 +384,11 @@ def fetch(path_or_id: str | Path, revision: str | None = None) -> Path:
 
 
 def cached(hub_id: str, revision: str) -> Path | None:
-    """The snapshot of a commit in the Hub's cache; None where it is not there. Fetches nothing."""
+    """The snapshot of a commit in the local cache, or None. Downloads nothing."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    if not is_hub_id(hub_id) or not is_commit(revision):  # a branch is another commit tomorrow
+    if not is_hub_id(hub_id) or not is_commit(revision):  # a branch moves
         return None
     try:
         return Path(snapshot_download(hub_id, revision=revision, local_files_only=True))
@@ -399,12 +397,12 @@ def cached(hub_id: str, revision: str) -> Path | None:
 
 
 def is_commit(revision: str) -> bool:
-    """Whether a revision is one for ever."""
+    """Whether a revision is a full commit hash."""
     return re.fullmatch("[0-9a-f]{40}", revision) is not None
 
 
 def is_hub_id(text: str) -> bool:
-    """Whether the Hub could have a repository of this name."""
+    """Whether a text is a valid repository name."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 

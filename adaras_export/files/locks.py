@@ -1,4 +1,4 @@
-"""A file that one process at a time works on. Knows nothing of what is in it; needs `flock`."""
+"""Lock files: one process at a time holds a lock. Uses `flock`."""
 
 import fcntl
 import os
@@ -6,9 +6,9 @@ from pathlib import Path
 
 
 def locked(path: Path) -> int | None:
-    """A descriptor that holds the lock of a file, made if there is none; None where another process holds it.
+    """A descriptor that holds the lock of a file; None where another process holds it. Creates a missing file.
 
-    Whoever holds it may remove the file. Closing the descriptor frees the lock. An OSError is the caller's to word.
+    The holder may remove the file. Closing the descriptor releases the lock. The caller handles an OSError.
     """
     while True:
         lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -22,7 +22,7 @@ def locked(path: Path) -> int | None:
             raise
         if _is_there(lock, path):
             return lock
-        os.close(lock)  # the lock of a file that its last holder has removed keeps nobody out
+        os.close(lock)  # the last holder removed this file, so a new file can be locked beside ours
 
 
 def _is_there(lock: int, path: Path) -> bool:

@@ -1,7 +1,6 @@
-"""Float32 rows in a file, written batch by batch, so that a run that was killed goes on where it was.
+"""Float32 rows in a memory-mapped file, written batch by batch; a killed run resumes from it.
 
-Knows nothing of what the rows mean. The file is one line of JSON, which says what is kept and of what, and then the
-numbers of row after row in the order in which they are read. They are mapped and never in memory as a whole.
+The file begins with one line of JSON, which identifies the run. The rows follow in the order of the batches.
 """
 
 import json
@@ -23,7 +22,7 @@ from adaras_export.files.safetensors_record import Array
 
 ReadBatch = Callable[[Sequence[int]], Sequence[Array]]
 
-_ALIGNED = 64  # bytes; the numbers begin at a multiple, so that they can be mapped as they are
+_ALIGNED = 64  # bytes; the numbers begin at a multiple of it
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,8 +37,8 @@ class KeptRows:
         return len(self.widths)
 
     def __getitem__(self, row: int) -> Array:
-        found: Array = self.numbers[self.starts[row] : self.starts[row] + self.widths[row]]
-        return found
+        values: Array = self.numbers[self.starts[row] : self.starts[row] + self.widths[row]]
+        return values
 
 
 def keep_rows(
@@ -50,19 +49,19 @@ def keep_rows(
     read_batch: ReadBatch,
     progress: Callable[[int, int], None] | None = None,
 ) -> KeptRows:
-    """The rows, of ``widths[row]`` numbers each: those that the file holds, and the others read into it.
+    """All rows, memory-mapped: reads the batches that the file lacks and appends them to it.
 
     Args:
-        path: the file; it stays, and its owner removes it.
-        key: what the rows are of, JSON values by name; a file of something else is refused.
-        widths: of each row.
-        groups: the rows of each batch, every row in exactly one. A batch is read and written as a whole, since another
-            batch could round differently.
-        read_batch: gives the rows with these numbers.
-        progress: whom to tell how many rows there are.
+        path: the file; the caller removes it.
+        key: identifies the run, JSON values by name; a file with another key is refused.
+        widths: how many numbers each row has.
+        groups: the rows of each batch, every row in exactly one. A resumed run reads whole batches, since other batches
+            could round differently.
+        read_batch: returns the rows with these indices.
+        progress: called with the number of finished rows and of all rows.
 
     Raises:
-        TraceError: the file is of another run, is written by another process, or cannot be written.
+        TraceError: the file belongs to another run, another process writes it, or it cannot be written.
     """
     order = [row for group in groups for row in group]
     assert sorted(order) == [*range(len(widths))]  # every row once
@@ -91,15 +90,15 @@ def _header(key: Mapping[str, Any]) -> bytes:
 
 
 def _begin(path: Path, header: bytes, ends: Array) -> int:
-    """How many batches the file holds whole; cuts off what is behind them, and writes the header if it is not whole."""
-    safe_read.size_of(path)  # refuses what is no regular file
+    """How many complete batches the file holds; cuts off an incomplete batch, and completes the header."""
+    safe_read.size_of(path)  # refuses a path that is not a regular file
     with path.open("rb") as file:
         found = file.readline(safe_read.LARGEST)
     if found != header:
-        if not header.startswith(found):  # else a kill left the beginning of it
+        if not header.startswith(found):  # a killed run can leave the beginning of its header
             raise TraceError(
                 f"{path}: is of an unfinished run with other input ({_differences(found, header)}); expected the same; "
-                "run that one again, or delete the file"
+                "repeat that run, or delete the file"
             )
         path.write_bytes(header)
         return 0
@@ -110,7 +109,7 @@ def _begin(path: Path, header: bytes, ends: Array) -> int:
 
 
 def _differences(found: bytes, header: bytes) -> str:
-    """In which entries two keys differ."""
+    """Names of the entries in which two headers differ."""
     expected = json.loads(header)
     try:
         other = safe_read.parsed(found)
@@ -124,6 +123,6 @@ def _differences(found: bytes, header: bytes) -> str:
 def _require_room(path: Path, needed: int) -> None:
     if needed > (free := shutil.disk_usage(path.parent).free):
         raise TraceError(
-            f"{path}: needs {needed / 1e9:.1f} GB for what is read off the prompts, and {free / 1e9:.1f} GB are free; "
+            f"{path}: needs {needed / 1e9:.1f} GB for activations of the prompts, and {free / 1e9:.1f} GB are free; "
             "expected room; read fewer layers (--below-layer) or fewer prompts, or write to another disk"
         )

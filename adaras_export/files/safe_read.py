@@ -1,8 +1,8 @@
-"""Files that somebody else wrote, read so that the worst of them costs a line: no hang, no flood, no half-read value.
+"""Reads untrusted files: a bad file raises one line, and never blocks the reader or fills its memory.
 
-A file is opened only where it is a regular one (a pipe or a device could keep its reader forever), up to a size that
-what we expect never reaches, because JSON takes up to thirty times its size in memory. JSON is taken at its word: a
-key given twice, NaN, a number of hundreds of digits or half a character is refused. Knows nothing of their purpose.
+Only regular files are opened, since a pipe or a device can block forever. Sizes are limited, since parsed JSON takes up
+to thirty times its size in memory. JSON that readers could understand differently is refused: duplicate keys, NaN,
+numbers of hundreds of digits, lone surrogates.
 """
 
 import json
@@ -19,23 +19,23 @@ from typing import Any, NoReturn
 from safetensors import SafetensorError, safe_open
 
 LARGEST = 4 << 20
-"""Bytes of JSON, of a table or of a header of tensors; an index of a thousand tensors has a tenth of a MiB."""
+"""Limit in bytes for JSON, tables and safetensors headers; an index of a thousand tensors has 0.1 MiB."""
 
 PIECE = 1 << 20
-"""Bytes that are read at a time, of what may be larger than memory."""
+"""Bytes that are read at a time from files that may be larger than memory."""
 
 _DEEPEST = 64
 
 
 class UnreadableError(ValueError):
-    """Why a file is refused, in words that fit behind its name."""
+    """A file is refused; the message continues a sentence that begins with the file's name."""
 
 
 def size_of(path: Path, largest: float = math.inf) -> int:
     """The size of a regular file, in bytes.
 
     Raises:
-        UnreadableError: there is no such file, it is none, or it is larger.
+        UnreadableError: there is no such file, the path is not a regular file, or the file is larger.
     """
     try:
         found = path.stat()
@@ -44,7 +44,7 @@ def size_of(path: Path, largest: float = math.inf) -> int:
     except (OSError, ValueError) as error:  # ValueError: NUL in the name
         raise UnreadableError(reason(error)) from error
     if not stat.S_ISREG(found.st_mode):
-        raise UnreadableError("is no regular file")
+        raise UnreadableError("is not a regular file")
     if found.st_size > largest:
         raise UnreadableError(f"has {found.st_size} bytes; at most {largest} are read")
     return found.st_size
@@ -54,7 +54,7 @@ def content(path: Path, largest: int = LARGEST) -> bytes:
     """The bytes of a regular file.
 
     Raises:
-        UnreadableError: as of `size_of`, or it cannot be opened.
+        UnreadableError: the path is not a regular file, or the file is too large or cannot be read.
     """
     size_of(path, largest)
     try:
@@ -62,8 +62,8 @@ def content(path: Path, largest: int = LARGEST) -> bytes:
             found = file.read(largest + 1)
     except OSError as error:
         raise UnreadableError(reason(error)) from error
-    if len(found) > largest:  # it grew, or is one of those of the kernel, whose size is said to be 0
-        raise UnreadableError(f"has more than {largest} bytes, which is more than is read")
+    if len(found) > largest:  # the file grew, or the kernel reports size 0, as under /proc
+        raise UnreadableError(f"has more than {largest} bytes; at most {largest} are read")
     return found
 
 
@@ -76,10 +76,10 @@ def pieces(path: Path, first: int, last: int) -> Iterator[bytes]:
 
 
 def text(encoded: bytes) -> str:
-    """UTF-8, with or without a byte order mark.
+    """Decode UTF-8, with or without a byte order mark.
 
     Raises:
-        UnreadableError: it is not UTF-8.
+        UnreadableError: the bytes are not UTF-8.
     """
     try:
         return encoded.decode("utf-8-sig")
@@ -91,9 +91,9 @@ def parsed(encoded: bytes, *, exact: bool = False) -> Any:  # noqa: ANN401 - a J
     """The JSON value in ``encoded``; with ``exact``, fractions are Decimal, and whole numbers may be long.
 
     Raises:
-        UnreadableError: it is not JSON, or JSON that two readers could understand differently.
+        UnreadableError: the text is not JSON, or two readers could understand it differently.
     """
-    # Tokenizers call no limit 10**30. What takes more than 4000 digits takes long: Python itself refuses a little more.
+    # Tokenizers write 10**30 for "no limit". Long integers parse slowly; Python itself refuses more than 4300 digits.
     fraction, most = (_decimal, 4000) if exact else (_finite, 100)
     try:
         value = json.loads(
@@ -115,7 +115,7 @@ def parsed(encoded: bytes, *, exact: bool = False) -> Any:  # noqa: ANN401 - a J
 def header(path: Path) -> tuple[dict[str, Any], int]:
     """Type, shape and offsets of each tensor of a safetensors file, and where its data begin, for who reads its bytes.
 
-    The offsets, which the library keeps to itself, are the only reason to read the header again.
+    The library does not give the offsets, so the header is read again.
 
     Raises:
         UnreadableError: as of `tensors`, or two readers could understand the header differently.
@@ -149,15 +149,15 @@ def tensors(path: Path, framework: str = "numpy") -> Iterator[Any]:
 
 
 def _require_axes(opened: Any, size: int) -> None:  # noqa: ANN401 - the library has no types
-    """Refuse axes of empty tensors that are longer than the file: NumPy refuses them in its own way."""
+    """Refuse axes longer than the file: NumPy raises its own error for those of empty tensors."""
     for name in opened.keys():
-        # Two elements of four bits are a byte.
+        # Two 4-bit elements share a byte.
         if long := [axis for axis in opened.get_slice(name).get_shape() if axis > 2 * size]:
             raise UnreadableError(f"says {long[0]} of the shape of tensor {name!r}, in {size} bytes")
 
 
 def reason(error: BaseException) -> str:
-    """What an error says, without the number and the name that Python puts around it."""
+    """The message of an error, without the errno and the file name that Python adds."""
     return getattr(error, "strerror", None) or str(error)
 
 
@@ -171,12 +171,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise UnreadableError(f"holds {name}, which is no JSON")
+    raise UnreadableError(f"holds {name}, which is not JSON")
 
 
 def _finite(digits: str) -> float:
     if math.isinf(value := float(digits)):
-        raise UnreadableError(f"holds {digits}, which is no finite number")
+        raise UnreadableError(f"holds {digits}, which is not a finite number")
     return value
 
 
@@ -184,7 +184,7 @@ def _decimal(digits: str) -> Decimal:
     try:
         return Decimal(digits)
     except InvalidOperation as error:
-        raise UnreadableError(f"holds {digits}, which is no finite number") from error
+        raise UnreadableError(f"holds {digits}, which is not a finite number") from error
 
 
 def _whole(most: int, digits: str) -> int:
@@ -194,7 +194,7 @@ def _whole(most: int, digits: str) -> int:
 
 
 def _require_plain(value: Any) -> None:  # noqa: ANN401 - a JSON value
-    """Refuse what is nested deeper than anything of ours, which compares and writes by recursion, or is no text."""
+    """Refuse deep nesting, which recursive code cannot handle, and lone surrogates."""
     level: list[Any] = [[value]]
     for _ in range(_DEEPEST):
         level = [inner for outer in level for inner in _inside(outer)]
@@ -204,7 +204,7 @@ def _require_plain(value: Any) -> None:  # noqa: ANN401 - a JSON value
 
 
 def _inside(outer: list[Any] | dict[str, Any]) -> Iterator[Any]:
-    """The lists and objects right inside a value; its texts are looked at."""
+    """The lists and objects directly inside a value; checks its texts."""
     for part in outer if isinstance(outer, list) else chain(outer, outer.values()):
         if isinstance(part, str):
             _require_characters(part)
@@ -213,5 +213,5 @@ def _inside(outer: list[Any] | dict[str, Any]) -> Iterator[Any]:
 
 
 def _require_characters(part: str) -> None:
-    if not part.isascii() and any("\ud800" <= one <= "\udfff" for one in part):
+    if not part.isascii() and any("\ud800" <= char <= "\udfff" for char in part):
         raise UnreadableError("holds half of a character (a lone surrogate)")

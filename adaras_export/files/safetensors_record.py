@@ -1,4 +1,4 @@
-"""Arrays and a record of settings in one safetensors file. Knows no classes of values."""
+"""Arrays and a JSON record in one safetensors file. The same content always gives the same bytes."""
 
 import json
 from collections.abc import Mapping
@@ -15,10 +15,10 @@ from adaras_export.files.atomic import replace_file
 from adaras_export.files.safe_read import UnreadableError
 
 Array = npt.NDArray[Any]
-# One metadata key only: safetensors 0.8 writes several in an order that changes from run to run.
+# One metadata key only: safetensors 0.8 writes several keys in random order.
 _KEY = "adaras"
 LARGEST = 64 << 20
-# Not those that NumPy lacks unless another library has taught it: bfloat16, and floats of fewer bits.
+# The types that NumPy has by itself; without bfloat16 and smaller floats.
 _DTYPES = {"F64", "F32", "F16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"}
 
 
@@ -30,16 +30,16 @@ def save_file(path: str | Path, kind: str, arrays: Mapping[str, Array], record: 
 def to_bytes(kind: str, arrays: Mapping[str, Array], record: Mapping[str, Any]) -> bytes:
     """The exact bytes that `save_file` writes."""
     metadata = json.dumps({"kind": kind, **record}, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    # In C order, or safetensors would write other values; ascontiguousarray would turn () into (1,).
+    # safetensors needs C order; ascontiguousarray would turn shape () into (1,).
     ordered = {name: np.asarray(arrays[name], order="C") for name in sorted(arrays)}
     return save(ordered, metadata={_KEY: metadata})
 
 
 def load_file(path: str | Path, kind: str, largest: int = LARGEST) -> tuple[dict[str, Array], dict[str, Any]]:
-    """The arrays and the record of a file that `save_file` wrote, which has no reason to exceed ``largest`` bytes.
+    """The arrays and the record of a file that `save_file` wrote; refuses more than ``largest`` bytes.
 
     Raises:
-        ArtifactError: the file is missing, damaged, larger, or of another kind.
+        ArtifactError: the file is missing, damaged, too large, or of another kind.
     """
     path = Path(path)
     try:

@@ -1,7 +1,7 @@
-"""A folder that gets its name when it is complete, or never, and one some of whose files are replaced. Knows no format.
+"""Create a folder, or replace some of its files, all at once or not at all.
 
-It grows in a workshop, a hidden folder beside the destination, whose lock is held by the process that works there. The
-lock of a process that died is free, so the next one to come takes the workshop over and clears it.
+The new files are written in a hidden folder beside the destination, the workshop. The process that works there holds
+its lock. When a process dies, its lock is released; the next process takes the workshop over and clears it.
 """
 
 import errno
@@ -19,26 +19,26 @@ from adaras_export.files.locks import locked
 
 _SUFFIX, _LOCK, _STAGE, _DONE = ".adaras-export", "lock", "stage-", "done"
 _FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
-_LITTLE = 1 << 16  # bytes: a disk with less is full for whatever could not be written to it
+_LITTLE = 1 << 16  # bytes; a disk with less free space counts as full
 
 
 @contextmanager
 def staged(out: Path, base: Path) -> Iterator[Path]:
-    """A folder that becomes ``out`` when the context ends well, and vanishes otherwise.
+    """A folder that is renamed to ``out`` when the context succeeds, and removed when it fails.
 
-    Files in it get the same permissions whatever the umask is, and are on the disk before they get their name, except
-    those that share their bytes with another folder by a hard link.
+    Its files get fixed permissions, independent of the umask, and are synced to disk before the rename. Hard links are
+    left as they are.
 
     Args:
-        out: where nothing is yet.
-        base: a folder that ``out`` may not lie in.
+        out: the new folder.
+        base: the folder of the base model; ``out`` may not be inside it.
 
     Raises:
-        ExportError: ``out`` is there, is being written by another process, or cannot be written.
+        ExportError: ``out`` exists, another process writes it, or it cannot be written.
     """
     _refuse(out, base)
     with _workshop(out) as workshop:
-        _refuse_existing(out)  # not earlier: only who holds the lock can bring it into being, and tidies up
+        _refuse_existing(out)  # under the lock: no other process can create it from here on
         _clear(workshop / _DONE)
         with _stage(out, workshop) as stage:
             yield stage
@@ -49,10 +49,10 @@ def staged(out: Path, base: Path) -> Iterator[Path]:
 
 @contextmanager
 def revised(folder: Path) -> Iterator[Path]:
-    """A copy of ``folder`` whose files take the place of its own when the context ends well; for a few of many files.
+    """A copy of ``folder``; when the context succeeds, its changed files replace those of the folder.
 
-    The copy shares its bytes with the folder: files are to be replaced in it, never written into. A run that dies while
-    they take their places is finished by the next one.
+    The copy consists of hard links: replace files in it, never write into them. If a run dies while files are being
+    replaced, the next run finishes the job.
 
     Raises:
         ExportError: another process writes the folder, or it cannot be written.
@@ -72,28 +72,28 @@ def revised(folder: Path) -> Iterator[Path]:
 
 def _refuse(out: Path, base: Path) -> None:
     if not out.name.isprintable():
-        raise ExportError(f"{str(out)!r}: a line end or the like in its name; expected one that a card can print")
+        raise ExportError(f"{str(out)!r}: has an unprintable character in its name; expected a printable name")
     if out.parent.resolve().is_relative_to(base.resolve()):
-        raise ExportError(f"{out}: is in the folder of the base model, which stays as it is; choose another place")
+        raise ExportError(f"{out}: is in the folder of the base model; choose another place")
 
 
 def _refuse_existing(out: Path) -> None:
-    if os.path.lexists(out):  # a link to nothing is something, too
+    if os.path.lexists(out):  # lexists: also a broken link
         raise ExportError(f"{out}: exists already; choose another folder, or remove it first")
 
 
 @contextmanager
 def _workshop(out: Path) -> Iterator[Path]:
-    """The folder beside ``out`` in which only this process works; it is gone in the end."""
+    """The hidden folder beside ``out``, locked for this process; removed in the end."""
     workshop = out.parent / f".{out.name}{_SUFFIX}"
     try:
         lock = _claim(workshop)
     except OSError as error:
         raise ExportError(f"{out}: cannot be written ({_words(error)})") from error
     if lock is None:
-        raise ExportError(f"{out}: another export is writing it now; wait for its end, or choose another folder")
+        raise ExportError(f"{out}: another export is writing it now; wait until it ends, or choose another folder")
     try:
-        _clear(*workshop.glob(f"{_STAGE}*"))  # of a dead process
+        _clear(*workshop.glob(f"{_STAGE}*"))  # left by a process that died
         yield workshop
     finally:
         try:
@@ -106,14 +106,14 @@ def _workshop(out: Path) -> Iterator[Path]:
 
 
 def _claim(workshop: Path) -> int | None:
-    """A descriptor that holds the lock of the workshop; none where somebody else does."""
+    """A descriptor that holds the lock of the workshop; None where another process holds it."""
     while True:
         workshop.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if workshop.is_symlink():  # or what lies where it points to would be cleared
+        if workshop.is_symlink():  # clearing it would delete files in the folder that it points to
             raise OSError(errno.ELOOP, f"{workshop} is a symbolic link")
         try:
             return locked(workshop / _LOCK)
-        except FileNotFoundError:  # who held it has just left, and the workshop went with it
+        except FileNotFoundError:  # the previous holder has just removed the workshop
             continue
         except OSError:
             _remove_empty(workshop)
@@ -136,17 +136,14 @@ def _remove_empty(workshop: Path) -> None:
     try:
         workshop.rmdir()
     except OSError as error:
-        if error.errno not in (
-            errno.ENOTEMPTY,
-            errno.EEXIST,
-            errno.ENOENT,
-        ):  # another one has moved in, or left, meanwhile
+        # Meanwhile another process can have claimed or removed the workshop.
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
             raise
 
 
 @contextmanager
 def _stage(out: Path, workshop: Path) -> Iterator[Path]:
-    """A folder in the workshop; what goes wrong while it is written is told of ``out``."""
+    """A temporary folder in the workshop; write errors become an `ExportError` about ``out``."""
     try:
         yield Path(tempfile.mkdtemp(dir=workshop, prefix=_STAGE))
     except Exception as error:
@@ -156,7 +153,7 @@ def _stage(out: Path, workshop: Path) -> Iterator[Path]:
 
 
 def _finish(done: Path, folder: Path) -> None:
-    """Move the files of a revision to their places."""
+    """Move the files of a finished revision into the folder."""
     if not done.exists():
         return
     try:
@@ -167,7 +164,7 @@ def _finish(done: Path, folder: Path) -> None:
                 path.replace(place)
         shutil.rmtree(done)
     except OSError as error:
-        raise ExportError(f"{folder}: not all files could be replaced ({_words(error)}); do the same again") from error
+        raise ExportError(f"{folder}: not all files could be replaced ({_words(error)}); repeat the command") from error
 
 
 def _link(source: str, target: str) -> None:
@@ -175,13 +172,13 @@ def _link(source: str, target: str) -> None:
 
 
 def _settle(stage: Path) -> None:
-    """Give all that is in a stage its permissions, and wait until it is on the disk."""
+    """Set the permissions of all files and folders of a stage, and sync them to disk."""
     for path in (*stage.rglob("*"), stage):
         status = path.lstat()
         if stat.S_ISDIR(status.st_mode):
             path.chmod(0o755)
             _sync_folder(path)
-        elif status.st_nlink == 1:  # else it is a file of the base as well, which stays as it is
+        elif status.st_nlink == 1:  # more links: a file that is shared with the base
             path.chmod(0o644)
             _sync(path)
 
@@ -197,22 +194,22 @@ def _sync(path: Path) -> None:
 def _sync_folder(path: Path) -> None:
     try:
         _sync(path)
-    except OSError:  # a file system that has no such thing, as of some networks, or a folder that may not be read
+    except OSError:  # some network file systems cannot sync a folder, and an unreadable folder cannot be opened
         return
 
 
 def _reason(error: BaseException, workshop: Path) -> str | None:
-    """Why something could not be written, if that is what an error says, in whatever library's words."""
+    """Why a write failed; None where the error, of any library, is about something else."""
     chain = list(_chain(error))
     for code, words in _FULL.items():
-        if any(_says(one, code) for one in chain):
+        if any(_says(cause, code) for cause in chain):
             return f"{words}: {_room(workshop)}"
-    # NumPy says how many of how many elements it wrote, PyTorch that its writer failed, and neither says why.
+    # NumPy and PyTorch report a failed write without the reason.
     if not isinstance(error, AdarasError) and shutil.disk_usage(_fullest(workshop)).free < _LITTLE:
         return f"{_FULL[errno.ENOSPC]}: {_room(workshop)}"
     if not isinstance(error, OSError):
         return None
-    if error.errno is None:  # NumPy again, and whoever called it has removed its file meanwhile
+    if error.errno is None:  # NumPy again, after the failed file was removed
         return f"{error}; is the disk full? {_room(workshop)}"
     return _words(error)
 
@@ -244,7 +241,7 @@ def _room(workshop: Path) -> str:
 
 
 def _fullest(workshop: Path) -> Path:
-    """Of the disks that an export writes to, that of the artifact and that of temporary files, the one with less."""
+    """The place with less free space: the workshop, or the folder of temporary files."""
     return min((workshop, Path(tempfile.gettempdir())), key=lambda place: shutil.disk_usage(place).free)
 
 

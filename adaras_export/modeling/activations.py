@@ -1,8 +1,9 @@
-"""What enters each down projection (h), streamed: no activation outlives the hook that saw it.
+"""Streams the inputs of down projections (h) to hooks; no activation is kept.
 
-Knows nothing of labels, rankings or rules. B rows, T tokens, L layers, M MLP neurons.
+B rows, T tokens, L layers, M MLP neurons.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -23,15 +24,15 @@ from adaras_export.modeling.generation import CACHE, Prefilled, batches, encode_
 
 Sink = Callable[[int, Tensor], None]
 Progress = Callable[[int, int], None]
-"""Of what is done, and of what there is."""
+"""Called with the number of finished items and of all items."""
 TooLong = Literal["refuse", "skip", "read"]
 
-MAX_ROWS = 64  # of one batch, however short they are
+MAX_ROWS = 64  # in one batch
 
 
 @contextmanager
 def capture(model: nn.Module, layers: Sequence[int], sink: Sink) -> Iterator[None]:
-    """Call ``sink(layer, h_BTM)`` for every forward pass through the given layers; leaves no hook behind."""
+    """Call ``sink(layer, h_BTM)`` for every forward pass through the given layers; removes its hooks in the end."""
     with ExitStack() as undo:
         for layer in layers:
             down = families.down_projection(model, layer)
@@ -51,8 +52,8 @@ def right_pad(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tens
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
-def behind(prompts: Prefilled, texts: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """Arguments of one forward pass over a text behind each prompt, which its cache is used up for.
+def inputs_after(prompts: Prefilled, texts: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Arguments of one forward pass over a text after each prompt; the pass consumes the prompts' cache.
 
     The pass begins with the prompt's last token, which the cache lacks; rows are padded on the right.
     """
@@ -70,7 +71,7 @@ def behind(prompts: Prefilled, texts: Sequence[Sequence[int]]) -> dict[str, Any]
 
 
 class _Enough(Exception):  # noqa: N818 - a signal, not an error
-    """The last wanted layer has been seen."""
+    """The last requested layer has been read."""
 
 
 @torch.no_grad()
@@ -81,12 +82,12 @@ def read(
     sink: Callable[..., None],
     chunk_tokens: int | None = None,
 ) -> None:
-    """One forward pass over right-padded rows, without LM head and no further than the last layer wanted.
+    """One forward pass over right-padded rows, up to the last requested layer.
 
-    Calls ``sink(layer, h_BTM, mask_BT)``, the mask int64 and 1 on real tokens. Rows of more than ``chunk_tokens`` are
-    read in pieces of so many columns: the sink is then called once a piece, in order, with the piece's columns. Where
-    attention needs no mask over the whole row, only the MLPs, which treat every token alone, go piece by piece; where
-    it does, the model goes, with a KV cache.
+    Calls ``sink(layer, h_BTM, mask_BT)``; the mask is int64 and 1 on real tokens. Rows of more than ``chunk_tokens``
+    are read in pieces of that many columns, and the sink is called for each piece in order. If attention needs no mask
+    over the whole row, only the MLPs, which treat each token separately, run piece by piece. Otherwise the whole model
+    does, with a KV cache.
     """
     ids_BT, mask_BT = right_pad(rows, families.input_device(model))
     width = ids_BT.shape[1]
@@ -109,7 +110,7 @@ def read(
 
 
 def _run(decoder: nn.Module, inputs: dict[str, Any]) -> None:
-    """Run the layers up to the last wanted one; those behind it get no cache, and need none."""
+    """Run the decoder until the last requested layer has been read."""
     try:
         decoder(**inputs)
     except _Enough:
@@ -117,7 +118,7 @@ def _run(decoder: nn.Module, inputs: dict[str, Any]) -> None:
 
 
 def _cache(model: nn.Module) -> Cache | None:
-    """An empty cache where attention takes a mask of T * T entries for a whole row: windows, or no fused kernel."""
+    """An empty cache if attention would need a T * T mask (sliding windows, or no fused kernel); else None."""
     config = cast("PreTrainedModel", model).config
     cache = DynamicCache(config=config)
     return cache if any(cache.is_sliding) or config._attn_implementation == "eager" else None
@@ -125,7 +126,7 @@ def _cache(model: nn.Module) -> Cache | None:
 
 @contextmanager
 def _mlps_in_pieces(model: nn.Module, layers: Sequence[int], step: int) -> Iterator[None]:
-    """Have the MLPs up to the last of these layers take so many tokens at a time."""
+    """Let the MLPs up to the last of these layers process ``step`` tokens at a time."""
     with ExitStack() as undo:
         for layer in range(max(layers) + 1):
             mlp = families.mlp(model, layer)
@@ -140,7 +141,7 @@ def _in_pieces(forward: Callable[[Tensor], Tensor], step: int, hidden_BTD: Tenso
     return torch.cat([forward(piece_BSD) for piece_BSD in pieces], dim=1)
 
 
-def _restore(module: nn.Module, forward: Any) -> None:  # noqa: ANN401 - none, or what Accelerate has put there
+def _restore(module: nn.Module, forward: Any) -> None:  # noqa: ANN401 - None, or Accelerate's wrapper
     if forward is None:
         del module.forward
     else:
@@ -157,6 +158,7 @@ class Reading:
         chunk_tokens: rows of more tokens are read in pieces of so many, so that activations take no more memory.
         tokens: which tokens of a trace count: "all", or those of the "completion".
         too_long: what becomes of traces that exceed the model's context: "refuse", "skip" or "read".
+        warn: called with a sentence about what makes the result doubtful; default: the log.
     """
 
     token_budget: int = 4096
@@ -164,6 +166,7 @@ class Reading:
     chunk_tokens: int = 4096
     tokens: Tokens = "all"
     too_long: TooLong = "refuse"
+    warn: Callable[[str], None] = logging.getLogger(__name__).warning
 
     def __post_init__(self) -> None:
         for name in ("token_budget", "chunk_tokens"):
@@ -180,7 +183,7 @@ def token_means(
 ) -> Tensor:
     """Mean of h over each row's tokens, without its first ``skipped`` ones, (B, len(layers), M) float32 on the CPU.
 
-    The sum is float32, whatever the model computes with; it runs on over the pieces of `read`.
+    Sums are float32 for every model type, and accumulate over the pieces of `read`.
     """
     means: dict[int, Tensor] = {}
     counts = [len(row) - skip for row, skip in zip(rows, skipped or [0] * len(rows), strict=True)]
@@ -213,8 +216,8 @@ def row_means(
     done = 0
     for indices in batches_of(rows, reading):
         chosen = [rows[index] for index in indices]
-        found = token_means(model, chosen, layers, [skipped[index] for index in indices], reading.chunk_tokens).numpy()
-        for index, mean in zip(indices, found, strict=True):
+        batch = token_means(model, chosen, layers, [skipped[index] for index in indices], reading.chunk_tokens).numpy()
+        for index, mean in zip(indices, batch, strict=True):
             means[index] = mean
         done += len(indices)
         if reading.progress is not None:
@@ -223,9 +226,9 @@ def row_means(
 
 
 def batches_of(rows: Sequence[Sequence[int]], reading: Reading) -> Iterator[list[int]]:
-    """Indices of rows of similar length to read together; rows that are read in pieces have no company.
+    """Indices of rows of similar length to read together; a row that is read in pieces is a batch of one.
 
-    Padding there would need a mask of T * T entries.
+    Padding beside it would need a mask of T * T entries.
     """
     for group in batches([len(row) for row in rows], reading.token_budget, MAX_ROWS):
         is_long = max(len(rows[index]) for index in group) > reading.chunk_tokens
@@ -235,7 +238,7 @@ def batches_of(rows: Sequence[Sequence[int]], reading: Reading) -> Iterator[list
 def trace_means(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, traces: Sequence[Trace], reading: Reading
 ) -> dict[str, Array]:
-    """Mean of h over the tokens of each trace that count, read with teacher forcing: (L, M) by trace id."""
+    """Mean of h over the tokens of each trace that ``reading.tokens`` selects, teacher-forced: (L, M) by trace id."""
     encoded = [encode_trace(tokenizer, trace) for trace in traces]
     rows = [[*prompt, *completion] for prompt, completion in encoded]
     skipped = [0 if reading.tokens == "all" else len(prompt) for prompt, _ in encoded]
@@ -246,8 +249,8 @@ def trace_means(
 class Recorder:
     """Means of h over the tokens of each row, collected while prompts are run and continued, (B, L, M).
 
-    Counts every prompt token and every generated token that was fed back, up to the end-of-sequence token and
-    without it: what a teacher-forced read of prompt and completion sees.
+    Counts every prompt token and every generated token before the end-of-sequence token, as a teacher-forced pass over
+    prompt and completion does.
     """
 
     def __init__(self, layers: int, end_ids: Collection[int]) -> None:
@@ -260,19 +263,19 @@ class Recorder:
     def means(self) -> Tensor:
         """The means, (B, L, M) float32 on the CPU."""
         assert self._count_B is not None  # a model ran
-        sums = torch.stack([one for one in self._sums if one is not None], dim=1)
+        sums = torch.stack([sum_BM for sum_BM in self._sums if sum_BM is not None], dim=1)
         return sums.cpu() / self._count_B[:, None, None].cpu()
 
     def repeat(self, rows: Sequence[int]) -> None:
-        """Follow `Prefilled.repeated`: the next call brings the last prompt token of each of these rows."""
+        """Select rows as `Prefilled.repeated` does; the next call brings the last prompt token of each."""
         self._alive_B = None
-        if self._count_B is not None:  # prompts of one token leave nothing to prefill
+        if self._count_B is not None:  # prompts of one token are not prefilled
             index_R = torch.tensor(rows, device=self._count_B.device)
             self._count_B = self._count_B[index_R]
-            self._sums = [None if one is None else one[index_R.to(one.device)] for one in self._sums]
+            self._sums = [None if sum_BM is None else sum_BM[index_R.to(sum_BM.device)] for sum_BM in self._sums]
 
     def begin(self, _module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Decoder pre-hook: find out which of this call's tokens count."""
+        """Decoder pre-hook: determine which tokens of this call count."""
         ids_BT = kwargs["input_ids"]
         if self._alive_B is None:  # prompt tokens
             mask = kwargs.get("attention_mask")
@@ -286,7 +289,7 @@ class Recorder:
         self._count_B = count_B if self._count_B is None else self._count_B + count_B
 
     def add(self, layer: int, h_BTM: Tensor) -> None:
-        """Sink of `capture`."""
+        """Add the activations of one layer; the sink of `capture`."""
         assert self._weight_BT is not None
         total = torch.bmm(self._weight_BT.unsqueeze(1).to(h_BTM.device), h_BTM.float()).squeeze(1)
         before = self._sums[layer]
@@ -295,7 +298,7 @@ class Recorder:
 
 @contextmanager
 def recording(model: nn.Module, end_ids: Collection[int]) -> Iterator[Recorder]:
-    """Record one batch of prompts and completions, with the KV cache: `complete`, or `prefill` and `continue_ids`."""
+    """Record one batch that `complete`, or `prefill` and `continue_ids`, run inside the context."""
     layers = families.sizes_of(model)[1]
     recorder = Recorder(layers, end_ids)
     with capture(model, range(layers), recorder.add):

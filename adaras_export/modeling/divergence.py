@@ -1,4 +1,4 @@
-"""How far next-token distributions lie apart along one given text. Knows nothing of rules, and of what a text is for.
+"""The KL divergence of next-token distributions along a given text.
 
 B rows, S tokens of the text, V vocabulary.
 """
@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from adaras_export.core import families
-from adaras_export.modeling.activations import behind
+from adaras_export.modeling.activations import inputs_after
 from adaras_export.modeling.generation import Prefilled
 from adaras_export.runtime.steering_adaras import Scope, here
 
@@ -23,14 +23,14 @@ def next_token_divergence(one_V: Tensor, other_V: Tensor) -> Tensor:
 
 @torch.no_grad()
 def forced_logits(model: PreTrainedModel, prompts: Prefilled, texts: Sequence[Sequence[int]]) -> Tensor:
-    """Logits behind every prompt and behind each token of its text, (B, S + 1, V); ``prompts`` stays as it is.
+    """Logits after every prompt and after each token of its text, (B, S + 1, V); ``prompts`` is not changed.
 
-    Rows with shorter texts have meaningless values behind their own. A caller may steer the model meanwhile: the
-    prompt ends where it would in `generate`.
+    Rows with shorter texts have meaningless values after their end. A caller may steer the model: the prompt ends
+    where it would in `generate`.
     """
     own = prompts.repeated(range(len(prompts.ids)))
     scope = Scope(families.decoder(model), own.ids.shape[1])
     scope.place = 1, None  # the cache lacks the prompt's last token
     with here(scope=scope):
-        logits_BSV: Tensor = model(**behind(own, texts)).logits
+        logits_BSV: Tensor = model(**inputs_after(own, texts)).logits
     return logits_BSV

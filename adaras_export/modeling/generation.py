@@ -1,8 +1,7 @@
-"""Load a stock model, encode prompts and complete them, the same way for every batch and run.
+"""Encode prompts and complete them, reproducibly over batches and runs.
 
-Knows nothing of steering, of answers or of files of traces: a caller may steer the model around any
-function here. Completing neither reads nor changes the global random state: what a row samples
-depends on its key and the seed only, up to the rounding of another batch shape.
+A caller may steer the model around any function here. Completing neither reads nor changes the global random state:
+the samples of a row depend only on its key and the seed, up to the rounding of another batch shape.
 
 B rows of a batch, T prompt tokens with padding, V vocabulary.
 """
@@ -39,7 +38,7 @@ from adaras_export.files.atomic import sha256
 
 _NAMES = signature(GenerationMixin.prepare_inputs_for_generation).parameters
 CACHE = "cache" if "cache" in _NAMES else "past_key_values"
-"""What this Transformers calls the KV cache that a model is called with; 5.24 changed it."""
+"""The name of the KV cache argument in this Transformers; 5.24 changed it."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class Sampling:
     A completion ends before the first token whose text contains ``stop``, as it does before EOS.
 
     Raises:
-        TraceError: a value outside its range.
+        TraceError: a value is outside its range.
     """
 
     max_new_tokens: int
@@ -74,14 +73,14 @@ class Sampling:
 
 @dataclass(frozen=True, eq=False)
 class Prefilled:
-    """Left-padded prompts, ids and mask (B, T), and the cache of all their tokens but the last."""
+    """Left-padded prompts, ids and mask (B, T), and the cache of all tokens except the last."""
 
     ids: Tensor
     mask: Tensor
     cache: Cache
 
     def repeated(self, rows: Sequence[int]) -> "Prefilled":
-        """A copy that holds the given rows, each as often as it is named."""
+        """A copy with the given rows; a row may be given several times."""
         index_R = torch.tensor(rows, device=self.ids.device)
         cache: Any = copy.deepcopy(self.cache)
         cache.batch_select_indices(index_R)
@@ -91,24 +90,24 @@ class Prefilled:
 def sampled_by(
     backend: str, sampling: Sampling, *, dtype: str | None = None, template: str | None = None
 ) -> dict[str, str | int | float | None]:
-    """What completions hang on beside prompt and model, as traces record it; None is not known."""
+    """The settings that completions depend on, besides prompt and model, as traces record them; None is unknown."""
     return {"backend": backend, **vars(sampling), "dtype": dtype, "template": template}
 
 
 def template_digest(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The chat template in 16 hex digits of its SHA-256; None without one."""
+    """16 hex digits of the chat template's SHA-256; None without a template."""
     template = tokenizer.chat_template
     return None if template is None else sha256(json.dumps(template, sort_keys=True).encode())[:16]
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
-    """Token ids up to where the completion starts, special tokens included.
+    """Token ids of a prompt, with special tokens.
 
     Chat messages go through the chat template with its generation prompt.
 
     Raises:
-        TraceError: a chat prompt that the tokenizer has no template for or whose template refuses
-            it, or a prompt that gives no token.
+        TraceError: the tokenizer has no chat template or its template refuses the messages, or the prompt gives no
+            token.
     """
     if isinstance(prompt, str):
         ids = tokenizer(prompt)["input_ids"]
@@ -120,16 +119,16 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
 
 
 def room(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> int:
-    """How many tokens the model's context has left behind the longest of these prompts."""
+    """How many tokens the model's context has left after the longest prompt."""
     longest = max((len(encode_prompt(tokenizer, prompt)) for prompt in prompts), default=0)
     return int(model.config.max_position_embeddings) - longest
 
 
 def encode_trace(tokenizer: PreTrainedTokenizerBase, trace: Trace) -> tuple[list[int], list[int]]:
-    """Token ids of the prompt and of the completion, which is encoded alone and gets no EOS.
+    """Token ids of the prompt and of the completion, which is encoded separately and gets no EOS.
 
     Raises:
-        TraceError: as `encode_prompt`, or a completion that gives no token.
+        TraceError: `encode_prompt` refuses the prompt, or the completion gives no token.
     """
     completion = list(tokenizer(trace.completion, add_special_tokens=False)["input_ids"])
     if not completion:
@@ -138,7 +137,7 @@ def encode_trace(tokenizer: PreTrainedTokenizerBase, trace: Trace) -> tuple[list
 
 
 def left_pad(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """Rows of token ids as int64 (B, T), ended flush, and the mask that is 1 on real tokens."""
+    """Rows of token ids as int64 (B, T), padded on the left, and the mask that is 1 on real tokens."""
     width = max(len(row) for row in rows)
     ids_BT = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in rows])
     mask_BT = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
@@ -148,8 +147,7 @@ def left_pad(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device | 
 def batches(lengths: Sequence[int], token_budget: int, max_rows: int) -> list[list[int]]:
     """Indices of rows to run together: rows of similar length, longest first.
 
-    Rows times the longest one's tokens stay within ``token_budget``; a row that is longer than the
-    budget is a batch of its own.
+    The number of rows times the longest length stays within ``token_budget``; a longer row is a batch of one.
     """
     groups: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
@@ -162,7 +160,7 @@ def batches(lengths: Sequence[int], token_budget: int, max_rows: int) -> list[li
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id to pad with: the tokenizer's pad token, or its EOS where it has none.
+    """The padding id: the tokenizer's pad token, or else its EOS.
 
     Raises:
         TraceError: the tokenizer has neither.
@@ -180,10 +178,7 @@ def complete(
     sampling: Sampling,
     keys: Sequence[str],
 ) -> list[str]:
-    """Continue every row of prompt ids as one batch; the texts without special tokens.
-
-    See `complete_ids`.
-    """
+    """Continue every row of prompt ids as one batch; returns texts without special tokens. See `complete_ids`."""
     return [decode(tokenizer, ids) for ids in complete_ids(model, tokenizer, rows, sampling, keys)]
 
 
@@ -194,12 +189,12 @@ def complete_ids(
     sampling: Sampling,
     keys: Sequence[str],
 ) -> list[list[int]]:
-    """Continue every row of prompt ids as one batch; the new ids, without EOS and what follows it.
+    """Continue every row of prompt ids as one batch; returns the new ids before EOS.
 
-    ``keys`` names each row: its random numbers come from the seed and the key. Every kept token has
-    also been an input of the model, the last one too: generation goes one token further than
-    ``max_new_tokens`` and drops it. So activations recorded meanwhile are those of a teacher-forced
-    read of the same ids. (A finished row is fed padding until its batch ends.)
+    ``keys`` names each row: its random numbers come from the seed and the key. Generation runs one token further than
+    ``max_new_tokens`` and drops that token, so that every kept token has been an input of the model. Recorded
+    activations therefore equal those of a teacher-forced pass over the same ids. (A finished row gets padding until
+    its batch ends.)
 
     Raises:
         TraceError: a prompt leaves no room for the new tokens in the model's context.
@@ -216,7 +211,7 @@ def continue_ids(
     sampling: Sampling,
     keys: Sequence[str],
 ) -> list[list[int]]:
-    """What `complete_ids` gives for the prefilled prompts, up to rounding; uses up their cache."""
+    """Like `complete_ids` for prefilled prompts, up to rounding; consumes their cache."""
     inputs = {
         "input_ids": prefilled.ids,
         "attention_mask": prefilled.mask,
@@ -234,7 +229,7 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 
 @torch.no_grad()
 def prefill(model: PreTrainedModel, rows: Sequence[Sequence[int]], pad_id: int) -> Prefilled:
-    """Run everything but the last token of every prompt, once for many continuations."""
+    """Run all tokens except the last of every prompt, once for many continuations."""
     ids_BT, mask_BT = left_pad(rows, pad_id, model.device)
     cache: Cache = DynamicCache(config=model.config)
     if ids_BT.shape[1] > 1:
@@ -244,19 +239,19 @@ def prefill(model: PreTrainedModel, rows: Sequence[Sequence[int]], pad_id: int) 
             attention_mask=past_BT,
             position_ids=(past_BT.cumsum(1) - 1).clamp(min=0),
             use_cache=True,
-            logits_to_keep=1,  # nobody reads them; all would be T * V numbers a row
+            logits_to_keep=1,  # not used; all logits would be T * V numbers a row
             **{CACHE: cache},
         )
     return Prefilled(ids_BT, mask_BT, cache)
 
 
 def row_seed(seed: int, key: str, bits: int = 63) -> int:
-    """The seed of one row; of 63 bits, so that torch takes it as a signed integer."""
+    """The seed of one row; 63 bits, since torch takes a signed integer."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{key}".encode()).digest()[:8], "big") >> (64 - bits)
 
 
 def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop: str | None) -> list[int]:
-    """Every token that ends a completion: EOS, and the tokens whose text contains ``stop``.
+    """All tokens that end a completion: EOS, and the tokens whose text contains ``stop``.
 
     Raises:
         TraceError: no token contains ``stop``.
@@ -269,13 +264,13 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, stop: str) -> tuple[int, ...]:
     """The tokens whose text contains ``stop``.
 
     Raises:
-        TraceError: there is none.
+        TraceError: no token contains ``stop``.
     """
     texts = tokenizer.batch_decode([[id_] for id_ in range(len(tokenizer))], clean_up_tokenization_spaces=False)
-    found = tuple(id_ for id_, text in enumerate(texts) if stop in text)
-    if not found:
+    ids = tuple(id_ for id_, text in enumerate(texts) if stop in text)
+    if not ids:
         raise TraceError(f"stop {stop!r}: no token of the tokenizer contains it; expected a shorter text")
-    return found
+    return ids
 
 
 def _processors(sampling: Sampling, keys: Sequence[str], device: torch.device) -> LogitsProcessorList:
@@ -288,9 +283,9 @@ def _processors(sampling: Sampling, keys: Sequence[str], device: torch.device) -
 
 
 class _GumbelNoise(LogitsProcessor):
-    """Adds noise that turns the argmax into an exact sample of the softmax, row by row.
+    """Adds noise so that the argmax is an exact sample of the softmax.
 
-    A generator of its own for every row makes the sample independent of the rest of the batch.
+    Each row has a separate generator, so that its sample does not depend on the other rows.
     """
 
     def __init__(self, seed: int, keys: Sequence[str], device: torch.device) -> None:
@@ -311,7 +306,7 @@ def _generate(
     sampling: Sampling,
     keys: Sequence[str],
 ) -> list[list[int]]:
-    """The new ids of every row: at most ``max_new_tokens``, cut before the first that ends them."""
+    """The new ids of every row: at most ``max_new_tokens``, up to the first end token."""
     max_new_tokens = sampling.max_new_tokens
     width = inputs["input_ids"].shape[1]
     context = model.config.max_position_embeddings
@@ -336,10 +331,10 @@ def _generate(
 
 
 def with_defaults(model: PreTrainedModel, config: GenerationConfig) -> Any:  # noqa: ANN401 - `generate` is not typed
-    """A second handle on the same modules, whose generation defaults are ``config``.
+    """A shallow copy of the model with ``config`` as its generation defaults.
 
-    `generate` fills what a given config leaves open from the model's own one (penalties, banned
-    words, temperatures), and setting that one on the caller's model would meet other threads.
+    `generate` takes missing settings (penalties, banned words, temperatures) from the model's defaults. Changing those
+    on the caller's model would affect other threads.
     """
     handle = copy.copy(model)
     handle.generation_config = config
@@ -347,7 +342,7 @@ def with_defaults(model: PreTrainedModel, config: GenerationConfig) -> Any:  # n
 
 
 def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What ends a completion: the ids of the model's generation config, else the tokenizer's."""
+    """The EOS ids of the model's generation config, or else of the tokenizer."""
     for ids in (model.generation_config.eos_token_id, tokenizer.eos_token_id):
         if ids is not None:
             return [ids] if isinstance(ids, int) else list(ids)

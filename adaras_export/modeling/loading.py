@@ -1,4 +1,4 @@
-"""Loads a stock model and its tokenizer, in the numeric type that the user chose. Runs no code of a repository."""
+"""Loads a stock model and its tokenizer in a chosen numeric type. Runs no code of a repository."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,15 +28,26 @@ def load_model(
     device_map: str | Mapping[str, str | int] | None = None,
     offload_folder: str | Path | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A stock model in eval mode and its tokenizer, padding on the left; runs no foreign code.
+    """A stock model in eval mode, and its tokenizer with padding on the left; runs no untrusted code.
 
-    Without a ``device``: CUDA where torch sees one, else the CPU. With a ``device_map``, Accelerate puts the modules
-    where it says, or as "auto" fills GPUs, then memory, then the disk (``offload_folder``); ``device`` does not count.
+    Args:
+        base: folder or Hub id.
+        revision: branch, tag or commit of a Hub id.
+        dtype: numbers that the model computes with; float32 where results are to be reproducible.
+        device: default: CUDA where torch sees one, else the CPU.
+        device_map: where Accelerate puts the modules; "auto" fills GPUs, then memory, then the disk. Then ``device``
+            does not count.
+        offload_folder: where a device map may put weights on the disk.
 
     Raises:
-        MissingExtraError: a device map without Accelerate.
-        ArtifactError: no model there, or its tensors are not exactly those of the architecture.
+        MissingExtraError: a device map is given, but Accelerate is not installed.
+        ArtifactError: the folder has no model, or its tensors are not exactly those of the architecture.
         UnsupportedModelError: the architecture is not in the table.
+
+    Example:
+        model, tokenizer = load_model("Qwen/Qwen3-1.7B", dtype="bfloat16")
+        report = collect(model, tokenizer, read_questions("questions.jsonl"), "traces.jsonl")
+        print(report.correct, "of", report.traces, "traces are correct")
     """
     folder = fetch(base, revision)
     Checkpoint(folder).require_buildable()
@@ -45,7 +56,7 @@ def load_model(
         require("accelerate", "distributed", "a device map")
         placing = {"device_map": device_map, "offload_folder": offload_folder}
     try:
-        with torch.random.fork_rng(devices=[]):  # a tensor that the files lack is filled from it
+        with torch.random.fork_rng(devices=[]):  # missing tensors are drawn at random
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True, **placing
             )
@@ -64,7 +75,7 @@ def load_model(
 
 
 def _require_exact(loading: Mapping[str, Any], subject: str) -> None:
-    """Refuse a load that left a tensor random or dropped one: Transformers only logs it."""
+    """Refuse a load with a missing or an unexpected tensor, which Transformers only logs."""
     wrong = [f"{kind} {key}" for kind in ("missing", "unexpected") for key in sorted(loading[f"{kind}_keys"])]
     if wrong:
         raise ArtifactError(

@@ -1,7 +1,7 @@
 """Steer a stock model in memory: the reference semantics of a rule.
 
-Adds strength * g * delta to what enters the down projection, as the paper's equation reads, where the exported
-module adds the folded vector behind it. Knows no export format; `verify` compares the two.
+Adds strength * g * delta to the input of the down projection, as in the paper's equation. The exported module adds the
+folded vector to its output instead; `verify` compares the two.
 """
 
 import threading
@@ -43,10 +43,10 @@ from adaras_export.runtime.steering_adaras import (
 
 @contextmanager
 def steered(model: nn.Module, rule: SteeringRule) -> Iterator[nn.Module]:
-    """Steer ``model`` for as long as the context lasts; leaves no hook behind, whatever happens in it.
+    """Steer ``model`` inside the context; removes its hooks in the end.
 
-    ``generate`` works as without it, cached or not, with left-padded batches; a bare forward treats several
-    tokens as a prompt and one token behind a KV cache as a generated one.
+    ``generate`` works as usual, with or without a cache, with left-padded batches. A direct forward call treats several
+    tokens as a prompt, and one token after a KV cache as a generated one.
 
     Raises:
         RuleError: the rule belongs to another model, or the model is steered already.
@@ -68,9 +68,9 @@ def steered(model: nn.Module, rule: SteeringRule) -> Iterator[nn.Module]:
 
 @contextmanager
 def steered_everywhere(model: nn.Module, rule: SteeringRule) -> Iterator[nn.Module]:
-    """Steer every token of every sequence, prompts too, whatever the rule says of start and gate.
+    """Steer every token of every sequence, prompts too; ignores start and gate of the rule.
 
-    What a static artifact computes, whose format knows neither. Leaves no hook behind.
+    A static artifact computes this, since its format has neither. Removes its hooks in the end.
 
     Raises:
         RuleError: the rule belongs to another model, or the model is steered already.
@@ -93,7 +93,7 @@ def _add(index_K: Tensor, change_K: Tensor, _module: nn.Module, args: tuple[Tens
 
 
 class _Open(threading.local):
-    """Forward passes of this thread that have begun, each with its hooks and what ends it."""
+    """The running forward passes of this thread, each with its hooks and its exit stack."""
 
     def __init__(self) -> None:
         self.passes: list[tuple[Passes, ExitStack]] = []
@@ -122,21 +122,21 @@ class Passes:
             self.decoder.register_forward_hook(self.end, with_kwargs=True, always_call=True),
         ]
 
-    def wanted(self) -> bool:
-        """Whether the forward pass that begins is to be steered by these hooks."""
+    def applies(self) -> bool:
+        """Whether these hooks steer the current forward pass."""
         return True
 
     @contextmanager
     def around(self) -> Iterator[None]:
-        """What holds during a forward pass."""
+        """A context around each forward pass."""
         yield
 
     def limit(self, step: Step, rows: int) -> None:
-        """Change the step of a pass over so many rows before it runs."""
+        """Adjust the step of a forward pass over ``rows`` rows before it runs."""
 
     def begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before the decoder."""
-        if not self.wanted():
+        """Decoder pre-hook: begin the step."""
+        if not self.applies():
             return
         arguments = {**dict(zip(self.names, args, strict=False)), **kwargs}
         with ExitStack() as opening:
@@ -149,8 +149,8 @@ class Passes:
             _OPEN.passes.append((self, opening.pop_all()))
 
     def end(self, _module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], outputs: Any) -> None:  # noqa: ANN401
-        """After the decoder, also where it failed."""
-        if not _OPEN.passes or _OPEN.passes[-1][0] is not self:  # begin() refused the call, or let it pass
+        """Decoder hook: end the step, also after an error."""
+        if not _OPEN.passes or _OPEN.passes[-1][0] is not self:  # begin() refused or ignored the call
             return
         _, opened = _OPEN.passes.pop()
         with opened:
@@ -158,11 +158,11 @@ class Passes:
                 finish_step(THREAD.step, outputs)
 
     def _place(self) -> tuple[int | None, Tensor | None]:
-        """Where the prompt ends in a call that generate() has prepared; None leaves it to the shape of the call."""
+        """Where the prompt ends in a call that generate() prepared; None lets the shape of the call decide."""
         scope = scope_of(self.decoder)
         if scope is None:
             return None, None
-        place, scope.place = scope.place, (None, None)  # the next call may be of another prompt, as with guidance_scale
+        place, scope.place = scope.place, (None, None)  # the next call may have another prompt, as with guidance_scale
         return place
 
 
@@ -193,11 +193,11 @@ class _Hooks(Passes):
 def announcing(original: Any, after: Callable[..., None] | None = None, **inner: Any) -> Any:  # noqa: ANN401 - a model class
     """The class of a model with a generate() that tells the hooks where the prompt ends in each call.
 
-    A class and not an attribute of the instance, so that a copy of the model generates as itself. ``after`` is called
-    with the model, its scope and the outputs; ``inner`` are further entries of the class.
+    A class rather than an instance attribute, so that a copy of the model generates with itself. ``after`` is called
+    with the model, its scope and the outputs; ``inner`` holds more attributes of the class.
 
     Raises:
-        NotImplementedError: this Transformers calls generate() or its parts with arguments of other names.
+        NotImplementedError: generate() or its parts have other argument names in this Transformers.
     """
     require_generation(original)
 
@@ -209,7 +209,7 @@ def announcing(original: Any, after: Callable[..., None] | None = None, **inner:
             after(self, scope, outputs)
         return outputs
 
-    @wraps(original.prepare_inputs_for_generation)  # Transformers looks at the signature
+    @wraps(original.prepare_inputs_for_generation)  # Transformers inspects the signature
     def prepare(self: nn.Module, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         prepared = original.prepare_inputs_for_generation(self, input_ids, *args, **kwargs)
         scope = scope_of(families.decoder(self))
@@ -228,7 +228,7 @@ def announcing(original: Any, after: Callable[..., None] | None = None, **inner:
 
 
 def _by_layer(layer: Array, index: Array, device: torch.device) -> dict[int, Tensor]:
-    return {int(one): torch.tensor(index[layer == one], device=device) for one in np.unique(layer)}
+    return {int(number): torch.tensor(index[layer == number], device=device) for number in np.unique(layer)}
 
 
 def _check(model: nn.Module, rule: SteeringRule) -> None:

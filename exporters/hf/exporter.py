@@ -1,7 +1,7 @@
 """Target `hf`: a Hugging Face repository with custom code that opens with plain `from_pretrained`.
 
-The base checkpoint's files are hard-linked, one small file holds the folded vectors and the gate, and the payload
-of `adaras_export.runtime` is copied as it is. Exact: gate, start and a dial for the strength.
+The base checkpoint's files are hard-linked, one small file holds the folded vectors and the gate, and the code of
+`adaras_export.runtime` is copied unchanged. Carries the whole rule: gate, start, and a dial for the strength.
 """
 
 from collections import Counter
@@ -68,15 +68,15 @@ class HuggingFaceExporter:
 
     @property
     def spec(self) -> TargetSpec:
-        """As `Exporter` says."""
+        """The target's name, card and tags."""
         return TargetSpec("hf", "exporters/hf/card.md", disclosed, tags=("custom_code",))
 
     def with_context(self, context: ExportContext) -> Exporter:
-        """As `Exporter` says."""
+        """A copy of this exporter that copies or links weight files, by the context."""
         return replace(self, copy=context.copy)
 
     def write(self, rule: SteeringRule, base: Checkpoint, out: Path) -> Written:
-        """As `Exporter` says."""
+        """Link the base's files; write the steering tensors, the config and the code."""
         config = plain_config(base)
         for path in sorted({*base.files.values()}):
             link_or_copy(path, out / linked_name(path), copy=self.copy)
@@ -87,12 +87,12 @@ class HuggingFaceExporter:
         return Written(rule)
 
     def refresh(self, folder: Path, rule: SteeringRule, base: Checkpoint) -> None:
-        """As `Refreshing` says."""
+        """Write today's code and config again."""
         config = steered_config(base.config, rule)
         refresh_repository(folder, base, config, payload(rule.base.family))
 
     def inspect(self, folder: Path, rule: SteeringRule, base: Checkpoint) -> Inspection:
-        """As `Exporter` says."""
+        """Compare code, config, tensors and files with those that `write` writes."""
         expected = steered_config(base.config, rule)
         code, config, *files = repository_checks(folder, base, expected, payload(rule.base.family))
         weights = {linked_name(path) for path in base.files.values()}
@@ -102,11 +102,11 @@ class HuggingFaceExporter:
         return Inspection(code, config, (*files, *_tensor_checks(folder, rule, base), unknown))
 
     def reference(self, folder: Path, rule: SteeringRule, base: Checkpoint) -> Reference:  # noqa: ARG002
-        """As `Exporter` says."""
+        """The base, steered in memory by the rule."""
         return stock_reference(rule, base)
 
     def load(self, folder: Path) -> Artifact:
-        """As `Exporter` says. Runs the repository's code, which `inspect` has found to be this library's own."""
+        """Open the repository with its own code, which `inspect` has compared with this library's."""
         return open_repository(folder)
 
 
@@ -114,24 +114,24 @@ EXPORTER = HuggingFaceExporter()
 
 
 REPOSITORY_FILES = frozenset({"config.json", "tokenizer_config.json"})
-"""What `write_repository` writes besides code and what the base has."""
+"""Files that `write_repository` writes besides the code and the base's small files."""
 
 SHARED_FILES = frozenset({INDEX_FILE, STEERING_FILE})
 
 
 def write_repository(out: Path, base: Checkpoint, config: dict[str, Any], code: dict[str, bytes]) -> None:
-    """Write all that a repository holds besides tensors: config, code, and the small files of the base."""
+    """Write the files of a repository except tensors: config, code, and the base's small files."""
     write_json(out / "config.json", config)
     for name, content in code.items():
         (out / name).write_bytes(content)
     copy_companions(base.folder, out)
     classes = _tokenizer_classes(base.folder, code)
     fitting = classes if code else (name for name in classes if _opens_alike(out, base.folder, name))
-    name_tokenizer_class(out, next(iter(fitting), classes[0]))  # if none fits, the checks will tell
+    name_tokenizer_class(out, next(iter(fitting), classes[0]))  # if none fits, the checks fail
 
 
 def refresh_repository(folder: Path, base: Checkpoint, config: dict[str, Any], code: dict[str, bytes]) -> None:
-    """Write code, config and the tokenizer's class anew, as `write_repository` writes them; other files stay."""
+    """Write code, config and tokenizer class again, as `write_repository` does; other files stay."""
     for name, content in code.items():
         atomic.replace_file(folder / name, content)
     write_json(folder / "config.json", config)
@@ -139,7 +139,7 @@ def refresh_repository(folder: Path, base: Checkpoint, config: dict[str, Any], c
 
 
 def repository_checks(folder: Path, base: Checkpoint, config: dict[str, Any], code: dict[str, bytes]) -> list[Check]:
-    """Compare what `write_repository` wrote; code and config come first."""
+    """Compare the files that `write_repository` writes; the checks of code and config come first."""
     strange = _strange_code(folder, code)
     found = atomic.read_json(folder / "config.json")
     settings = differing_keys(found, config)
@@ -156,18 +156,18 @@ def repository_checks(folder: Path, base: Checkpoint, config: dict[str, Any], co
 
 
 def open_repository(folder: Path, **how: str) -> Artifact:
-    """Open a repository with its own code, in float32; ``how`` goes to its `from_pretrained`.
+    """Open a repository with its own code, in float32; ``how`` is passed to `from_pretrained`.
 
     Raises:
-        ArtifactError: it does not open.
+        ArtifactError: the repository cannot be opened.
     """
     return _SteeredRepo(*opened(folder, trust_remote_code=True, **how))
 
 
 def steered_config(config: dict[str, Any], rule: SteeringRule) -> dict[str, Any]:
-    """The base's config.json with our classes and the settings of the rule; a model_type of its own.
+    """The base's config.json with our classes, the settings of the rule, and a new model_type.
 
-    With the base's model_type, whoever forgets trust_remote_code would get an unsteered model without an error.
+    With the base's model_type, opening without trust_remote_code would give an unsteered model without an error.
     """
     family = families.FAMILIES[rule.base.family]
     name, module = f"AdaRAS{family.stem}", family.payload.removesuffix(".py")
@@ -194,7 +194,7 @@ def steered_config(config: dict[str, Any], rule: SteeringRule) -> dict[str, Any]
 def steering_tensors(rule: SteeringRule, base: Checkpoint) -> dict[str, Array]:
     """The tensors that an export adds, by checkpoint key.
 
-    Per steered layer its vector; per gate layer the feature indices, int64; the gate's weights, float32.
+    A vector per steered layer; int64 feature indices per gate layer; the gate's weights, float32.
     """
     layers = base.layers_key
     tensors = {f"{layers}.{layer}.mlp.steering_vector": vector for layer, vector in vectors(rule, base).items()}
@@ -213,7 +213,7 @@ def payload(family: str) -> dict[str, bytes]:
 
 
 class _SteeredRepo(SteeredModel):
-    """An opened export. Modes are set with the dials that users have."""
+    """An opened export."""
 
     tolerance = FLOAT32
     switchable = True
@@ -248,7 +248,7 @@ def _gate_settings(gate: Gate) -> dict[str, Any]:
 
 
 def _strange_code(folder: Path, own: dict[str, bytes]) -> list[str]:
-    """Files that are not this library's and that from_pretrained would run, or follow to code elsewhere."""
+    """Files not from this library that from_pretrained would run, or that point to other code."""
     changed = [name for name, content in own.items() if not holds(folder / name, content)]
     names = [str(path.relative_to(folder)) for path in sorted(folder.rglob("*.py")) if "__pycache__" not in path.parts]
     pointers = [name for name in ("adapter_config.json",) if (folder / name).exists()]
@@ -259,19 +259,19 @@ def _strange_code(folder: Path, own: dict[str, bytes]) -> list[str]:
 
 
 def _tokenizer_classes(base: Path, code: dict[str, bytes]) -> list[str]:
-    """Which classes the tokenizer may have: the base's own, where code of ours gives configs the base's model_type."""
+    """The allowed tokenizer classes: with our code, which restores the base's model_type, only the base's class."""
     classes = tokenizer_classes(base)
     return classes[:1] if code else classes
 
 
 def _opens_alike(out: Path, base: Path, name: str) -> bool:
-    """Whether a repository without code has the base's tokenizer if it names this class."""
+    """Whether a repository without code opens the base's tokenizer with this class."""
     name_tokenizer_class(out, name)
     return all(check.ok for check in _tokenizer_checks(out, base, trust_remote_code=False))
 
 
 def _tokenizer_checks(folder: Path, base: Path, *, trust_remote_code: bool) -> list[Check]:
-    """Whether both folders give the same token ids; a base without a tokenizer has nothing to compare."""
+    """Compare the token ids of both folders' tokenizers; no checks for a base without a tokenizer."""
     if not (base / "tokenizer_config.json").exists():
         return []
     from transformers import AutoTokenizer

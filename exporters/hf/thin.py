@@ -1,7 +1,7 @@
-"""Target `hf-thin`: a repository of some kilobytes that pulls the base's weights from where they are.
+"""Target `hf-thin`: a repository of some kilobytes that loads the base's weights from the base.
 
-As `hf`, the same classes and the same rule, but without weight files: the config names the base, by Hub id and
-commit or by the path of its folder, and the fingerprint that its tensors must have.
+It has the classes and the rule of target `hf`, but no weight files. The config names the base, by Hub id and commit or
+by the path of its folder, and the fingerprint that its tensors must have.
 """
 
 from dataclasses import dataclass, replace
@@ -37,13 +37,13 @@ _LOADERS = {
 
 @dataclass(frozen=True)
 class ThinExporter:
-    """The exporter of target `hf-thin`; without a context, the base is where its folder is."""
+    """The exporter of target `hf-thin`; without a context, the config names the base's folder."""
 
     context: ExportContext | None = None
 
     @property
     def spec(self) -> TargetSpec:
-        """As `Exporter` says."""
+        """The target's name, card and tags."""
         return TargetSpec(
             "hf-thin",
             "exporters/hf/card_thin.md",
@@ -54,11 +54,11 @@ class ThinExporter:
         )
 
     def with_context(self, context: ExportContext) -> Exporter:
-        """As `Exporter` says."""
+        """A copy of this exporter with the location of the base."""
         return replace(self, context=context)
 
     def write(self, rule: SteeringRule, base: Checkpoint, out: Path) -> Written:
-        """As `Exporter` says."""
+        """Write the steering tensors, the code, and a config that names the base."""
         if (base.folder / "adapter_config.json").exists():
             raise ExportError(
                 f"{base}: has an adapter_config.json, which from_pretrained would follow; expected a plain model: "
@@ -70,11 +70,11 @@ class ThinExporter:
         return Written(rule)
 
     def refresh(self, folder: Path, rule: SteeringRule, base: Checkpoint) -> None:
-        """As `Refreshing` says."""
+        """Write today's code and config again."""
         exporter.refresh_repository(folder, base, self._config(rule, base), payload(rule.base.family))
 
     def inspect(self, folder: Path, rule: SteeringRule, base: Checkpoint) -> Inspection:
-        """As `Exporter` says."""
+        """Compare code, config, tensors and files with those that `write` writes."""
         found = exporter.repository_checks(folder, base, self._config(rule, base), payload(rule.base.family))
         code, config, *files = found
         expected, path = _tensors(rule, base), folder / STEERING_FILE
@@ -89,11 +89,11 @@ class ThinExporter:
         return Inspection(code, config, rest)
 
     def reference(self, folder: Path, rule: SteeringRule, base: Checkpoint) -> Reference:  # noqa: ARG002
-        """As `Exporter` says."""
+        """The base, steered in memory by the rule."""
         return stock_reference(rule, base)
 
     def load(self, folder: Path) -> Artifact:
-        """As `Exporter` says. Runs the repository's code, which `inspect` has found to be this library's own."""
+        """Open the repository with its own code, which `inspect` has compared with this library's."""
         elsewhere = None if self.context is None else self.context.base_elsewhere
         return (
             exporter.open_repository(folder)
@@ -102,7 +102,7 @@ class ThinExporter:
         )
 
     def _config(self, rule: SteeringRule, base: Checkpoint) -> dict[str, Any]:
-        """The config of target hf, with the classes that fetch the base; "base" keeps what they put back."""
+        """The config of target hf with the classes that fetch the base; "base" holds the entries that they restore."""
         config = exporter.steered_config(base.config, rule)
         place = self.context or ExportContext(str(base.folder.resolve()))
         record = {
@@ -123,6 +123,6 @@ def payload(family: str) -> dict[str, bytes]:
 
 
 def _tensors(rule: SteeringRule, base: Checkpoint) -> dict[str, Array]:
-    """The steering tensors, named from the decoder on: the same for `AutoModel` and `AutoModelForCausalLM`."""
+    """The steering tensors without the decoder's prefix: valid for `AutoModel` and `AutoModelForCausalLM`."""
     prefix = base.decoder_key
     return {name.removeprefix(prefix): value for name, value in exporter.steering_tensors(rule, base).items()}

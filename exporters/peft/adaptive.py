@@ -1,7 +1,7 @@
-"""Target `peft` with `adaptive`: an adapter of our own PEFT method, which carries gate and start.
+"""Target `peft` with `adaptive`: an adapter of our PEFT method ADARAS, which carries gate and start.
 
-The whole rule, exactly, with a dial for the strength; but whoever opens it needs this library beside PEFT, to which
-`adaras_export.exporters.peft.method` adds the method ADARAS.
+It carries the whole rule, with a dial for the strength. Opening it needs this library besides PEFT:
+`adaras_export.exporters.peft.method` adds the method to PEFT.
 """
 
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ class AdaptiveExporter(PeftExporter):
 
     @property
     def spec(self) -> TargetSpec:
-        """As `Exporter` says."""
+        """The spec of target `peft`, with gate and start."""
         return replace(
             super().spec,
             card="exporters/peft/card_adaptive.md",
@@ -39,23 +39,23 @@ class AdaptiveExporter(PeftExporter):
         )
 
     def reference(self, folder: Path, rule: SteeringRule, base: Checkpoint) -> Reference:  # noqa: ARG002
-        """As `Exporter` says."""
+        """The base, steered in memory by the whole rule."""
         return stock_reference(rule, base)
 
     def load(self, folder: Path) -> Artifact:
-        """As `Exporter` says."""
+        """Open the base with the adapter."""
         return _Adaptive(open_adapted(folder, self.context), folder)
 
     def tensors(self, rule: SteeringRule, base: Checkpoint) -> dict[str, Array]:
-        """What the adapter's file holds: the folded vectors, without the strength, and the gate."""
-        held = {f"{_key(rule, layer)}.adaras_vector": vector for layer, vector in vectors(rule, base).items()}
+        """The adapter's tensors: the folded vectors, without the strength, and the gate."""
+        tensors = {f"{_key(rule, layer)}.adaras_vector": vector for layer, vector in vectors(rule, base).items()}
         if rule.gate is not None:
             gate = f"{_key(rule, int(rule.gate.layer.min()))}.adaras_gate"
-            held |= {f"{gate}.{name}": np.asarray(value) for name, value in rule.gate.weights().items()}
-        return held
+            tensors |= {f"{gate}.{name}": np.asarray(value) for name, value in rule.gate.weights().items()}
+        return tensors
 
     def config(self, rule: SteeringRule, base: Checkpoint) -> dict[str, Any]:
-        """The adapter_config.json, as `AdarasConfig` has it."""
+        """The adapter_config.json, with the fields of `AdarasConfig`."""
         gate, family = rule.gate, rule.base.family
         read = [] if gate is None else np.unique(gate.layer).tolist()
         features = {} if gate is None else {layer: gate.index[gate.layer == layer].tolist() for layer in read}
@@ -80,7 +80,7 @@ def _key(rule: SteeringRule, layer: int) -> str:
 
 
 class _Adaptive(Adapted):
-    """The base with such an adapter on it."""
+    """The base with an adaptive adapter."""
 
     @contextmanager
     def set_to(self, mode: Mode) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""Target `peft`: by its options a stock LoRA adapter, an adapter of our own method, or biases merged into the base."""
+"""Target `peft`: a stock LoRA adapter, or by options an adapter of our method or biases merged into the base."""
 
 from dataclasses import dataclass
 
@@ -9,10 +9,10 @@ from adaras_export.exporters.peft.lora import PeftExporter
 
 @dataclass(frozen=True)
 class PeftTarget(PeftExporter):
-    """The stock adapter, until options choose another form."""
+    """The stock adapter, unless options choose another form."""
 
     def with_context(self, context: ExportContext) -> Exporter:
-        """As `Exporter` says."""
+        """Choose the form of the adapter by the options."""
         chosen = {name: context.options.get(name, False) for name in ("adaptive", "merge")}
         if strange := [f"{name} {value!r}" for name, value in chosen.items() if not isinstance(value, bool)]:
             raise ExportError(f"peft: {', '.join(strange)}; expected true or false")

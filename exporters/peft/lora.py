@@ -1,8 +1,8 @@
-"""Target `peft`: a stock LoRA adapter that is nothing but biases, for any PEFT >= 0.18 and no code of ours.
+"""Target `peft`: a stock LoRA adapter with biases only, which any PEFT >= 0.18 opens without this library.
 
-W_down[:, idx] @ delta is a constant, so a LoRA with `lora_bias` and A = B = 0 holds it exactly. It knows neither gate
-nor start: every token of every sequence is steered. With `merge` it is an ordinary checkpoint instead (peft_merge.py),
-with `adaptive` an adapter of our own method that knows both (peft_adaptive.py).
+W_down[:, idx] @ delta is a constant, so a LoRA with `lora_bias` and A = B = 0 holds it exactly. It has no gate and no
+start: every token of every sequence is steered. Option `merge` writes an ordinary checkpoint instead (merge.py), option
+`adaptive` an adapter of our method, with gate and start (adaptive.py).
 """
 
 from collections.abc import Sequence
@@ -45,22 +45,22 @@ from adaras_export.exporters.parity import FLOAT32, Artifact, Check, Mode, Refer
 from adaras_export.files import atomic
 from adaras_export.files.safetensors_record import Array
 
-_CODE = {".py", ".bin", ".pt", ".pth", ".pkl"}  # what could run when a folder is opened, pickles included
+_CODE = {".py", ".bin", ".pt", ".pth", ".pkl"}  # files that could run when a folder is opened, including pickles
 
 
 OPTIONS = frozenset({"adaptive", "merge"})
-"""Options of target `peft`, in each of its forms."""
+"""Options of target `peft`, in all its forms."""
 
 
 @dataclass(frozen=True)
 class PeftExporter:
-    """The exporter of target `peft`; without a context, the base is where its folder is."""
+    """The exporter of target `peft`; without a context, the adapter names the base's folder."""
 
     context: ExportContext | None = None
 
     @property
     def spec(self) -> TargetSpec:
-        """As `Exporter` says."""
+        """The target's name, card, options and tags."""
         return TargetSpec(
             "peft",
             "exporters/peft/card.md",
@@ -74,11 +74,11 @@ class PeftExporter:
         )
 
     def with_context(self, context: ExportContext) -> Exporter:
-        """As `Exporter` says."""
+        """A copy of this exporter with the location of the base."""
         return replace(self, context=context)
 
     def write(self, rule: SteeringRule, base: Checkpoint, out: Path) -> Written:
-        """As `Exporter` says."""
+        """Write the adapter's tensors and its config."""
         require_effect(rule, "peft")
         plain_config(base)
         atomic.replace_file(out / ADAPTER_FILE, save(self.tensors(rule, base), metadata={"format": "pt"}))
@@ -86,7 +86,7 @@ class PeftExporter:
         return Written(rule)
 
     def inspect(self, folder: Path, rule: SteeringRule, base: Checkpoint) -> Inspection:
-        """As `Exporter` says."""
+        """Compare config, tensors and files with those that `write` writes; no code is allowed."""
         expected, found = self.config(rule, base), atomic.read_json(folder / CONFIG_FILE)
         settings = differing_keys(found, expected)
         tensors, path = self.tensors(rule, base), folder / ADAPTER_FILE
@@ -103,25 +103,25 @@ class PeftExporter:
         )
 
     def reference(self, folder: Path, rule: SteeringRule, base: Checkpoint) -> Reference:  # noqa: ARG002
-        """As `Exporter` says."""
+        """The base, steered in memory at every token."""
         return stock_reference(rule, base, everywhere=True)
 
     def load(self, folder: Path) -> Artifact:
-        """As `Exporter` says."""
+        """Open the base with the adapter."""
         return Adapted(open_adapted(folder, self.context), folder)
 
     def tensors(self, rule: SteeringRule, base: Checkpoint) -> dict[str, Array]:
-        """What the adapter's file holds: per steered layer A = 0 (1, M), B = 0 (D, 1), and the bias (D,)."""
-        mlp, width, held = rule.base.mlp_size, rule.base.hidden_size, {}
+        """The adapter's tensors: per steered layer A = 0 (1, M), B = 0 (D, 1), and the bias (D,)."""
+        mlp, width, tensors = rule.base.mlp_size, rule.base.hidden_size, {}
         for layer, vector in vectors(rule, base).items():
             name = f"base_model.model.{families.down_name(rule.base.family, layer)}"
-            held[f"{name}.lora_A.weight"] = np.zeros((1, mlp), np.float32)
-            held[f"{name}.lora_B.weight"] = np.zeros((width, 1), np.float32)
-            held[f"{name}.lora_B.bias"] = np.float32(rule.strength) * vector
-        return held
+            tensors[f"{name}.lora_A.weight"] = np.zeros((1, mlp), np.float32)
+            tensors[f"{name}.lora_B.weight"] = np.zeros((width, 1), np.float32)
+            tensors[f"{name}.lora_B.bias"] = np.float32(rule.strength) * vector
+        return tensors
 
     def config(self, rule: SteeringRule, base: Checkpoint) -> dict[str, Any]:
-        """The adapter_config.json: entries that PEFT 0.18 knows, since it warns of others."""
+        """The adapter_config.json, with entries that PEFT 0.18 knows; it warns about others."""
         return {
             **base_entries(self.context, base),
             "peft_type": "LORA",
@@ -147,27 +147,27 @@ def base_entries(context: ExportContext | None, base: Checkpoint) -> dict[str, A
 
 
 def _code_check(folder: Path) -> Check:
-    """Whether there is nothing in a folder that could run."""
+    """Check that a folder has no files that could run."""
     found = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix in _CODE)
     return Check.empty("code files that are not the library's", found)
 
 
 def open_adapted(folder: Path, context: ExportContext | None) -> Any:  # noqa: ANN401 - PEFT's class
-    """The stock base in float32 with the adapter on it, as its users open it.
+    """The stock base in float32 with the adapter, opened as users open it.
 
     Raises:
-        ArtifactError: base or adapter do not open.
+        ArtifactError: the base or the adapter cannot be opened.
     """
     place = atomic.read_json(folder / CONFIG_FILE)
     elsewhere = None if context is None else context.base_elsewhere
     name, commit = (place["base_model_name_or_path"], place["revision"]) if elsewhere is None else (elsewhere, None)
     model = adapted(opened(name, revision=commit or "main")[0], folder)
-    # PEFT freezes the base, and PyTorch multiplies by frozen weights in another order: 1e-6 off, adapter or not.
+    # PEFT freezes the base, and PyTorch sums products with frozen weights in another order: a difference of 1e-6.
     return model.requires_grad_(requires_grad=True)
 
 
 class Adapted(SteeredModel):
-    """The base with the adapter on it."""
+    """The base with the adapter."""
 
     tolerance = FLOAT32
     switchable = True
@@ -177,13 +177,13 @@ class Adapted(SteeredModel):
         self.path = folder / ADAPTER_FILE
 
     def findings(self) -> Sequence[Check]:
-        """Adapters that lost their biases on the way are known in the field."""
+        """Check that PEFT loaded all tensors, since loading is known to lose biases silently."""
         marked = {name: value for name, value in self.model.state_dict().items() if ".default" in name}
-        taken = {name.replace(".default", ""): value.numpy() for name, value in marked.items()}
-        lost = stored_names(self.path) ^ taken.keys()
-        lost |= {name for name, value in taken.items() if not stores(self.path, name, value)}
+        loaded = {name.replace(".default", ""): value.numpy() for name, value in marked.items()}
+        lost = stored_names(self.path) ^ loaded.keys()
+        lost |= {name for name, value in loaded.items() if not stores(self.path, name, value)}
         return [Check.empty("adapter tensors that PEFT did not take", sorted(lost))]
 
     def set_to(self, mode: Mode) -> AbstractContextManager[Any]:
-        """As `SteeredModel` says."""
+        """Disable the adapter inside the context if ``mode`` is "off"."""
         return adapters.set_to(self.model, mode)

@@ -1,7 +1,7 @@
 """Target `peft` with `merge`: the biases of the adapter added to those of the base, in an ordinary checkpoint.
 
-What PEFT's `merge_and_unload` amounts to where the base has biases, and what target `stock` writes for such a base:
-file by file, every other tensor with its bits, and the sums in float32, which PEFT would round to the base's type.
+For a base with biases this is the result of PEFT's `merge_and_unload`, and what target `stock` writes. All other
+tensors are unchanged. The biases are float32; PEFT would round them to the base's type.
 """
 
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ class MergeExporter(StockExporter):
 
     @property
     def spec(self) -> TargetSpec:
-        """As `Exporter` says."""
+        """The spec of target `stock`, with the name and options of `peft`."""
         return replace(
             super().spec,
             name="peft",
@@ -31,11 +31,11 @@ class MergeExporter(StockExporter):
         )
 
     def with_context(self, context: ExportContext) -> Exporter:
-        """As `Exporter` says."""
+        """A copy of this exporter that copies or links weight files, by the context."""
         return replace(self, copy=context.copy)
 
     def write(self, rule: SteeringRule, base: Checkpoint, out: Path) -> Written:
-        """As `Exporter` says."""
+        """Write a checkpoint whose biases include the steering."""
         _require_biases(rule, base)
         return super().write(rule, base, out)
 

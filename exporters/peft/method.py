@@ -1,10 +1,10 @@
 """The PEFT method ADARAS: adapters that carry gate and start. Importing this module registers it with PEFT.
 
 Afterwards `PeftModel.from_pretrained(base, folder)` and `model.load_adapter(folder)` open what target `peft` writes
-with `adaptive`; without it they fail with KeyError: 'ADARAS'. The steering is that of `modeling.steering`, with the
-folded vectors behind the down projections; here is only how PEFT gets at it. Knows no exporter.
+with `adaptive`; without the import they fail with KeyError: 'ADARAS'. The steering is that of `modeling.steering`, with
+the folded vectors added to the outputs of the down projections; this module connects it to PEFT.
 
-One rule steers a batch: several active adapters are refused, as is merging. `set_adapter` switches between rules,
+One rule steers a batch: several active adapters are refused, and so is merging. `set_adapter` switches between rules;
 `adapter_names` takes one rule and "__base__". The dials are at ``model.steering``, as in the exports of target hf.
 """
 
@@ -24,7 +24,7 @@ from adaras_export.exporters.peft import settings
 from adaras_export.modeling.steering import Passes, announcing
 from adaras_export.runtime.steering_adaras import Scope, SteeredMLP, Steering, SteeringGate, Step
 
-require("peft", "peft", "the method ADARAS")  # or the imports below would fail without naming the extra
+require("peft", "peft", "the method ADARAS")  # the imports below would fail without naming the extra
 
 import peft  # noqa: E402
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer  # noqa: E402
@@ -34,7 +34,7 @@ METHOD = "ADARAS"
 
 
 class _Local(threading.local):
-    """What PEFT says of the rows of a batch, and whose forward pass it is."""
+    """The adapter names of a batch's rows, and the adapter of the running forward pass."""
 
     def __init__(self) -> None:
         self.rows: Sequence[str] | None = None
@@ -49,13 +49,13 @@ class AdarasConfig(peft.PeftConfig):
     """The adapter_config.json of a rule.
 
     Attributes:
-        target_modules: the down projections of steered layers and of those that the gate reads.
-        steered: those that get a vector.
+        target_modules: the down projections of steered layers and of layers that the gate reads.
+        steered: the down projections that get a vector.
         features: the neurons that the gate reads, by down projection.
-        gate_module: the one that holds the gate.
-        gate_size: hidden units of the gate; 0 without one.
+        gate_module: the down projection that holds the gate.
+        gate_size: hidden units of the gate; 0 without a gate.
         hidden_size: D, the width of a vector.
-        strength: factor on every vector; a dial, as is the threshold.
+        strength: factor on every vector; a dial, like the threshold.
         threshold: sequences with p(correct) below it are steered.
         start: "last_prompt_token" or "first_generated_token".
         rule: SHA-256 of the rule.
@@ -79,7 +79,7 @@ class AdarasConfig(peft.PeftConfig):
 
 
 class AdarasLayer(nn.Module, BaseTunerLayer, SteeredMLP):
-    """A down projection with the vector, and the gate's features, of the adapter whose forward pass it is."""
+    """A down projection with the vectors and gate features of its adapters; the running adapter is used."""
 
     adapter_layer_names = ("adaras_vector", "adaras_gate")
     other_param_names = ("adaras_index",)
@@ -89,14 +89,14 @@ class AdarasLayer(nn.Module, BaseTunerLayer, SteeredMLP):
         self.base_layer = base_layer
         self.adaras_vector = nn.ParameterDict()
         self.adaras_gate = nn.ModuleDict()
-        self.adaras_index: dict[str, Tensor | None] = {}  # of every adapter that is here
+        self.adaras_index: dict[str, Tensor | None] = {}  # for every adapter of this layer
         self.merged_adapters = []
         self._disable_adapters = False
         self._active_adapter = adapter
         self.update_layer(adapter, config, name)
 
     def update_layer(self, adapter: str, config: AdarasConfig, name: str) -> None:
-        """Make room for an adapter; what belongs there is loaded afterwards. ``name`` is this module's."""
+        """Create empty tensors for an adapter, which PEFT loads afterwards; ``name`` is the name of this module."""
         settings.require_fits(name, vars(config), *_sizes(self.base_layer))
         index = config.features.get(name)
         self.adaras_index[adapter] = None if index is None else torch.tensor(index)
@@ -132,7 +132,7 @@ class AdarasLayer(nn.Module, BaseTunerLayer, SteeredMLP):
         """Make an adapter the active one; its weights stay frozen.
 
         Raises:
-            ValueError: there are several.
+            ValueError: several adapters are given.
         """
         names = [adapter_names] if isinstance(adapter_names, str) else [*adapter_names]
         if len(names) > 1:
@@ -140,7 +140,7 @@ class AdarasLayer(nn.Module, BaseTunerLayer, SteeredMLP):
         super().set_adapter(names, inference_mode=True)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:  # noqa: ARG002, FBT001, FBT002 - PEFT's signature
-        """Refuse: weights have neither gate nor start.
+        """Refuse to merge: weights have neither gate nor start.
 
         Raises:
             ValueError: always.
@@ -148,15 +148,15 @@ class AdarasLayer(nn.Module, BaseTunerLayer, SteeredMLP):
         raise ValueError(_UNMERGEABLE)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """As PEFT does, but in float32 whatever the base is in."""
+        """Move an adapter to the base layer's device, but keep it in float32."""
         to = self.weight.device if device is None else device
         for held in (self.adaras_vector, self.adaras_gate):
-            if adapter_name in held and not any(one.is_meta for one in held.parameters()):
+            if adapter_name in held and not any(parameter.is_meta for parameter in held.parameters()):
                 held[adapter_name] = held[adapter_name].to(to)
 
 
 def _sizes(module: Any) -> tuple[int, int]:  # noqa: ANN401 - a linear map of PyTorch, Transformers or a quantiser
-    """How many inputs and outputs a down projection has; the shape of a quantised weight does not say."""
+    """The numbers of inputs and outputs of a down projection; a quantised weight has another shape."""
     return (module.nx, module.nf) if hasattr(module, "nf") else (module.in_features, module.out_features)
 
 
@@ -175,7 +175,7 @@ class _AdapterPasses(Passes):
         self.layer = layer
         self.handles: list[RemovableHandle] = []
 
-    def wanted(self) -> bool:
+    def applies(self) -> bool:
         names = self.layer.active_adapters if _LOCAL.rows is None else _LOCAL.rows
         return self.adapter in names and not self.layer.disable_adapters and self.dials.active
 
@@ -189,7 +189,7 @@ class _AdapterPasses(Passes):
             _LOCAL.adapter = before
 
     def limit(self, step: Step, rows: int) -> None:
-        """Keep a KV cache to one adapter, and leave out the rows that asked for the base."""
+        """Refuse a KV cache of another adapter, and do not steer rows that use the base."""
         owner = vars(step.state).setdefault("adapter", self.adapter)
         if owner != self.adapter:
             raise ValueError(f"the KV cache was filled under adapter {owner}; {self.adapter} needs one of its own")
@@ -205,14 +205,14 @@ class _AdapterPasses(Passes):
 
 
 class AdarasModel(BaseTuner):
-    """What PEFT builds around a model."""
+    """PEFT's wrapper around a model."""
 
     prefix = "adaras_"
     tuner_layer_cls = AdarasLayer
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - PEFT's declaration
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As PEFT does, and set up the hooks on the decoder."""
+        """Add an adapter as PEFT does, and add the hooks on the decoder."""
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config: Any = self.peft_config[adapter_name]
         _install(model, adapter_name, config)
@@ -238,7 +238,7 @@ class AdarasModel(BaseTuner):
         raise ValueError(_UNMERGEABLE)
 
     def unload(self) -> nn.Module:
-        """The base model, as it was."""
+        """Remove all adapters and hooks; returns the base model."""
         model: nn.Module = super().unload()
         for passes in model.__dict__.pop("_adaras").values():
             _remove(passes)
@@ -247,7 +247,7 @@ class AdarasModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *_args: Any, **kwargs: Any) -> Iterator[None]:
-        """What PEFT enters around every call, with its ``adapter_names``."""
+        """PEFT enters this context around every call, with its ``adapter_names``."""
         before, _LOCAL.rows = _LOCAL.rows, _rows(kwargs.get("adapter_names"), self.peft_config)
         try:
             yield
@@ -271,7 +271,7 @@ def _install(model: Any, adapter: str, config: AdarasConfig) -> None:  # noqa: A
     layers = {name: layer for name, layer in layers.items() if adapter in layer.adaras_index}
     if missing := sorted({*config.steered, *config.features} - layers.keys()):
         raise ValueError(f"ADARAS: the model has no {', '.join(missing)}; expected the base that the adapter names")
-    order = [*layers]  # of the forward pass
+    order = [*layers]  # the order of the forward pass
     read, steered = ([order.index(name) for name in names] for names in (config.features, config.steered))
     gate: Any = layers[config.gate_module].adaras_gate[adapter] if config.gate_module else None
     passes = _AdapterPasses(
@@ -279,7 +279,7 @@ def _install(model: Any, adapter: str, config: AdarasConfig) -> None:  # noqa: A
         layers[order[0]],
         families.decoder(model),
         gate,
-        Steering(vars(config)),  # a dialled adapter is saved as it is dialled
+        Steering(vars(config)),  # saving an adapter saves its current dials
         causal=not read or not steered or max(read) < min(steered),
     )
     installed = model.__dict__.setdefault("_adaras", {})
@@ -305,15 +305,15 @@ def _active_dials(model: Any) -> Steering:  # noqa: ANN401 - a model of Transfor
 
 
 def _remember(model: Any, scope: Scope, outputs: Any) -> None:  # noqa: ANN401 - a model of Transformers
-    if _LOCAL.rows is None:  # else some rows were not up to the gate
+    if _LOCAL.rows is None:  # with adapter_names the gate did not decide for all rows
         scope.remember(_active_dials(model), outputs)
 
 
 def _register() -> None:
-    """Make PEFT know the method. The one place that extends PEFT's list of methods, which is closed.
+    """Register the method in PEFT, whose list of methods is a closed enumeration.
 
     Raises:
-        ExportError: this PEFT does not let it be extended, or has a method of that name.
+        ExportError: this PEFT cannot be extended, or has a method of that name.
     """
     kind: Any = peft.PeftType
     if METHOD in kind.__members__:
@@ -326,7 +326,7 @@ def _register() -> None:
         for table in tables:
             table[METHOD] = member
         names.append(METHOD)
-        kind(METHOD)  # where another Python keeps them elsewhere, this is a ValueError
+        kind(METHOD)  # a ValueError if this Python stores members elsewhere
         register_peft_method(name=METHOD.lower(), config_cls=AdarasConfig, model_cls=AdarasModel)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ExportError(

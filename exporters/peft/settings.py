@@ -1,7 +1,4 @@
-"""What an adapter_config.json of the method ADARAS may say, before anything is made as large as it says.
-
-Knows neither PEFT nor any model.
-"""
+"""Checks of an adapter_config.json of the method ADARAS, before memory is allocated for its sizes."""
 
 import reprlib
 from collections.abc import Mapping
@@ -16,10 +13,10 @@ _LARGEST_GATE = 1 << 24  # weights of its hidden layer; those of a gate of 64 fe
 
 
 def require(settings: Mapping[str, Any]) -> None:
-    """Refuse settings that are not of the form of `AdarasConfig`, or that ask for a gate of gigabytes.
+    """Refuse malformed settings, and a gate that is too large.
 
     Raises:
-        RuleError: as said.
+        RuleError: a setting has another form than in `AdarasConfig`, or the gate is too large.
     """
     for name in ("strength", "threshold"):
         check_number(_SUBJECT, name, settings[name])
@@ -27,7 +24,7 @@ def require(settings: Mapping[str, Any]) -> None:
         check_count(_SUBJECT, name, settings[name])
     check_choice(_SUBJECT, "start", settings["start"], get_args(Start))
     steered, features = settings["steered"], settings["features"]
-    if not isinstance(steered, list) or not all(isinstance(one, str) for one in steered):
+    if not isinstance(steered, list) or not all(isinstance(name, str) for name in steered):
         raise RuleError(f"{_SUBJECT}: steered is {reprlib.repr(steered)}; expected names of modules")
     if not isinstance(features, dict) or not all(_are_neurons(index) for index in features.values()):
         raise RuleError(f"{_SUBJECT}: features is {reprlib.repr(features)}; expected neurons by name of a module")
@@ -39,16 +36,16 @@ def require(settings: Mapping[str, Any]) -> None:
 
 
 def require_fits(name: str, settings: Mapping[str, Any], width: int, hidden_size: int) -> None:
-    """Refuse settings that are not for a module that has ``width`` inputs (neurons) and ``hidden_size`` outputs.
+    """Refuse settings that do not fit a module of ``width`` inputs (neurons) and ``hidden_size`` outputs.
 
     Raises:
-        RuleError: as said.
+        RuleError: the settings have another hidden size, or a neuron outside the module.
     """
     if name in settings["steered"] and settings["hidden_size"] != hidden_size:
         raise RuleError(f"{_SUBJECT}: hidden_size is {settings['hidden_size']}; expected {hidden_size}, as {name} has")
-    if outside := [one for one in settings["features"].get(name, ()) if one >= width]:
+    if outside := [neuron for neuron in settings["features"].get(name, ()) if neuron >= width]:
         raise RuleError(f"{_SUBJECT}: {name} has no neuron {outside[0]}; expected 0 to {width - 1}")
 
 
 def _are_neurons(index: object) -> bool:
-    return isinstance(index, list) and all(type(one) is int and one >= 0 for one in index)
+    return isinstance(index, list) and all(type(neuron) is int and neuron >= 0 for neuron in index)

@@ -1,8 +1,8 @@
-"""One constant neuron in every gated MLP, which makes of a vector behind the down projection an ordinary rank-1 LoRA.
+"""Adds a constant neuron to every gated MLP, so that an ordinary rank-1 LoRA can add a steering vector.
 
-The neuron's activation is exactly 1 and its column of the down projection is zero, so that the model's output is what
-it was. A LoRA whose A picks that neuron and whose B is the steering vector adds the vector, per request if the server
-can. Knows no files.
+The neuron's activation is exactly 1 and its column of the down projection is zero, so the model's output does not
+change. A LoRA adds the steering vector: its A selects the neuron, and its B is the vector. A server that
+applies LoRA per request can steer per request.
 """
 
 from collections.abc import Mapping
@@ -16,19 +16,19 @@ from adaras_export.exporters.checkpoint import stored
 from adaras_export.exporters.stock.families import Form
 from adaras_export.files.safetensors_record import Array
 
-# One neuron would do; with 32 the width of the MLP still divides among the cards of a server, and by a kernel's block.
+# One neuron is enough; 32 keep the MLP width divisible by the number of GPUs and by the block size of kernels.
 NEURONS = 32
-# silu(32) is 32 and 1/32 is itself, in float32, bfloat16 and float16: their product is exactly 1 in all three.
+# In float32, bfloat16 and float16, silu(32) is 32 and 1/32 is exact, so their product is exactly 1.
 _GATE, _UP = 32.0, 1 / 32
 
 _GATED = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
 
 def wider(config: Mapping[str, Any], form: Form, subject: str) -> dict[str, Any]:
-    """The entries of an artifact's config that the new neurons change.
+    """The config entries that the new neurons change.
 
     Raises:
-        ExportError: the MLP is not gated, or not by SiLU.
+        ExportError: the MLP is not gated, or its activation is not SiLU.
     """
     if form.biased != _GATED:
         raise ExportError(
@@ -42,13 +42,13 @@ def wider(config: Mapping[str, Any], form: Form, subject: str) -> dict[str, Any]
 
 
 def weights(base: Checkpoint, count: int) -> dict[str, int]:
-    """The weights of ``count`` layers that the new neurons widen, and along which axis."""
+    """The weights of ``count`` layers that the new neurons widen, and the axis of each."""
     axes = zip(_GATED, (0, 0, 1), strict=True)
     return {f"{base.layers_key}.{layer}.{path}.weight": axis for path, axis in axes for layer in range(count)}
 
 
 def constants(base: Checkpoint, count: int, zeros: Mapping[str, Array]) -> dict[str, Array]:
-    """The biases of gate and up projection in ``count`` layers: the base's, or zeros, then those of the new neurons."""
+    """The gate and up biases of ``count`` layers: those of the base, or zeros, and those of the new neurons."""
     biases = {}
     for layer in range(count):
         for path, value in zip(_GATED[:2], (_GATE, _UP), strict=True):
@@ -60,7 +60,7 @@ def constants(base: Checkpoint, count: int, zeros: Mapping[str, Array]) -> dict[
 
 
 def picking(mlp_size: int) -> Array:
-    """The A of the LoRA, (1, M): it picks the constant neuron of an MLP that had ``mlp_size`` neurons."""
+    """The A of the LoRA, (1, M): selects the constant neuron of an MLP that had ``mlp_size`` neurons."""
     row = np.zeros((1, mlp_size + NEURONS), np.float32)
     row[0, mlp_size] = 1
     return row

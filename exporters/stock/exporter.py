@@ -1,8 +1,8 @@
-"""Target `stock`: an ordinary checkpoint whose down projections have the steering as their bias.
+"""Target `stock`: an ordinary checkpoint with the steering in the biases of its down projections.
 
-Opens with plain `from_pretrained`, without custom code, and in every server that knows its architecture. Static: every
-token of every sequence is steered; no gate, no dial. Weights stay as they are, see `stock_families` for the classes.
-With `switchable` the checkpoint computes what the base does, and an ordinary LoRA beside it turns the steering on.
+Opens with plain `from_pretrained` without custom code, and in every server that knows its architecture. It steers every
+token of every sequence, without gate and dial. Weights do not change; see `families` for the classes. With `switchable`
+the checkpoint computes the same as the base, and an ordinary LoRA in a subfolder turns the steering on.
 """
 
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ class StockExporter:
 
     @property
     def spec(self) -> TargetSpec:
-        """As `Exporter` says."""
+        """The target's name, card, options and tags."""
         return TargetSpec(
             "stock",
             f"exporters/stock/{'card_switchable' if self.switchable else 'card'}.md",
@@ -51,14 +51,14 @@ class StockExporter:
         )
 
     def with_context(self, context: ExportContext) -> Exporter:
-        """As `Exporter` says."""
+        """A copy of this exporter with `switchable`, which copies or links weight files, by the context."""
         switchable = bool(context.options.get("switchable", False))
         if switchable:
             require("peft", "peft", "target stock with --switchable")
         return replace(self, copy=context.copy, switchable=switchable)
 
     def write(self, rule: SteeringRule, base: Checkpoint, out: Path) -> Written:
-        """As `Exporter` says."""
+        """Write the checkpoint, and with `switchable` its adapter."""
         require_effect(rule, self.spec.name)
         plan = StockPlan.of(rule, base, switchable=self.switchable)
         plan.write(out, copy=self.copy)
@@ -68,7 +68,7 @@ class StockExporter:
         return Written(rule)
 
     def inspect(self, folder: Path, rule: SteeringRule, base: Checkpoint) -> Inspection:
-        """As `Exporter` says."""
+        """Compare config, tensors and files with those that `write` writes; no code is allowed."""
         plan = StockPlan.of(rule, base, switchable=self.switchable)
         code, config, *checks = [*exporter.repository_checks(folder, base, plan.config, {}), *plan.checks(folder)]
         if self.switchable:
@@ -81,11 +81,11 @@ class StockExporter:
         return Inspection(code, config, (*checks, unknown_files(folder, base.folder, own)))
 
     def reference(self, folder: Path, rule: SteeringRule, base: Checkpoint) -> Reference:  # noqa: ARG002
-        """As `Exporter` says."""
+        """The base, steered in memory at every token."""
         return stock_reference(rule, base, everywhere=True)
 
     def load(self, folder: Path) -> Artifact:
-        """As `Exporter` says."""
+        """Open the checkpoint, and with `switchable` its adapter."""
         return stock_switchable.SwitchableCheckpoint(folder) if self.switchable else _Checkpoint(*opened(folder))
 
 
@@ -93,7 +93,7 @@ EXPORTER = StockExporter()
 
 
 class _Checkpoint(SteeredModel):
-    """An opened artifact, which is always steered."""
+    """An opened artifact; it cannot be switched off."""
 
     tolerance = FLOAT32
     switchable = False

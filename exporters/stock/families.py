@@ -1,7 +1,6 @@
-"""In which ordinary architecture a family's weights mean the same and have MLP biases, and its config there.
+"""For each family, the ordinary architecture with MLP biases that computes the same, and its config.
 
-Values in, values out; reads no weights. Transformers' own config classes say what a config leaves to its defaults,
-which differ from family to family.
+Reads no weights. The defaults of a config differ from family to family, so Transformers' config classes fill them in.
 """
 
 import reprlib
@@ -14,14 +13,14 @@ from adaras_export.errors import ExportError
 
 @dataclass(frozen=True)
 class Form:
-    """What a family's checkpoint is written as.
+    """The architecture in which a family's checkpoint is written.
 
     Attributes:
-        model_type: of the architecture; the family's own where it has biases to offer.
-        architecture: the class that opens it.
-        biased: the maps of an MLP that get a bias with the down projection's, below one decoder layer.
-        always: whether the family's own down projections have a bias, whatever its config says.
-        output: whether the attention's output gets a (zero) bias, because those of its inputs come with one.
+        model_type: model_type of the architecture; the family's own if it supports MLP biases.
+        architecture: the class that opens the artifact.
+        biased: paths in a decoder layer of the linear maps that get a bias together with the down projection.
+        always: whether the family's down projections always have a bias.
+        output: whether the attention output gets a zero bias, because the form has it together with the input biases.
     """
 
     model_type: str
@@ -45,7 +44,7 @@ _REMEDY = "choose target hf or peft"
 
 _ROPES = ("default", "linear", "dynamic", "llama3", "yarn")
 
-# What a config says of the computation, the vocabulary and training, alike in all that are written as another family.
+# Config entries that are copied to another family's config; all these families have them.
 _PASSED = (
     "vocab_size",
     "hidden_size",
@@ -70,7 +69,7 @@ def form_of(family: str, subject: str) -> Form:
     """The form of a family.
 
     Raises:
-        ExportError: no ordinary architecture is known to compute the same with MLP biases, or it is not installed.
+        ExportError: no ordinary architecture computes the same with MLP biases, or this Transformers lacks it.
     """
     if family not in FORMS:
         raise ExportError(
@@ -94,10 +93,10 @@ def has_biases(config: Mapping[str, Any], family: str) -> bool:
 
 
 def expressed(config: Mapping[str, Any], family: str, dtype: str, subject: str) -> dict[str, Any]:
-    """The config.json of the artifact; ``dtype`` is that of the weights where the base's config names none.
+    """The config.json of the artifact; ``dtype`` is used if the base's config names none.
 
     Raises:
-        ExportError: the base does what the form cannot.
+        ExportError: the form cannot express the base's config.
     """
     form = form_of(family, subject)
     named = config.get("dtype") or config.get("torch_dtype") or dtype
@@ -118,7 +117,7 @@ def expressed(config: Mapping[str, Any], family: str, dtype: str, subject: str) 
 
 
 def _read(config: Mapping[str, Any], family: str) -> Any:  # noqa: ANN401 - a config class of Transformers
-    """The config as its own class reads it, defaults filled in."""
+    """The config as an object of the family's config class, with defaults."""
     from transformers import CONFIG_MAPPING
 
     plain = {key: value for key, value in config.items() if key not in ("auto_map", "model_type")}
@@ -126,7 +125,7 @@ def _read(config: Mapping[str, Any], family: str) -> Any:  # noqa: ANN401 - a co
 
 
 def _dense(form: Form, read: Any) -> dict[str, Any]:  # noqa: ANN401 - as above
-    """What makes all layers of a mixture-of-experts architecture dense."""
+    """Entries that make all layers of a mixture-of-experts architecture dense."""
     if form.model_type != "hy_v3":
         return {}
     return {"mlp_layer_types": ["dense"] * read.num_hidden_layers, "num_experts": 0}
@@ -143,7 +142,7 @@ def _refuse_windows(read: Any, family: str, subject: str) -> None:  # noqa: ANN4
 
 
 def _given_rope(config: Mapping[str, Any], subject: str) -> dict[str, Any]:
-    """The base's own rotary settings, in whose words they may be, with their type in the newer one."""
+    """The base's rotary settings, in the old or the new format, with the type as rope_type."""
     found = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(found, dict):
         raise ExportError(f"{subject}: rotary settings are {reprlib.repr(found)}; expected an object; {_REMEDY}")
@@ -161,8 +160,8 @@ def _given_rope(config: Mapping[str, Any], subject: str) -> dict[str, Any]:
 def _rope(given: Mapping[str, Any], theta: float | None, read: Any) -> dict[str, Any]:  # noqa: ANN401 - as above
     """Rotary settings as both generations of Transformers read them.
 
-    4.57 takes rope_theta and rope_scaling and knows nothing of rope_parameters; 5 takes rope_parameters, or the other
-    two. What the base left out of them is left out again: filled in, 4.57 would compute other factors from it.
+    4.57 reads rope_theta and rope_scaling only; 5 reads rope_parameters, or the other two. Entries that the base left
+    out stay out: 4.57 would compute other factors from filled-in defaults.
     """
     default = getattr(read, "rope_theta", None) or read.rope_parameters["rope_theta"]
     theta = given.get("rope_theta") or theta or default

@@ -1,6 +1,6 @@
-"""What a stock artifact holds: which of the base's files stay as they are, which are rewritten, what is added.
+"""The plan of a stock artifact: which files of the base stay, which are rewritten, and which tensors are added.
 
-The same for writing it and for checking it. Knows no architecture, see `stock_families`.
+Writing and checking use the same plan.
 """
 
 from collections.abc import Mapping
@@ -37,16 +37,15 @@ from adaras_export.files.safetensors_record import Array
 
 @dataclass(frozen=True, eq=False)
 class StockPlan:
-    """What an artifact of one rule holds besides the small files.
+    """The weights of an artifact for one rule.
 
     Attributes:
-        config: its config.json.
-        biases: the tensors that it adds or puts in place of the base's, float32: exact whatever the weights' type is,
-            and one type for one small file; loaders cast them to that of the model.
-        widened: the axis along which a weight of the base grows by `NEURONS` zero rows or columns.
+        config: the config.json.
+        biases: the tensors that are added or replaced, always float32; loaders cast them to the type of the model.
+        widened: the axis along which a weight of the base gets `NEURONS` zero rows or columns, by its name.
         located: the base's file of each of its tensors.
-        rewritten: the base's files that hold one of ``biases`` or ``widened``; the others stay as they are. Two values
-            of one name in two files would not be the same for all readers.
+        rewritten: files of the base that contain one of ``biases`` or ``widened``; the other files are linked or
+            copied. If one name were in two files, readers could disagree on its value.
     """
 
     config: dict[str, Any]
@@ -57,14 +56,14 @@ class StockPlan:
 
     @classmethod
     def of(cls, rule: SteeringRule, base: Checkpoint, *, switchable: bool = False) -> "StockPlan":
-        """The plan of a rule on the checkpoint in ``base``: its biases steer, or a constant neuron lets a LoRA steer.
+        """The plan of a rule and a checkpoint: biases steer, or a constant neuron lets a LoRA steer.
 
         Raises:
-            ExportError: the checkpoint cannot carry it.
+            ExportError: the target cannot express the checkpoint.
         """
-        found, family = plain_config(base), rule.base.family
-        form, present = form_of(family, str(base)), has_biases(found, family)
-        config = expressed(found, family, _dtype(base), str(base))
+        original, family = plain_config(base), rule.base.family
+        form, present = form_of(family, str(base)), has_biases(original, family)
+        config = expressed(original, family, _dtype(base), str(base))
         biases = _missing(rule, base, form, present=present)
         if switchable:
             config |= wider(config, form, str(base))
@@ -78,7 +77,7 @@ class StockPlan:
 
     @property
     def names(self) -> dict[Path, str]:
-        """What each weight file of the base is called here."""
+        """The name of each weight file of the base in the artifact."""
         return {path: linked_name(path) for path in sorted({*self.located.values()})}
 
     def weight_map(self) -> dict[str, str]:
@@ -88,7 +87,7 @@ class StockPlan:
         return kept | dict.fromkeys(self.biases, STEERING_FILE)
 
     def kept(self, path: Path) -> dict[str, stream.Stream]:
-        """The tensors that stay of a base's file, some of them wider."""
+        """The tensors that a file keeps from the base, widened where planned."""
         kept = {name: tensor for name, tensor in stream.streams(path).items() if name not in self.biases}
         wide = {name: stream.padded(kept[name], axis, NEURONS) for name, axis in self.widened.items() if name in kept}
         return kept | wide
@@ -104,7 +103,7 @@ class StockPlan:
         write_index(out, self.weight_map())
 
     def checks(self, folder: Path) -> list[Check]:
-        """Compare what `write` wrote."""
+        """Compare the files that `write` writes."""
         located = checkpoint.shards(folder)
         wrong = [name for name, value in self.biases.items() if not stores(located.get(name), name, value)]
         strange = sorted(located.keys() ^ self.weight_map().keys())
@@ -124,7 +123,7 @@ class StockPlan:
 
 
 def _dtype(base: Checkpoint) -> str:
-    """The type of the base's weights, as a config names it: its down projections have it."""
+    """The type of the base's down projections, by its name in a config."""
     name = f"{base.layers_key}.0.{base.family.down}.weight"
     found = base.entries[name]["dtype"]
     names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -134,7 +133,7 @@ def _dtype(base: Checkpoint) -> str:
 
 
 def _missing(rule: SteeringRule, base: Checkpoint, form: Form, *, present: bool) -> dict[str, Array]:
-    """The biases that the form has and the base lacks, as zeros."""
+    """Zeros for the biases that the form has and the base lacks."""
     family, layers, biases = base.family, base.layers_key, {}
     for layer in range(rule.base.layers):
         for path in () if present else form.biased:
@@ -146,7 +145,7 @@ def _missing(rule: SteeringRule, base: Checkpoint, form: Form, *, present: bool)
 
 
 def _steered(rule: SteeringRule, base: Checkpoint, zeros: Mapping[str, Array]) -> dict[str, Array]:
-    """The biases of the steered down projections: the base's, where it has them, plus strength * vector."""
+    """The biases of the steered down projections: those of the base, or zeros, plus strength * vector."""
     biases = {}
     for layer, vector_D in vectors(rule, base).items():
         name = f"{base.layers_key}.{layer}.{base.family.down}.bias"

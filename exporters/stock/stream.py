@@ -1,6 +1,6 @@
-"""Write safetensors files tensor by tensor, so that no more than a piece of one is ever in memory.
+"""Writes safetensors files in pieces, so that only one piece of a tensor is in memory.
 
-The library's own writer wants all tensors of a file at once. What this one writes, the library reads. Knows no model.
+The library's own writer needs all tensors of a file at once.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ _WIDTHS = {
 
 @dataclass(frozen=True)
 class Stream:
-    """A tensor on its way into a file: its type by safetensors' name, its shape, its bytes in pieces."""
+    """A tensor to write: safetensors' name of its type, its shape, and its bytes in pieces."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -47,10 +47,10 @@ class Stream:
 
 
 def streams(path: Path) -> dict[str, Stream]:
-    """The tensors of a file, each read when it is written; in the file's own order.
+    """The tensors of a file, in the order of the file; each is read when it is written.
 
     Raises:
-        ArtifactError: it is no safetensors file.
+        ArtifactError: the file is not safetensors.
     """
     header, start = checkpoint.header(path), checkpoint.data_start(path)
     ordered = sorted(header, key=lambda name: (header[name]["data_offsets"], name))
@@ -63,7 +63,7 @@ def _stored(path: Path, start: int, entry: Mapping[str, Any]) -> Stream:
 
 
 def padded(tensor: Stream, axis: int, count: int) -> Stream:
-    """A matrix with ``count`` zero rows (axis 0) or columns (axis 1) behind its own."""
+    """A matrix with ``count`` zero rows (axis 0) or columns (axis 1) appended."""
     rows, columns = tensor.shape
     shape = (rows + count, columns) if axis == 0 else (rows, columns + count)
     gap = bytes(count * tensor.width * (columns if axis == 0 else 1))
@@ -91,7 +91,7 @@ def _runs(pieces: Iterator[bytes], length: int) -> Iterator[bytes]:
 
 
 def write(path: Path, tensors: Mapping[str, Stream]) -> None:
-    """Write a file of these tensors, the widest types first, so that each lies where its type wants it."""
+    """Write a file of these tensors, the widest types first, so that all are aligned."""
     names = sorted(tensors, key=lambda name: -tensors[name].width)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -112,7 +112,7 @@ def write(path: Path, tensors: Mapping[str, Stream]) -> None:
 
 
 def same_tensors(path: Path, expected: Mapping[str, Stream]) -> bool:
-    """Whether a file holds these tensors, by name, type, shape and bytes, and no more."""
+    """Whether a file has exactly these tensors, by name, type, shape and bytes."""
     try:
         found = streams(path)
     except ArtifactError:  # missing, truncated

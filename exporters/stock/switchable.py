@@ -1,6 +1,6 @@
 """The adapter of `stock --switchable`: an ordinary rank-1 LoRA that turns the steering on, in a folder of its own.
 
-Plain PEFT files, without a bias, as servers take them. See `constant_neuron` for the neuron that it needs.
+The files are plain PEFT without biases, which servers accept. See `constant_neuron` for the neuron that it needs.
 """
 
 from collections.abc import Sequence
@@ -28,10 +28,10 @@ FILES = (f"{FOLDER}/{CONFIG_FILE}", f"{FOLDER}/{ADAPTER_FILE}")
 
 
 def adapter_config(rule: SteeringRule) -> dict[str, Any]:
-    """What PEFT and servers read of it.
+    """The adapter_config.json, for PEFT and servers.
 
-    The layers are named apart from the modules: servers that know modules by their last name take no full ones. Where
-    the base will be is not known yet, and is no secret: it is the folder around this one.
+    Layers and modules are named separately, since some servers accept only the last part of module names. The base is
+    not named: it is the parent folder, whose final path is not known yet.
     """
     return {
         "peft_type": "LORA",
@@ -49,7 +49,7 @@ def adapter_config(rule: SteeringRule) -> dict[str, Any]:
 
 
 def adapter_tensors(rule: SteeringRule, base: Checkpoint) -> dict[str, Array]:
-    """A, which picks the constant neuron, and B = strength * vector of each steered layer, float32."""
+    """A, which selects the constant neuron, and B = strength * vector, of each steered layer, float32."""
     tensors: dict[str, Array] = {}
     for layer, vector_D in vectors(rule, base).items():
         prefix = f"base_model.model.model.layers.{layer}.mlp.down_proj"
@@ -59,16 +59,16 @@ def adapter_tensors(rule: SteeringRule, base: Checkpoint) -> dict[str, Array]:
 
 
 def write(rule: SteeringRule, base: Checkpoint, out: Path) -> None:
-    """Write the adapter below the artifact's folder ``out``."""
+    """Write the adapter into a subfolder of ``out``."""
     (out / FOLDER).mkdir()
     write_json(out / FOLDER / CONFIG_FILE, adapter_config(rule))
     atomic.replace_file(out / FOLDER / ADAPTER_FILE, save(adapter_tensors(rule, base), metadata={"format": "pt"}))
 
 
 def changed_settings(rule: SteeringRule, folder: Path) -> list[str]:
-    """What of the adapter is other than it should be, besides its tensors: PEFT follows settings, and reads pickles."""
-    found, path = {item.name for item in (folder / FOLDER).glob("*")}, folder / FOLDER / CONFIG_FILE
-    wrong = sorted(f"{FOLDER}/{name}" for name in found ^ {CONFIG_FILE, ADAPTER_FILE})
+    """Unexpected or changed files of the adapter, except its tensors: PEFT follows settings and reads pickles."""
+    names, path = {item.name for item in (folder / FOLDER).glob("*")}, folder / FOLDER / CONFIG_FILE
+    wrong = sorted(f"{FOLDER}/{name}" for name in names ^ {CONFIG_FILE, ADAPTER_FILE})
     if path.exists() and not same_json(atomic.read_json(path), adapter_config(rule)):
         wrong.append(f"{FOLDER}/{CONFIG_FILE}")
     return wrong
@@ -86,7 +86,7 @@ def checks(rule: SteeringRule, base: Checkpoint, folder: Path) -> list[Check]:
 
 
 class SwitchableCheckpoint(SteeredModel):
-    """An opened artifact with its adapter; off is the checkpoint alone."""
+    """An opened artifact with its adapter; off disables the adapter."""
 
     tolerance = Tolerance(64, off=True)  # the wider matrices may be summed in other blocks
     switchable = True
@@ -100,12 +100,12 @@ class SwitchableCheckpoint(SteeredModel):
         self.lost = sorted(stored ^ get_peft_model_state_dict(self.model).keys())
 
     def findings(self) -> Sequence[Check]:
-        """As `Artifact` says."""
+        """Check the loading report and the loaded adapter keys."""
         return [
             Check.empty("keys in the loading report", self.loading_report),
             Check.empty("adapter keys that were not loaded", self.lost),
         ]
 
     def set_to(self, mode: Mode) -> AbstractContextManager[Any]:
-        """As `SteeredModel` says."""
+        """Disable the adapter inside the context if ``mode`` is "off"."""
         return adapters.set_to(self.model, mode)

@@ -17,8 +17,8 @@ from adaras_export.core.traces import digest
 from adaras_export.data.checkers import last_number
 from adaras_export.demo import smollm2
 from adaras_export.errors import ExportError, MissingExtraError, TraceError
-from adaras_export.evaluation.answer_cache import AnswerBook
-from adaras_export.evaluation.evaluate import Exam
+from adaras_export.evaluation.answer_cache import AnswerCache
+from adaras_export.evaluation.evaluate import EvaluationTask
 from adaras_export.modeling.generation import Sampling
 from adaras_export.modeling.loading import load_model
 
@@ -114,7 +114,7 @@ def test_the_summary_tells_everything_and_that_it_is_synthetic(summary):
     text, record = summary.text(), summary.as_record()
     assert "SYNTHETIC" in text
     for one in summary.candidates.values():
-        assert one.evaluation.verdict in text
+        assert one.evaluation.conclusion in text
         assert one.tuned.line() in text
     assert all(name in text for name in FILES)
     assert json.loads(json.dumps(record, allow_nan=False)) == json.loads(json.dumps(record))
@@ -193,9 +193,9 @@ def test_smollm2_unpacks_to_an_ordinary_model_that_is_right_about_half_of_the_ti
     base = BaseModel.of(folder)
     assert (base.family, base.layers, base.mlp_size, base.hidden_size) == ("llama", 30, 1536, 576)
     questions = smollm2.splits({"test": 32}, seed=7)["test"]
-    exam = Exam(questions, last_number, Sampling(12, stop="\n"), max_rows=32)
-    book = AnswerBook(*load_model(folder, device="cpu"), exam)
-    book.ask([None])
-    right = book.answers(None).correct[:, 0]
+    exam = EvaluationTask(questions, last_number, Sampling(12, stop="\n"), max_rows=32)
+    cache = AnswerCache(*load_model(folder, device="cpu"), exam)
+    cache.ask([None])
+    right = cache.answers(None).correct[:, 0]
     assert 0.3 < right.mean() < 0.8
     assert smollm2.unpack(folder) == folder

@@ -77,7 +77,7 @@ def test_a_folder_without_a_config_is_refused(tmp_path):
 
 def test_what_is_neither_a_folder_nor_reachable_is_refused(tmp_path):
     with pytest.raises(
-        ArtifactError, match=r"deep: no such folder; expected that of a model, or a name of the Hub: USER/NAME"
+        ArtifactError, match=r"deep: no such folder; expected a model folder, or a repository of the Hub: USER/NAME"
     ):
         BaseModel.of(tmp_path / "gone" / "model" / "deep")
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from adaras_export.core.question_identity import BOXED, COMPLETE, asked, identity, is_known, parts_of
+from adaras_export.core.question_identity import BOXED, COMPLETE, identity, is_known, parts_of, question_in
 from adaras_export.core.traces import digest
 
 QUESTION = "Ann has 3 boxes\nwith 4 pens each. How many pens does Ann have?"
@@ -45,15 +45,19 @@ def user(content):
 )
 def test_the_same_question_in_every_form_is_one(prompt):
     """The reference's GSM8K traces and its question file had no digest in common, though 15 of 15 questions are."""
-    assert asked(prompt) == PLAIN
+    assert question_in(prompt) == PLAIN
     assert is_known(prompt, parts_of([identity("Question: " + QUESTION)]))
 
 
 def test_code_is_known_behind_fences_and_in_quotes():
     function = 'def twice(x: int) -> int:\n    """ Double it.\n    >>> twice(2)\n    4\n    """\n'
-    assert asked(user(f"```python\n{function}```\n\n{COMPLETE}")) == asked(user(function)) == asked(f"\n\n{function}")
+    assert (
+        question_in(user(f"```python\n{function}```\n\n{COMPLETE}"))
+        == question_in(user(function))
+        == question_in(f"\n\n{function}")
+    )
     ours = user("Write a function to add.\nYour code should pass this test:\nassert add(1, 2) == 3")
-    assert asked(ours) == asked(user('"""\nWrite a function to add.\nassert add(1, 2) == 3\n"""\n'))
+    assert question_in(ours) == question_in(user('"""\nWrite a function to add.\nassert add(1, 2) == 3\n"""\n'))
 
 
 @pytest.mark.parametrize(
@@ -67,12 +71,12 @@ def test_code_is_known_behind_fences_and_in_quotes():
     ],
 )
 def test_different_questions_stay_different(one, other):
-    assert asked(one) != asked(other)
+    assert question_in(one) != question_in(other)
 
 
 @pytest.mark.parametrize("prompt", ["Question:", '"""', BOXED, [{"role": "system", "content": "Question: x"}]])
 def test_something_is_left_of_every_prompt(prompt):
-    assert asked(prompt)
+    assert question_in(prompt)
 
 
 def test_digests_of_prompts_alone_are_known_as_before():

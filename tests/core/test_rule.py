@@ -185,7 +185,7 @@ def test_top_takes_the_first_and_refuses_more_than_there_are():
     neurons = tiny.make_neurons()
     assert neurons.top(2).index.tolist() == neurons.index[:2].tolist()
     assert len(neurons.top(0)) == 0
-    with pytest.raises(RuleError, match="neurons: 7 wanted; the set has 6"):
+    with pytest.raises(RuleError, match="neurons: 7 requested; the set has 6"):
         neurons.top(7)
 
 
@@ -274,5 +274,5 @@ def test_a_reference_file_of_another_encoding_or_none_at_all_is_refused(tmp_path
 
 def test_fewer_rows_than_wanted_are_refused(tmp_path):
     (tmp_path / "top.csv").write_text(HEAD + "6145,1,1,0.5\n")
-    with pytest.raises(RuleError, match="neurons: 50 wanted; the set has 1"):
+    with pytest.raises(RuleError, match="neurons: 50 requested; the set has 1"):
         NeuronSet.from_reference_csv(tmp_path / "top.csv", top=50)

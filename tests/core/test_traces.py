@@ -208,7 +208,7 @@ def test_a_file_that_is_empty_missing_or_a_folder_is_refused(tmp_path, read):
         read(jsonl(tmp_path / "empty.jsonl", ""))
     with pytest.raises(TraceError, match=r"no.jsonl: cannot be read \(no such file"):
         read(tmp_path / "no.jsonl")
-    with pytest.raises(TraceError, match=r"cannot be read \(is no regular file"):
+    with pytest.raises(TraceError, match=r"cannot be read \(is not a regular file"):
         read(tmp_path)
 
 

@@ -187,8 +187,8 @@ def test_a_bad_neuron_set_is_not_born(changes, message):
     ("changes", "message"),
     [
         ({"threshold": np.nan}, "threshold is nan; expected a finite number"),
-        ({"threshold": 1.5}, "threshold 1.5 is no probability"),
-        ({"threshold": -0.1}, "threshold -0.1 is no probability"),
+        ({"threshold": 1.5}, "threshold 1.5 is not a probability"),
+        ({"threshold": -0.1}, "threshold -0.1 is not a probability"),
         ({"threshold": None}, "threshold is None; expected a finite number"),
         ({"threshold": True}, "threshold is True; expected a finite number"),
         ({"attention_weight": np.ones(4)}, r"attention_weight has shape \(4,\); expected \(F=5\)"),

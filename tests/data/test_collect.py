@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,8 @@ from adaras_export.core.base_model import BaseModel
 from adaras_export.core.neuron_stats import NeuronStats
 from adaras_export.core.trace_files import read_traces, write_traces
 from adaras_export.core.traces import Question, by_question
-from adaras_export.data.collect import Recording, collect
+from adaras_export.data.collect import CollectOptions, Recording, collect
+from adaras_export.data.sampling_plan import Goal
 from adaras_export.discovery.identify import read_stats
 from adaras_export.errors import TraceError
 from adaras_export.modeling.generation import Sampling
@@ -62,13 +63,20 @@ def loaded(folder):
     return load_model(folder, device="cpu")
 
 
+def grouped(changes):
+    """The arguments of `collect` for 4 attempts in batches of 6, with changes by the names of fields."""
+    settings = {"attempts": 4, "sampling": SAMPLING, "check": has_even_sum, "batch_size": 6} | changes
+    goal = {name: settings.pop(name) for name in ("attempts", "wanted", "per_class") if name in settings}
+    options = {one.name: settings.pop(one.name) for one in fields(CollectOptions) if one.name in settings}
+    return {"goal": Goal(**goal), "options": CollectOptions(**options), **settings}
+
+
 @pytest.fixture
 def run(loaded, tmp_path):
     """`collect` of 4 attempts at 5 questions in batches of 6, into t.jsonl, with changes."""
 
     def go(questions=QUESTIONS, name="t.jsonl", **changes):
-        settings = {"attempts": 4, "sampling": SAMPLING, "check": has_even_sum, "batch_size": 6}
-        return collect(*loaded, questions, tmp_path / name, **(settings | changes))
+        return collect(*loaded, questions, tmp_path / name, **grouped(changes))
 
     return go
 
@@ -129,8 +137,10 @@ def test_a_file_cut_anywhere_ends_with_the_bytes_of_the_uninterrupted_run(run, t
 
 CHILD = """
 import os, signal, sys
-from adaras_export.data.collect import collect
-from adaras_export.modeling.generation import Sampling, load_model
+from adaras_export.data.collect import CollectOptions, collect
+from adaras_export.data.sampling_plan import Goal
+from adaras_export.modeling.generation import Sampling
+from adaras_export.modeling.loading import load_model
 from adaras_export.core.traces import Question
 
 def progress(done, total):
@@ -144,9 +154,8 @@ def has_even_sum(completion, answer):
 
 questions = [Question(f"q{n}", f"{n}+{n}=", str(2 * n)) for n in range(5)]
 collect(
-    *load_model(sys.argv[1], device="cpu"), questions, sys.argv[2], attempts=4,
-    sampling=Sampling(6, temperature=1.5, seed=3), check=has_even_sum,
-    batch_size=6, progress=progress,
+    *load_model(sys.argv[1], device="cpu"), questions, sys.argv[2], goal=Goal(4),
+    sampling=Sampling(6, temperature=1.5, seed=3), options=CollectOptions(has_even_sum, 6, progress=progress),
 )
 """
 
@@ -205,7 +214,7 @@ def test_a_file_of_other_questions_is_refused_and_left_as_it_is(run, tmp_path):
     before = (tmp_path / "t.jsonl").read_bytes()
     for others, message in (
         ([QUESTIONS[0], Question("q1", "something else", "1"), *QUESTIONS[2:]], "trace q1#0 has another prompt than q"),
-        (QUESTIONS[1:], "holds question q0, which is not among the 4 given; expected all that it holds"),
+        (QUESTIONS[1:], "holds question q0, which is not among the 4 given; expected all questions of the file"),
         ([Question("test", "1=", "1")], "holds question q0, which is not among the 1 given"),
     ):
         with pytest.raises(TraceError, match=message):
@@ -277,7 +286,7 @@ def test_of_two_runs_into_one_file_the_second_is_refused_in_one_line(run, tmp_pa
     """Both ended with status 0 and wrote every trace: the file had each twice, and no reader took it."""
 
     def again(done, total):
-        with pytest.raises(TraceError, match=r"t\.jsonl: another process is writing it; wait for its end"):
+        with pytest.raises(TraceError, match=r"t\.jsonl: another process is writing it; wait until it ends"):
             run()
 
     assert run(progress=again).traces == 20
@@ -307,9 +316,7 @@ def test_a_file_that_cannot_be_contrasted_is_told(run, verdict, said):
 
 def test_a_file_of_another_model_is_refused_and_left_as_it_is(loaded, tmp_path):
     def go(name):
-        return collect(
-            *loaded, QUESTIONS, path, attempts=2, sampling=SAMPLING, check=has_even_sum, batch_size=6, name=name
-        )
+        return collect(*loaded, QUESTIONS, path, **grouped({"attempts": 2, "name": name}))
 
     path = tmp_path / "t.jsonl"
     go("teacher")
@@ -347,8 +354,8 @@ def test_an_attempt_without_text_is_counted_and_not_kept(run, tmp_path, loaded, 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"questions": []}, "0 questions, 4 attempts, batches of 6; expected at least one of each"),
-        ({"attempts": 0}, "5 questions, 0 attempts"),
+        ({"questions": []}, "0 questions, batches of 6; expected at least one of each"),
+        ({"attempts": 0}, "attempts is 0; expected 1 or more"),
         ({"batch_size": 0}, "batches of 0"),
         ({"questions": [QUESTIONS[1], QUESTIONS[1]]}, "question q1 is given twice"),
         ({"sampling": Sampling(6)}, "4 attempts at temperature 0 are equal; expected a temperature"),

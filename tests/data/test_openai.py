@@ -12,7 +12,7 @@ from adaras_export.core.trace_files import read_traces
 from adaras_export.core.traces import Question
 from adaras_export.data.backends.openai import Endpoint, EndpointBackend, completion_of
 from adaras_export.data.checkers import last_number
-from adaras_export.data.collect import collect_from
+from adaras_export.data.collect import CollectOptions, collect_from
 from adaras_export.data.sampling_plan import Attempt, Goal
 from adaras_export.errors import EndpointError
 from adaras_export.modeling.generation import Sampling, row_seed
@@ -41,7 +41,7 @@ def run(server, tmp_path):
         endpoint = Endpoint(server.url, settings.pop("model", "teacher"), **settings)
         backend = EndpointBackend(endpoint, sampling or Sampling(9, temperature=0.7, top_p=0.9, seed=5))
         goal = goal or Goal(5)
-        return collect_from(backend, questions, tmp_path / name, goal, check=last_number, batch_size=4)
+        return collect_from(backend, questions, tmp_path / name, goal=goal, options=CollectOptions(last_number, 4))
 
     return go
 
@@ -128,7 +128,7 @@ def test_a_server_that_is_not_there_is_told_at_once(tmp_path):
     backend = EndpointBackend(Endpoint("http://127.0.0.1:9/v1", "teacher"), Sampling(9))
     started = time.monotonic()
     with pytest.raises(EndpointError, match=r"cannot be reached \(.*\); expected a running server"):
-        collect_from(backend, TEXT, tmp_path / "t.jsonl", Goal(1), check=last_number, batch_size=4)
+        collect_from(backend, TEXT, tmp_path / "t.jsonl", goal=Goal(1), options=CollectOptions(last_number, 4))
     assert time.monotonic() - started < 5  # with all retries it would be twenty
 
 

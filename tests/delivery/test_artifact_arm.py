@@ -10,7 +10,7 @@ from adaras_export.core.traces import Question
 from adaras_export.delivery.artifact_arm import artifact_arm
 from adaras_export.errors import ArtifactError, ExportError
 from adaras_export.evaluation.compare import compare_arms
-from adaras_export.evaluation.evaluate import Conduct, Exam, evaluate
+from adaras_export.evaluation.evaluate import EvaluationOptions, EvaluationTask, evaluate
 from adaras_export.modeling.generation import Sampling
 
 pytest.importorskip("scipy.stats")
@@ -32,18 +32,18 @@ def has_even_sum(completion, answer):
     return sum(completion.encode()) % 2 == 0
 
 
-EXAM = Exam(QUESTIONS, has_even_sum, Sampling(5), max_rows=4)
+TASK = EvaluationTask(QUESTIONS, has_even_sum, Sampling(5), max_rows=4)
 
 
 @pytest.fixture
 def run(stock, tokenizer, rules):
     """All ways to run the rule of the exports, and these artifacts."""
 
-    def go(folders, exam=EXAM, **changes):
+    def go(folders, task=TASK, **changes):
         rule, model = rules[artifacts.KEY], stock["llama"]
         openers = [partial(artifact_arm, folder, rule, tokenizer) for folder in folders]
-        conduct = Conduct((), artifacts=openers, **changes)
-        return compare_arms(model, tokenizer, rule, exam, ["gated", "always", "everywhere"], conduct)
+        options = EvaluationOptions((), artifacts=openers, **changes)
+        return compare_arms(model, tokenizer, rule, task, ["gated", "always", "everywhere"], options)
 
     return go
 
@@ -55,7 +55,7 @@ def plain(stock, tokenizer, rules):
     def go(folders, **changes):
         rule = rules[artifacts.KEY]
         openers = [partial(artifact_arm, folder, rule, tokenizer) for folder in folders]
-        return evaluate(stock["llama"], tokenizer, rule, EXAM, Conduct((), artifacts=openers, **changes))
+        return evaluate(stock["llama"], tokenizer, rule, TASK, EvaluationOptions((), artifacts=openers, **changes))
 
     return go
 
@@ -69,20 +69,20 @@ def test_an_artifact_answers_as_the_arm_that_it_computes(name, arm, exported, ru
         assert column[own].tolist() == column[arm].tolist()
     assert found.verdicts["gated"].tolist() != found.verdicts["everywhere"].tolist()
     assert found.seconds[own] > 0
-    assert found.verdict.startswith("gated")  # an artifact is no further way to run the rule, and no control
+    assert found.conclusion.startswith("gated")  # an artifact is no further way to run the rule, and no control
 
 
 def test_an_artifact_samples_with_the_random_numbers_of_the_other_arms(exported, run):
-    exam = replace(EXAM, sampling=Sampling(5, temperature=1.0, seed=3), samples=2)
-    found = run([exported["hf"]], exam)
+    task = replace(TASK, sampling=Sampling(5, temperature=1.0, seed=3), samples=2)
+    found = run([exported["hf"]], task)
     assert found.tokens[f"hf {exported['hf'].name}"].tolist() == found.tokens["gated"].tolist()
 
 
 @pytest.mark.onnx
 def test_a_graph_does_not_sample(exported, run):
-    exam = replace(EXAM, sampling=Sampling(5, temperature=1.0))
+    task = replace(TASK, sampling=Sampling(5, temperature=1.0))
     with pytest.raises(ExportError, match="expected 0, graphs answer greedily"):
-        run([exported["onnx"]], exam)
+        run([exported["onnx"]], task)
 
 
 def test_a_journal_knows_the_answers_of_an_artifact(exported, plain, tmp_path, monkeypatch):

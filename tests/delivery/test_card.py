@@ -19,9 +19,9 @@ from adaras_export.core.base_model import BaseModel
 from adaras_export.core.markdown import Example
 from adaras_export.core.neurons import Ranking
 from adaras_export.core.rule import _card
-from adaras_export.delivery.card_effect import Measured
-from adaras_export.errors import ArtifactError
+from adaras_export.evaluation.record import evaluation_from_record
 from adaras_export.exporters.checks import Check, ParityReport
+from adaras_export.files.safe_read import UnreadableError
 
 GOLDEN = TESTS / "golden" / "cards"
 PARSER = MarkdownIt("commonmark").enable("table")
@@ -75,7 +75,7 @@ def named(target, name, *, chat):
     card = cards.card(
         target,
         replace(RULE, base=base),
-        replace(Measured.from_record(cards.FEW, "x"), example=Example(name, chat)),
+        replace(evaluation_from_record(cards.FEW), example=Example(name, chat)),
         repository=name,
         base=base,
         tensors=(replace(cards.vector(1), name=name, file=name, dtype=name),),
@@ -137,7 +137,7 @@ NO_QUESTIONS = [
 @pytest.mark.parametrize("prompt", NO_QUESTIONS)
 def test_what_is_no_short_question_is_no_example_and_refused_in_a_file(prompt):
     assert Example.of(prompt) is None
-    with pytest.raises(ArtifactError, match="expected a file of adaras-export eval"):
+    with pytest.raises(UnreadableError, match="for example, where there should be a short question"):
         text(evaluation={**cards.GAIN, "example": prompt})
 
 

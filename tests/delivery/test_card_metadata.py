@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import cards
+import evaluations
 import pytest
 import yaml
 from cards import RULE, text
@@ -13,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adaras_export.core.base_model import BaseModel
-from adaras_export.delivery.card_effect import Measured
 from adaras_export.delivery.card_metadata import inherited
 from adaras_export.errors import ArtifactError
+from adaras_export.evaluation.record import evaluation_from_record
 
 
 def data(**how):
@@ -108,8 +109,8 @@ def test_no_result_is_claimed_that_was_not_measured_on_this_artifact(case):
     assert "metrics" not in found.to_dict()
 
 
-def told_results(evaluation, name="hf"):
-    return cards.card(name, measured=Measured.from_record(evaluation, "evaluation.json")).results()
+def told_results(evaluation, name="hf", **more):
+    return cards.card(name, measured=evaluation_from_record(evaluation), **more).results()
 
 
 def test_a_task_of_a_benchmark_gets_the_file_that_its_leaderboard_reads():
@@ -117,8 +118,14 @@ def test_a_task_of_a_benchmark_gets_the_file_that_its_leaderboard_reads():
 
     [entry] = parse_eval_result_entries(yaml.safe_load(told_results(cards.GAIN)))
     assert (entry.dataset_id, entry.task_id, entry.value) == ("someone/sums", "two_digits", 0.578)
-    assert "arm gated" in entry.notes
+    assert "arm gated, greedy, n = 500, 95 % Wilson interval" in entry.notes
     assert entry.verify_token is None
+
+
+def test_machines_are_not_told_that_sampled_answers_are_greedy():
+    record = {**evaluations.SAMPLED, "dataset": "a/b", "task": "c"}
+    notes = yaml.safe_load(told_results(record, rule=RULE.ungated()))[0]["notes"]
+    assert "arm always, 8 answers each at temperature 0.7, n = 60, 95 % bootstrap interval" in notes
 
 
 def test_where_no_task_is_named_there_is_no_such_file():

@@ -633,7 +633,7 @@ def test_an_accepted_loss_is_printed_on_the_card(rules, folders, tmp_path, monke
 
 
 def test_the_evaluation_of_another_rule_is_refused(rules, folders, tmp_path):
-    (tmp_path / "eval.json").write_text('{"rule": "another"}')
+    (tmp_path / "eval.json").write_text(json.dumps({**cards.GAIN, "rule": "another"}))
     with pytest.raises(ExportError, match="evaluates rule another; expected "):
         export(rules[KEY], base=folders["llama"], to="hf", out=tmp_path / "out", evaluation=tmp_path / "eval.json")
 
@@ -645,7 +645,7 @@ def write_evaluation(path, rule, **changes):
 
 def test_a_damaged_evaluation_is_refused_before_the_work(rules, folders, tmp_path):
     write_evaluation(tmp_path / "eval.json", rules[KEY], arms=[])
-    with pytest.raises(ArtifactError, match=r"eval.json: has arms ; expected off and one of gated, always, everywhere"):
+    with pytest.raises(ArtifactError, match=r"eval.json: has arms \[\], where there should be off and one of"):
         export(rules[KEY], base=folders["llama"], to="hf", out=tmp_path / "out", evaluation=tmp_path / "eval.json")
     assert not (tmp_path / "out").exists()
 

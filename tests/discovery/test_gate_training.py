@@ -21,7 +21,7 @@ from adaras_export.core.question_identity import identity
 from adaras_export.core.traces import Trace, split
 from adaras_export.discovery import gate_fitting
 from adaras_export.discovery.gate_metrics import Costs, cross_fitted, rates
-from adaras_export.discovery.gate_training import partial_files, train_gate
+from adaras_export.discovery.gate_training import GateOptions, train_gate
 from adaras_export.discovery.identify import Reading
 from adaras_export.errors import MissingExtraError, RuleError, TraceError
 from adaras_export.modeling import activations
@@ -71,8 +71,9 @@ def train(stock, tokenizer, bases):
     """`train_gate` on the tiny qwen3 below layer 2, with changes."""
 
     def go(traces, **changes):
-        settings = {"below_layer": 2, "features": 12} | changes
-        return train_gate(stock["qwen3"], tokenizer, traces, bases["qwen3"], **settings)
+        how = {name: changes.pop(name) for name in ("reading", "out") if name in changes}
+        options = GateOptions(**{"below_layer": 2, "features": 12} | changes)
+        return train_gate(stock["qwen3"], tokenizer, traces, bases["qwen3"], options, **how)
 
     return go
 
@@ -274,7 +275,7 @@ def test_a_model_with_a_nan_weight_is_refused_by_layer(stock, tokenizer, bases):
     with torch.no_grad():
         broken.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
     with pytest.raises(TraceError, match=r"prompts: activations of layers \[1\] are NaN or infinite"):
-        train_gate(broken, tokenizer, planted(), bases["qwen3"], below_layer=2, features=4)
+        train_gate(broken, tokenizer, planted(), bases["qwen3"], GateOptions(2, 4))
 
 
 def test_four_training_questions_are_enough_for_the_attention_gate(train):
@@ -354,39 +355,45 @@ def test_what_a_gate_is_not_worth_it_for_is_said(trained):
 @pytest.mark.parametrize(
     "pooling", [pytest.param(one, marks=() if one == "logistic" else pytest.mark.slow) for one in POOLINGS]
 )
-def test_a_killed_run_goes_on_where_it_was(pooling, train, trained, tmp_path):
+def test_a_killed_run_goes_on_where_it_was(pooling, train, trained, tmp_path, monkeypatch):
     """Killed for real, in a process of its own, when some batches are in the file."""
-    partial, reading = tmp_path / "gate.partial", Reading(64)
+    out, partial, reading = tmp_path / "gate", tmp_path / "gate.partial", Reading(64)
 
     def slowly(done, _total):
         if done > 5:
             time.sleep(60)
 
-    child = forked(
-        lambda: train(planted(), pooling=pooling, reading=Reading(64, slowly), partial=partial), tmp_path / "log"
-    )
+    child = forked(lambda: train(planted(), pooling=pooling, reading=Reading(64, slowly), out=out), tmp_path / "log")
     while not partial.exists() or partial.stat().st_size < 5 * 4 * 2 * tiny.MLP_SIZE:
         time.sleep(0.01)
     os.kill(child, signal.SIGKILL)
     assert ended([child]) == [-signal.SIGKILL]
-    before = partial.read_bytes()
-    report = train(planted(), pooling=pooling, reading=reading, partial=partial)
+    rows = counted_rows(monkeypatch)
+    report = train(planted(), pooling=pooling, reading=reading, out=out)
+    resumed = len(rows)
     assert report.gate.to_bytes() == train(planted(), pooling=pooling, reading=reading).gate.to_bytes()
-    assert partial.read_bytes().startswith(before)
-    assert [path.exists() for path in partial_files(partial)] == [True, pooling == "attention"]
+    assert len(rows) - resumed > resumed
+    assert out.read_bytes() == report.gate.to_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gate", "log"]
+
+
+def counted_rows(monkeypatch):
+    """The rows that are read from now on."""
+    rows, read = [], activations.read
+
+    def counted(model, batch, *args):
+        rows.extend(batch)
+        return read(model, batch, *args)
+
+    monkeypatch.setattr(activations, "read", counted)
+    monkeypatch.setattr(gate_module, "read", counted)
+    return rows
 
 
 def test_a_prompt_is_read_once_for_the_logistic_gate_and_twice_for_attention(train, trained, monkeypatch):
-    read = activations.read
+    rows = counted_rows(monkeypatch)
     for pooling, times in zip(POOLINGS, (1, 2), strict=True):
-        rows = []
-
-        def counted(model, batch, *args, rows=rows):
-            rows.extend(batch)
-            return read(model, batch, *args)
-
-        monkeypatch.setattr(activations, "read", counted)
-        monkeypatch.setattr(gate_module, "read", counted)
+        rows.clear()
         train(planted(8), pooling=pooling, validation_share=0.5)
         assert len(rows) == times * 8
 

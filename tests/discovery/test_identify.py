@@ -18,6 +18,7 @@ from adaras_export.core.neuron_stats import AttributionStats, NeuronStats, with_
 from adaras_export.core.question_identity import identity
 from adaras_export.core.traces import Trace, by_question
 from adaras_export.discovery.identify import (
+    IdentifyOptions,
     Reading,
     identify,
     mixed,
@@ -76,7 +77,7 @@ def class_means(by_hand, questions, label):
 
 
 def test_the_papers_ranking_equals_its_formula(stock, tokenizer, bases, by_hand):
-    neurons = identify(stock["qwen3"], tokenizer, TRACES, bases["qwen3"], keep=60, min_layer=1).neurons
+    neurons = identify(stock["qwen3"], tokenizer, TRACES, bases["qwen3"], IdentifyOptions(keep=60, min_layer=1)).neurons
     good, bad = class_means(by_hand, "abc", True), class_means(by_hand, "abc", False)
     score = {p: abs(good[p] - bad[p]) / (abs(good[p]) + abs(bad[p]) + 1e-8) for p in PLACES}
     for place, delta, one in zip(
@@ -161,12 +162,12 @@ def test_equal_scores_of_the_papers_ranking_go_by_the_size_of_the_difference():
 @pytest.mark.parametrize(("keep", "min_layer"), [(-1, 0), (1, 4), (1, -1), (193, 0), (97, 2)])
 def test_an_impossible_choice_is_refused(keep, min_layer, stock, tokenizer, bases):
     with pytest.raises(RuleError, match=f"neurons: {keep} wanted from layer {min_layer} on"):
-        identify(stock["qwen3"], tokenizer, TRACES, bases["qwen3"], keep=keep, min_layer=min_layer)
+        identify(stock["qwen3"], tokenizer, TRACES, bases["qwen3"], IdentifyOptions(keep=keep, min_layer=min_layer))
 
 
 def test_the_attribution_ranking_is_gradient_times_deviation(stock, tokenizer, bases, by_hand):
     model, base = stock["qwen3"], bases["qwen3"]
-    neurons = identify(model, tokenizer, TRACES, base, ranking="attribution", keep=96).neurons
+    neurons = identify(model, tokenizer, TRACES, base, IdentifyOptions("attribution", 96)).neurons
     gradient = read_attribution(model, tokenizer, TRACES, base).mean()
     sigma = np.std([by_hand[t.id] for t in TRACES if t.question_id != "d"], 0)
     assert neurons.layer.min() == 2  # half of the layers is left to a causal gate
@@ -182,8 +183,8 @@ def test_statistics_that_were_recorded_already_are_used(stock, tokenizer, bases,
     means = {name: np.array(mean, np.float32) for name, mean in by_hand.items()}
     for question in mixed(list(by_question(TRACES).values())):
         stats = with_question(stats, question, means)
-    recorded = identify(stock["qwen3"], tokenizer, TRACES, bases["qwen3"], keep=9, stats=stats).neurons
-    read = identify(stock["qwen3"], tokenizer, TRACES, bases["qwen3"], keep=9).neurons
+    recorded = identify(stock["qwen3"], tokenizer, TRACES, bases["qwen3"], IdentifyOptions(keep=9), stats=stats).neurons
+    read = identify(stock["qwen3"], tokenizer, TRACES, bases["qwen3"], IdentifyOptions(keep=9)).neurons
     np.testing.assert_allclose(recorded.delta, read.delta, atol=2e-5)
 
 
@@ -209,7 +210,7 @@ def test_a_model_with_a_nan_weight_is_refused_by_question_and_layer(stock, token
 
 @pytest.mark.parametrize("ranking", ["paper", "attribution"])
 def test_what_was_found_is_told_to_a_person_and_to_a_machine(ranking, stock, tokenizer, bases):
-    found = identify(stock["qwen3"], tokenizer, TRACES, bases["qwen3"], ranking=ranking, keep=9)
+    found = identify(stock["qwen3"], tokenizer, TRACES, bases["qwen3"], IdentifyOptions(ranking, 9))
     assert found.line().startswith("9 neurons of layers 2 to 3 from 3 questions, by ")
     record = json.loads(json.dumps(found.as_record()))
     assert (record["neurons"], record["ranking"], record["questions"], record["traces"]) == (9, ranking, 3, 8)
@@ -220,4 +221,4 @@ def test_statistics_of_other_traces_are_refused(stock, tokenizer, bases):
     stats = read_stats(stock["qwen3"], tokenizer, TRACES, bases["qwen3"])
     fewer = [trace for trace in TRACES if trace.question_id != TRACES[0].question_id]
     with pytest.raises(TraceError, match="1 questions are in the statistics or the traces only"):
-        identify(stock["qwen3"], tokenizer, fewer, bases["qwen3"], keep=5, stats=stats)
+        identify(stock["qwen3"], tokenizer, fewer, bases["qwen3"], IdentifyOptions(keep=5), stats=stats)

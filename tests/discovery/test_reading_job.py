@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adaras_export.core.traces import Trace, digest
-from adaras_export.discovery.identify import Method, identify, job_of, ranked_part, read_stats
+from adaras_export.discovery.identify import IdentifyOptions, identify, job_of, ranked_part, read_stats
 from adaras_export.discovery.reading_job import Job, Part, Plan, merged
 from adaras_export.errors import ArtifactError, RuleError, TraceError
 from adaras_export.modeling.activations import Reading
@@ -32,7 +32,7 @@ def job(stock, tokenizer, bases):
     """A job of nine chunks."""
 
     def make(ranking="paper", reading=SMALL, traces=TRACES, name="qwen3"):
-        return job_of(stock[name], tokenizer, traces, bases[name], Method(ranking), reading)
+        return job_of(stock[name], tokenizer, traces, bases[name], IdentifyOptions(ranking), reading)
 
     return make
 
@@ -55,15 +55,15 @@ def test_shards_merge_to_the_bytes_of_the_whole(count, ranking, job, tmp_path):
         job(ranking).read(job(ranking).plan.share(index, count)).save(tmp_path / str(index))
     parts = {str(index): Part.load(tmp_path / str(index)) for index in reversed(range(count))}
     assert merged(parts) == whole
-    found = [ranked_part(one, None, ranking=ranking, keep=30).neurons for one in (whole, merged(parts))]
+    found = [ranked_part(one, None, IdentifyOptions(ranking, 30)).neurons for one in (whole, merged(parts))]
     assert found[0] == found[1]
 
 
 def test_the_whole_of_a_job_is_what_identify_ranks(job, stock, tokenizer, bases):
     whole = job().read(range(9))
-    found = identify(stock["qwen3"], tokenizer, TRACES, bases["qwen3"], keep=30, reading=SMALL)
+    found = identify(stock["qwen3"], tokenizer, TRACES, bases["qwen3"], IdentifyOptions(keep=30), reading=SMALL)
     assert found.stats == whole.stats
-    assert found.neurons == ranked_part(whole, None, ranking="paper", keep=30).neurons
+    assert found.neurons == ranked_part(whole, None, IdentifyOptions(keep=30)).neurons
 
 
 def test_parts_that_do_not_make_a_whole_are_refused_by_name(job):
@@ -85,7 +85,7 @@ def test_parts_that_do_not_make_a_whole_are_refused_by_name(job):
 
 def test_a_part_without_gradients_cannot_be_ranked_by_them(job):
     with pytest.raises(RuleError, match="attribution needs gradients, which were not read"):
-        ranked_part(job().read(range(9)), None, ranking="attribution", keep=5)
+        ranked_part(job().read(range(9)), None, IdentifyOptions("attribution", 5))
 
 
 def test_a_damaged_part_is_refused(job, tmp_path):
@@ -165,7 +165,7 @@ def test_traces_beyond_the_context_are_refused_unless_it_was_decided(job, stock,
     assert (left_out.plan.skipped, left_out.plan.beyond, left_out.plan.context) == (1, 0, 128)
     assert left_out.read(range(9)).stats == job().read(range(9)).stats
     part = left_out.read(range(9))
-    assert ranked_part(part, None, ranking="paper", keep=3).as_record()["skipped_traces"] == 1
+    assert ranked_part(part, None, IdentifyOptions(keep=3)).as_record()["skipped_traces"] == 1
     read = job(traces=traces, reading=replace(SMALL, too_long="read"))
     assert (read.plan.skipped, read.plan.beyond) == (0, 1)
     assert read.read(range(9)).stats.trace_count == 37
@@ -202,7 +202,7 @@ def activations(model, tokenizer, trace):
 
 def test_what_is_told_is_json(job):
     part = reduce(Part.merge, [job().read([at]) for at in range(9)])
-    found = ranked_part(part, None, ranking="paper", keep=10)
+    found = ranked_part(part, None, IdentifyOptions(keep=10))
     record = json.loads(json.dumps(found.as_record()))
     assert (record["tokens"], record["split_half_neurons"]) == ("all", 10)
     assert 0 <= record["split_half_overlap"] <= 1

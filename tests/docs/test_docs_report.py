@@ -12,6 +12,7 @@ from places import DOCS
 from adaras_export import cli
 
 pytest.importorskip("scipy")
+pytest.importorskip("matplotlib")
 
 PAGE = (DOCS / "report.md").read_text()
 [BLOCK] = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)

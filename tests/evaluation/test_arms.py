@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adaras_export.core.intervals import Estimate
-from adaras_export.evaluation.arms import Arm, Comparison, Gap, arms_table, compare
+from adaras_export.evaluation.arms import Arm, arms_table, compare
 
 pytest.importorskip("scipy.stats")
 
@@ -55,39 +54,3 @@ def test_several_random_draws_have_a_line_together():
     draws = [arm(f"random {seed}", accuracy) for seed, accuracy in enumerate((0.52, 0.47, 0.55))]
     assert arms_table([OFF, GAIN, *draws]).splitlines()[3].split() == ["3", "random", "47.0%", "to", "55.0%"]
     assert "random 0" in arms_table([OFF, GAIN, draws[0]])
-
-
-def gap(name, value=0.0, low=0.0, high=0.0, p_value=1.0):
-    nats = Estimate(0.125, 0.1, 0.2)
-    return Gap(name, Estimate(value, low, high), 12, 40, p_value, nats, nats, nats, nats)
-
-
-def comparison(*gaps):
-    return Comparison("gated", 64, 20.5, (gap("gated"), *gaps))
-
-
-def test_a_difference_is_told_with_its_interval_and_its_test():
-    found = comparison(gap("always"), gap("everywhere", -0.028, -0.044, -0.013, 1e-4)).sentence()
-    assert found == (
-        "everywhere against gated: -2.8 points (95 % interval -4.4 to -1.3; 12 fixed, 40 broken, p = 0.0001), "
-        "next-token KL 0.12 nats."
-    )
-
-
-def test_a_difference_that_is_not_shown_is_not_called_equality():
-    found = comparison(gap("everywhere", -0.003, -0.012, 0.006, 0.6)).sentence()
-    assert "-0.3 points (95 % interval -1.2 to +0.6" in found
-    assert found.endswith(
-        "The test shows no difference, which is no proof of equality: the interval says how large it may be."
-    )
-
-
-def test_without_another_arm_there_is_no_sentence():
-    assert comparison().sentence() == ""
-
-
-def test_the_gaps_are_a_table_in_which_the_reference_has_no_difference():
-    lines = comparison(gap("everywhere", -0.028, -0.044, -0.013, 1e-4)).table().splitlines()
-    assert len({len(line) for line in lines}) == 1
-    assert lines[1].split() == ["gated", *["0.125"] * 4]
-    assert lines[2].split() == ["everywhere", "-2.8", "-4.4", "to", "-1.3", "12", "40", "0.0001", *["0.125"] * 4]

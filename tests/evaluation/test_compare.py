@@ -17,7 +17,7 @@ from adaras_export.evaluation.arms import RULE_ARMS
 from adaras_export.evaluation.claims import arms_of, conclusion
 from adaras_export.evaluation.compare import compare_arms
 from adaras_export.evaluation.controls import random_control
-from adaras_export.evaluation.evaluate import Conduct, Exam, evaluate
+from adaras_export.evaluation.evaluate import EvaluationOptions, EvaluationTask, evaluate
 from adaras_export.modeling.gate import gate_probabilities
 from adaras_export.modeling.generation import Sampling, complete, complete_ids, encode_prompt
 from adaras_export.modeling.steering import steered, steered_everywhere
@@ -35,7 +35,7 @@ def has_even_sum(completion, answer):
     return sum(completion.encode()) % 2 == 0
 
 
-EXAM = Exam(QUESTIONS, has_even_sum, Sampling(STEPS), max_rows=4)
+TASK = EvaluationTask(QUESTIONS, has_even_sum, Sampling(STEPS), max_rows=4)
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +60,10 @@ def rule(gate, bases):
 def run(stock, tokenizer):
     """`compare_arms` on the tiny qwen3 with one random control."""
 
-    def go(rule, arms=RULE_ARMS, exam=EXAM, **changes):
-        return compare_arms(stock["qwen3"], tokenizer, rule, exam, arms, Conduct(**({"random_seeds": (0,)} | changes)))
+    def go(rule, arms=RULE_ARMS, task=TASK, **changes):
+        return compare_arms(
+            stock["qwen3"], tokenizer, rule, task, arms, EvaluationOptions(**({"random_seeds": (0,)} | changes))
+        )
 
     return go
 
@@ -81,8 +83,8 @@ def verdicts_of(model, tokenizer, context):
     found = []
     for question in QUESTIONS:
         with context():
-            (text,) = complete(model, tokenizer, [encode_prompt(tokenizer, question.prompt)], EXAM.sampling, [""])
-        found.append(has_even_sum(text, ""))
+            (text,) = complete(model, tokenizer, [encode_prompt(tokenizer, question.prompt)], TASK.sampling, [""])
+        found.append([has_even_sum(text, "")])
     return found
 
 
@@ -94,13 +96,13 @@ def test_everywhere_is_what_really_generating_with_every_token_steered_gives(rul
 
 
 def test_the_other_arms_and_the_controls_are_those_of_a_plain_evaluation(whole, rule, stock, tokenizer):
-    plain = evaluate(stock["qwen3"], tokenizer, rule(), EXAM, Conduct((0,)))
+    plain = evaluate(stock["qwen3"], tokenizer, rule(), TASK, EvaluationOptions((0,)))
     assert {name: values for name, values in lists(whole).items() if name != "everywhere"} == lists(plain)
     assert [arm for arm in whole.arms if arm.name != "everywhere"] == list(plain.arms)
     assert [arm.name for arm in whole.arms] == ["off", "always", "gated", "everywhere", "flipped", "random 0"]
     assert whole.steered_share == plain.steered_share
     # One way more is tested, so the correction is another one.
-    assert whole.verdict == f"gated: {conclusion(whole.arms)} {whole.comparison.sentence()}"
+    assert whole.conclusion == f"gated: {conclusion(whole.arms)} {whole.comparison.sentence()}"
 
 
 def test_arms_that_are_not_named_are_left_out(rule, run):
@@ -116,7 +118,7 @@ def test_controls_are_steered_as_the_first_arm_is(rule, run, stock, tokenizer):
     for name, other in others.items():
         assert lists(everywhere)[name] == verdicts_of(model, tokenizer, lambda o=other: steered_everywhere(model, o))
         assert lists(always)[name] == verdicts_of(model, tokenizer, lambda o=other: steered(model, o.ungated()))
-    assert everywhere.verdict.startswith("everywhere: ")
+    assert everywhere.conclusion.startswith("everywhere: ")
 
 
 @pytest.mark.parametrize("arms", [["everywhere", "gated", "always"], ["always", "everywhere", "gated", "always"]])
@@ -214,13 +216,13 @@ def test_a_rule_without_a_gate_is_held_against_always(rule, run):
     found = run(rule(gated=False), ["everywhere", "always"])
     assert (found.comparison.reference, found.comparison.tokens) == ("always", STEPS)
     assert found.steered_share == 1
-    assert "everywhere against always: " in found.verdict
+    assert "everywhere against always: " in found.conclusion
 
 
 @pytest.mark.parametrize(("rows", "logits"), [(9, compare._LOGITS), (4, 1)])
 def test_batches_of_another_size_give_the_same_verdicts_and_divergences(rows, logits, whole, rule, run, monkeypatch):
     monkeypatch.setattr(compare, "_LOGITS", logits)
-    found = run(rule(), exam=replace(EXAM, max_rows=rows))
+    found = run(rule(), task=replace(TASK, max_rows=rows))
     assert lists(found) == lists(whole)
     for one, other in zip(found.comparison.gaps, whole.comparison.gaps, strict=True):
         expected = [figure.value for figure in other.divergences()]
@@ -229,11 +231,11 @@ def test_batches_of_another_size_give_the_same_verdicts_and_divergences(rows, lo
 
 def test_the_token_that_ends_a_text_counts_and_none_behind_the_limit(rule, run, stock, tokenizer, monkeypatch):
     rows = [encode_prompt(tokenizer, question.prompt) for question in QUESTIONS]
-    texts = complete_ids(stock["qwen3"], tokenizer, rows, EXAM.sampling, [""] * len(rows))
+    texts = complete_ids(stock["qwen3"], tokenizer, rows, TASK.sampling, [""] * len(rows))
     stop = next(id_ for text in texts for id_ in text[1:-1] if id_ < 94)  # printable
-    exam = replace(EXAM, sampling=Sampling(STEPS, stop=tokenizer.decode([stop])))
+    task = replace(TASK, sampling=Sampling(STEPS, stop=tokenizer.decode([stop])))
     expected = [text.index(stop) + 1 if stop in text else STEPS for text in texts]
-    assert run(rule(), ["gated"], exam, random_seeds=()).comparison.mean_tokens == np.mean(expected) < STEPS
+    assert run(rule(), ["gated"], task, random_seeds=()).comparison.mean_tokens == np.mean(expected) < STEPS
     monkeypatch.setattr(compare, "TOKENS", 3)
     cut = run(rule(), ["gated"], random_seeds=()).comparison
     assert (cut.tokens, cut.mean_tokens) == (3, 3)
@@ -241,7 +243,7 @@ def test_the_token_that_ends_a_text_counts_and_none_behind_the_limit(rule, run, 
 
 def test_the_record_has_the_comparison_beside_what_it_always_had(whole, rule, stock, tokenizer):
     record = json.loads(json.dumps(whole.as_record(), allow_nan=False))
-    plain = evaluate(stock["qwen3"], tokenizer, rule(), EXAM, Conduct((0,))).as_record()
+    plain = evaluate(stock["qwen3"], tokenizer, rule(), TASK, EvaluationOptions((0,))).as_record()
     assert record.keys() - plain.keys() == {"comparison"}
     assert (record["version"], record["rule"]) == (plain["version"], plain["rule"])
     assert [gap["name"] for gap in record["comparison"]["gaps"]] == list(RULE_ARMS)
@@ -272,5 +274,5 @@ def test_questions_that_were_used_before_are_refused(rule, run):
 
 def test_progress_reaches_every_question_of_the_reading(rule, run):
     counts = []
-    run(rule(), exam=replace(EXAM, progress=lambda done, total: counts.append((done, total))))
+    run(rule(), task=replace(TASK, progress=lambda done, total: counts.append((done, total))))
     assert counts[-1] == (9, 9)

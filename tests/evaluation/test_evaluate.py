@@ -12,16 +12,18 @@ import tiny
 import torch
 
 from adaras_export.core import families
+from adaras_export.core.markdown import Example
 from adaras_export.core.neurons import NeuronSet
 from adaras_export.core.question_identity import BOXED, identity
 from adaras_export.core.traces import Question, digest
 from adaras_export.errors import MissingExtraError, RuleError, TraceError
-from adaras_export.evaluation.answer_cache import AnswerBook
+from adaras_export.evaluation.answer_cache import AnswerCache
+from adaras_export.evaluation.answers_by_arm import _example
 from adaras_export.evaluation.arms import compare
 from adaras_export.evaluation.claims import conclusion
 from adaras_export.evaluation.controls import random_control
-from adaras_export.evaluation.evaluate import Conduct, Exam, _example, evaluate
-from adaras_export.evaluation.report import reading
+from adaras_export.evaluation.evaluate import EvaluationOptions, EvaluationTask, evaluate
+from adaras_export.evaluation.record import read_evaluation
 from adaras_export.modeling.gate import gate_probabilities
 from adaras_export.modeling.generation import Sampling, complete, complete_ids, decode, encode_prompt
 from adaras_export.modeling.steering import steered
@@ -40,8 +42,8 @@ def has_even_sum(completion, answer):
 
 
 @pytest.fixture(scope="module")
-def exam():
-    return Exam(QUESTIONS, has_even_sum, GREEDY, max_rows=4)
+def task():
+    return EvaluationTask(QUESTIONS, has_even_sum, GREEDY, max_rows=4)
 
 
 @pytest.fixture(scope="module")
@@ -58,27 +60,26 @@ def rule(stock, tokenizer, bases):
 
 
 @pytest.fixture(scope="module")
-def run(stock, tokenizer, exam):
+def run(stock, tokenizer, task):
     """`evaluate` on the tiny qwen3 with two random controls."""
 
-    def go(rule, exam=exam, **changes):
-        return evaluate(stock["qwen3"], tokenizer, rule, exam, Conduct(**({"random_seeds": (0, 1)} | changes)))
+    def go(rule, task=task, **changes):
+        return evaluate(
+            stock["qwen3"], tokenizer, rule, task, EvaluationOptions(**({"random_seeds": (0, 1)} | changes))
+        )
 
     return go
 
 
 def verdicts_of(model, tokenizer, rule):
     """Question by question, alone in its batch, from the prompt on; ``rule`` None is plain."""
-    found = []
+    right = []
     for question in QUESTIONS:
         row = encode_prompt(tokenizer, question.prompt)
-        if rule is None:
+        with nullcontext() if rule is None else steered(model, rule):
             (text,) = complete(model, tokenizer, [row], GREEDY, [question.id])
-        else:
-            with steered(model, rule):
-                (text,) = complete(model, tokenizer, [row], GREEDY, [question.id])
-        found.append(has_even_sum(text, ""))
-    return found
+        right.append([has_even_sum(text, "")])
+    return right
 
 
 @pytest.mark.slow
@@ -107,11 +108,11 @@ def test_arms_come_in_a_fixed_order_and_count_their_verdicts(rule, run):
     assert [arm.name for arm in found.arms] == ["off", "always", "gated", "flipped", "random 0", "random 1"]
     for arm in found.arms:
         verdicts, off = found.verdicts[arm.name], found.verdicts["off"]
-        assert arm == compare(arm.name, verdicts, off)
+        assert arm == compare(arm.name, verdicts[:, 0], off[:, 0])
         assert (arm.questions, arm.accuracy) == (15, verdicts.mean())
         assert (arm.fixed, arm.broken) == ((verdicts & ~off).sum(), (off & ~verdicts).sum())
     assert found.arm("gated") is found.arms[2]
-    assert found.verdict == conclusion(found.arms)
+    assert found.conclusion == conclusion(found.arms)
 
 
 def test_strength_0_changes_no_verdict(rule, run):
@@ -121,17 +122,17 @@ def test_strength_0_changes_no_verdict(rule, run):
 
 
 @pytest.mark.slow
-def test_the_batch_size_changes_no_verdict(rule, run, exam):
+def test_the_batch_size_changes_no_verdict(rule, run, task):
     """Symptom that this would show: arms that differ by rounding. The tiny model's logits lie far apart."""
-    one, other = run(rule()), run(rule(), replace(exam, max_rows=1, token_budget=1))
+    one, other = run(rule()), run(rule(), replace(task, max_rows=1, token_budget=1))
     assert {name: v.tolist() for name, v in one.verdicts.items()} == {n: v.tolist() for n, v in other.verdicts.items()}
 
 
 def test_the_example_of_a_record_is_a_question_that_was_set_right_and_that_a_card_can_ask():
     long, first, chat = Question("l", "x" * 999, "x"), Question("f", "1 + 1", "x"), QUESTIONS[-1]
-    rows = {"off": np.array([0, 0, 0], bool), "always": np.array([1, 0, 1], bool)}
-    assert _example([long, first, chat], rows) == [{"role": "user", "content": "4+4"}]
-    assert _example([long, first, chat], {**rows, "always": rows["off"]}) == "1 + 1"
+    rows = {"off": np.array([[0], [0], [0]], bool), "always": np.array([[1], [0], [1]], bool)}
+    assert _example([long, first, chat], rows) == Example("4+4", chat=True)
+    assert _example([long, first, chat], {**rows, "always": rows["off"]}) == Example("1 + 1", chat=False)
     assert _example([long], {name: values[:1] for name, values in rows.items()}) is None
 
 
@@ -146,7 +147,7 @@ def test_the_record_holds_every_verdict_by_question(rule, run):
     record = found.as_record()
     assert record["rule"] == one.fingerprint
     assert record["verdicts"]["id"] == [question.id for question in QUESTIONS]
-    assert record["verdicts"]["gated"] == [int(right) for right in found.verdicts["gated"]]
+    assert record["verdicts"]["gated"] == [int(right) for (right,) in found.verdicts["gated"]]
     assert record["questions"] == 15
     won = [one.prompt for one, right, off in zip(QUESTIONS, *map(found.verdicts.get, ("gated", "off")), strict=True)
            if right > off]  # fmt: skip
@@ -154,10 +155,10 @@ def test_the_record_holds_every_verdict_by_question(rule, run):
     assert [arm["name"] for arm in record["arms"]] == [arm.name for arm in found.arms]
 
 
-def test_progress_reaches_every_answer_of_every_arm(rule, exam, stock, tokenizer):
+def test_progress_reaches_every_answer_of_every_arm(rule, task, stock, tokenizer):
     told = []
-    watched = replace(exam, progress=lambda done, total: told.append((done, total)))
-    AnswerBook(stock["qwen3"], tokenizer, watched).ask([None, rule()])
+    watched = replace(task, progress=lambda done, total: told.append((done, total)))
+    AnswerCache(stock["qwen3"], tokenizer, watched).ask([None, rule()])
     assert told[-1] == (30, 30)
     assert len(told) == 8
 
@@ -179,16 +180,16 @@ def test_questions_that_were_used_before_are_refused_in_whatever_form(part, rule
 
 def test_an_exam_that_makes_no_sense_is_refused():
     with pytest.raises(TraceError, match="questions: there are none"):
-        Exam([], has_even_sum, GREEDY)
-    with pytest.raises(TraceError, match="exam: 0 answers to each question"):
-        Exam(QUESTIONS, has_even_sum, GREEDY, samples=0)
-    with pytest.raises(TraceError, match="exam: 3 answers at temperature 0 are equal"):
-        Exam(QUESTIONS, has_even_sum, GREEDY, samples=3)
+        EvaluationTask([], has_even_sum, GREEDY)
+    with pytest.raises(TraceError, match="samples: 0 answers to each question"):
+        EvaluationTask(QUESTIONS, has_even_sum, GREEDY, samples=0)
+    with pytest.raises(TraceError, match="samples: 3 answers at temperature 0 are equal"):
+        EvaluationTask(QUESTIONS, has_even_sum, GREEDY, samples=3)
 
 
-def test_a_rule_for_another_model_is_refused(rule, stock, tokenizer, exam):
+def test_a_rule_for_another_model_is_refused(rule, stock, tokenizer, task):
     with pytest.raises(RuleError, match="is not the model that this was made for"):
-        evaluate(stock["llama"], tokenizer, rule(gated=False), exam)
+        evaluate(stock["llama"], tokenizer, rule(gated=False), task)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -241,9 +242,9 @@ def test_a_rule_of_a_whole_layer_has_no_random_control(bases, stock):
         random_control(stock["qwen3"], tiny.make_rule(bases["qwen3"], neurons=whole), 0)
 
 
-def test_without_scipy_the_error_names_the_extra_before_anything_is_answered(rule, run, exam, monkeypatch):
+def test_without_scipy_the_error_names_the_extra_before_anything_is_answered(rule, run, task, monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy.stats", None)
-    watched = replace(exam, progress=lambda done, total: pytest.fail("answered"))
+    watched = replace(task, progress=lambda done, total: pytest.fail("answered"))
     with pytest.raises(MissingExtraError, match=r"comparing verdicts needs scipy.*install .*'scipy>=1.13'$"):
         run(rule(), watched)
 
@@ -254,8 +255,8 @@ SAMPLED = replace(GREEDY, temperature=1.0, seed=4)
 
 
 @pytest.fixture(scope="module")
-def sampled(exam):
-    return replace(exam, sampling=SAMPLED, samples=3)
+def sampled(task):
+    return replace(task, sampling=SAMPLED, samples=3)
 
 
 def by_hand(model, tokenizer, rule, samples=3):
@@ -294,19 +295,19 @@ def test_arms_of_several_answers_count_questions(rule, run, sampled):
 def test_gated_answers_are_steered_ones_where_the_gate_fires(rule, run, stock, tokenizer):
     one = rule()
     found = run(one, random_seeds=())
-    fires = gate_probabilities(stock["qwen3"], tokenizer, one.gate, [q.prompt for q in QUESTIONS]) < one.gate.threshold
+    is_steered = (
+        gate_probabilities(stock["qwen3"], tokenizer, one.gate, [q.prompt for q in QUESTIONS]) < one.gate.threshold
+    )
     for column in (found.tokens, found.cut, found.verdicts):
-        assert column["gated"].tolist() == np.where(fires, column["always"], column["off"]).tolist()
+        assert column["gated"].tolist() == np.where(is_steered[:, None], column["always"], column["off"]).tolist()
     assert set(found.seconds) == {"off", "always"}  # the gated arm took no time of its own
     assert min(found.seconds.values()) > 0
 
 
-def test_the_record_is_what_reports_read(rule, run, tmp_path):
-    run(rule()).save(tmp_path / "e.json")
-    recorded = reading.read(tmp_path / "e.json")
-    assert recorded.answers == 1
-    assert recorded.tokens["gated"].shape == (15, 1)
-    assert "float32" in recorded.about["model"]
+def test_what_is_saved_is_read_as_it_was(rule, run, tmp_path):
+    evaluation = run(rule())
+    evaluation.save(tmp_path / "e.json")
+    assert read_evaluation(tmp_path / "e.json").as_record() == evaluation.as_record()
 
 
 @pytest.mark.parametrize("share", [0.3, 0.8])
@@ -321,25 +322,25 @@ def test_a_killed_run_goes_on_and_ends_as_a_whole_one(share, rule, run, sampled,
     assert 0 < told[-1] < 15 * 3 * 5  # the answers that were there are not asked for again
 
 
-def test_a_journal_of_another_model_is_refused(rule, run, exam, stock, tokenizer, tmp_path):
+def test_a_journal_of_another_model_is_refused(rule, run, task, stock, tokenizer, tmp_path):
     """Symptom that this would show: a fine-tuned model of the same shape takes over the base's answers."""
     run(rule(), journal=tmp_path / "journal")
-    book = AnswerBook(stock["qwen3"], tokenizer, exam, tmp_path / "journal")
-    assert not book.missing([None], range(15))
-    book.close()
+    cache = AnswerCache(stock["qwen3"], tokenizer, task, tmp_path / "journal")
+    assert not cache.missing([None], range(15))
+    cache.close()
     other = copy.deepcopy(stock["qwen3"])
     next(other.parameters()).data[0] += 1
     with pytest.raises(TraceError, match="delete it to begin again"):
-        AnswerBook(other, tokenizer, exam, tmp_path / "journal")
+        AnswerCache(other, tokenizer, task, tmp_path / "journal")
     templated = copy.deepcopy(tokenizer)
     templated.chat_template = f"{tokenizer.chat_template}!"
     with pytest.raises(TraceError, match="delete it to begin again"):
-        AnswerBook(stock["qwen3"], templated, exam, tmp_path / "journal")
+        AnswerCache(stock["qwen3"], templated, task, tmp_path / "journal")
 
 
 def test_the_gates_pass_is_not_run_again(rule, run, tmp_path, monkeypatch):
     whole = run(rule(), random_seeds=(), journal=tmp_path / "journal").as_record()
-    monkeypatch.setattr("adaras_export.evaluation.evaluate.gate_probabilities", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr("adaras_export.evaluation.answers_by_arm.gate_probabilities", lambda *_: pytest.fail("read"))
     assert run(rule(), random_seeds=(), journal=tmp_path / "journal").as_record() == whole
 
 

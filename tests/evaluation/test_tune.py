@@ -14,8 +14,8 @@ from adaras_export.core.traces import Question, digest
 from adaras_export.data.checkers import exact
 from adaras_export.errors import ArtifactError, MissingExtraError, RuleError, TraceError
 from adaras_export.evaluation import answer_cache
-from adaras_export.evaluation.evaluate import Exam
-from adaras_export.evaluation.tune import tune
+from adaras_export.evaluation.evaluate import EvaluationTask
+from adaras_export.evaluation.tune import TuneOptions, tune
 from adaras_export.evaluation.tune_search import Search, Span
 from adaras_export.files.append_log import SealedLog
 from adaras_export.modeling.gate import gate_probabilities
@@ -52,9 +52,10 @@ def run(stock, tokenizer, bases):
         questions = [
             Question(f"q{n}", prompt, one) for n, (prompt, one) in enumerate(zip(PROMPTS, answers, strict=True))
         ]
-        settings = {"base": bases["qwen3"], "counts": COUNTS, "strengths": STRENGTHS} | changes
+        options = TuneOptions(**{"counts": COUNTS, "strengths": STRENGTHS} | changes)
         neurons = tiny.make_neurons() if neurons is None else neurons
-        return tune(stock["qwen3"], tokenizer, neurons, gate, Exam(questions, check, GREEDY), **settings)
+        task = EvaluationTask(questions, check, GREEDY)
+        return tune(stock["qwen3"], tokenizer, neurons, gate, task, bases["qwen3"], options)
 
     return go
 
@@ -154,7 +155,7 @@ def test_the_rule_remembers_the_questions_of_every_stage(run, gate):
         ({"strengths": ()}, r"strengths \[\]; expected"),
         ({"counts": ()}, r"tune: counts \[\]"),
         ({"counts": (0, 3)}, r"tune: counts \[0, 3\]"),
-        ({"counts": (7,)}, "neurons: 7 wanted; the set has 6"),
+        ({"counts": (7,)}, "neurons: 7 requested; the set has 6"),
         ({"strengths": (float("nan"),)}, "strength is nan; expected a finite number"),
     ],
 )
@@ -284,7 +285,7 @@ def untimed(content):
     ("content", "message"),
     [
         (b"my notes", r"j.jsonl:1: is not JSON.*expected the journal of an earlier run"),
-        (b'{"kind": "traces"}\n', "is of other questions, another checker or other options"),
+        (b'{"kind": "traces"}\n', "was written with other questions, another checker or other generation"),
         (b"{head}[1, 2]\n", "j.jsonl:2: is not as it was written"),
     ],
 )
@@ -298,15 +299,15 @@ def test_a_file_that_is_no_journal_of_this_run_is_refused_and_left_alone(content
     assert path.read_bytes() == content
 
 
-@pytest.mark.parametrize("changes", [{"questions": [99]}, {"correct": [["yes"]]}, {"seconds": -1}, {"way": 1}])
-def test_a_whole_line_that_is_no_verdicts_is_refused(changes, run, tmp_path):
+@pytest.mark.parametrize("changes", [{"questions": [99]}, {"correct": [["yes"]]}, {"seconds": -1}, {"condition": 1}])
+def test_a_whole_line_that_is_no_batch_of_answers_is_refused(changes, run, tmp_path):
     run(["x"] * 10, journal=tmp_path / "j.jsonl", **FEW)
     head = json.loads((tmp_path / "j.jsonl").read_bytes().splitlines()[0])
-    line = {"way": "off", "questions": [1], "correct": [[1]], "tokens": [[1]], "seconds": 0}
+    line = {"condition": "off", "questions": [1], "correct": [[1]], "tokens": [[1]], "seconds": 0}
     other = SealedLog(tmp_path / "other", head["of"])
     other.append(line | changes)
     other.close()
-    with pytest.raises(TraceError, match="other:2: holds a line that is no verdicts"):
+    with pytest.raises(TraceError, match="other:2: holds a line that is no batch of answers"):
         run(["x"] * 10, journal=tmp_path / "other", **FEW)
 
 

@@ -15,8 +15,8 @@ from adaras_export.core.trace_files import write_questions
 from adaras_export.core.traces import Question
 from adaras_export.data.checkers import last_number
 from adaras_export.demo import planted
-from adaras_export.evaluation.evaluate import Exam
-from adaras_export.evaluation.tune import tune
+from adaras_export.evaluation.evaluate import EvaluationTask
+from adaras_export.evaluation.tune import TuneOptions, tune
 from adaras_export.modeling.generation import Sampling
 from adaras_export.modeling.loading import load_model
 
@@ -38,9 +38,8 @@ def started(folder):
 def whole(questions, neurons):
     """What a run that nobody killed finds."""
     model, tokenizer = load_model(str(MODEL))
-    exam = Exam(questions, last_number, Sampling(40), max_rows=8)
-    grid = {"counts": (5, 20), "strengths": (1, 2)}
-    return tune(model, tokenizer, neurons, None, exam, base=BaseModel.of(str(MODEL)), **grid)
+    task = EvaluationTask(questions, last_number, Sampling(40), max_rows=8)
+    return tune(model, tokenizer, neurons, None, task, BaseModel.of(str(MODEL)), TuneOptions((5, 20), (1, 2)))
 
 
 def lines(path):

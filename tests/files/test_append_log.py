@@ -93,7 +93,7 @@ def test_a_journal_that_was_cut_anywhere_goes_on_from_its_whole_lines(path, kept
 def test_a_second_process_is_refused_until_the_first_one_ends(path, tmp_path):
     first = SealedLog(path, "abc")
     first.read(lambda line: None)
-    with pytest.raises(TraceError, match=r"j\.jsonl: another process is writing it; wait for its end, or choose"):
+    with pytest.raises(TraceError, match=r"j\.jsonl: another process is writing it; wait until it ends, or choose"):
         replayed(path)
     first.close()
     assert replayed(path) == RECORDS
@@ -108,7 +108,7 @@ def test_a_second_process_is_refused_until_the_first_one_ends(path, tmp_path):
 
 
 def test_a_refused_journal_is_free_for_others(path):
-    with pytest.raises(TraceError, match="is of other questions") as kept:
+    with pytest.raises(TraceError, match="was written with other questions") as kept:
         replayed(path, "another")
     assert kept.value.__traceback__ is not None
     assert replayed(path) == RECORDS

@@ -58,7 +58,7 @@ def test_of_many_at_once_one_wins_and_the_others_say_so(tmp_path):
 
 def test_a_folder_that_another_process_is_writing_is_refused_and_left_to_it(busy, tmp_path):
     before = names_of(tmp_path)
-    with pytest.raises(ExportError, match=r"out-0: another export is writing it now; wait for its end, or choose"):
+    with pytest.raises(ExportError, match=r"out-0: another export is writing it now; wait until it ends, or choose"):
         write(tmp_path / "out-0", tmp_path / "base")
     assert names_of(tmp_path) == before == [".out-0.adaras-export"]
     assert busy.poll() is None
@@ -83,8 +83,8 @@ def test_any_name_that_can_be_printed_is_taken(name, tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("two\nlines", r"two\\nlines': a line end or the like in its name"),
-        ("\udcff", "a line end or the like in its name"),
+        ("two\nlines", r"two\\nlines': has an unprintable character in its name"),
+        ("\udcff", "has an unprintable character in its name"),
         ("x" * 256, "cannot be .*File name too long"),
         ("file", "exists already"),
         ("file/out", "cannot be written .*Not a directory|cannot be written .*File exists"),

@@ -7,7 +7,7 @@ import torch
 from adaras_export import cli
 from adaras_export.core.trace_files import write_traces
 from adaras_export.core.traces import Trace
-from adaras_export.discovery.identify import identify
+from adaras_export.discovery.identify import IdentifyOptions, identify
 from adaras_export.errors import RuleError
 from adaras_export.modeling.activations import token_means
 from adaras_export.modeling.loading import load_model
@@ -42,8 +42,8 @@ def test_gradients_of_weights_on_the_disk_are_refused(folders, tokenizer, bases,
     model, _ = load_model(folders["llama"], device_map=PLACES["disk"], offload_folder=tmp_path)
     found = r"attribution: \d+ tensors of .* are offloaded; expected all in memory"
     with pytest.raises(RuleError, match=found):
-        identify(model, tokenizer, TRACES, bases["llama"], ranking="attribution", keep=5)
-    assert len(identify(model, tokenizer, TRACES, bases["llama"], keep=5).neurons) == 5
+        identify(model, tokenizer, TRACES, bases["llama"], IdentifyOptions("attribution", 5))
+    assert len(identify(model, tokenizer, TRACES, bases["llama"], IdentifyOptions(keep=5)).neurons) == 5
 
 
 def test_the_command_line_takes_a_device_map(folders, tmp_path, monkeypatch, capsys):

@@ -62,7 +62,7 @@ MUTANTS = (
     Mutant(
         "dropped norm",
         "random controls are weaker or stronger than the rule, so beating them shows nothing",
-        "scale = wanted / drawn_norm if drawn_norm else 0.0",
+        "scale = own_norm / drawn_norm if drawn_norm else 0.0",
         "scale = 1.0 if drawn_norm else 0.0",
         "test_evaluate.py",
     ),

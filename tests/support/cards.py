@@ -1,5 +1,6 @@
 """Cards from fixed values: no versions, no folders, nothing that differs from machine to machine."""
 
+import evaluations
 import numpy as np
 import pytest
 
@@ -9,8 +10,8 @@ from adaras_export.core.gate import Gate
 from adaras_export.core.neurons import NeuronSet
 from adaras_export.core.rule import SteeringRule
 from adaras_export.delivery.card import Card
-from adaras_export.delivery.card_effect import Measured
 from adaras_export.delivery.receipt import Receipt
+from adaras_export.evaluation.record import evaluation_from_record
 from adaras_export.exporters.base import ExportContext
 from adaras_export.exporters.manifest import Disclosed
 from adaras_export.exporters.parity import Check, ParityReport
@@ -90,7 +91,7 @@ def card(name="hf", rule=RULE, measured=None, **changes):
 
 def text(name="hf", rule=RULE, evaluation=None, **changes):
     """The text of a card; ``evaluation`` is a record of `adaras-export eval`."""
-    measured = None if evaluation is None else Measured.from_record(evaluation, "evaluation.json")
+    measured = None if evaluation is None else evaluation_from_record(evaluation)
     return card(name, rule, measured, **changes).text()
 
 
@@ -108,11 +109,26 @@ def arm(name, right, fixed=0, broken=0, p_value=1.0):
     }
 
 
+def moved(name, right, fixed, p_value):
+    """An arm that has ``right`` of 500, and fixes as many as that or more."""
+    fixed = max(fixed, right - 257)
+    return arm(name, right, fixed, 265 + fixed - right, p_value)
+
+
+def answers(figures):
+    """Verdicts, (500, 1), of an arm with these figures; no steering has the first 265 right."""
+    right = np.arange(500) < 265 + figures["fixed"]
+    right[: figures["broken"]] = False
+    return right[:, None]
+
+
 def evaluation(*arms, controls=(255, 262, 259), flipped=240, **more):
     """The record of an evaluation; 265 of 500 are right without steering."""
-    random = [arm(f"random {seed}", right, 5, 8, 0.6) for seed, right in enumerate(controls)]
-    listed = [arm("off", 265), *arms, arm("flipped", flipped, 10, 35, 0.0003), *random]
-    return {"rule": RULE.fingerprint, "questions": 500, "steered_share": 0.447, "seen": 0, "arms": listed, **more}
+    random = [moved(f"random {seed}", right, 5, 0.6) for seed, right in enumerate(controls)]
+    listed = [arm("off", 265), *arms, moved("flipped", flipped, 10, 0.0003), *random]
+    verdicts = {figures["name"]: answers(figures) for figures in listed}
+    about = {"rule": RULE.fingerprint, "steered_share": 0.447, **more}
+    return evaluations.record(verdicts, figures=listed, **about)
 
 
 def nats(value):

@@ -21,46 +21,42 @@ def shares(rule=0.62, off=0.5, flipped=0.45, draws=20, lead="gated"):
     return {"off": off, lead: rule, "flipped": flipped, **random}
 
 
-def record(arms, prefix="q", **more):
-    """A file of version 1, of arms (N, 1) by name."""
-    columns = {name: values[:, 0].astype(int).tolist() for name, values in arms.items()}
-    off = arms["off"][:, 0]
+def record(arms, prefix="q", figures=None, **more):
+    """A file of `eval` with these verdicts, (N, n) by arm; ``figures`` are those of the arms, by default theirs."""
+    questions, answers = arms["off"].shape
+    tokens = np.arange(questions * answers).reshape(questions, answers) % 50 + 10
+    figures = figures or [vars(compare(name, values, arms["off"])) for name, values in arms.items()]
     return {
-        "version": 1,
+        "version": 2,
         "rule": RULE,
-        "questions": len(off),
+        "model": {"name": "somebody/tiny", "revision": "c0ffee", "fingerprint": None, "dtype": "float32"},
+        "checker": "last_number",
+        "sampling": {"max_new_tokens": 60, "temperature": 0.0, "top_p": 1.0, "seed": 0, "stop": None},
+        "question_set": None,
+        "trained_on": None,
+        "questions": questions,
+        "samples": answers,
         "steered_share": 0.47,
         "seen": 0,
         "dataset": None,
         "task": None,
+        "example": None,
         "verdict": "believe me",
-        "arms": [vars(compare(name, values[:, 0], off)) for name, values in arms.items()],
-        "verdicts": {"id": [f"{prefix}{place}" for place in range(len(off))], **columns},
-        **more,
-    }
-
-
-def sampled(arms, **more):
-    """A file of version 2: several answers to a question, with their lengths and times."""
-    questions, answers = arms["off"].shape
-    columns = {name: values.astype(int).tolist() for name, values in arms.items()}
-    tokens = np.arange(questions * answers).reshape(questions, answers) % 50 + 10
-    return {
-        "version": 2,
-        "rule": RULE,
-        "steered_share": 1.0,
-        "seen": 0,
-        "question_set": "sums",
-        "trained_on": "sums",
-        "model": {"name": "somebody/tiny", "revision": "c0ffee"},
-        "checker": "last_number",
-        "sampling": {"temperature": 0.7, "top_p": 0.95, "max_new_tokens": 60, "stop": None, "seed": 1},
-        "verdicts": {"id": [f"q{place}" for place in range(questions)], **columns},
-        "tokens": {name: (tokens + shift).tolist() for shift, name in enumerate(arms)},
-        "cut": {name: (tokens > 57).astype(int).tolist() for name in arms},
+        "arms": figures,
+        "differences": {
+            arm["name"]: {"value": 0.0, "low": -0.1, "high": 0.1} for arm in figures if arm["name"] != "off"
+        },
+        "verdicts": {"id": [f"{prefix}{place}" for place in range(questions)], **columns(arms)},
+        "tokens": columns({name: tokens + shift for shift, name in enumerate(arms)}),
+        "cut": columns(dict.fromkeys(arms, tokens > 57)),
         "seconds": {name: 12.5 + shift for shift, name in enumerate(arms)},
         **more,
     }
+
+
+def columns(arms):
+    """One number for each question, or a list of n."""
+    return {name: (table[:, 0] if table.shape[1] == 1 else table).astype(int).tolist() for name, table in arms.items()}
 
 
 GAIN = record(verdicts(shares()))
@@ -69,17 +65,24 @@ HARM = record(verdicts(shares(rule=0.38)))
 FEW = record(verdicts(shares(draws=5)))
 BARE = record(verdicts({"off": 0.5, "always": 0.6}))
 SEEN = {**GAIN, "seen": 3}
-SAMPLED = sampled(verdicts(shares(lead="always"), questions=60, answers=8))
+SAMPLED = record(
+    verdicts(shares(lead="always"), questions=60, answers=8),
+    steered_share=1.0,
+    question_set="sums",
+    trained_on="sums",
+    sampling={"max_new_tokens": 60, "temperature": 0.7, "top_p": 0.95, "seed": 1, "stop": None},
+)
 
 # Names that would be markup, or hide, wherever they are not escaped.
 NASTY = '\u202e\x1b<script>alert(1)</script>|`]("& \u202e ![x](http://x)'
 HOSTILE = record(
     {**verdicts(shares(draws=2)), f"random {NASTY}": verdicts({"a": 0.5})["a"], NASTY: verdicts({"a": 0.9})["a"]},
     prefix=NASTY,
-    dataset=NASTY,
+    question_set=NASTY,
     rule=NASTY,
-    model=NASTY,
-    sampling={NASTY: NASTY},
+    model={NASTY: NASTY},
+    checker=NASTY,
+    sampling={NASTY: NASTY, "temperature": 0},
 )
 TUNED = {
     "rule": RULE,

@@ -17,9 +17,9 @@ from adaras_export.core.rule import SteeringRule
 from adaras_export.core.trace_files import read_traces
 from adaras_export.core.traces import Question, by_question
 from adaras_export.demo import smollm2
-from adaras_export.discovery.identify import Reading, identify, read_stats
+from adaras_export.discovery.identify import IdentifyOptions, Reading, identify, read_stats
 from adaras_export.errors import TraceError
-from adaras_export.evaluation.evaluate import require_fresh, seen_before
+from adaras_export.evaluation.answers_by_arm import require_fresh, seen_before
 from adaras_export.modeling.loading import load_model
 
 QWEN3 = BaseModel("Qwen/Qwen3-1.7B", "qwen3", layers=28, mlp_size=6144, hidden_size=2048)
@@ -84,7 +84,7 @@ def class_means(rows, loaded):
 @needs_wheel
 @pytest.mark.slow
 def test_the_papers_ranking_on_the_reference_traces_is_its_formula(traces, loaded, smol, class_means):
-    neurons = identify(*loaded, traces, BaseModel.of(smol), keep=200, min_layer=0).neurons
+    neurons = identify(*loaded, traces, BaseModel.of(smol), IdentifyOptions(min_layer=0)).neurons
     good, bad = class_means[True], class_means[False]
     score = np.abs(good - bad) / (np.abs(good) + np.abs(bad) + 1e-8)
     places = (neurons.layer, neurons.index)
@@ -158,7 +158,7 @@ def test_statistics_of_the_reference_traces_in_pieces_are_its_averages_of_kept_a
 @needs_wheel
 @pytest.mark.slow
 def test_the_attribution_ranking_reads_the_reference_traces_too(traces, loaded, smol):
-    found = identify(*loaded, traces, BaseModel.of(smol), ranking="attribution", keep=200)
+    found = identify(*loaded, traces, BaseModel.of(smol), IdentifyOptions("attribution"))
     assert found.neurons.ranking == "attribution"
     assert len(found.stats.questions) == len(QUESTIONS)
     assert found.neurons.layer.min() >= 15

@@ -1,21 +1,48 @@
-"""Small drawings as SVG: intervals in rows, a strip of random draws, curves over k. No script, no font, no colour.
+"""The charts of a report, drawn by matplotlib as SVG: intervals in rows, a strip of random draws, curves over k.
 
-Colours and letters are the page's: elements have classes. Marks differ in shape as well. The same figures give the
-same bytes. Knows no evaluation.
+The SVG has no script, no font, no id but those of its marks, and the colours of the page, light or dark. Marks differ
+in shape as well. The same figures give the same bytes. Knows no evaluation.
 """
 
-import math
-from collections.abc import Callable, Sequence
+import io
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
+from typing import TYPE_CHECKING, Any
 
 from adaras_export.core.intervals import Estimate
-from adaras_export.evaluation.report.blocks import Chart, Code
+from adaras_export.errors import printable, require
 
-_WIDTH = 720
-_ROW = 30
-_TICKS = 6
-_NARROWEST = 0.04
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_MARKS = {"off": "o", "rule": "D", "flipped": "v", "random": "o", "other": "s"}
+# Stand-ins, which are replaced by the variables of the page: matplotlib takes no CSS.
+_COLOURS = {name: f"#0000f{place}" for place, name in enumerate([*_MARKS, "ink", "soft", "line", "paper"])}
+_STYLE: dict[str, Any] = {
+    "svg.hashsalt": "adaras-export",  # ids are random without
+    "svg.fonttype": "none",
+    "text.parse_math": False,  # a name may hold dollars
+    "font.size": 9.5,
+    "text.color": _COLOURS["ink"],
+    "axes.edgecolor": _COLOURS["line"],
+    "axes.spines.left": False,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.axisbelow": True,
+    "grid.color": _COLOURS["line"],
+    "xtick.color": _COLOURS["soft"],
+    "ytick.color": _COLOURS["soft"],
+    "ytick.major.size": 0,
+}
+_WIDTH = 7.2  # inches
+_LEAST = 4.0  # points of accuracy that an axis spans
+_BINS = 75
 
 
 @dataclass(frozen=True)
@@ -28,159 +55,111 @@ class Row:
     note: str
 
 
-@dataclass(frozen=True)
-class _Axis:
-    """Shares on a horizontal line."""
-
-    low: float
-    high: float
-    left: float
-    right: float
-
-    def at(self, share: float) -> float:
-        """Where a share stands."""
-        return round(self.left + (share - self.low) / (self.high - self.low) * (self.right - self.left), 1)
-
-    def ticks(self) -> list[float]:
-        """Round figures, some six of them."""
-        step = _step(self.high - self.low)
-        return [round(index * step, 6) for index in range(math.ceil(self.low / step - 1e-9), _count(self.high, step))]
-
-
-def _step(span: float) -> float:
-    """A step of 1, 2 or 5 that divides a range into about six."""
-    power: float = 10 ** math.floor(math.log10(span / _TICKS))
-    return next(power * one for one in (1, 2, 5, 10) if power * one * _TICKS >= span - 1e-9)
-
-
-def _count(high: float, step: float) -> int:
-    return math.floor(high / step + 1e-9) + 1
-
-
-def _axis(values: Sequence[float], left: float, right: float, *, lowest: float = 0.0) -> _Axis:
-    """Wide enough for the values with some air, not narrower than four points, and from ``lowest`` to 1 at most."""
-    low, high = min(values), max(values)
-    middle, half = (low + high) / 2, max((high - low) * 0.54, _NARROWEST / 2)
-    return _Axis(max(middle - half, lowest), min(middle + half, 1.0), left, right)
-
-
-def intervals(rows: Sequence[Row], zero: float | None, label: str, *, signed: bool) -> Chart:
-    """One row an estimate: a mark with its interval and a note on the right; a line where nothing would change."""
+def intervals(rows: Sequence[Row], zero: float, label: str, *, signed: bool) -> str:
+    """One row for each estimate, with its interval and a note; a line where nothing would change."""
     ends = [end for row in rows for end in (row.estimate.low, row.estimate.high)]
-    axis = _axis([*ends, *([] if zero is None else [zero])], 132, _WIDTH - 118, lowest=-1.0 if signed else 0.0)
-    bottom = _ROW * len(rows) + 8
-    parts = _scale(axis, 8, bottom, signed=signed)
-    if zero is not None:
-        parts.append(_line(axis.at(zero), 4, axis.at(zero), bottom, "zero"))
-    for place, row in enumerate(rows):
-        y = 8 + _ROW * place + _ROW / 2
-        low, mid, high = (axis.at(one) for one in (row.estimate.low, row.estimate.value, row.estimate.high))
-        parts += [
-            _text(122, y + 4, _short(row.name), "end", "name"),
-            _line(low, y, high, y, f"whisker {row.kind}"),
-            _mark(row.kind, mid, y, f"{row.name}: {row.note}"),
-            _text(_WIDTH - 110, y + 4, row.note, "start", "note"),
-        ]
-    return _chart(parts, bottom + 26, label)
+    with _drawing(0.3 * len(rows) + 0.4) as (figure, axes):
+        for place, row in enumerate(rows):
+            low, value, high = (100 * share for share in (row.estimate.low, row.estimate.value, row.estimate.high))
+            colour = _COLOURS[row.kind]
+            axes.plot([low, high], [place, place], color=colour, linewidth=2, solid_capstyle="round")
+            _mark(axes, value, place, row.kind)
+            axes.annotate(row.note, (1.02, place), xycoords=("axes fraction", "data"), va="center")
+        axes.axvline(100 * zero, color=_COLOURS["off"], linestyle="--", linewidth=1)
+        axes.set_yticks(range(len(rows)), [_short(row.name) for row in rows], color=_COLOURS["ink"])
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+        _share_axis(axes, [*ends, zero], signed=signed)
+        return _svg(figure, label)
 
 
-def strip(draws: Sequence[tuple[str, float]], lines: Sequence[tuple[str, str, float]], label: str) -> Chart:
-    """A dot a random draw, piled where they are alike; what they are compared with as (name, kind, share)."""
-    values = [share for _, share in draws] + [share for _, _, share in lines]
-    axis = _axis(values, 24, _WIDTH - 24)
-    pile: dict[int, int] = {}
-    dots = []
-    for name, share in sorted(draws, key=lambda one: (one[1], one[0])):
-        column = round(axis.at(share) / 9)
-        pile[column] = pile.get(column, 0) + 1
-        dots.append((axis.at(share), pile[column] - 1, f"{name}: {share:.1%}"))
-    top = 20 * len(lines) + 8
-    bottom = top + 12 + 10 * max(pile.values(), default=1) + 10
-    parts = _scale(axis, top, bottom, signed=False)
-    for place, (name, kind, share) in enumerate(lines):
-        x, y = axis.at(share), 14 + 20 * place
-        side = "end" if x > _WIDTH * 0.6 else "start"
-        parts += [
-            _line(x, y, x, bottom, f"drop {kind}"),
-            _mark(kind, x, y, f"{name}: {share:.1%}"),
-            _text(x + (-10 if side == "end" else 10), y + 4, f"{_short(name)} {share:.1%}", side, f"name {kind}"),
-        ]
-    parts += [_mark("random", x, bottom - 8 - 10 * height, title) for x, height, title in dots]
-    return _chart(parts, bottom + 26, label)
+def strip(draws: Sequence[tuple[str, float]], lines: Sequence[tuple[str, str, float]], label: str) -> str:
+    """A dot for each random draw, piled where they are alike; what they are compared with as (name, kind, share)."""
+    shares = [share for _, share in draws] + [share for _, _, share in lines]
+    step = max(max(shares) - min(shares), _LEAST / 100) / _BINS
+    piles: Counter[int] = Counter()
+    with _drawing(0.16 * len(draws) ** 0.5 + 0.25 * len(lines) + 0.6) as (figure, axes):
+        for _, share in sorted(draws, key=lambda draw: (draw[1], draw[0])):
+            _mark(axes, 100 * share, piles[round(share / step)], "random")
+            piles[round(share / step)] += 1
+        top = max(piles.values()) + 2 * len(lines)
+        for place, (name, kind, share) in enumerate(lines):
+            height = top - 2 * place
+            axes.plot([100 * share] * 2, [-0.5, height], color=_COLOURS[kind], linestyle=":", linewidth=1.4)
+            _mark(axes, 100 * share, height, kind)
+            _name(axes, 100 * share, height, kind, f"{_short(name)} {share:.1%}")
+        axes.set_yticks([])
+        axes.set_ylim(-1, top + 1)
+        _share_axis(axes, shares, signed=False)
+        return _svg(figure, label)
 
 
-def curves(series: Sequence[tuple[str, str, Sequence[tuple[int, float]]]], label: str) -> Chart:
-    """Shares over whole numbers k, one line each (name, kind, points)."""
-    left, right, top, bottom = 52, _WIDTH - 120, 12, 232
-    most = max(k for _, _, points in series for k, _ in points)
-    axis = _axis([share for _, _, points in series for _, share in points], bottom, top)
-
-    def x_of(k: int) -> float:
-        return round(left + (k - 1) / max(most - 1, 1) * (right - left), 1)
-
-    parts = []
-    for tick in axis.ticks():
-        parts += [_line(left, axis.at(tick), right, axis.at(tick), "grid")]
-        parts += [_text(left - 8, axis.at(tick) + 4, f"{tick:.0%}", "end", "tick")]
-    ks = [k for k, _ in series[0][2]]
-    shown = ks if len(ks) <= 8 else [k for k in ks if k == 1 or k == most or k % 4 == 0]
-    parts += [_text(x_of(k), bottom + 18, f"k = {k}" if k == 1 else str(k), "middle", "tick") for k in shown]
-    parts += _named_lines(series, axis, x_of)
-    return _chart(parts, bottom + 28, label)
+def curves(series: Sequence[tuple[str, str, Sequence[tuple[int, float]]]], label: str) -> str:
+    """Shares over whole numbers k, one line for each series (name, kind, points)."""
+    with _drawing(2.6) as (figure, axes):
+        for name, kind, points in series:
+            ks, shares = zip(*points, strict=True)
+            axes.plot(ks, [100 * share for share in shares], color=_COLOURS[kind], linewidth=2)
+            for k, share in points:
+                _mark(axes, k, 100 * share, kind)
+            _name(axes, ks[-1], 100 * shares[-1], kind, f"{_short(name)} {shares[-1]:.1%}")
+        axes.grid(axis="y")
+        axes.set_xticks([k for k in ks if len(ks) <= 8 or k in (1, ks[-1]) or k % 4 == 0])
+        axes.xaxis.set_major_formatter(lambda k, _: f"k = {k:g}" if k == 1 else f"{k:g}")
+        axes.yaxis.set_major_formatter(lambda share, _: f"{share:g}%")
+        return _svg(figure, label)
 
 
-def _named_lines(
-    series: Sequence[tuple[str, str, Sequence[tuple[int, float]]]], axis: _Axis, x_of: Callable[[int], float]
-) -> list[str]:
-    """The lines, with names at their right ends that keep clear of each other."""
-    parts, taken = [], -math.inf
-    for name, kind, points in sorted(series, key=lambda one: -one[2][-1][1]):
-        places = [(x_of(k), axis.at(share), f"{name}, k = {k}: {share:.1%}") for k, share in points]
-        path = " ".join(f"{x:g},{y:g}" for x, y, _ in places)
-        parts.append(f'<polyline class="curve {kind}" points="{path}"/>')
-        parts += [_mark(kind, x, y, title) for x, y, title in places]
-        taken = max(places[-1][1] + 4, taken + 15)
-        parts.append(_text(places[-1][0] + 12, taken, f"{_short(name)} {points[-1][1]:.1%}", "start", f"name {kind}"))
-    return parts
+@contextmanager
+def _drawing(height: float) -> Iterator[tuple["Figure", "Axes"]]:
+    matplotlib, figures = (require(name, "report", "a chart") for name in ("matplotlib", "matplotlib.figure"))
+    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
+        # The page's fonts have the letters that matplotlib's own font lacks.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        figure = figures.Figure(figsize=(_WIDTH, height), layout="constrained", frameon=False)
+        axes = figure.add_subplot(frameon=True, facecolor="none")
+        yield figure, axes
 
 
-def _scale(axis: _Axis, top: float, bottom: float, *, signed: bool) -> list[str]:
-    parts = []
-    step = _step(axis.high - axis.low)
-    digits = 0 if step >= 0.0099 else 1
-    for tick in axis.ticks():
-        words = f"{100 * tick:+.{digits}f}" if signed and tick else f"{100 * tick:.{digits}f}"
-        parts.append(_line(axis.at(tick), top, axis.at(tick), bottom, "grid"))
-        parts.append(_text(axis.at(tick), bottom + 18, words + ("" if signed else "%"), "middle", "tick"))
-    return parts
+def _mark(axes: "Axes", x: float, y: float, kind: str) -> None:
+    size = 6 if kind == "random" else 7
+    axes.plot([x], [y], marker=_MARKS[kind], color=_COLOURS[kind], markersize=size, markeredgecolor=_COLOURS["paper"])
 
 
-def _mark(kind: str, x: float, y: float, title: str) -> str:
-    """A shape of its own for every kind: circle, diamond, triangle, small ring, square."""
-    shapes = {
-        "off": f'<circle cx="{x:g}" cy="{y:g}" r="5" class="mark off">',
-        "rule": f'<path d="M{x:g} {y - 7:g}l7 7-7 7-7-7z" class="mark rule">',
-        "flipped": f'<path d="M{x:g} {y + 6:g}l-6.5-11h13z" class="mark flipped">',
-        "random": f'<circle cx="{x:g}" cy="{y:g}" r="4" class="mark random">',
-    }
-    other = f'<path d="M{x - 5:g} {y - 5:g}h10v10h-10z" class="mark other">'
-    start = shapes.get(kind, other)
-    return f"{start}<title>{escape(Code(title).shown)}</title></{start[1:].partition(' ')[0]}>"
+def _name(axes: "Axes", x: float, y: float, kind: str, words: str) -> None:
+    colour = _COLOURS["rule" if kind == "rule" else "ink"]
+    axes.annotate(words, (x, y), xytext=(8, 0), textcoords="offset points", va="center", color=colour)
 
 
-def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
-    return f'<line x1="{x1:g}" y1="{y1:g}" x2="{x2:g}" y2="{y2:g}" class="{kind}"/>'
+def _share_axis(axes: "Axes", shares: Sequence[float], *, signed: bool) -> None:
+    """Wide enough for the shares, and not narrower than four points."""
+    low, high = 100 * min(shares), 100 * max(shares)
+    half = max(0.54 * (high - low), _LEAST / 2)
+    axes.set_xlim((low + high) / 2 - half, (low + high) / 2 + half)
+    axes.grid(axis="x")
+    axes.xaxis.set_major_formatter(lambda share, _: f"{share:+g}" if signed and share else f"{share:g}" + _UNIT[signed])
 
 
-def _text(x: float, y: float, words: str, anchor: str, kind: str) -> str:
-    return f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}" class="{kind}">{escape(words)}</text>'
+_UNIT = {False: "%", True: ""}
+
+
+def _svg(figure: "Figure", label: str) -> str:
+    """The SVG element alone, with the label as its text alternative and the page's colours."""
+    file = io.StringIO()
+    figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    text = file.getvalue()
+    box = re.search(r'viewBox="[\d. -]+"', text)
+    assert box
+    start = f'<svg {box[0]} role="img" aria-label="{escape(label)}">'
+    body = text[text.index(">", box.end()) + 1 :]
+    body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", body, flags=re.DOTALL)
+    body = re.sub(r'<g id="[\w.]+"', "<g", body)
+    # One property, or two in later versions.
+    body = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", re.sub(r"font-family: [^;\"]*; ", "", body))
+    for name, colour in _COLOURS.items():
+        body = body.replace(colour, f"var(--{name})")
+    return start + re.sub(r"\n\s*", "\n", body).strip()
 
 
 def _short(name: str) -> str:
-    seen = Code(name).shown
-    return seen if len(seen) <= 18 else f"{seen[:16]}…"
-
-
-def _chart(parts: Sequence[str], height: float, label: str) -> Chart:
-    start = f'<svg viewBox="0 0 {_WIDTH} {height:g}" role="img" aria-label="{escape(label)}">'
-    return Chart("\n".join([start, *parts, "</svg>"]), label)
+    shown = printable(name)
+    return shown if len(shown) <= 18 else f"{shown[:16]}…"

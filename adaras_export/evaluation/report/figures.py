@@ -1,4 +1,4 @@
-"""Figures of evaluations, made from their verdicts: arms, controls, several answers, and rules across question sets.
+"""Figures of evaluations, computed from their verdicts: arms, controls, several answers, rules across question sets.
 
 Every figure has its interval; p-values are corrected for what was tested together. Knows no words and no format.
 """
@@ -21,10 +21,13 @@ from adaras_export.core.intervals import (
 )
 from adaras_export.errors import ArtifactError
 from adaras_export.evaluation.arms import RULE_ARMS, Arm, compare, is_random
-from adaras_export.evaluation.claims import Judgement, adjusted_of, judge
-from adaras_export.evaluation.report.reading import Recorded
+from adaras_export.evaluation.claims import LEVEL, Judgement, adjusted_of, judge
+from adaras_export.evaluation.record import Evaluation
+from adaras_export.evaluation.report.reading import in_words
 
 Role = Literal["off", "rule", "flipped", "random", "other"]
+
+_LONGEST = 300
 
 
 @dataclass(frozen=True)
@@ -39,10 +42,10 @@ class ArmResult:
         fixed: questions that it does better on than no steering.
         broken: questions that it does worse on.
         p_value: of the exact paired test against no steering.
-        adjusted: that after Holm's correction for the ways to run the rule; None for what is no such way.
+        adjusted: the p-value after Holm's correction for the ways to run the rule; None for other arms.
         tokens: generated for an answer, on average.
         cut: share of answers that reached the limit of tokens.
-        seconds: for an answer, on average.
+        seconds: for an answer, on average; None for an arm that was put together from others.
     """
 
     name: str
@@ -53,8 +56,8 @@ class ArmResult:
     broken: int
     p_value: float
     adjusted: float | None
-    tokens: float | None
-    cut: float | None
+    tokens: float
+    cut: float
     seconds: float | None
 
 
@@ -63,15 +66,17 @@ class Result:
     """One evaluation in figures.
 
     Attributes:
-        recorded: what they are made from.
+        file: name of its file, without the folder.
+        evaluation: what the figures are computed from.
         arms: no steering first, then the rule, then controls.
-        judgement: of the way to run the rule that its controls are steered like.
-        over_random: that way's accuracy minus the mean of its random controls, these draws given.
-        over_flipped: the same from the flipped sign, with the p-value of the paired test.
-        passes: (k, pass@k of no steering and of that way), where there are several answers.
+        judgement: of the primary arm.
+        over_random: accuracy of the primary arm minus the mean of its random controls, for these draws.
+        over_flipped: the same for the flipped sign, with the p-value of the paired test.
+        passes: (k, pass@k of no steering and of the primary arm), where there are several answers.
     """
 
-    recorded: Recorded
+    file: str
+    evaluation: Evaluation
     arms: tuple[ArmResult, ...]
     judgement: Judgement
     over_random: Estimate | None
@@ -79,7 +84,7 @@ class Result:
     passes: tuple[tuple[int, Estimate, Estimate], ...]
 
     @property
-    def lead(self) -> ArmResult:
+    def primary(self) -> ArmResult:
         """The way to run the rule that is judged."""
         return next(arm for arm in self.arms if arm.name == self.judgement.arm.name)
 
@@ -90,28 +95,28 @@ class Result:
 
     def ids_of_changed(self, *, fixed: bool) -> list[str]:
         """Questions on which the judged way does better than no steering, or worse."""
-        verdicts = self.recorded.verdicts
-        gained_N = per_question(verdicts[self.lead.name]) - per_question(verdicts["off"])
-        chosen_N = gained_N > 0 if fixed else gained_N < 0
-        return [self.recorded.ids[place] for place in np.flatnonzero(chosen_N)]
+        verdicts = self.evaluation.verdicts
+        gained_N = per_question(verdicts[self.primary.name]) - per_question(verdicts["off"])
+        changed_N = gained_N > 0 if fixed else gained_N < 0
+        return [self.evaluation.ids[place] for place in np.flatnonzero(changed_N)]
 
     def as_record(self) -> dict[str, Any]:
         """JSON values."""
-        recorded, judged = self.recorded, self.judgement
+        evaluation, judged = self.evaluation, self.judgement
         return {
-            "file": recorded.file,
-            "rule": recorded.rule,
-            "question_set": recorded.set_name,
-            "questions": len(recorded.ids),
-            "questions_digest": recorded.questions_digest,
-            "answers": recorded.answers,
-            "seen": recorded.seen,
-            "trained_on": recorded.trained_on,
-            "steered_share": recorded.steered_share,
-            "about": dict(recorded.about),
+            "file": self.file,
+            "rule": evaluation.rule,
+            "question_set": name_of_set(evaluation),
+            "questions": evaluation.questions,
+            "questions_digest": evaluation.questions_digest,
+            "answers": evaluation.samples,
+            "seen": evaluation.seen,
+            "trained_on": evaluation.trained_on,
+            "steered_share": evaluation.steered_share,
+            "about": about(evaluation),
             "arms": [asdict(arm) for arm in self.arms],
             "judged": judged.arm.name,
-            "outcome": "seen" if recorded.seen else judged.outcome,
+            "outcome": "seen" if evaluation.seen else judged.outcome,
             "sentence": sentence(self),
             "p_adjusted": judged.p_value,
             "tested": list(judged.tested),
@@ -128,43 +133,60 @@ class Result:
 
 def sentence(result: Result) -> str:
     """What the evaluation allows to say of its rule."""
-    if seen := result.recorded.seen:
-        return f"no test: the rule was made with {seen} of these {len(result.recorded.ids)} questions."
+    if seen := result.evaluation.seen:
+        return f"no test: the rule was made with {seen} of these {result.evaluation.questions} questions."
     return result.judgement.sentence()
 
 
-def result_of(recorded: Recorded) -> Result:
+def given_name(evaluation: Evaluation) -> str:
+    """The name of the questions, or their dataset and task; empty where they have none."""
+    return evaluation.question_set or ": ".join(part for part in (evaluation.dataset, evaluation.task) if part)
+
+
+def name_of_set(evaluation: Evaluation) -> str:
+    """The name of the questions, or what stands in for one."""
+    return given_name(evaluation) or f"{evaluation.questions} questions {evaluation.questions_digest[:6]}"
+
+
+def about(evaluation: Evaluation) -> dict[str, str]:
+    """Model, checker and sampling in words."""
+    values = {"model": evaluation.model, "checker": evaluation.checker, "sampling": evaluation.sampling}
+    return {key: in_words(value)[:_LONGEST] for key, value in values.items()}
+
+
+def result_of(file: str, evaluation: Evaluation) -> Result:
     """The figures of one evaluation."""
-    off_Nn = recorded.verdicts["off"]
-    arms = [compare(name, values_Nn, off_Nn) for name, values_Nn in recorded.verdicts.items()]
+    verdicts = evaluation.verdicts
+    off_Nn = verdicts["off"]
+    arms = [compare(name, arm_Nn, off_Nn) for name, arm_Nn in verdicts.items()]
     judged, adjusted = judge(arms), adjusted_of(arms)
-    lead_Nn = recorded.verdicts[judged.arm.name]
-    judged = replace(judged, detectable=detectable(lead_Nn, off_Nn))
-    random = [per_question(values_Nn) for name, values_Nn in recorded.verdicts.items() if is_random(name)]
-    over_random = bootstrap_mean(per_question(lead_Nn) - np.mean(random, axis=0)) if random else None
-    flipped_Nn = recorded.verdicts.get("flipped")
+    primary_Nn = verdicts[judged.arm.name]
+    judged = replace(judged, detectable=detectable(primary_Nn, off_Nn))
+    random = [per_question(arm_Nn) for name, arm_Nn in verdicts.items() if is_random(name)]
+    over_random = bootstrap_mean(per_question(primary_Nn) - np.mean(random, axis=0)) if random else None
+    flipped_Nn = verdicts.get("flipped")
     over_flipped = None
     if flipped_Nn is not None:
-        over_flipped = (difference(lead_Nn, flipped_Nn), changed(lead_Nn, flipped_Nn)[2])
+        over_flipped = (difference(primary_Nn, flipped_Nn), changed(primary_Nn, flipped_Nn)[2])
     return Result(
-        recorded=recorded,
-        arms=tuple(_filled(arm, adjusted.get(arm.name), recorded) for arm in arms),
+        file=file,
+        evaluation=evaluation,
+        arms=tuple(_arm_result(arm, adjusted.get(arm.name), evaluation) for arm in arms),
         judgement=judged,
         over_random=over_random,
         over_flipped=over_flipped,
-        passes=tuple((k, pass_at_k(off_Nn, k), pass_at_k(lead_Nn, k)) for k in _sizes(recorded.answers)),
+        passes=tuple((k, pass_at_k(off_Nn, k), pass_at_k(primary_Nn, k)) for k in _sizes(evaluation.samples)),
     )
 
 
 def _sizes(answers: int) -> list[int]:
     """The k of pass@k: all up to 8, then doubled, and all answers; none for one answer."""
-    wanted = [k for k in (*range(1, 9), *(2**power for power in range(4, 20))) if k < answers]
-    return [*wanted, answers] if answers > 1 else []
+    sizes = [k for k in (*range(1, 9), *(2**power for power in range(4, 20))) if k < answers]
+    return [*sizes, answers] if answers > 1 else []
 
 
-def _filled(arm: Arm, adjusted: float | None, recorded: Recorded) -> ArmResult:
-    name, verdicts = arm.name, recorded.verdicts
-    tokens, cut, seconds = recorded.tokens.get(name), recorded.cut.get(name), recorded.seconds.get(name)
+def _arm_result(arm: Arm, adjusted: float | None, evaluation: Evaluation) -> ArmResult:
+    name, verdicts, seconds = arm.name, evaluation.verdicts, evaluation.seconds.get(arm.name)
     return ArmResult(
         name=name,
         role=_role(name),
@@ -174,8 +196,8 @@ def _filled(arm: Arm, adjusted: float | None, recorded: Recorded) -> ArmResult:
         broken=arm.broken,
         p_value=arm.p_value,
         adjusted=adjusted,
-        tokens=None if tokens is None else float(tokens.mean()),
-        cut=None if cut is None else float(cut.mean()),
+        tokens=float(evaluation.tokens[name].mean()),
+        cut=float(evaluation.cut[name].mean()),
         seconds=None if seconds is None else seconds / verdicts[name].size,
     )
 
@@ -189,12 +211,12 @@ def _role(name: str) -> Role:
 
 
 @dataclass(frozen=True)
-class Cell:
+class TransferCell:
     """A rule on a question set.
 
     Attributes:
         result: the evaluation.
-        adjusted: p-value of the judged way against no steering, after Holm's correction for all cells.
+        adjusted: p-value of the primary arm against no steering, after Holm's correction for all cells.
         own: whether the rule was made with questions of that set, as far as was recorded.
     """
 
@@ -203,10 +225,15 @@ class Cell:
     own: bool
 
     @property
+    def is_significant(self) -> bool:
+        """Whether that p-value is below the level."""
+        return self.adjusted < LEVEL
+
+    @property
     def change(self) -> Estimate:
-        """The judged way against no steering."""
-        assert self.result.lead.change is not None
-        return self.result.lead.change
+        """The primary arm against no steering."""
+        assert self.result.primary.change is not None
+        return self.result.primary.change
 
 
 @dataclass(frozen=True)
@@ -221,22 +248,32 @@ class Transfer:
 
     rules: tuple[str, ...]
     sets: tuple[str, ...]
-    cells: tuple[tuple[Cell | None, ...], ...]
+    cells: tuple[tuple[TransferCell | None, ...], ...]
+
+    @property
+    def count(self) -> int:
+        """How many cells were evaluated."""
+        return sum(cell is not None for row in self.cells for cell in row)
+
+    @property
+    def missing(self) -> int:
+        """How many cells were not."""
+        return len(self.rules) * len(self.sets) - self.count
 
     def as_record(self) -> dict[str, Any]:
         """JSON values."""
         return {"rules": list(self.rules), "sets": list(self.sets), "cells": [[*map(_cell, row)] for row in self.cells]}
 
 
-def _cell(cell: Cell | None) -> dict[str, Any] | None:
+def _cell(cell: TransferCell | None) -> dict[str, Any] | None:
     if cell is None:
         return None
-    lead = cell.result.lead
+    primary = cell.result.primary
     return {
-        "file": cell.result.recorded.file,
-        "arm": lead.name,
+        "file": cell.result.file,
+        "arm": primary.name,
         "difference": asdict(cell.change),
-        "p_value": lead.p_value,
+        "p_value": primary.p_value,
         "p_adjusted": cell.adjusted,
         "own": cell.own,
     }
@@ -248,30 +285,31 @@ def transfer_of(results: Sequence[Result]) -> Transfer:
     Raises:
         ArtifactError: one rule was evaluated twice on the same questions.
     """
-    adjusted = holm([result.lead.p_value for result in results])
-    found: dict[tuple[str, tuple[str, int]], Cell] = {}
+    adjusted = holm([result.primary.p_value for result in results])
+    cells: dict[tuple[str, tuple[str, int]], TransferCell] = {}
     for result, p_value in zip(results, adjusted, strict=True):
-        place = result.recorded.rule, _set_of(result.recorded)
-        if place in found:
-            other = found[place].result.recorded.file
+        place = result.evaluation.rule, _set_of(result.evaluation)
+        if place in cells:
+            other = cells[place].result.file
             raise ArtifactError(
-                f"{result.recorded.file}: evaluates the rule of {other} on the same questions; expected one of them"
+                f"{result.file}: evaluates the rule of {other} on the same questions; expected one of them"
             )
-        found[place] = Cell(result, p_value, _is_own(result.recorded))
-    rules = list(dict.fromkeys(rule for rule, _ in found))
-    sets = {_set_of(result.recorded): _set_label(result.recorded) for result in reversed(results)}
-    ordered = list(dict.fromkeys(own for _, own in found))
-    rows = tuple(tuple(found.get((rule, own)) for own in ordered) for rule in rules)
+        cells[place] = TransferCell(result, p_value, _is_own(result.evaluation))
+    rules = list(dict.fromkeys(rule for rule, _ in cells))
+    sets = {_set_of(result.evaluation): _set_label(result.evaluation) for result in reversed(results)}
+    ordered = list(dict.fromkeys(own for _, own in cells))
+    rows = tuple(tuple(cells.get((rule, own)) for own in ordered) for rule in rules)
     return Transfer(tuple(rules), tuple(sets[own] for own in ordered), rows)
 
 
-def _set_of(recorded: Recorded) -> tuple[str, int]:
-    return recorded.questions_digest, recorded.answers
+def _set_of(evaluation: Evaluation) -> tuple[str, int]:
+    return evaluation.questions_digest, evaluation.samples
 
 
-def _set_label(recorded: Recorded) -> str:
-    return recorded.set_name + (f", {recorded.answers} answers each" if recorded.answers > 1 else "")
+def _set_label(evaluation: Evaluation) -> str:
+    return name_of_set(evaluation) + (f", {evaluation.samples} answers each" if evaluation.samples > 1 else "")
 
 
-def _is_own(recorded: Recorded) -> bool:
-    return bool(recorded.seen) or (recorded.trained_on is not None and recorded.trained_on == recorded.question_set)
+def _is_own(evaluation: Evaluation) -> bool:
+    is_named = evaluation.trained_on is not None and evaluation.trained_on == evaluation.question_set
+    return bool(evaluation.seen) or is_named

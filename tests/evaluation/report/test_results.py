@@ -4,8 +4,8 @@ import evaluations
 import pytest
 
 from adaras_export.core.intervals import holm
+from adaras_export.evaluation.record import evaluation_from_record
 from adaras_export.evaluation.report.figures import result_of, sentence, transfer_of
-from adaras_export.evaluation.report.reading import _evaluation
 
 pytest.importorskip("scipy")
 
@@ -13,7 +13,7 @@ pytest.importorskip("scipy")
 @pytest.fixture(scope="module")
 def results():
     names = ("GAIN", "NULL", "HARM", "FEW", "BARE", "SEEN", "SAMPLED")
-    return {name: result_of(_evaluation(f"{name}.json", getattr(evaluations, name))) for name in names}
+    return {name: result_of(f"{name}.json", evaluation_from_record(getattr(evaluations, name))) for name in names}
 
 
 @pytest.mark.parametrize(
@@ -50,24 +50,24 @@ def test_the_rule_is_held_against_the_mean_of_its_draws_and_the_flipped_sign(res
 def test_several_answers_have_pass_at_k_lengths_and_times(results):
     found = results["SAMPLED"]
     assert [k for k, _, _ in found.passes] == list(range(1, 9))
-    assert found.passes[0][2].value == pytest.approx(found.lead.accuracy.value)
-    assert (found.lead.tokens, found.lead.seconds) == (pytest.approx(34.9, abs=0.5), pytest.approx(13.5 / 480))
+    assert found.passes[0][2].value == pytest.approx(found.primary.accuracy.value)
+    assert (found.primary.tokens, found.primary.seconds) == (pytest.approx(34.9, abs=0.5), pytest.approx(13.5 / 480))
     assert results["GAIN"].passes == ()
 
 
 def test_ids_of_changed_questions_are_as_many_as_are_counted(results):
     for found in results.values():
-        assert len(found.ids_of_changed(fixed=True)) == found.lead.fixed
-        assert len(found.ids_of_changed(fixed=False)) == found.lead.broken
+        assert len(found.ids_of_changed(fixed=True)) == found.primary.fixed
+        assert len(found.ids_of_changed(fixed=False)) == found.primary.broken
 
 
 def test_cells_are_corrected_for_all_evaluations_and_missing_ones_are_none(results):
-    other = result_of(_evaluation("o.json", {**evaluations.HARM, "rule": evaluations.OTHER}))
+    other = result_of("o.json", evaluation_from_record({**evaluations.HARM, "rule": evaluations.OTHER}))
     given = [results["SAMPLED"], results["GAIN"], other]
     found = transfer_of(given)
     assert found.rules == (evaluations.RULE, evaluations.OTHER)
     assert [[cell is None for cell in row] for row in found.cells] == [[False, False], [True, False]]
     cells = [cell for row in found.cells for cell in row if cell is not None]
-    assert [cell.adjusted for cell in cells] == holm([one.lead.p_value for one in given])
+    assert [cell.adjusted for cell in cells] == holm([one.primary.p_value for one in given])
     assert [cell.own for cell in cells] == [True, False, False]
     assert found.as_record()["cells"][1][0] is None

@@ -112,7 +112,7 @@ RULE_ATTACKS = {
     "a version that is a fraction": (file_of("rule", {"version": 1.0}), "format version 1.0; expected 1"),
     "strength as text": (file_of("rule", {"strength": "2"}), "strength is '2'; expected a finite number"),
     "strength true": (file_of("rule", {"strength": True}), "strength is True; expected a finite number"),
-    "threshold 2": (file_of("rule", {"threshold": 2}), "threshold 2 is no probability"),
+    "threshold 2": (file_of("rule", {"threshold": 2}), "threshold 2 is not a probability"),
     "threshold null": (file_of("rule", {"threshold": None}), "threshold is None; expected a finite number"),
     "a start of nobody's": (file_of("rule", {"start": ["x"]}), r"start is \['x'\]; expected one of"),
     "questions in one text": (file_of("rule", {"questions": "abc"}), "questions are 'abc'; expected a list of digests"),

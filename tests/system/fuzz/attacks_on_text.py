@@ -16,9 +16,9 @@ JSON_ATTACKS = {
     "NUL bytes": (b"\x00" * 64, "is not JSON"),
     "cut off": (b'{"a": [1, 2', "is not JSON"),
     "two values": (b"{} {}", "is not JSON .Extra data"),
-    "NaN": (b'{"a": NaN}', "holds NaN, which is no JSON"),
-    "infinity": (b'{"a": [-Infinity]}', "holds -Infinity, which is no JSON"),
-    "a number beyond floats": (b'{"a": 1e999}', "holds 1e999, which is no finite number"),
+    "NaN": (b'{"a": NaN}', "holds NaN, which is not JSON"),
+    "infinity": (b'{"a": [-Infinity]}', "holds -Infinity, which is not JSON"),
+    "a number beyond floats": (b'{"a": 1e999}', "holds 1e999, which is not a finite number"),
     "a number of thousands of digits": (b'{"a": ' + b"9" * 5000 + b"}", "a whole number of 5000 digits"),
     "a key twice": (b'{"a": 1, "a": 2}', "has the key 'a' twice in one object"),
     "a key twice further down": (b'{"a": [{"b": 1, "c": 2, "b": 3}]}', "has the key 'b' twice"),
@@ -66,7 +66,7 @@ LINE_ATTACKS = {
     "an id twice": (line() + b"\n" + line(), "lines.jsonl:2: trace q#0 was already on line 1; expected unique ids"),
     "a key twice": (line()[:-1] + b',"id":"b"}', "lines.jsonl:1: has the key 'id' twice"),
     "NaN": (line()[:-1] + b',"score":NaN}', "lines.jsonl:1: holds NaN"),
-    "an exponent beyond all": (line()[:-1] + b',"x":1e99999999999999999999}', "which is no finite number"),
+    "an exponent beyond all": (line()[:-1] + b',"x":1e99999999999999999999}', "which is not a finite number"),
     "a label that is 1": (line(correct=1), "correct is 1; expected true or false"),
     "a label that is text": (line(correct="true"), "correct is 'true'; expected true or false"),
     "an id with escapes": (line(id="\x1b[2J", correct=0), r"trace \\x1b\[2J: correct is 0"),
@@ -187,7 +187,12 @@ RECEIPT_ATTACKS = {
     "a base of terabytes": (receipt_of(base={"id": "x", "family": "llama"}), "damaged receipt"),
     "more than there is": (receipt_of(more=1), "damaged receipt"),
 }  # fmt: skip
-EVALUATION_ATTACKS = {"another rule": (b'{"rule": "\\u001b[2J"}', r"evaluates rule \\x1b\[2J; expected")}
+_OF_ANOTHER_RULE = {**json.loads(READERS["evaluation"].seeds()[0]), "rule": "\x1b[2J"}
+EVALUATION_ATTACKS = {
+    "another rule": (json.dumps(_OF_ANOTHER_RULE).encode(), r"evaluates rule \\x1b\[2J; expected"),
+    "five MiB": (b'{"a": "' + b"x" * 5 * MIB + b'"}', "has version None; expected a file of adaras-export eval"),
+    "a list": (b"[]", "holds a list; expected a file of adaras-export eval"),
+}
 
 
 TABLE = {
@@ -200,5 +205,5 @@ TABLE = {
     "adapter config": {**JSON_ATTACKS, **NO_OBJECT},
     "adaptive config": {**JSON_ATTACKS, **NO_OBJECT, **ADAPTIVE_ATTACKS},
     "receipt": {**JSON_ATTACKS, **NO_OBJECT, **RECEIPT_ATTACKS},
-    "evaluation": {**JSON_ATTACKS, **NO_OBJECT, **EVALUATION_ATTACKS},
+    "evaluation": {**JSON_ATTACKS, **EVALUATION_ATTACKS},
 }

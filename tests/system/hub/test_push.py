@@ -120,7 +120,7 @@ def test_a_branch_of_a_new_repository_leaves_main_empty(online, artifact):
 @slow
 def test_a_commit_is_no_branch(online, artifact):
     with pytest.raises(
-        HubError, match=rf"{NAME}: {'5' * 40} is a commit, which nothing can be added to; expected a branch"
+        HubError, match=rf"{NAME}: {'5' * 40} is a commit, which cannot get new commits; expected a branch"
     ):
         pushing.push(artifact, NAME, revision="5" * 40)
 
@@ -231,8 +231,8 @@ def test_a_signed_folder_must_have_the_right_name_already(online, artifact):
         ("hf_reader", NAME, "the token may not do this (the Hub says 403: You don't have the rights"),
         ("hf_writer", "other/steered", "the token may not do this (the Hub says 403: You don't have the rights"),
         ("", NAME, "no token was found; expected one: run `hf auth login`, or set HF_TOKEN"),
-        ("hf_writer", "user/a b", "is no name of a repository"),
-        ("hf_writer", "user/x/y", "is no name of a repository"),
+        ("hf_writer", "user/a b", "is not a repository name"),
+        ("hf_writer", "user/x/y", "is not a repository name"),
     ],
 )
 def test_who_may_not_push_is_told_why(token, name, message, online, artifact, monkeypatch):

@@ -65,7 +65,7 @@ def test_the_repository_of_a_model_is_not_overwritten_by_a_rule(online, rules, a
             r"has no such revision \(the Hub says 404: Invalid rev id: v9\); expected a",
         ),
         ("user/empty", {}, r"has no such file \(the Hub says 404: rule.safetensors does not exist on main\)"),
-        ("a b", {}, "is no name of a repository"),
+        ("a b", {}, "is not a repository name"),
     ],
 )
 def test_what_cannot_be_had_is_one_line(name, how, message, online, rules):

@@ -18,10 +18,10 @@ from adaras_export.core.trace_files import read_traces
 from adaras_export.core.traces import Question
 from adaras_export.data.backends.openai import Endpoint, EndpointBackend
 from adaras_export.data.checkers import last_number
-from adaras_export.data.collect import collect, collect_from
+from adaras_export.data.collect import CollectOptions, collect, collect_from
 from adaras_export.data.sampling_plan import Goal
 from adaras_export.demo import planted
-from adaras_export.discovery.identify import identify
+from adaras_export.discovery.identify import IdentifyOptions, identify
 from adaras_export.errors import EndpointError
 from adaras_export.modeling.generation import Sampling
 from adaras_export.modeling.loading import load_model
@@ -83,7 +83,7 @@ def ask(url, tmp_path):
 
     def go(questions, model, sampling, *, attempts=1, name="served.jsonl", **settings):
         backend = EndpointBackend(Endpoint(url, str(model), **settings), sampling)
-        collect_from(backend, questions, tmp_path / name, Goal(attempts), check=last_number, batch_size=8)
+        collect_from(backend, questions, tmp_path / name, goal=Goal(attempts), options=CollectOptions(last_number, 8))
         return {trace.id: trace for trace in read_traces(tmp_path / name)}
 
     return go
@@ -106,7 +106,7 @@ def sums(teacher):
 def test_greedy_traces_of_a_server_are_those_of_the_model_here(ask, sums, teacher, student, tmp_path, kind):
     questions, folder = (sums(6), teacher) if kind == "text" else (TALK, student)
     served = ask(questions, folder, Sampling(12))
-    settings = {"attempts": 1, "sampling": Sampling(12), "check": last_number, "batch_size": 1}
+    settings = {"goal": Goal(1), "sampling": Sampling(12), "options": CollectOptions(last_number, 1)}
     collect(*load_model(folder, device="cpu"), questions, tmp_path / "here.jsonl", **settings)
     here = {trace.id: trace for trace in read_traces(tmp_path / "here.jsonl")}
     assert served == here
@@ -126,7 +126,7 @@ def test_one_request_at_a_time_gives_the_same_samples_again_and_another_seed_oth
 def test_traces_of_a_served_teacher_are_read_by_another_model(ask, sums, teacher, student, tmp_path):
     traces = [*ask(sums(12), teacher, Sampling(40, 1.0), attempts=6, concurrency=4).values()]
     assert len(traces) == 72
-    found = identify(*load_model(student, device="cpu"), traces, BaseModel.of(student), keep=10)
+    found = identify(*load_model(student, device="cpu"), traces, BaseModel.of(student), IdentifyOptions(keep=10))
     assert len(found.neurons.layer) == 10
     assert found.neurons.base == BaseModel.of(student)
 

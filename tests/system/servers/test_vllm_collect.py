@@ -11,7 +11,8 @@ from places import ROOT
 from adaras_export.core.trace_files import read_traces, write_questions
 from adaras_export.core.traces import Question
 from adaras_export.data.checkers import last_number
-from adaras_export.data.collect import collect
+from adaras_export.data.collect import CollectOptions, collect
+from adaras_export.data.sampling_plan import Goal
 from adaras_export.modeling.generation import Sampling
 from adaras_export.modeling.loading import load_model
 
@@ -51,7 +52,7 @@ def run(folder, tmp_path, pytestconfig):
 
 def test_greedy_traces_of_vllm_are_those_of_transformers(run, folder, tmp_path):
     run("--attempts", "1", "--temperature", "0")
-    settings = {"attempts": 1, "sampling": Sampling(8), "check": last_number, "batch_size": 1}
+    settings = {"goal": Goal(1), "sampling": Sampling(8), "options": CollectOptions(last_number, 1)}
     collect(*load_model(folder, device="cpu"), QUESTIONS, tmp_path / "here.jsonl", **settings)
     assert set(map(str, read_traces(tmp_path / "t.jsonl"))) == set(map(str, read_traces(tmp_path / "here.jsonl")))
 
