@@ -1,8 +1,7 @@
 """Decide whether a completion gives the right answer.
 
-Knows no model. A checker is any function of completion and answer; those here are found by name.
-A completion that gives no answer is incorrect; an answer that a checker cannot read is refused,
-since it would make every completion incorrect.
+A checker is a function of completion and answer; this module looks checkers up by name. A completion without an answer
+is incorrect. An answer that the checker cannot read is refused, since it would make every completion incorrect.
 """
 
 import re
@@ -24,16 +23,14 @@ from adaras_export.errors import TraceError, require
 from adaras_export.files import safe_read
 from adaras_export.files.safe_read import UnreadableError
 
-"""Of completion and answer: is the completion correct?"""
-
-# A minus sign counts only where it cannot be a difference ("5-3" ends in 3). Commas only in groups
-# of three: "1,2" are two numbers. An exponent of more than four digits is no number to compare.
+# A minus sign is a sign only if it cannot be a subtraction ("5-3" ends in 3). Commas count only between groups
+# of three digits: "1,2" is two numbers. An exponent of more than four digits is not compared.
 _DECIMAL = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
 _NUMBER = re.compile(
     rf"(?P<sign>(?<![\w.)\]}}])[-+])?\$?(?P<top>(?:{_DECIMAL})(?:[eE][-+]?[0-9]{{1,4}}(?![0-9]))?)"
     rf"(?:\s?/\s?(?P<bottom>{_DECIMAL}))?"
 )
-# The typographic minus sign, and LaTeX's backslash before a dollar sign or a thousands comma.
+# Replaces the typographic minus sign, and removes LaTeX's backslash before a dollar sign or a thousands comma.
 _PLAIN = str.maketrans({"\u2212": "-", "\\": None})
 
 
@@ -41,19 +38,19 @@ def last_number(completion: str, answer: str) -> bool:
     """Whether the last number of the completion equals the answer, as numbers, exactly.
 
     Reads signs, commas between thousands, decimals, exponents and fractions written with a slash;
-    a dollar sign before and a percent sign behind are ignored.
+    a dollar sign before the number and a percent sign after it are ignored.
 
     Raises:
         TraceError: the answer is not one number.
     """
     expected = _whole_number(answer)
     last = deque(_NUMBER.finditer(completion.translate(_PLAIN)), maxlen=1)
-    found = _value(last[0]) if last else None
-    return found is not None and _equal(found, expected)
+    number = _value(last[0]) if last else None
+    return number is not None and _equal(number, expected)
 
 
 def exact(completion: str, answer: str) -> bool:
-    """Whether completion and answer are the same text, apart from white space around them."""
+    """Whether completion and answer are the same text, apart from surrounding white space."""
     return completion.strip() == answer.strip()
 
 
@@ -64,19 +61,19 @@ def math_verify(completion: str, answer: str) -> bool:
 
     Raises:
         MissingExtraError: math-verify is not installed.
-        TraceError: the answer holds no expression.
+        TraceError: the answer has no mathematical expression.
     """
     _math_verify_library()
     return _scored("math_verify", completion, answer)
 
 
 def regex(completion: str, answer: str) -> bool:
-    r"""Whether the answer, a regular expression of Python's, occurs in the completion; ``\A`` and ``\Z`` bind it.
+    r"""Whether the answer, a Python regular expression, matches in the completion; ``\A`` and ``\Z`` anchor it.
 
     A pattern that takes more than ten seconds counts as not found.
 
     Raises:
-        TraceError: the answer is no regular expression.
+        TraceError: the answer is not a regular expression.
     """
     return _scored("regex", completion, answer)
 
@@ -84,12 +81,12 @@ def regex(completion: str, answer: str) -> bool:
 def reasoning_gym(completion: str, answer: str) -> bool:
     """Whether reasoning-gym gives the completion's answer the full score of 1.
 
-    The answer is JSON: ``task``, ``seed``, ``size``, ``index``, and the ``digest`` of the question that these make.
-    What is scored stands in the last pair of answer tags, else in the last box, else on the last line.
+    The answer is JSON: ``task``, ``seed``, ``size``, ``index``, and the ``digest`` of the question that they generate.
+    The scored text is in the last pair of answer tags, else in the last box, else on the last line.
 
     Raises:
         MissingExtraError: reasoning-gym is not installed.
-        TraceError: the answer has another form, or the installed version makes another question of it.
+        TraceError: the answer has another form, or the installed version generates another question from it.
     """
     _reasoning_gym_library()
     return _scored("reasoning_gym", completion, answer)
@@ -115,14 +112,14 @@ def checker(name: str) -> Checker:
     """The checker of that name.
 
     Raises:
-        TraceError: there is none.
+        TraceError: no checker has this name.
         MissingExtraError: its library is not installed.
-        BrokenInstallationError: it needs a sandbox, and there is none here.
+        BrokenInstallationError: it needs the sandbox, which does not work on this machine.
     """
     if name not in CHECKERS:
         raise TraceError(f"checker {name}: is not known; expected one of: {', '.join(CHECKERS)}")
     if name == "math_verify":
-        _math_verify_library()  # tells of a missing library before anything is sampled
+        _math_verify_library()  # reports a missing library before sampling starts
     if name == "reasoning_gym":
         _reasoning_gym_library()
     if name == "code" or name in _SCORED:
@@ -134,14 +131,14 @@ def checker_for(questions: Sequence[Question], name: str | None = None) -> Check
     """The checker of that name, else the one that the questions name, else `last_number`; it can read every answer.
 
     Raises:
-        TraceError: there is none of the name, the questions name several, or it cannot read an answer.
+        TraceError: no checker has this name, the questions name several, or the checker cannot read an answer.
         MissingExtraError: its library is not installed.
-        BrokenInstallationError: it needs a sandbox, and there is none here.
+        BrokenInstallationError: it needs the sandbox, which does not work on this machine.
     """
     named = sorted({question.check for question in questions if question.check is not None})
     if name is None and len(named) > 1:
-        found = ", ".join(named)
-        raise TraceError(f"questions: name the checkers {found}; expected one for all; choose it with --check")
+        several = ", ".join(named)
+        raise TraceError(f"questions: name the checkers {several}; expected one for all; choose it with --check")
     chosen = name or (named[0] if named else "last_number")
     check = checker(chosen)
     _require_readable(chosen, questions)
@@ -149,7 +146,7 @@ def checker_for(questions: Sequence[Question], name: str | None = None) -> Check
 
 
 def _require_readable(name: str, questions: Sequence[Question]) -> None:
-    """Refuse an answer that the checker cannot read, before anything is sampled."""
+    """Refuse an answer that the checker cannot read, before sampling starts."""
     distinct = list({question.answer: question for question in reversed(questions)}.values())[::-1]
     for question in distinct:
         with _placed(question):
@@ -157,11 +154,11 @@ def _require_readable(name: str, questions: Sequence[Question]) -> None:
     if name not in _SCORED:
         return
     for start in range(0, len(distinct), _AT_ONCE):
-        some = distinct[start : start + _AT_ONCE]
-        said = client.scorer(name).notes([one.answer for one in some], _READING)
-        for question, note in zip_longest(some, said):
+        group = distinct[start : start + _AT_ONCE]
+        replies = client.scorer(name).notes([question.answer for question in group], _READING)
+        for question, reply in zip_longest(group, replies):
             with _placed(question):
-                _require_read(name, question.answer, note)
+                _require_read(name, question.answer, reply)
 
 
 @contextmanager
@@ -173,7 +170,7 @@ def _placed(question: Question) -> Iterator[None]:
 
 
 def _require_form(name: str, answer: str) -> None:
-    """What an answer shows without a library."""
+    """Refuse an answer whose form is wrong; this needs no library."""
     forms: dict[str, Callable[[str], object]] = {
         "last_number": _whole_number,
         "code": problem_of,
@@ -183,30 +180,30 @@ def _require_form(name: str, answer: str) -> None:
         forms[name](answer)
 
 
-def _require_read(name: str, answer: str, said: Sequence[Any] | None) -> None:
-    """Refuse an answer by what the scorer said of it; None where that came to no end."""
-    if said is None:
-        found = f"checker {name} failed to read it within its limits"
-        raise TraceError(f"answer {reprlib.repr(answer)}: {found}; expected a simpler one")
-    kind, note = said
+def _require_read(name: str, answer: str, reply: Sequence[Any] | None) -> None:
+    """Refuse an answer that the scorer refused; ``reply`` is None if the scorer did not finish."""
+    if reply is None:
+        reason = f"checker {name} failed to read it within its limits"
+        raise TraceError(f"answer {reprlib.repr(answer)}: {reason}; expected a simpler one")
+    kind, note = reply
     if kind == "refused":
         raise TraceError(f"answer {reprlib.repr(answer)}: {note}")
     if name == "reasoning_gym" and digest(note) != (place := _task_place(answer))["digest"]:
         entry = f"{place['task']} {place['index']} of seed {place['seed']}"
-        found = f"reasoning-gym {version('reasoning-gym')} makes another question"
-        raise TraceError(f"{entry}: {found}; run: adaras-export questions reasoning-gym:{place['task']}")
+        reason = f"reasoning-gym {version('reasoning-gym')} makes another question"
+        raise TraceError(f"{entry}: {reason}; run: adaras-export questions reasoning-gym:{place['task']}")
 
 
 def _scored(name: str, completion: str, answer: str) -> bool:
     """The verdict of a scorer, which works on the completion in the sandbox."""
     _require_form(name, answer)
-    said, correct = client.scorer(name).score(completion, answer)
-    _require_read(name, answer, said)
+    reply, correct = client.scorer(name).score(completion, answer)
+    _require_read(name, answer, reply)
     return correct
 
 
 def _task_place(answer: str) -> dict[str, Any]:
-    """Which entry of which task an answer of `reasoning_gym` means, and the digest of its question."""
+    """The task, the entry and the digest of the question that an answer of `reasoning_gym` names."""
     try:
         place = safe_read.parsed(answer.encode())
     except UnreadableError as error:
@@ -241,17 +238,17 @@ def _whole_number(answer: str) -> "_Ratio":
 
 
 _Ratio = tuple[Decimal, Decimal]
-# Products without rounding. Models repeat millions of digits, for which Fraction takes minutes and Decimal does not.
+# Products without rounding. Models may repeat millions of digits: Fraction takes minutes for them, Decimal does not.
 _EXACT = Context(prec=MAX_PREC, Emax=MAX_EMAX, Emin=MIN_EMIN)
 
 
 def _value(match: re.Match[str]) -> _Ratio | None:
-    """The number of a match; None for a division by zero, which equals nothing."""
+    """The number of a match; None for a division by zero, which equals no number."""
     top, bottom = (Decimal((match[name] or "1").replace(",", "")) for name in ("top", "bottom"))
     if not bottom:
         return None
     return (top.copy_negate() if match["sign"] == "-" else top), bottom
 
 
-def _equal(one: _Ratio, other: _Ratio) -> bool:
-    return _EXACT.compare(_EXACT.multiply(one[0], other[1]), _EXACT.multiply(other[0], one[1])) == 0
+def _equal(left: _Ratio, right: _Ratio) -> bool:
+    return _EXACT.compare(_EXACT.multiply(left[0], right[1]), _EXACT.multiply(right[0], left[1])) == 0

@@ -1,8 +1,8 @@
-"""Judge code by running it: evalplus's form of problems, and LiveCodeBench's, in the sandbox.
+"""Check code by running it in the sandbox, for problems in the forms of evalplus and LiveCodeBench.
 
 The answer of such a question is a JSON object in one of four forms (docs/questions.md): a benchmark's own ``test``;
-``base_input`` and ``plus_input`` with a ``canonical_solution``; ``functional`` cases; or ``stdin`` cases. Values that a
-solution gives are compared in another process of the sandbox; text that a program prints is compared here.
+``base_input`` and ``plus_input`` with a ``canonical_solution``; ``functional`` cases; or ``stdin`` cases. A second
+process of the sandbox compares the values that a solution returns; this module compares the text that a program prints.
 """
 
 import ast
@@ -21,11 +21,11 @@ from adaras_export.files.safe_read import UnreadableError
 
 _FENCED = re.compile(r"^```[^\n`]*\n(.*?)(?:^```|\Z)", re.MULTILINE | re.DOTALL)
 _LONGEST_PROGRAM = 64 << 10
-_MOST_CUTS = 20  # more than a handful only where text is made so that each line is another error
+_MOST_CUTS = 20  # ordinary text needs a few; more only if each line is made to be another error
 
 
 def code(completion: str, answer: str) -> bool:
-    """Whether the completion's last fenced block, else the completion behind the prompt, passes every test.
+    """Whether the completion's last fenced block, else the prompt followed by the completion, passes every test.
 
     Raises:
         TraceError: the answer has none of the known forms.
@@ -41,10 +41,10 @@ def code(completion: str, answer: str) -> bool:
 
 
 def solution_of(completion: str, prompt: str, entry_point: str) -> str | None:
-    """The program of a completion; None where none of its beginnings is one.
+    """The program in a completion; None if no first part of it is a program.
 
-    A block that defines the function gets the prompt's imports, which chat models leave away; one that does not, or a
-    completion without a block, goes on from the prompt, and ends with the last line up to which it is Python.
+    A block that defines the function gets the prompt's imports, which chat models omit. Another block, or a completion
+    without a block, is appended to the prompt and cut after the last line up to which it is valid Python.
     """
     blocks = _FENCED.findall(completion)
     text = blocks[-1] if blocks else completion
@@ -59,7 +59,7 @@ def solution_of(completion: str, prompt: str, entry_point: str) -> str | None:
 
 
 def _longest_program(prompt: str, text: str) -> str | None:
-    """The prompt and the text, up to the last line up to which it is Python."""
+    """The prompt and the text, cut after the last line up to which it is valid Python."""
     lines = text.splitlines()[:500]
     for _ in range(_MOST_CUTS):
         if not lines:
@@ -75,17 +75,17 @@ def _longest_program(prompt: str, text: str) -> str | None:
 
 
 def _first_wrong(error: Exception, prompt: str, count: int) -> int:
-    """Which of so many lines behind the prompt has the error, from 0: whatever holds that line has the error too."""
+    """The index of the line after the prompt that has the error; any text with that line has the error too."""
     if not isinstance(error, SyntaxError) or error.lineno is None:
         return count - 1
     return max(0, min(count, error.lineno - prompt.count("\n")) - 1)
 
 
 def problem_of(answer: str) -> dict[str, Any]:
-    """The problem that an answer states, of one of the known forms.
+    """The problem in an answer, in one of the known forms.
 
     Raises:
-        TraceError: it is of none, and would fail when it is used.
+        TraceError: the answer has none of these forms.
     """
     try:
         problem = safe_read.parsed(answer.encode())
@@ -109,12 +109,12 @@ def _is_text(value: object) -> bool:
 
 
 def _are_inputs(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(one, list) for one in value)
+    return isinstance(value, list) and all(isinstance(arguments, list) for arguments in value)
 
 
 def _are_cases(value: object, fits: Callable[[dict[str, Any]], bool]) -> bool:
     return isinstance(value, list) and all(
-        isinstance(one, dict) and {"input", "output"} <= one.keys() and fits(one) for one in value
+        isinstance(case, dict) and {"input", "output"} <= case.keys() and fits(case) for case in value
     )
 
 
@@ -133,11 +133,11 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "plus_input": (_are_inputs, "a list of lists of arguments"),
     "atol": (lambda value: type(value) in (int, float), "a number"),
     "functional": (
-        lambda value: _are_cases(value, lambda one: isinstance(one["input"], list)),
+        lambda value: _are_cases(value, lambda case: isinstance(case["input"], list)),
         "a list of objects with input (a list of arguments) and output",
     ),
     "stdin": (
-        lambda value: _are_cases(value, lambda one: _is_text(one["input"]) and _is_text(one["output"])),
+        lambda value: _are_cases(value, lambda case: _is_text(case["input"]) and _is_text(case["output"])),
         "a list of objects with input and output (text)",
     ),
 }
@@ -145,23 +145,23 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 def _passes(source: str, problem: dict[str, Any]) -> bool:
     if "stdin" in problem:
-        return all(_same_text(client.output_of(source, one["input"]), one["output"]) for one in problem["stdin"])
+        return all(_same_text(client.output_of(source, case["input"]), case["output"]) for case in problem["stdin"])
     with client.solution(source) as solved:
         if "test" in problem:
             return _passes_test(solved, problem)
         if "functional" in problem:
-            cases = [(encoded(one["input"], []), encoded(one["output"], [])) for one in problem["functional"]]
+            cases = [(encoded(case["input"], []), encoded(case["output"], [])) for case in problem["functional"]]
             return client.agrees(solved, problem["entry_point"], cases, 0.0)
         return _agrees(solved, problem)
 
 
 def _passes_test(solved: client.Solution, problem: dict[str, Any]) -> bool:
-    """Tests of HumanEval's form define ``check(candidate)``; those of MBPP's are assertions."""
+    """Tests in HumanEval's form define ``check(candidate)``; tests in MBPP's form are assertions."""
     test, entry_point = problem["test"], problem["entry_point"]
     if re.search(r"^def check\(", test, re.MULTILINE):
         test += f"\ncheck({entry_point})\n"
     names = sorted({entry_point, *called_names(test)})
-    # Tests of HumanEval call functions that the prompt defines, beside the one that it asks for.
+    # Tests of HumanEval also call helper functions that the prompt defines.
     setup = problem.get("prompt") or ""
     if setup and not _is_program(setup := setup + "\n    pass\n"):
         setup = ""
@@ -178,10 +178,10 @@ def _is_program(source: str) -> bool:
 
 
 def called_names(test: str) -> list[str]:
-    """Names that the test calls and does not define, outermost first: what it expects of the solution.
+    """Names that the test calls but does not define, outermost first; the solution must define them.
 
     Raises:
-        TraceError: the test is no Python.
+        TraceError: the test is not valid Python.
     """
     try:
         nodes = list(ast.walk(ast.parse(test)))
@@ -196,32 +196,32 @@ def called_names(test: str) -> list[str]:
 
 
 def _agrees(solved: client.Solution, problem: dict[str, Any]) -> bool:
-    """Whether the solution gives what the canonical one gives, on every input of evalplus."""
-    inputs = [encoded(one, []) for one in (*problem["base_input"], *(problem.get("plus_input") or ()))]
+    """Whether the solution returns the canonical solution's value on every input of evalplus."""
+    inputs = [encoded(arguments, []) for arguments in (*problem["base_input"], *(problem.get("plus_input") or ()))]
     canonical = (problem.get("prompt") or "") + problem["canonical_solution"]
     name = problem["entry_point"]
     with client.solution(canonical) as reference:
         try:
-            replies = [reference.reply(name, one) for one in inputs]
+            replies = [reference.reply(name, arguments) for arguments in inputs]
         except SandboxFailure as error:
             raise TraceError(f"answer: its canonical solution {error}") from error
     if raised := [content for kind, content in replies if kind == "raised"]:
         raise TraceError(f"answer: its canonical solution raised {raised[0]}")
-    cases = [(one, content) for one, (_, content) in zip(inputs, replies, strict=True)]
+    cases = [(arguments, content) for arguments, (_, content) in zip(inputs, replies, strict=True)]
     return client.agrees(solved, name, cases, float(problem.get("atol") or 0.0))
 
 
-def _same_text(found: str, expected: str) -> bool:
-    """Whether two outputs have the same lines, apart from white space at their ends; numbers may differ in form."""
-    ours, theirs = ([line.rstrip() for line in text.strip().splitlines()] for text in (found, expected))
-    return len(ours) == len(theirs) and all(map(_same_line, ours, theirs))
+def _same_text(printed: str, expected: str) -> bool:
+    """Whether two outputs have the same lines, apart from trailing white space; numbers may differ in notation."""
+    left, right = ([line.rstrip() for line in text.strip().splitlines()] for text in (printed, expected))
+    return len(left) == len(right) and all(map(_same_line, left, right))
 
 
-def _same_line(found: str, expected: str) -> bool:
-    if found == expected:
+def _same_line(printed: str, expected: str) -> bool:
+    if printed == expected:
         return True
     try:
-        ours, theirs = ([float(word) for word in line.split()] for line in (found, expected))
+        left, right = ([float(word) for word in line.split()] for line in (printed, expected))
     except ValueError:
         return False
-    return ours == theirs
+    return left == right

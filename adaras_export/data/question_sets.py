@@ -1,7 +1,7 @@
 """Questions of benchmarks, procedural tasks and files, in the form that `collect` and `eval` read.
 
-A preset is a data set of the Hub at a pinned commit; its rows may come from a file with the same columns instead. Rows
-are data: nothing of a repository is run or unpickled. Knows no model.
+A preset is a data set on the Hub at a pinned commit; its rows may come from a file with the same columns instead. Rows
+are data: no code of a repository is run, and nothing is unpickled.
 """
 
 import base64
@@ -29,7 +29,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Preset:
-    """A benchmark: where its rows are, at which commit, under which licence, and how a row becomes a question."""
+    """A benchmark: its repository, commit and licence, and the function that turns a row into a question."""
 
     repository: str
     revision: str
@@ -38,25 +38,25 @@ class Preset:
     checker: str
     instruction: str
     parse: Callable[[Row], tuple[str, str]]
-    """Of a row: what is asked, and the answer that the checker reads."""
+    """Returns a row's question text and the answer for the checker."""
     key: str | None = None
-    """The column with the id; without one, the row's number is the id."""
+    """The column of the id; if None, the row's number is the id."""
     config: str | None = None
     files: str | None = None
-    """A pattern of JSONL files, for a repository whose own loader is a script, which is not run."""
+    """A pattern of JSONL files, for a repository whose own loader is a script (scripts are not run)."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where rows are taken from, where that is not what the preset says."""
+    """Another source of rows than the preset's."""
 
     file: Path | None = None
     revision: str | None = None
     split: str | None = None
 
 
-def _columns(asked: str, answer: str) -> Callable[[Row], tuple[str, str]]:
-    return lambda row: (_text(row, asked), _text(row, answer))
+def _columns(question: str, answer: str) -> Callable[[Row], tuple[str, str]]:
+    return lambda row: (_text(row, question), _text(row, answer))
 
 
 def _gsm8k(row: Row) -> tuple[str, str]:
@@ -71,33 +71,33 @@ def _humaneval(row: Row) -> tuple[str, str]:
 
 
 def _mbpp(row: Row) -> tuple[str, str]:
-    """MBPP and MBPP+: the assertions name the function; the larger one's ``test`` replaces them."""
+    """MBPP and MBPP+: the assertions name the function; MBPP+'s ``test`` replaces the assertions."""
     tests = _value(row, "test_list")
     names = called_names(tests[0])
     if not names:
         raise TraceError(f"test {tests[0]!r}: calls no function")
     setup = "\n".join(row.get("test_imports") or [row.get("test_setup_code") or ""])
-    asked = f"{row.get('text') or _text(row, 'prompt')}\n{TEST}\n{tests[0]}"
+    question = f"{row.get('text') or _text(row, 'prompt')}\n{TEST}\n{tests[0]}"
     test = row.get("test") or "\n".join([setup, *tests])
-    return asked, json.dumps({"entry_point": names[0], "test": test})
+    return question, json.dumps({"entry_point": names[0], "test": test})
 
 
 def _livecodebench(row: Row) -> tuple[str, str]:
     cases = [*json.loads(_text(row, "public_test_cases")), *_private_cases(row.get("private_test_cases") or "[]")]
     starter = row.get("starter_code") or ""
-    asked = _text(row, "question_content") + (f"\n\n```python\n{starter}\n```" if starter else "")
+    question = _text(row, "question_content") + (f"\n\n```python\n{starter}\n```" if starter else "")
     name = (json.loads(row.get("metadata") or "{}") or {}).get("func_name")
     if not name:
-        return asked, json.dumps({"stdin": [{"input": one["input"], "output": one["output"]} for one in cases]})
+        return question, json.dumps({"stdin": [{"input": case["input"], "output": case["output"]} for case in cases]})
     functional = [
-        {"input": [json.loads(line) for line in one["input"].splitlines()], "output": json.loads(one["output"])}
-        for one in cases
+        {"input": [json.loads(line) for line in case["input"].splitlines()], "output": json.loads(case["output"])}
+        for case in cases
     ]
-    return asked, json.dumps({"entry_point": name, "functional": functional})
+    return question, json.dumps({"entry_point": name, "functional": functional})
 
 
 def _private_cases(text: str) -> list[dict[str, str]]:
-    """LiveCodeBench's private tests: JSON, or base64 of zlib of a pickled string, which is read without unpickling."""
+    """LiveCodeBench's private tests: JSON, or a pickled string in zlib and base64, which is read without unpickling."""
     try:
         cases: list[dict[str, str]] = json.loads(text)
     except json.JSONDecodeError:
@@ -111,10 +111,10 @@ def _private_cases(text: str) -> list[dict[str, str]]:
 
 
 def pickled_string(content: bytes) -> str:
-    """The one string that a pickle of protocol 2 to 5 consists of; whatever else it holds is refused, not run.
+    """The string in a pickle of protocol 2 to 5 that holds one string and nothing else; nothing is unpickled.
 
     Raises:
-        ValueError: it is anything but one string.
+        ValueError: the pickle holds anything else.
     """
     frame = rb"(?:\x95.{8})?"
     head = re.match(rb"\x80[\x02-\x05]" + frame + rb"([X\x8c\x8d])", content, re.DOTALL)
@@ -176,28 +176,28 @@ def of_preset(name: str, source: Source, instruction: str | None = None) -> list
     """The questions of a benchmark.
 
     Raises:
-        TraceError: there is no such preset, or a row is not of its form.
-        HubError: the Hub does not give it.
+        TraceError: there is no such preset, or a row has another form.
+        HubError: the data set cannot be read from the Hub.
         MissingExtraError: datasets is not installed.
     """
     if name not in PRESETS:
         raise TraceError(f"{name}: is no preset; expected one of: {', '.join(PRESETS)}, reasoning-gym:TASK, or a file")
     preset = PRESETS[name]
-    spoken = preset.instruction if instruction is None else instruction
+    chosen = preset.instruction if instruction is None else instruction
     rows = _rows(preset, source)
-    return [_question(f"{name}/{number}", preset, spoken, row) for number, row in enumerate(rows)]
+    return [_question(f"{name}/{number}", preset, chosen, row) for number, row in enumerate(rows)]
 
 
 def _question(numbered: str, preset: Preset, instruction: str, row: Row) -> Question:
     try:
-        asked, answer = preset.parse(row)
+        text, answer = preset.parse(row)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise TraceError(f"row {numbered}: is not of {preset.repository}'s form ({first_line(error)})") from error
     except TraceError as error:
         raise TraceError(f"row {numbered}: {error}") from error
     own = None if preset.key is None else row.get(preset.key)
     id_ = numbered if own is None else f"{numbered.partition('/')[0]}/{own}"
-    prompt = [{"role": "user", "content": f"{asked}\n\n{instruction}".strip()}]
+    prompt = [{"role": "user", "content": f"{text}\n\n{instruction}".strip()}]
     return Question(id_, prompt, answer, preset.checker)
 
 
@@ -219,7 +219,7 @@ def _rows(preset: Preset, source: Source) -> Sequence[Row]:
             rows = library.load_dataset(preset.repository, preset.config, split=split, revision=revision)
     except UnreadableError as error:
         raise TraceError(f"{source.file}: {error}; expected JSONL or Parquet") from error
-    except Exception as error:  # datasets raises what its readers and the network raise
+    except Exception as error:  # datasets passes on errors of its readers and of the network
         subject = source.file or f"{preset.repository}@{revision}"
         refusal = TraceError if source.file else HubError
         raise refusal(f"{subject}: cannot be read ({first_line(error)}); or give its rows by --source") from error
@@ -227,7 +227,7 @@ def _rows(preset: Preset, source: Source) -> Sequence[Row]:
 
 
 def of_task(task: str, size: int, seed: int, instruction: str | None = None) -> list[Question]:
-    """Questions of a reasoning-gym task, which that library makes and scores.
+    """Questions of a reasoning-gym task; that library generates and scores them.
 
     Raises:
         TraceError: there is no such task.
@@ -238,27 +238,28 @@ def of_task(task: str, size: int, seed: int, instruction: str | None = None) -> 
         entries = library.create_dataset(task, seed=seed, size=size)
     except ValueError as error:
         raise TraceError(f"reasoning-gym:{task}: {first_line(error)}") from error
-    spoken = TAGGED if instruction is None else instruction
-    return [_made(task, {"seed": seed, "size": size, "index": index}, entries[index], spoken) for index in range(size)]
+    chosen = TAGGED if instruction is None else instruction
+    places = [{"seed": seed, "size": size, "index": index} for index in range(size)]
+    return [_task_question(task, place, entries[place["index"]], chosen) for place in places]
 
 
-def _made(task: str, place: dict[str, int], entry: Row, instruction: str) -> Question:
+def _task_question(task: str, place: dict[str, int], entry: Row, instruction: str) -> Question:
     answer = json.dumps({"task": task, **place, "digest": digest(entry["question"])})
     prompt = [{"role": "user", "content": f"{entry['question'].strip()}\n\n{instruction}".strip()}]
     return Question(f"{task}/{place['seed']}/{place['index']}", prompt, answer, "reasoning_gym")
 
 
 def of_file(path: Path) -> list[Question]:
-    """The questions of a JSONL file, as `traces.read_questions` reads them.
+    """The questions of a JSONL file.
 
     Raises:
-        TraceError: as of `read_questions`.
+        TraceError: the file cannot be read, or a line is not a question.
     """
     return read_questions(path)
 
 
 def distinct(questions: Sequence[Question]) -> list[Question]:
-    """Each prompt once, and no question whose line would be longer than is read; the first of equals stays."""
+    """The first question of each prompt, without questions whose line would be too long to read."""
     seen: dict[str, Question] = {}
     for question in questions:
         if len(question_line(question).encode()) < safe_read.LARGEST:
@@ -267,14 +268,14 @@ def distinct(questions: Sequence[Question]) -> list[Question]:
 
 
 def deal(questions: Sequence[Question], parts: Mapping[str, int], seed: int) -> dict[str, list[Question]]:
-    """Disjoint parts of the given sizes, by the digests of the prompts and the seed, not by the order.
+    """Disjoint parts of the given sizes, chosen by the seed and the prompts' digests, whatever the order of questions.
 
     Raises:
-        TraceError: there are too few questions.
+        TraceError: there are fewer questions than the parts take.
     """
     if sum(parts.values()) > len(questions):
         raise TraceError(f"parts: take {sum(parts.values())} questions; there are {len(questions)} different ones")
-    ranked = sorted(questions, key=lambda one: hashlib.sha256(f"{seed}:{digest(one.prompt)}".encode()).digest())
+    ranked = sorted(questions, key=lambda each: hashlib.sha256(f"{seed}:{digest(each.prompt)}".encode()).digest())
     dealt, start = {}, 0
     for name, size in parts.items():
         dealt[name] = ranked[start : start + size]

@@ -1,7 +1,6 @@
-"""Which attempts at which questions are sampled, in which batches and until when; what a backend has to do.
+"""The attempts to sample, their batches and the stopping rule; the protocol of a backend.
 
-Knows no model, no server and no file. A plan follows from its arguments and the verdicts on finished batches alone,
-so a run that was killed plans the same batches again.
+A plan depends only on its arguments and the verdicts on finished batches, so a resumed run plans the same batches.
 """
 
 from collections import Counter, defaultdict
@@ -15,7 +14,7 @@ from adaras_export.errors import TraceError
 
 @dataclass(frozen=True)
 class Attempt:
-    """One completion to come; its id, ``question#number``, is that of the trace that it makes."""
+    """A completion to sample; its trace has the same id, ``question#number``."""
 
     id: str
     question: Question
@@ -23,7 +22,7 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Completion:
-    """What was written at an attempt; ``cut`` where the limit of tokens ended it."""
+    """The text of an attempt; ``cut`` is true if the token limit ended it."""
 
     text: str
     cut: bool
@@ -34,36 +33,36 @@ class Backend(Protocol):
 
     @property
     def settings(self) -> Settings:
-        """What its completions hang on, beside the prompt and the model: of a file, all have the same."""
+        """The settings, beside prompt and model, that completions depend on; all traces of a file share them."""
 
     @property
     def streams(self) -> bool:
-        """Whether completions come one by one, so that a batch may be as large as the plan."""
+        """Whether completions arrive one by one, so that a batch may be as large as the plan."""
 
     def arranged(self, questions: Sequence[Question]) -> Sequence[Question]:
-        """The questions in the order in which they are done best; it follows from the arguments alone.
+        """The questions in the best order for batches; it depends only on the arguments.
 
         Raises:
-            AdarasError: a prompt cannot be completed; nothing has been written yet.
+            AdarasError: a prompt cannot be completed; no trace has been written yet.
         """
 
     def complete(
         self, batch: Sequence[Attempt], missing: Collection[str]
     ) -> Generator[Mapping[str, Completion], None, None]:
-        """The completions of the ``missing`` attempts of a batch by id, in pieces as they are done, in any order."""
+        """The completions of a batch's ``missing`` attempts by id, in parts as they finish, in any order."""
 
 
 @dataclass(frozen=True)
 class Goal:
-    """When there are enough attempts.
+    """The stopping rule of sampling.
 
     Attributes:
-        attempts: most attempts at a question.
-        wanted: stop when so many questions have both outcomes (``per_class`` times each, if that is given).
-        per_class: no more attempts at a question with so many correct and so many incorrect ones.
+        attempts: the largest number of attempts at a question.
+        wanted: stop when this many questions have both outcomes (``per_class`` times each, if given).
+        per_class: no more attempts at a question with this many correct and this many incorrect attempts.
 
     Raises:
-        TraceError: a number below 1, or a class that could never be full.
+        TraceError: a number is below 1, or there are too few attempts for ``per_class``.
     """
 
     attempts: int = 8
@@ -83,14 +82,14 @@ class Goal:
 
 @dataclass
 class Plan:
-    """The batches of a goal, each decided when the ones before are done and told to `count`.
+    """The batches of a goal; each is planned after the verdicts on the earlier ones went to `count`.
 
-    Without ``per_class``: attempts at a question are together, questions follow each other. With it: ``rows`` questions
-    at a time get twice ``per_class`` attempts, then rounds of ``per_class`` more until both classes are full.
+    Without ``per_class``, all attempts at a question come before the next question. With it, ``rows`` questions at a
+    time get twice ``per_class`` attempts, then rounds of ``per_class`` more until both classes are full.
 
     Attributes:
-        total: attempts in all; those that a full question was spared are taken off.
-        full: questions that have enough of both outcomes.
+        total: the number of attempts, without those that full questions no longer need.
+        full: ids of questions with enough attempts of both outcomes.
     """
 
     questions: Sequence[Question]
@@ -106,19 +105,19 @@ class Plan:
         self.total = len(self.questions) * self.goal.attempts
 
     def count(self, question_id: str, *, correct: bool) -> None:
-        """Take note of a verdict."""
+        """Count a verdict."""
         counts = self._counts[question_id]
         counts[correct] += 1
         if min(counts[True], counts[False]) >= (self.goal.per_class or 1):
             self.full.add(question_id)
 
     def over(self, batch: Sequence[Attempt]) -> set[str]:
-        """Questions that get no more attempts after this batch; some of them may be named later."""
+        """Questions without further attempts after this batch; a later batch may report more of them."""
         last = self.goal.attempts - 1
-        return {one.question.id for one in batch if one.id == f"{one.question.id}#{last}"} | self._spared
+        return {each.question.id for each in batch if each.id == f"{each.question.id}#{last}"} | self._spared
 
     def batches(self) -> Iterator[list[Attempt]]:
-        """What to sample next: ``rows`` attempts, or with ``whole`` all that no verdict can change."""
+        """The next attempts: ``rows`` of them, or with ``whole`` all that no verdict can change."""
         for part in self._rounds():
             rows = len(part) if self.whole and self.goal.wanted is None else self.rows
             for start in range(0, len(part), rows):
@@ -141,7 +140,7 @@ class Plan:
                 self._spared.update(question.id for question in spared)
                 self.total -= len(spared) * (self.goal.attempts - end)
                 done = end
-                still = [] if done == self.goal.attempts else [one for one in still if one.id not in self.full]
+                still = [] if done == self.goal.attempts else [each for each in still if each.id not in self.full]
 
 
 def _attempts(questions: Sequence[Question], start: int, end: int) -> list[Attempt]:

@@ -1,6 +1,6 @@
-"""Exported artifacts as arms of an evaluation: they answer its questions as they answer their users.
+"""Exported artifacts as arms of an evaluation: they answer the questions in the way users run them.
 
-They are opened one at a time. Knows no format; the exporters do.
+One artifact is open at a time. The exporters know the formats.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,10 +24,10 @@ from adaras_export.modeling.generation import Sampling
 def artifact_arm(
     folder: Path, rule: SteeringRule, tokenizer: PreTrainedTokenizerBase, base: str | Path | None = None
 ) -> Iterator[ArtifactCondition]:
-    """The arm "TARGET FOLDER" for an exported folder, open as long as the context lasts.
+    """The arm "TARGET FOLDER" of an exported folder, until the context ends.
 
     Raises:
-        ArtifactError: the folder is no export of this rule, was changed since it was written, or does not open.
+        ArtifactError: the folder is not an export of this rule, has changed since the export, or does not open.
         ExportError: another program runs its format.
     """
     artifact, own, receipt = open_artifact(folder, base)
@@ -49,8 +49,8 @@ def _name(folder: Path, receipt: Receipt) -> str:
 
 
 def _require_same(folder: Path, own: SteeringRule, rule: SteeringRule) -> None:
-    """Refuse an artifact of another rule; some formats need a threshold of their own."""
-    own_gate, gate = (None if carrier.gate is None else carrier.gate.weights() for carrier in (own, rule))
+    """Refuse an artifact of another rule; thresholds may differ, since some formats recalibrate them."""
+    own_gate, gate = (None if each.gate is None else each.gate.weights() for each in (own, rule))
     same = own.neurons == rule.neurons and (own.strength, own.start) == (rule.strength, rule.start)
     if not same or (own_gate is None) != (gate is None):
         raise ArtifactError(

@@ -1,7 +1,7 @@
-"""Whether a folder is the one that its receipt describes: without the base model, and without running anything of it.
+"""Check that a folder matches its receipt, without the base model and without running code of the folder.
 
-Knows no format. It cannot know whether the receipt is the one that the artifact's author wrote: whoever edits files can
-edit the receipt to fit. For that, `origin_checks` holds it against a SHA-256 from elsewhere, or a signature.
+The receipt itself may be forged, since anyone who can edit the files can edit the receipt to fit. `origin_checks`
+therefore compares it with a SHA-256 from another source, or checks a signature.
 """
 
 import re
@@ -20,32 +20,31 @@ from adaras_export.files import atomic, hub
 
 _UNREADABLE_RULE = "rule that cannot be read"
 FATAL = (UNREADABLE, _UNREADABLE_RULE)
-"""The checks without which nothing else of an artifact can be looked into."""
+"""If one of these checks fails, no other part of an artifact can be checked."""
 
 _TEXTS = {".json", ".jinja", ".txt", ".md", ".yaml", ".html", ".css", ".js", ".mjs"}
 _DATA = {*_TEXTS, ".safetensors", ".gguf", ".onnx", ".onnx_data", ".model", ".sig", ".wasm"}
-"""Suffixes of what artifacts hold besides code of ours: nothing that Python runs or unpickles."""
+"""Suffixes of an artifact's files besides our code; Python neither runs nor unpickles such files."""
 
 _PYTHON = {".py", ".pyc", ".pyd", ".so", ".dll", ".dylib"}
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz"}
 _CODE = _PYTHON | _PICKLES
-"""Suffixes that not even a licence may have; those of bases end in all sorts of things."""
+"""Suffixes that even a licence file must not have; licence files of bases have many other suffixes."""
 
 
 def verify_files(path: str | Path, *, receipt: str | None = None, key: str | Path | None = None) -> ParityReport:
-    """Check the files of an exported folder against its receipt: no base model, no torch, nothing is run.
+    """Check the files of an exported folder against its receipt, without base model or torch; runs no code.
 
-    This finds any damage, and any change by somebody who left the receipt alone. Whoever rewrites the receipt as well
-    is found only where ``receipt`` or ``key`` is given, or by `adaras_export.verify`, which has the base to compare
-    with.
+    This finds damage, and any change that leaves the receipt alone. It finds a rewritten receipt only with ``receipt``
+    or ``key``; `adaras_export.verify` compares such a folder with the base.
 
     Args:
         path: the folder.
-        receipt: the SHA-256 that ``receipt.json`` must have, as its author told it elsewhere.
+        receipt: the SHA-256 that ``receipt.json`` must have, as its author published it elsewhere.
         key: PEM file of the public key that the folder must be signed with.
 
     Raises:
-        ArtifactError: the folder is no export, or the key is none.
+        ArtifactError: the folder has no receipt, ``receipt`` is not a SHA-256, or ``key`` is not a public key.
     """
     folder = Path(path)
     recorded = read(folder)
@@ -53,14 +52,14 @@ def verify_files(path: str | Path, *, receipt: str | None = None, key: str | Pat
 
 
 def origin_checks(folder: Path, receipt: str | None, key: str | Path | None) -> list[Check]:
-    """Whether the receipt is the one with this SHA-256, and the folder signed with this key, where they are given."""
+    """Check the receipt's SHA-256 and the folder's signature, if they are given."""
     checks = []
     if receipt is not None:
-        found = atomic.sha256_file(folder / RECEIPT_FILE)
+        actual = atomic.sha256_file(folder / RECEIPT_FILE)
         if not re.fullmatch("[0-9a-f]{64}", receipt.lower()):
             raise ArtifactError(f"--receipt {receipt}: expected a SHA-256, 64 hexadecimal digits")
-        same = found == receipt.lower()
-        checks.append(Check("receipt other than the one named", float(not same), 0, "" if same else found))
+        same = actual == receipt.lower()
+        checks.append(Check("receipt other than the one named", float(not same), 0, "" if same else actual))
     if key is not None:
         from adaras_export.delivery import signing
 
@@ -71,7 +70,7 @@ def origin_checks(folder: Path, receipt: str | None, key: str | Path | None) -> 
 
 
 def content_checks(folder: Path, receipt: Receipt) -> list[Check]:
-    """Whether files, rule, base and code are those of the receipt and of this library."""
+    """Check files, rule and base against the receipt, and code against this library."""
     checks = file_checks(folder, receipt)
     if any(check.name == UNREADABLE and not check.ok for check in checks):
         return checks
@@ -89,10 +88,10 @@ def _rule_checks(folder: Path, receipt: Receipt) -> list[Check]:
     path = folder / RULE_FILE
     try:
         rule = SteeringRule.load(path)
-        found = {rule.fingerprint, atomic.sha256_file(path)}
+        digests = {rule.fingerprint, atomic.sha256_file(path)}
     except AdarasError as error:
         return [Check(_UNREADABLE_RULE, 1, 0, str(error))]
-    other = "" if found == {receipt.rule} else " ".join(sorted(found))
+    other = "" if digests == {receipt.rule} else " ".join(sorted(digests))
     return [
         Check("rule other than the receipt's", float(bool(other)), 0, f"{RULE_FILE}: {other}" if other else ""),
         _base_check(rule, receipt),
@@ -110,18 +109,18 @@ def _base_check(rule: SteeringRule, receipt: Receipt) -> Check:
 
 
 def _source_check(receipt: Receipt) -> Check:
-    """A base goes by its Hub id and a commit where it was fetched from the Hub, else by the name of its folder."""
+    """A base from the Hub has its Hub id and a commit; any other base has the name of its folder."""
     base, source = receipt.base, receipt.source
     if base.revision is None:
         same = Path(source).is_absolute() and base.id == Path(source).name
     else:
         same = base.id == source and hub.is_commit(base.revision)
-    found = "" if same else f"{base.id} at revision {base.revision}, from {source}"
-    return Check("base that goes by another name than its source", float(not same), 0, found)
+    detail = "" if same else f"{base.id} at revision {base.revision}, from {source}"
+    return Check("base that goes by another name than its source", float(not same), 0, detail)
 
 
 def _strange_code(folder: Path) -> list[str]:
-    """Files that could run and are not, byte for byte, what this library puts into artifacts under that name."""
+    """Files that could run and differ from this library's own file of that name."""
     own = _payload()
     code = {name: path for name, path in manifest.files_of(folder).items() if not _is_data(path)}
     return [manifest.shown(name) for name, path in code.items() if name not in own or own[name] != path.read_bytes()]
@@ -133,7 +132,7 @@ def _is_data(path: Path) -> bool:
 
 
 def _strange_pointers(folder: Path) -> list[str]:
-    """Entries of configs that send from_pretrained to code elsewhere."""
+    """Entries of configs that point from_pretrained to other code."""
     own = {name.removesuffix(".py") for name in _payload()}
     configs = {name: path for name, path in manifest.files_of(folder).items() if name.endswith("config.json")}
     return [
@@ -144,12 +143,12 @@ def _strange_pointers(folder: Path) -> list[str]:
 
 
 def _modules(config: Path) -> Iterator[str]:
-    """The modules that a config names; a file that is no JSON object names none, and nothing opens it either."""
+    """The modules that a config names; a file that is not a JSON object names none, and no loader opens it."""
     try:
-        found = atomic.read_json(config)
+        content = atomic.read_json(config)
     except ArtifactError:
         return
-    for classes in _auto_maps(found):
+    for classes in _auto_maps(content):
         for name in _leaves(classes):
             if name is not None:
                 yield str(name).rpartition(".")[0]
@@ -158,17 +157,17 @@ def _modules(config: Path) -> Iterator[str]:
 def _auto_maps(value: Any) -> Iterator[Any]:  # noqa: ANN401 - JSON
     """The values of all keys "auto_map", at any depth."""
     if isinstance(value, dict):
-        for key, one in value.items():
-            yield from [one] if key == "auto_map" else _auto_maps(one)
+        for key, item in value.items():
+            yield from [item] if key == "auto_map" else _auto_maps(item)
     elif isinstance(value, list):
-        for one in value:
-            yield from _auto_maps(one)
+        for item in value:
+            yield from _auto_maps(item)
 
 
 def _leaves(value: Any) -> Iterator[Any]:  # noqa: ANN401 - JSON
     if isinstance(value, dict | list):
-        for one in value.values() if isinstance(value, dict) else value:
-            yield from _leaves(one)
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _leaves(item)
     else:
         yield value
 

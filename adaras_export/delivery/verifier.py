@@ -1,4 +1,4 @@
-"""Proves an artifact: files, tensors, card and parity with the rule. Writes nothing."""
+"""Verify an artifact: files, tensors, card and parity with the rule. Writes no file."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,19 +27,19 @@ def verify(
     receipt: str | None = None,
     key: str | Path | None = None,
 ) -> ParityReport:
-    """Check an exported folder: its files, what it stores, and what it computes.
+    """Check an exported folder: its files, its tensors and settings, and its outputs.
 
-    Code of the artifact runs only after it was found to be, byte for byte, this library's own.
+    Code of the artifact runs only if it equals this library's own, byte for byte.
 
     Args:
         path: the folder.
-        base: the base model, where it is no longer at the place that the receipt names; what is at that place, or in
-            the Hub's cache under that name, must be the same.
-        receipt: the SHA-256 that ``receipt.json`` must have, as its author told it elsewhere.
+        base: the base model, if it is no longer at the receipt's location; a model that is at that location, or in the
+            Hub's cache under that name, must be the same.
+        receipt: the SHA-256 that ``receipt.json`` must have, as its author published it elsewhere.
         key: PEM file of the public key that the folder must be signed with.
 
     Raises:
-        ArtifactError: the folder is no export, or the base cannot be found.
+        ArtifactError: the folder has no receipt, or the base cannot be found.
 
     Example:
         report = verify("steered")
@@ -67,16 +67,16 @@ def verify(
 
 
 def open_artifact(path: str | Path, base: str | Path | None = None) -> tuple[Artifact, SteeringRule, Receipt]:
-    """Open an exported folder to run it, with the rule that it carries and its receipt.
+    """Open an exported folder to run it; return the artifact, its rule and its receipt.
 
-    Its code runs only after it was found to be, byte for byte, this library's own.
+    Its code runs only if it equals this library's own, byte for byte.
 
     Args:
         path: the folder.
-        base: the base model, where it is no longer at the place that the receipt names.
+        base: the base model, if it is no longer at the receipt's location.
 
     Raises:
-        ArtifactError: the folder is no export, is not as it was written, or the base cannot be found.
+        ArtifactError: the folder has no receipt, has changed since the export, or the base cannot be found.
     """
     folder = Path(path)
     recorded = read(folder)
@@ -89,7 +89,7 @@ def open_artifact(path: str | Path, base: str | Path | None = None) -> tuple[Art
 
 def _require_own(folder: Path, checks: Sequence[Check]) -> None:
     if wrong := next((check for check in checks if not check.ok), None):
-        raise ArtifactError(f"{folder}: {wrong.name}: {wrong.detail}; expected it as it was written; see verify")
+        raise ArtifactError(f"{folder}: {wrong.name}: {wrong.detail}; expected an unchanged export; see verify")
 
 
 @dataclass(frozen=True)
@@ -114,10 +114,10 @@ class _Place:
 
 
 def exporter_of(receipt: Receipt) -> Exporter:
-    """The exporter that wrote a folder, with the options that its receipt names.
+    """The exporter that wrote a folder, with the options of its receipt.
 
     Raises:
-        ExportError: there is no such target, or it has no such option.
+        ExportError: the receipt names an unknown target or option.
     """
     try:
         exporter = exporters.load(receipt.target)
@@ -128,7 +128,7 @@ def exporter_of(receipt: Receipt) -> Exporter:
 
 
 def verified(exporter: Exporter, folder: Path, rule: SteeringRule, base: Checkpoint) -> ParityReport:
-    """Inspect an artifact; where it is harmless, run it against the reference."""
+    """Inspect an artifact; if it is harmless, run it and compare it with the reference."""
     return _compared(exporter, folder, rule, base, _inspected(exporter, folder, rule, base))
 
 
@@ -151,7 +151,7 @@ def _compared(
         return ParityReport((*stored.checks, *compare(script, exporter.load(folder))))
     except ArtifactError as error:
         return ParityReport((*stored.checks, Check("it does not open or run", 1, 0, str(error))))
-    except Exception as error:  # of damaged files libraries say all kinds of things
+    except Exception as error:  # libraries raise many kinds of errors on damaged files
         if all(check.ok for check in stored.checks):
             raise
         return ParityReport((*stored.checks, Check("it does not open or run", 1, 0, first_line(error))))

@@ -1,7 +1,7 @@
-"""From a rule to an artifact under its final name, and back to the proof that it behaves like the rule.
+"""Export a rule to a verified artifact, rewrite its card, and refresh its code.
 
-Written beside its destination, verified, given card and receipt, and only then renamed: what fails never gets
-its name. Knows no format; the exporters do.
+An export is written beside its destination, verified, given card and receipt, and only then renamed, so a failed export
+never gets the final name. The exporters know the formats.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What `export` delivered: the folder, the SHA-256 of its files, what the format left out, the checks."""
+    """The result of `export`: the folder, the SHA-256 of its files, the dropped features, the checks."""
 
     path: Path
     target: str
@@ -43,15 +43,15 @@ class TargetOptions(TypedDict, total=False):
     """Options that one target has and the others refuse.
 
     Attributes:
-        precision: onnx: of the weights.
+        precision: onnx: number type of the weights.
         inline: onnx: no functions in the graph, for OpenVINO.
         genai: onnx: the graph of ONNX Runtime GenAI's builder.
-        page: onnx: a web page beside it, with libraries from npm.
+        page: onnx: a web page beside the graph, with libraries from npm.
         calibration: onnx: JSONL file of prompts, for the gate's threshold.
         adaptive: peft: with gate and start; needs this library.
         merge: peft: merged into a base that has the biases.
         switchable: stock: steering as a LoRA, per request.
-        into: gguf: a GGUF model, to be written anew with steering in it.
+        into: gguf: a GGUF model; the artifact is a copy of it with steering.
     """
 
     precision: Literal["fp32", "fp16", "int8", "int4"]
@@ -65,7 +65,7 @@ class TargetOptions(TypedDict, total=False):
     into: str | Path
 
 
-def export(  # noqa: PLR0913 - one job with the options that the command line has
+def export(  # noqa: PLR0913 - the options of the command line
     rule: SteeringRule,
     *,
     base: str | Path,
@@ -80,18 +80,18 @@ def export(  # noqa: PLR0913 - one job with the options that the command line ha
     """Write ``rule`` on ``base`` as an artifact of target ``to`` into the new folder ``out``, and verify it.
 
     Args:
-        rule: what to steer.
+        rule: the steering rule.
         base: folder or Hub id of the model that the rule belongs to.
         to: a target of `adaras_export.exporters.TARGETS`.
         out: a folder that does not exist yet.
         accept_loss: features ("gate", "start", "dial") that the format may leave out.
         evaluation: JSON file of `adaras-export eval`, for the card.
-        strength: another strength than the rule's.
-        copy: copy weight files that would be hard-linked to the base's.
-        options: what the target offers besides, see `TargetOptions`.
+        strength: a strength that replaces the rule's.
+        copy: copy weight files instead of hard-linking the base's.
+        options: the target's own options, see `TargetOptions`.
 
     Returns:
-        the folder, the SHA-256 of its files by path, what the format left out, and the checks it passed.
+        the folder, the SHA-256 of its files by path, the dropped features, and the passed checks.
 
     Raises:
         ExportError: the target cannot express the rule or has no such option, or ``out`` exists, is being written by
@@ -151,27 +151,27 @@ def rewrite_card(
     evaluation: str | Path | None = None,
     datasets: Sequence[str] | None = None,
 ) -> Receipt:
-    """Write card and receipt of an exported folder anew; nothing else of it changes.
+    """Rewrite card and receipt of an exported folder; other files change only with a new evaluation.
 
     Args:
         path: the folder.
-        repository: what the card is to call it, a Hub id for one; default: as before.
-        evaluation: JSON file of `adaras-export eval`; default: the one that the artifact has.
-        datasets: Hub ids of the datasets that the rule was made with; default: as before.
+        repository: the artifact's name in the card, such as a Hub id; default: unchanged.
+        evaluation: JSON file of `adaras-export eval`; default: the artifact's own.
+        datasets: Hub ids of the datasets that the rule was made with; default: unchanged.
 
     Raises:
-        ArtifactError: the folder is no export, or its files are not those of its receipt.
+        ArtifactError: the folder has no receipt, or its files differ from the receipt.
         ExportError: the evaluation is of another rule, or the folder is signed.
     """
     folder = Path(path)
-    read(folder)  # refuses what is no export, before a copy is made of it
+    read(folder)  # refuses a folder that is not an export before copying it
     with revised(folder) as stage:
         receipt = read_whole(folder)
         _refuse_signed(folder)
         rule = SteeringRule.load(folder / RULE_FILE)
         named = tuple(receipt.datasets if datasets is None else datasets)
         if strange := [name for name in named if not hub.is_hub_id(name)]:
-            raise ExportError(f"datasets: {', '.join(map(repr, strange))} could be on no Hub; expected USER/NAME")
+            raise ExportError(f"datasets: {', '.join(map(repr, strange))} cannot be Hub ids; expected USER/NAME")
         if evaluation is not None:
             atomic.replace_file(stage / EVALUATION_FILE, documents.evaluation_of(Path(evaluation), rule))
         renamed = replace(receipt, repository=repository or receipt.repository, datasets=named)
@@ -179,18 +179,18 @@ def rewrite_card(
 
 
 def refresh(path: str | Path, base: str | Path | None = None) -> ExportReport:
-    """Give an exported folder of an earlier version the code and settings of this one, and verify it anew.
+    """Replace code and settings of an export by those of this library's version, and verify the folder again.
 
-    Its weights stay as they are, and the files that share them. Earlier code is replaced and never run.
+    Weights and links to them do not change. Earlier code is replaced and never run.
 
     Args:
         path: the folder, of target hf or hf-thin.
-        base: the base model, where it is no longer at the place that the receipt names.
+        base: the base model, if it is no longer at the receipt's location.
 
     Raises:
-        ArtifactError: the folder is no export, its files are not those of its receipt, or the base cannot be found.
-        ExportError: it is signed, its code was never this library's, or its target carries none.
-        ParityError: with the new code it does not behave like its rule; then nothing was changed.
+        ArtifactError: the folder has no receipt, its files differ from the receipt, or the base cannot be found.
+        ExportError: the folder is signed, its code was never this library's, or its target contains no code.
+        ParityError: with the new code it does not behave like its rule; the folder is unchanged.
     """
     folder = Path(path)
     exporter = exporter_of(read(folder))
@@ -207,8 +207,8 @@ def refresh(path: str | Path, base: str | Path | None = None) -> ExportReport:
         exporter.refresh(stage, place.rule, place.base)
         parity = verified(exporter.with_context(place.context), stage, place.rule, place.base)
         if not parity.ok:
-            found = "; ".join(check.line().strip() for check in parity.failed())
-            raise ParityError(f"{folder}: not refreshed: {found}; export again")
+            failures = "; ".join(check.line().strip() for check in parity.failed())
+            raise ParityError(f"{folder}: not refreshed: {failures}; export again")
         renewed = replace(
             receipt,
             chat_template=documents.has_chat_template(place.base.folder),

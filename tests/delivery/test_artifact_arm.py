@@ -95,7 +95,7 @@ def test_a_changed_artifact_is_not_run(exported, run, tmp_path):
     folder = artifacts.copy(exported["hf"], tmp_path / "copy")
     code = next(folder.glob("steering_adaras.py"))
     code.write_text(code.read_text() + "\nraise SystemExit('it ran')\n")
-    with pytest.raises(ArtifactError, match="expected it as it was written; see verify"):
+    with pytest.raises(ArtifactError, match="expected an unchanged export; see verify"):
         run([artifacts.refit(folder)])
 
 

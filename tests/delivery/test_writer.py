@@ -892,7 +892,7 @@ def test_a_card_is_made_anew_without_the_base_as_it_was(delivered, folder):
 @pytest.mark.parametrize("name", ["a b", "[x](y)", "a/b/c"])
 def test_a_dataset_that_no_hub_could_have_is_refused_and_changes_nothing(name, folder):
     before = hashes(folder)
-    with pytest.raises(ExportError, match=r"could be on no Hub; expected USER/NAME"):
+    with pytest.raises(ExportError, match=r"cannot be Hub ids; expected USER/NAME"):
         rewrite_card(folder, datasets=[name])
     assert hashes(folder) == before
 

@@ -1,7 +1,7 @@
-"""Run code that nobody has read: a process of its own, without rights, with limits, ended in time.
+"""Run untrusted code in a separate process without rights, with limits and a timeout.
 
-Knows no benchmark. What contains it is listed in docs/questions.md; where the machine or the kernel does not offer
-that, nothing is run. What comes out of the sandbox stays JSON here: values that are made of it could cost us seconds.
+docs/questions.md lists the protections; if the machine or the kernel lacks them, no code is run. Results of the sandbox
+stay JSON in this process, since building and comparing values from them could take seconds.
 """
 
 import atexit
@@ -21,7 +21,7 @@ from typing import Any
 
 from adaras_export.errors import BrokenInstallationError
 
-_MACHINES = ("x86_64", "aarch64")  # libseccomp knows more, of which some have the flags of `clone` in another argument
+_MACHINES = ("x86_64", "aarch64")  # on some other machines of libseccomp, `clone` has its flags in another argument
 _BEGIN = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]);"
     " from adaras_export.data.sandbox.worker import main; main()"
@@ -30,7 +30,7 @@ _BEGIN = (
 
 @dataclass(frozen=True)
 class Limits:
-    """What one run may use: seconds of CPU and of the clock, bytes of address space and of output."""
+    """Limits of one run: seconds of CPU and wall-clock time, bytes of address space and of output."""
 
     cpu_seconds: int = 10
     wall_seconds: float = 30.0
@@ -42,21 +42,21 @@ _EXAMINATION = Limits(wall_seconds=60.0)  # thousands of calls: both processes g
 
 
 class SandboxFailure(Exception):  # noqa: N818 - the code's failure, which is a verdict and not an error of ours
-    """The code crashed, ran over a limit, or answered nonsense."""
+    """The code crashed, exceeded a limit, or sent an invalid message."""
 
 
 def require_sandbox() -> None:
-    """Refuse a machine on which code cannot be contained, before anything is sampled.
+    """Refuse a machine on which code cannot be contained, before sampling starts.
 
     Raises:
-        BrokenInstallationError: it is another system or machine, or the filter does not work there.
+        BrokenInstallationError: the system or machine is not supported, or the filter does not work.
     """
-    found = f"{platform.system()} {platform.machine()}"
+    here = f"{platform.system()} {platform.machine()}"
     remedy = "check these answers elsewhere"
     if platform.system() != "Linux" or platform.machine() not in _MACHINES:
         expected = " or ".join(_MACHINES)
         raise BrokenInstallationError(
-            f"sandbox: this is {found}; such answers are checked on Linux {expected}; {remedy}"
+            f"sandbox: this is {here}; such answers are checked on Linux {expected}; {remedy}"
         )
     try:
         works = output_of("print('ran')", "").strip() == "ran"
@@ -64,17 +64,17 @@ def require_sandbox() -> None:
         works = False
     if not works:
         expected = "libseccomp.so.2 (Debian's libseccomp2) and a kernel from 5.5 on that allows filters"
-        raise BrokenInstallationError(f"sandbox: does not start on this {found}; expected {expected}; or {remedy}")
+        raise BrokenInstallationError(f"sandbox: does not start on this {here}; expected {expected}; or {remedy}")
 
 
-def output_of(source: str, given: str, limits: Limits | None = None) -> str:
-    """What a program prints, given its standard input.
+def output_of(source: str, stdin: str, limits: Limits | None = None) -> str:
+    """The output of a program for a standard input.
 
     Raises:
-        SandboxFailure: it failed, or printed more than is read.
+        SandboxFailure: the program failed, or printed more than the limit.
     """
     limits = limits or Limits()
-    with _process({"mode": "program", "source": source, "input": given}, limits) as process:
+    with _process({"mode": "program", "source": source, "input": stdin}, limits) as process:
         printed: bytes = _pipe(process.stdout).read(limits.output + 1)
         if len(printed) > limits.output:
             raise SandboxFailure("printed too much")
@@ -84,7 +84,7 @@ def output_of(source: str, given: str, limits: Limits | None = None) -> str:
 
 
 class Solution:
-    """Functions of a solution that runs in a process of its own; made by `solution`."""
+    """The functions of a solution, which runs in a separate process; made by `solution`."""
 
     def __init__(self, process: "subprocess.Popen[bytes]", limits: Limits) -> None:
         self._process, self._limits = process, limits
@@ -93,10 +93,10 @@ class Solution:
         """The encoded result of a call with encoded arguments: ``value`` and a value, or ``raised`` and a name.
 
         Raises:
-            SandboxFailure: there is none.
+            SandboxFailure: the process ended or sent no valid reply.
         """
-        _say(self._process, [name, arguments])
-        reply = _heard(self._process, self._limits)
+        _send_line(self._process, [name, arguments])
+        reply = _receive_line(self._process, self._limits)
         if len(reply) != 2 or reply[0] not in ("value", "raised"):
             raise SandboxFailure("answered nonsense")
         return reply
@@ -113,13 +113,13 @@ def solution(source: str, limits: Limits | None = None) -> Iterator[Solution]:
 def passes(solved: Solution, test: str, setup: str, names: Sequence[str], limits: Limits = _EXAMINATION) -> bool:
     """Whether a benchmark's test ends without an error; it runs in another process than the solution.
 
-    The names are those that it calls of the solution. Their arguments and results travel as data.
+    ``names`` are the solution's functions that the test calls. Their arguments and results are sent as data.
     """
     return _examined({"mode": "examine", "source": test, "setup": setup, "names": list(names)}, solved, limits)
 
 
 def agrees(solved: Solution, name: str, cases: Sequence[tuple[Any, Any]], tolerance: float) -> bool:
-    """Whether a function gives what is expected, in each case of encoded arguments and an encoded result."""
+    """Whether a function returns the expected result in each case; arguments and results are encoded."""
     inputs, expected = ([case[place] for case in cases] for place in (0, 1))
     job = {"mode": "compare", "name": name, "inputs": inputs, "expected": expected, "tolerance": tolerance}
     return _examined(job, solved, _EXAMINATION)
@@ -128,16 +128,16 @@ def agrees(solved: Solution, name: str, cases: Sequence[tuple[Any, Any]], tolera
 def _examined(job: dict[str, Any], solved: Solution, limits: Limits) -> bool:
     try:
         with _process(job, limits) as process:
-            while (message := _heard(process, limits)) != ["passed"]:
+            while (message := _receive_line(process, limits)) != ["passed"]:
                 _, name, arguments = message
-                _say(process, solved.reply(name, arguments))
+                _send_line(process, solved.reply(name, arguments))
     except (SandboxFailure, ValueError):
         return False
     return True
 
 
 class SandboxScorer:
-    """A process that has a scorer loaded, and forks for each completion a child without rights; made by `scorer`."""
+    """A process with a loaded scorer, which forks a child without rights for each completion; made by `scorer`."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -147,50 +147,50 @@ class SandboxScorer:
         atexit.register(self._close)
 
     def notes(self, answers: Sequence[str], limits: Limits | None = None) -> list[Any]:
-        """What is said of each answer: ``["read", note]``, or ``["refused", reason]``, behind which none is read.
+        """A reply for each answer: ``["read", note]``, or ``["refused", reason]``, after which no answer is read.
 
-        Fewer come back where the last of them took too long, or too much memory.
+        There are fewer replies than answers if an answer exceeded the time or the memory.
         """
-        return [json.loads(line) for line in self._said(answers, None, limits or Limits())]
+        return [json.loads(line) for line in self._replies(answers, None, limits or Limits())]
 
     def score(self, completion: str, answer: str, limits: Limits | None = None) -> tuple[list[Any] | None, bool]:
-        """What is said of the answer, as in `notes`, if it came to that, and whether the completion is correct."""
-        said = self._said([answer], completion, limits or Limits())
-        return json.loads(said[0]) if said else None, said[1:] == [b'["scored", true]']
+        """The reply for the answer, as in `notes`, or None without one; and whether the completion is correct."""
+        replies = self._replies([answer], completion, limits or Limits())
+        return json.loads(replies[0]) if replies else None, replies[1:] == [b'["scored", true]']
 
-    def _said(self, answers: Sequence[str], completion: str | None, limits: Limits) -> list[bytes]:
+    def _replies(self, answers: Sequence[str], completion: str | None, limits: Limits) -> list[bytes]:
         job = {"mode": "score", "scorer": self._name, "answers": list(answers), "completion": completion}
         with self._lock:
             try:
                 _send(self._process, job | asdict(limits))
                 (length,) = struct.unpack(">Q", _pipe(self._process.stdout).read(8))
-                said: bytes = _pipe(self._process.stdout).read(length)
+                replies: bytes = _pipe(self._process.stdout).read(length)
             except BaseException as error:
                 _scorer.cache_clear()
-                _end(self._process)  # an interruption may have left half a reply, which the next one would read
+                _end(self._process)  # an interruption may have left half a reply, which the next job would read
                 if isinstance(error, SandboxFailure | struct.error | ValueError):
                     raise BrokenInstallationError(f"checker {self._name}: its process ended; run this again") from error
                 raise
-        return said.split(b"\n")[:-1]  # whole lines: the process may have been killed within one
+        return replies.split(b"\n")[:-1]  # complete lines only: a kill may have cut the last one
 
     def _close(self) -> None:
-        if os.getpid() == self._owner:  # else this is a fork, which has the same handlers
+        if os.getpid() == self._owner:  # a fork inherits the exit handler, but does not own the process
             _end(self._process)
 
 
 def scorer(name: str) -> SandboxScorer:
-    """The scorer of that name, one for this process."""
+    """The scorer of that name; this process has one of each."""
     return _scorer(name, os.getpid())  # a fork must not share the pipes
 
 
 @lru_cache(maxsize=8)
-def _scorer(name: str, process: int) -> SandboxScorer:  # noqa: ARG001 - a part of the key
+def _scorer(name: str, process: int) -> SandboxScorer:  # noqa: ARG001 - part of the cache key
     return SandboxScorer(name)
 
 
 @contextmanager
 def _process(job: dict[str, Any], limits: Limits) -> "Iterator[subprocess.Popen[bytes]]":
-    """A worker at its job, which ends with the context."""
+    """A worker with its job; it ends with the context."""
     process = _started()
     try:
         _send(process, job | asdict(limits))
@@ -200,9 +200,9 @@ def _process(job: dict[str, Any], limits: Limits) -> "Iterator[subprocess.Popen[
 
 
 def _started() -> "subprocess.Popen[bytes]":
-    """A worker. It finds modules where we find them, but not in the folder where we happen to be."""
+    """A new worker. It has our module path, but without the working directory."""
     return subprocess.Popen(
-        [sys.executable, "-I", "-B", "-c", _BEGIN, json.dumps([one for one in sys.path if one])],
+        [sys.executable, "-I", "-B", "-c", _BEGIN, json.dumps([folder for folder in sys.path if folder])],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -213,12 +213,12 @@ def _started() -> "subprocess.Popen[bytes]":
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
-    """Tell the worker by closing its pipes; it kills its child and waits for it, so that nothing is left to others."""
+    """End the worker by closing its pipes; it kills its child and waits for it, so that no process is left."""
     _pipe(process.stdout).close()
     try:
         _pipe(process.stdin).close()
     except BrokenPipeError:
-        pass  # it ended before it read everything
+        pass  # the worker ended before it read all input
     try:
         process.wait(10)
     except subprocess.TimeoutExpired:
@@ -231,7 +231,7 @@ def _send(process: "subprocess.Popen[bytes]", job: dict[str, Any]) -> None:
     _write(process, struct.pack(">Q", len(content)) + content)
 
 
-def _say(process: "subprocess.Popen[bytes]", message: Any) -> None:  # noqa: ANN401 - a JSON value
+def _send_line(process: "subprocess.Popen[bytes]", message: Any) -> None:  # noqa: ANN401 - a JSON value
     _write(process, json.dumps(message).encode() + b"\n")
 
 
@@ -243,7 +243,7 @@ def _write(process: "subprocess.Popen[bytes]", content: bytes) -> None:
         raise SandboxFailure("ended") from error
 
 
-def _heard(process: "subprocess.Popen[bytes]", limits: Limits) -> list[Any]:
+def _receive_line(process: "subprocess.Popen[bytes]", limits: Limits) -> list[Any]:
     return _message(_pipe(process.stdout).readline(limits.output + 1))
 
 
@@ -257,6 +257,6 @@ def _message(line: bytes) -> list[Any]:
     return message
 
 
-def _pipe(pipe: Any) -> Any:  # noqa: ANN401 - Popen's pipes are None where none was asked for
+def _pipe(pipe: Any) -> Any:  # noqa: ANN401 - Popen's type of a pipe that may be None
     assert pipe is not None
     return pipe

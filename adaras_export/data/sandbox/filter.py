@@ -1,7 +1,7 @@
-"""What a process gives up before it runs code that nobody has read; standard library and libseccomp only.
+"""Remove a process's rights before it runs untrusted code; standard library and libseccomp only.
 
-The filter is a list of what is allowed, by name: a call that is not in it, or that a later kernel adds, does not exist
-for the process (ENOSYS, on which libc falls back to older calls). libseccomp knows the numbers of each machine.
+The filter lists the allowed system calls by name. Any other call, including one that a later kernel adds, fails with
+ENOSYS, on which libc falls back to older calls. libseccomp knows each machine's numbers.
 """
 
 import ctypes
@@ -14,7 +14,7 @@ import struct
 import termios
 from typing import Any
 
-# Compute, read files, wait for itself, talk over what is open already. Nothing here reaches another process.
+# Computing, reading files, waiting, using open descriptors. None of these calls reaches another process.
 _ALLOWED = (
     "read readv pread64 preadv write writev close lseek dup dup2 dup3 pipe pipe2 "
     "stat fstat lstat newfstatat statx statfs fstatfs access faccessat faccessat2 "
@@ -29,21 +29,21 @@ _ALLOWED = (
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _CLONE_THREAD = 0x10000
 _INT, _LONG = (1 << 32) - 1, (1 << 64) - 1
-# Calls that arguments decide about: for each argument by its place, a mask and what must be left under it.
+# Calls that depend on their arguments: for each argument's position, a mask and the required value under it.
 _DEPENDS: list[tuple[str, dict[int, tuple[int, int]]]] = [
     ("open", {1: (_WRITING, 0)}),
     ("openat", {2: (_WRITING, 0)}),
     ("clone", {0: (_CLONE_THREAD, _CLONE_THREAD)}),
-    ("prlimit64", {0: (_INT, 0)}),  # its own limits, which cannot rise
+    ("prlimit64", {0: (_INT, 0)}),  # the process's own limits, which it cannot raise
     # asyncio wakes itself over a pair of sockets. A datagram socket, or one with an address, would lead outside.
     ("socketpair", {0: (_INT, socket.AF_UNIX), 1: (0xF, socket.SOCK_STREAM)}),
     ("sendto", {4: (_LONG, 0)}),
-    # Not among these: whom a file's signals go to, leases, locks, notes of changes, a file's attributes.
-    *(("fcntl", {1: (_INT, one)}) for one in (fcntl.F_DUPFD, fcntl.F_DUPFD_CLOEXEC, fcntl.F_GETFD, fcntl.F_SETFD)),
+    # Not allowed: the receiver of a file's signals, leases, locks, change notifications, a file's attributes.
+    *(("fcntl", {1: (_INT, each)}) for each in (fcntl.F_DUPFD, fcntl.F_DUPFD_CLOEXEC, fcntl.F_GETFD, fcntl.F_SETFD)),
     ("fcntl", {1: (_INT, fcntl.F_GETFL)}),
     ("fcntl", {1: (_INT, fcntl.F_SETFL), 2: (os.O_ASYNC, 0)}),  # type: ignore[attr-defined, unused-ignore]
-    *(("ioctl", {1: (_INT, one)}) for one in (termios.FIONBIO, termios.FIONREAD, termios.FIOCLEX, termios.FIONCLEX)),
-    *(("ioctl", {1: (_INT, one)}) for one in (termios.TCGETS, termios.TIOCGWINSZ)),
+    *(("ioctl", {1: (_INT, each)}) for each in (termios.FIONBIO, termios.FIONREAD, termios.FIOCLEX, termios.FIONCLEX)),
+    *(("ioctl", {1: (_INT, each)}) for each in (termios.TCGETS, termios.TIOCGWINSZ)),
 ]
 _KILL, _ASK, _ALLOW, _ABSENT = 0x80000000, 0x7FC00000, 0x7FFF0000, 0x00050000 | 38
 _BAD_MACHINE, _MASKED_EQUAL = 2, 7
@@ -71,17 +71,17 @@ class _Filter:
     def add(self, action: int, name: str, conditions: dict[int, tuple[int, int]]) -> None:
         number = self._library.seccomp_syscall_resolve_name(name.encode())
         if number == _NO_SUCH_CALL:
-            return  # an older libseccomp does not know it, and so does not allow it
-        compared = [_Comparison(place, _MASKED_EQUAL, *wanted) for place, wanted in conditions.items()]
-        given = (_Comparison * len(compared))(*compared)
+            return  # an older libseccomp does not know the call, so the filter does not allow it
+        comparisons = [_Comparison(place, _MASKED_EQUAL, *required) for place, required in conditions.items()]
+        array = (_Comparison * len(comparisons))(*comparisons)
         add = self._library.seccomp_rule_add_array
-        self._done(add(self._context, ctypes.c_uint32(action), number, ctypes.c_uint(len(compared)), given))
+        self._done(add(self._context, ctypes.c_uint32(action), number, ctypes.c_uint(len(comparisons)), array))
 
     def load(self) -> None:
         self._done(self._library.seccomp_load(self._context))
 
     def listener(self) -> int:
-        """The file over which the kernel asks about calls."""
+        """The file descriptor on which the kernel asks about calls."""
         descriptor: int = self._library.seccomp_notify_fd(self._context)
         self._done(min(descriptor, 0))
         return descriptor
@@ -92,17 +92,17 @@ class _Filter:
 
 
 def confine(limits: dict[str, Any], parent: int, supervisor: socket.socket) -> None:
-    """Limits, no capabilities, the filter: after this, the process can compute and read, and dies with its parent.
+    """Set limits, drop capabilities, load the filter: the process can only compute and read, and dies with its parent.
 
-    The supervisor gets the file over which the kernel asks whether there may be one more thread.
+    The supervisor gets the file descriptor on which the kernel asks whether one more thread is allowed.
 
     Raises:
-        OSError: the kernel refuses one of them, or there is no libseccomp.
+        OSError: the kernel refuses a step, or libseccomp is missing.
     """
     libc = ctypes.CDLL(None, use_errno=True)
-    _control(libc, 1, signal.SIGKILL)  # when the parent ends
+    _control(libc, 1, signal.SIGKILL)  # sent when the parent ends
     if os.getppid() != parent:
-        os._exit(1)  # it had ended before
+        os._exit(1)  # the parent has already ended
     for kind, most in (
         (resource.RLIMIT_CPU, limits["cpu_seconds"]),
         (resource.RLIMIT_AS, limits["memory"]),
@@ -127,19 +127,19 @@ def confine(limits: dict[str, Any], parent: int, supervisor: socket.socket) -> N
 
 
 def hide() -> None:
-    """Make the memory of this process, and of those that it forks, nobody's to read."""
+    """Close the memory of this process and of its forks to other processes."""
     _control(ctypes.CDLL(None, use_errno=True), 4, 0)
 
 
 def _separate(libc: ctypes.CDLL) -> None:
-    """A Landlock domain, if there is such: no change of a file, and the memory of every process outside is closed.
+    """Enter a Landlock domain, if the kernel has Landlock: no file changes, no access to other processes' memory.
 
     Without it, a plain user's processes can read each other's memory, unless Yama forbids it.
     """
-    changes = ctypes.create_string_buffer(struct.pack("=Q", 0x1FF3), 8)  # what version 1 knows, but for reading
+    changes = ctypes.create_string_buffer(struct.pack("=Q", 0x1FF3), 8)  # all rights of version 1 except reading
     domain = libc.syscall(ctypes.c_long(444), changes, ctypes.c_size_t(8), ctypes.c_uint(0))
     if domain < 0:
-        return  # a kernel before 5.13, or one that forbids it
+        return  # the kernel is older than 5.13 or forbids Landlock
     if libc.syscall(ctypes.c_long(446), ctypes.c_int(domain), ctypes.c_uint(0)):
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     os.close(domain)

@@ -1,7 +1,6 @@
-"""What a confined process does: all of it but `ready` runs after it gave up its rights.
+"""The jobs of a confined process; all code here except `ready` runs without rights.
 
-Solutions and tests run in processes of their own; a solution gets calls and gives results, which are plain data. Knows
-no limits and no filter.
+Solutions and tests run in separate processes; a solution receives calls and returns results as plain data.
 """
 
 import builtins
@@ -18,7 +17,7 @@ from adaras_export.data.sandbox.scorers import SCORERS, UnreadableAnswer
 
 
 class Channel:
-    """Lines of JSON to whoever started the process and back; what is printed goes nowhere from then on."""
+    """Lines of JSON to and from the parent process; from then on, printed text is discarded."""
 
     def __init__(self) -> None:
         self._incoming: BinaryIO = os.fdopen(os.dup(0), "rb")
@@ -28,12 +27,12 @@ class Channel:
             os.dup2(nowhere, number)
 
     def send(self, message: Any) -> None:  # noqa: ANN401 - a JSON value
-        """One line out."""
+        """Send one line."""
         self._outgoing.write(json.dumps(message).encode() + b"\n")
         self._outgoing.flush()
 
     def receive(self) -> Any:  # noqa: ANN401 - a JSON value
-        """One line in; the end of the process where there is none."""
+        """Receive one line; end the process if the input has ended."""
         line = self._incoming.readline()
         if not line:
             sys.exit(0)
@@ -41,12 +40,12 @@ class Channel:
 
 
 def program(job: dict[str, Any]) -> None:
-    """A program, which reads its input and prints."""
+    """Run a program, which reads standard input and prints."""
     exec(compile(job["source"], "solution", "exec"), {"__name__": "__main__"})
 
 
 def serve(job: dict[str, Any], channel: Channel) -> None:
-    """Answer calls of the solution's functions."""
+    """Run calls of the solution's functions and send their results."""
     keep: list[Any] = []
     space: dict[str, Any] = {"__name__": "solution"}
     exec(compile(job["source"], "solution", "exec"), space)
@@ -55,22 +54,22 @@ def serve(job: dict[str, Any], channel: Channel) -> None:
         arguments = decoded(encoded_arguments, keep.__getitem__)
         try:
             reply = ["value", encoded(_function(space, name)(*arguments), keep)]
-        except Exception as error:  # noqa: BLE001 - whatever a solution raises is its answer
+        except Exception as error:  # noqa: BLE001 - an exception of the solution is its result
             reply = ["raised", type(error).__name__]
         channel.send(reply)
 
 
 def _function(space: dict[str, Any], name: str) -> Callable[..., Any]:
-    """LiveCodeBench's functions are methods of a class Solution."""
+    """A function of the solution; LiveCodeBench's are methods of a class Solution."""
     if name not in space and "Solution" in space:
-        found: Callable[..., Any] = getattr(space["Solution"](), name)
-        return found
-    called: Callable[..., Any] = space[name]
-    return called
+        method: Callable[..., Any] = getattr(space["Solution"](), name)
+        return method
+    function: Callable[..., Any] = space[name]
+    return function
 
 
 def examine(job: dict[str, Any], channel: Channel) -> None:
-    """Run a benchmark's own tests; each call of the solution is a message, so that only its results come in."""
+    """Run a benchmark's own tests; each call of the solution is a message, so only its results reach this process."""
     space: dict[str, Any] = {"__name__": "examination"}
     if job["setup"]:
         exec(compile(job["setup"], "setup", "exec"), space)
@@ -80,10 +79,10 @@ def examine(job: dict[str, Any], channel: Channel) -> None:
 
 
 def compare(job: dict[str, Any], channel: Channel) -> None:
-    """Call the solution with each input and compare; here, since values can be made that take long to compare."""
+    """Call the solution with each input and compare the results; confined, since a value may be slow to compare."""
     call = _proxy(channel, job["name"])
-    for given, wanted in zip(job["inputs"], job["expected"], strict=True):
-        if not _same(call(*decoded(given, Handle)), decoded(wanted, Handle), job["tolerance"]):
+    for arguments, expected in zip(job["inputs"], job["expected"], strict=True):
+        if not _same(call(*decoded(arguments, Handle)), decoded(expected, Handle), job["tolerance"]):
             return
     channel.send(["passed"])
 
@@ -105,21 +104,21 @@ def _proxy(channel: Channel, name: str) -> Callable[..., Any]:
     return call
 
 
-def _same(found: Any, expected: Any, tolerance: float) -> bool:  # noqa: ANN401 - any plain data
-    """Equality, for fractions up to a tolerance; 1e-6 where one is expected and none is given, as evalplus has it."""
-    if isinstance(expected, float) and isinstance(found, int | float):
-        close = math.isclose(found, expected, rel_tol=1e-7, abs_tol=tolerance or 1e-6)
-        return close or (math.isnan(found) and math.isnan(expected))
-    if isinstance(expected, list | tuple) and isinstance(found, list | tuple):
-        pairs: Sequence[tuple[Any, Any]] = list(zip(found, expected, strict=False))
-        return len(found) == len(expected) and all(_same(one, other, tolerance) for one, other in pairs)
-    return bool(found == expected)
+def _same(result: Any, expected: Any, tolerance: float) -> bool:  # noqa: ANN401 - any plain data
+    """Equality, for floats up to the tolerance, or up to 1e-6 if it is 0, as in evalplus."""
+    if isinstance(expected, float) and isinstance(result, int | float):
+        close = math.isclose(result, expected, rel_tol=1e-7, abs_tol=tolerance or 1e-6)
+        return close or (math.isnan(result) and math.isnan(expected))
+    if isinstance(expected, list | tuple) and isinstance(result, list | tuple):
+        pairs: Sequence[tuple[Any, Any]] = list(zip(result, expected, strict=False))
+        return len(result) == len(expected) and all(_same(left, right, tolerance) for left, right in pairs)
+    return bool(result == expected)
 
 
 def score(job: dict[str, Any], channel: Channel) -> None:
-    """Read the answers and say so, then score the completion by the last one.
+    """Read the answers and send a reply for each, then score the completion by the last answer.
 
-    What is said of an answer leaves before the completion is looked at, which could say anything from then on.
+    The replies are sent before the completion is read, because a hostile completion could send its own from then on.
     """
     scorer = SCORERS[job["scorer"]]
     for answer in job["answers"]:
@@ -134,7 +133,7 @@ def score(job: dict[str, Any], channel: Channel) -> None:
 
 
 def ready(job: dict[str, Any]) -> Callable[[], None]:
-    """What does the job; the files that it needs are open, since it could not open them without rights."""
+    """The function that does the job; it opens the job's files now, since that needs rights."""
     if job["mode"] == "program":
         _take_input(job["input"])
         return partial(program, job)

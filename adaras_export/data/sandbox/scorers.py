@@ -1,7 +1,7 @@
-"""Checkers that let a library, or a pattern, work on a model's text: they run in the sandbox only.
+"""Checkers in which a library or a pattern works on a model's text; they run in the sandbox only.
 
-``load`` comes before the process forks and gives up its rights, ``read`` and ``score`` behind that. An answer that
-cannot be read raises an exception that says why; what a library says of a readable one goes along as a note.
+``load`` runs before the process forks and gives up its rights, ``read`` and ``score`` after that. ``read`` raises the
+reason if an answer cannot be read, and returns a note of the library with an answer that can.
 """
 
 import importlib
@@ -11,70 +11,70 @@ from types import ModuleType
 from typing import Any, Protocol
 
 
-class UnreadableAnswer(Exception):  # noqa: N818 - a verdict on a file, told by whoever asked
-    """Why an answer is refused, in words that fit behind it."""
+class UnreadableAnswer(Exception):  # noqa: N818 - a verdict on a file, which the caller reports
+    """The reason for refusing an answer, as the end of a sentence that begins with the answer."""
 
 
 class Scorer(Protocol):
-    """How answers are read, and completions compared with them."""
+    """Reads answers and compares completions with them."""
 
     def load(self) -> None:
-        """Import what the others need."""
+        """Import the library."""
 
     def read(self, answer: str) -> tuple[Any, Any]:
-        """What a completion is compared with, and a note for whoever asked."""
+        """The value to compare completions with, and a note for the caller."""
 
-    def score(self, completion: str, expected: Any) -> bool:  # noqa: ANN401 - what `read` gave
+    def score(self, completion: str, expected: Any) -> bool:  # noqa: ANN401 - the value of `read`
         """Whether the completion is correct."""
 
 
 class Pattern:
-    """A regular expression; here, because there are patterns that take for ever."""
+    """A regular expression; in the sandbox, because a pattern may never end."""
 
     def load(self) -> None:
-        """It needs the standard library only."""
+        """Do nothing: the standard library is enough."""
 
     def read(self, answer: str) -> tuple[re.Pattern[str], None]:
-        """The pattern."""
+        """The compiled pattern."""
         try:
             return re.compile(answer), None
         except (re.error, RecursionError, OverflowError) as error:
             raise UnreadableAnswer(f"is no regular expression ({error})") from error
 
     def score(self, completion: str, expected: re.Pattern[str]) -> bool:
-        """Whether it occurs."""
+        """Whether the pattern matches in the completion."""
         return expected.search(completion) is not None
 
 
 class Mathematics:
-    """The library math-verify, which parses by SymPy and has a limit of its own for each step, of five seconds."""
+    """The library math-verify, which parses with SymPy and limits each step to five seconds."""
 
     def load(self) -> None:
-        """Parse once: the first LaTeX takes long, since it builds the parser's tables."""
+        """Parse once, since the first parse is slow: it builds the parser's tables."""
         self._library = importlib.import_module("math_verify")
         self._library.parse(r"$\frac{1}{2}$")
 
     def read(self, answer: str) -> tuple[Any, None]:
-        """The expressions of LaTeX, with or without dollar signs around it; one behind a backslash is a currency's."""
+        """The expressions of LaTeX, with or without dollar signs around it; an escaped dollar sign is a currency."""
         expected = self._library.parse(answer if re.search(r"(?<!\\)\$", answer) else f"${answer}$")
         if not expected:
             raise UnreadableAnswer("holds no mathematical expression; expected LaTeX")
         return expected, None
 
     def score(self, completion: str, expected: Any) -> bool:  # noqa: ANN401 - the library's own
-        """Whether the last expression equals them."""
+        """Whether the completion's last expression equals the answer."""
         return bool(self._library.verify(expected, self._library.parse(completion)))
 
 
 class Tasks:
-    """The tasks of reasoning-gym, of which some evaluate an answer as Python."""
+    """The tasks of reasoning-gym; some evaluate an answer as Python."""
 
     def load(self) -> None:
-        """The library takes seconds to import."""
+        """Import the library, which takes seconds."""
         self._library = importlib.import_module("reasoning_gym")
 
     def read(self, answer: str) -> tuple[Any, str]:
-        """The task with its entry, made again, and the entry's question as the note."""
+        """The task and its entry, generated again, and the entry's question as the note."""
         place = json.loads(answer)
         try:
             task = self._library.create_dataset(place["task"], seed=place["seed"], size=place["size"])

@@ -1,8 +1,8 @@
-"""The process around a confined one: it forks, and the child gives up its rights and does the job.
+"""The parent of a confined process: it forks, and the child gives up its rights and does the job.
 
-Started by sandbox.py, which sends jobs over standard input: no job lies in a file that another solution could read. The
-process itself runs nothing of a stranger. It watches the clock, counts the child's threads, and kills the child when
-whoever asked is gone.
+client.py starts it and sends jobs over standard input, so no job is in a file that another solution could read. This
+process runs no untrusted code. It watches the clock, counts the child's threads, and kills the child when the client
+has ended.
 """
 
 import errno
@@ -25,12 +25,12 @@ from adaras_export.data.sandbox.filter import confine, hide
 from adaras_export.data.sandbox.scorers import SCORERS
 
 _MOST_THREADS = 128
-_ASKED, _ANSWERED = 0xC0502100, 0xC0182101  # SECCOMP_IOCTL_NOTIF_RECV and _SEND, of 80 and 24 bytes
+_RECEIVE, _SEND = 0xC0502100, 0xC0182101  # SECCOMP_IOCTL_NOTIF_RECV and _SEND, of 80 and 24 bytes
 _GO_ON = 1
 
 
 def main() -> None:
-    """Do the one job that comes, or, where answers are scored, each one that comes; each in a child."""
+    """Do one job in a child; in mode "score", do each job that arrives, each in a child."""
     hide()
     job = _job()
     sys.setrecursionlimit(20_000 if job["mode"] == "program" else 5_000)
@@ -40,14 +40,14 @@ def main() -> None:
         return
     child = _forked(job)
     if child is not None:
-        _to_nowhere(1)  # what the child prints ends with the child
+        _to_nowhere(1)  # so that the child's output ends with the child
         os._exit(0 if child.ended_well(job["wall_seconds"]) else 1)
 
 
 def _score_each(job: dict[str, Any]) -> None:
-    """Fork for each job. This process looks at no answer, and so stays as it was for the next one."""
+    """Fork for each job. This process reads no answer, so an answer cannot change the scoring of the next one."""
     SCORERS[job["scorer"]].load()
-    gc.freeze()  # or collecting garbage in a child would copy all of this process's memory
+    gc.freeze()  # otherwise garbage collection in a child would copy all of this process's memory
     while True:
         reading, writing = os.pipe()
         child = _forked(job, writing)
@@ -56,7 +56,7 @@ def _score_each(job: dict[str, Any]) -> None:
         os.close(writing)
         child.ended_well(job["wall_seconds"], reading, job["output"])
         os.close(reading)
-        _write(struct.pack(">Q", len(child.said)) + child.said)
+        _write(struct.pack(">Q", len(child.written)) + child.written)
         job = _job()
 
 
@@ -67,7 +67,7 @@ def _to_nowhere(descriptor: int) -> None:
 
 
 def _job() -> dict[str, Any]:
-    """The next job; the end of the process where there is none. What stands behind it is left unread."""
+    """The next job; the process ends if the input has ended. Later input stays unread."""
     (length,) = struct.unpack(">Q", _read(8))
     job: dict[str, Any] = json.loads(_read(length))
     return job
@@ -90,7 +90,7 @@ def _write(content: bytes) -> None:
 
 
 def _forked(job: dict[str, Any], output: int | None = None) -> "_Child | None":
-    """The child at the job; None in the child itself, when it has done it. It writes to the output, if one is given."""
+    """The child with the job; None in the child itself, after the job. It writes to ``output`` if given."""
     parent = os.getpid()
     ours, theirs = socket.socketpair()
     number = os.fork()
@@ -106,7 +106,7 @@ def _forked(job: dict[str, Any], output: int | None = None) -> "_Child | None":
             ready()
         finally:
             if output is not None:
-                os._exit(0)  # the long way out takes a second where a large library is loaded
+                os._exit(0)  # a normal exit takes a second with a large library
         return None
     theirs.close()
     with ours:
@@ -116,50 +116,50 @@ def _forked(job: dict[str, Any], output: int | None = None) -> "_Child | None":
 
 @dataclass
 class _Child:
-    """A process at its job: its number, a file that tells of its end, and one for the kernel's questions on threads."""
+    """A process with a job: its number, and descriptors for its end and for the kernel's questions about threads."""
 
     number: int
     end: int
     listeners: list[int]
-    said: bytearray = field(default_factory=bytearray)
+    written: bytearray = field(default_factory=bytearray)
 
     def ended_well(self, seconds: float, output: int | None = None, most: int = 0) -> bool:
-        """Wait for its end, at most so long; ``said`` is what it wrote, for whoever reads it, up to so much."""
+        """Wait up to ``seconds`` for the child to end; collect up to ``most`` bytes of its output in ``written``."""
         latest = time.monotonic() + seconds
         watched = select.poll()
-        watched.register(0, 0)  # tells when whoever asked is gone
-        for one in (self.end, *self.listeners, *([] if output is None else [output])):
-            watched.register(one, select.POLLIN)
-        while len(self.said) <= most:
+        watched.register(0, 0)  # reports the end of the client
+        for descriptor in (self.end, *self.listeners, *([] if output is None else [output])):
+            watched.register(descriptor, select.POLLIN)
+        while len(self.written) <= most:
             events = dict(watched.poll(max(0.0, latest - time.monotonic()) * 1000))
             if not events or 0 in events or self.end in events:
                 break
-            for one, event in events.items():
+            for descriptor, event in events.items():
                 if not event & select.POLLIN:
-                    watched.unregister(one)
-                elif one == output:
-                    self.said += os.read(output, 1 << 16)
+                    watched.unregister(descriptor)
+                elif descriptor == output:
+                    self.written += os.read(output, 1 << 16)
                 else:
-                    self._decide(one)
+                    self._decide(descriptor)
         return self._over(output)
 
     def _over(self, output: int | None) -> bool:
-        """Whether it ended by itself and well; kill it where it has not ended."""
-        os.kill(self.number, signal.SIGKILL)  # it is ours to wait for, so the number is still its own
+        """Kill the child if it still runs; return whether it ended by itself with status 0."""
+        os.kill(self.number, signal.SIGKILL)  # safe: the number stays the child's until we wait for it
         status = os.waitpid(self.number, 0)[1]
         while output is not None and (piece := os.read(output, 1 << 16)):
-            self.said += piece
-        for one in (self.end, *self.listeners):
-            os.close(one)
+            self.written += piece
+        for descriptor in (self.end, *self.listeners):
+            os.close(descriptor)
         return status == 0
 
     def _decide(self, listener: int) -> None:
-        """Whether there may be one more thread."""
-        asked = bytearray(80)
+        """Answer the kernel's question whether one more thread is allowed."""
+        request = bytearray(80)
         try:
-            fcntl.ioctl(listener, _ASKED, asked)
+            fcntl.ioctl(listener, _RECEIVE, request)
             few = len(list(Path(f"/proc/{self.number}/task").iterdir())) < _MOST_THREADS
             verdict = (0, _GO_ON) if few else (-errno.EAGAIN, 0)
-            fcntl.ioctl(listener, _ANSWERED, struct.pack("=8sqiI", bytes(asked[:8]), 0, *verdict))
+            fcntl.ioctl(listener, _SEND, struct.pack("=8sqiI", bytes(request[:8]), 0, *verdict))
         except FileNotFoundError:
-            pass  # the thread that asked is gone
+            pass  # the requesting thread has ended
