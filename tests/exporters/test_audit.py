@@ -72,7 +72,7 @@ def test_to_open_an_export_transformers_reads_its_files_and_for_hf_thin_those_of
 FORWARD, MODULE, OPENING = (
     "        output_BTD: Tensor = down(hidden_BTM)\n",
     "THREAD = _Thread()\n",
-    "        # Else version 4 leaves buffers",
+    "        # Without it, version 4 does not load the buffers",
 )
 HOSTILE = {
     "a file": (FORWARD, "open('/dev/null').close()", "greedy", "open"),

@@ -312,7 +312,7 @@ def test_in_half_precision_it_is_close_to_the_base_with_halved_weights_and_to_th
     """Measured: 0.007 from the first and 0.008 from the second; steering moves the logits by 9."""
     assert half.parity.ok
     opened = EXPORTER.load(half.path)
-    assert {one.type for one in opened.pasts.values()} == {"tensor(float16)"}
+    assert {past.data_type() for past in opened.session._empty_cache(1).values()} == {"tensor(float16)"}
     play = opened.play(tiny.PROMPTS, "rule", None)
     answers = tiny.answers(stock[HALF[0]], rules[HALF])
     for row, answer in enumerate(answers):
@@ -328,24 +328,23 @@ def test_in_half_precision_it_is_close_to_the_base_with_halved_weights_and_to_th
 @pytest.mark.slow
 def test_sums_over_4096_tokens_survive_in_half_precision(half):
     """The next turn goes on from the sums in the KV cache as if all had been one prompt."""
-    opened = EXPORTER.load(half.path)
-    ids = torch.randint(256, (1, 4100), generator=torch.Generator().manual_seed(0))
-    whole = call(opened, ids, 4100, None)
-    turns = call(opened, ids[:, 4096:], 4100, call(opened, ids[:, :4096], 4096, None))
+    session = EXPORTER.load(half.path).session
+    ids = np.random.default_rng(0).integers(256, size=(1, 4100))
+    empty = session._empty_cache(1)
+    whole = after(session, ids, 4100, empty)
+    turns = after(session, ids[:, 4096:], 4100, after(session, ids[:, :4096], 4096, empty))
     for cache in (whole, turns):
-        slot = cache.tensors["past_key_values.2.value"]
+        slot = cache["past_key_values.2.value"].numpy()
         assert np.isfinite(slot).all()
         assert 4100 / np.e < 1024 * float(slot[0, 0, 0, 1]) < 4100 * np.e  # a token weighs exp(tanh(s))
-    found, expected = (cache.steering_state.probability.item() for cache in (turns, whole))
+    found, expected = (float(session._state(cache)[1].numpy()[0, 0, 0, 0]) for cache in (turns, whole))
     assert found == pytest.approx(expected, abs=1e-3)
     assert 0.01 < expected < 0.99
 
 
-def call(opened, ids, total, past):
-    positions = torch.arange(total - ids.shape[1], total).unsqueeze(0)
-    mask = torch.ones(1, total, dtype=torch.int64)
-    tokens = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-    return opened(**tokens, past_key_values=past, use_cache=True).past_key_values
+def after(session, ids, total, cache):
+    """The KV cache after a call with these ids, the last of ``total``."""
+    return session._call(ids, np.ones((1, total), np.int64), cache)[1]
 
 
 # The gate's threshold

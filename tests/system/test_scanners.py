@@ -123,7 +123,7 @@ def test_every_target_and_option_is_among_the_exports():
     for target in TARGETS:
         used = {option for _, name, options in EXPORTS.values() if name == target for option in options}
         # A page is files of ours and of npm; calibration is a file that is read, and not part of the export.
-        assert used == load(target).options - {"page", "calibration"}
+        assert used == load(target).spec.options - {"page", "calibration"}
 
 
 def test_all_files_are_of_formats_that_cannot_hold_a_pickle(artifacts):
