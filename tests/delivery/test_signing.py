@@ -219,11 +219,11 @@ def test_what_is_no_private_key_is_refused_in_one_line(name, reason, exported, k
 
 NO_PUBLIC = {
     "missing.pem": "No such file or directory; expected the PEM file of a public key",
-    "text.pem": "is none ",
+    "text.pem": "cannot be read ",
     "p256.pem": "is a private key; expected the PEM file of a public key",
-    "bitcoin.pub.pem": "is none ",
-    "ed25519.pub.pem": "is none ",
-    "rsa.pub.pem": "is none ",
+    "bitcoin.pub.pem": "cannot be read ",
+    "ed25519.pub.pem": "cannot be read ",
+    "rsa.pub.pem": "cannot be read ",
 }
 
 
