@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from adaras_export import __version__
-from adaras_export.cli import collect, evaluate, export, gate, identify, machine, questions, report, rule, tune
+from adaras_export.cli import collect, demo, doctor, evaluate, export, gate, identify, questions, report, rule, tune
 from adaras_export.cli.examples import epilog
 from adaras_export.errors import AdarasError, ParityError, printable
 
@@ -24,7 +24,7 @@ app = typer.Typer(
 )
 
 _COMMANDS: dict[str, Callable[..., None]] = {
-    "demo": machine.demo,
+    "demo": demo.demo,
     "questions": questions.questions,
     "collect": collect.collect,
     "identify": identify.identify,
@@ -40,7 +40,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "card": export.card,
     "sign": export.sign,
     "push": export.push,
-    "doctor": machine.doctor,
+    "doctor": doctor.doctor,
 }
 for _name, _command in _COMMANDS.items():
     app.command(_name, epilog=epilog(_name))(_command)

@@ -24,7 +24,7 @@ from adaras_export.cli.options import (
 from adaras_export.errors import ParityError
 
 if TYPE_CHECKING:
-    from adaras_export.delivery.push import Plan
+    from adaras_export.delivery.push import PushPlan
     from adaras_export.delivery.writer import TargetOptions
     from adaras_export.exporters.checks import ParityReport
 
@@ -260,7 +260,7 @@ def push(
         show(planned.as_record(), planned.text(), as_json)
         return
 
-    def confirm(planned: "Plan") -> None:
+    def confirm(planned: "PushPlan") -> None:
         _warn_of(planned)
         sys.stderr.write(f"{planned.text()}\n")
         if not (yes or planned.empty):
@@ -271,7 +271,7 @@ def push(
     show(done.as_record(), f"{done.url}: {did}\nreceipt {done.receipt}", as_json)
 
 
-def _warn_of(planned: "Plan") -> None:
+def _warn_of(planned: "PushPlan") -> None:
     for warning in planned.warnings:
         warn(warning)
 

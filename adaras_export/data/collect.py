@@ -19,7 +19,7 @@ from adaras_export.core.trace_log import TraceLog
 from adaras_export.core.traces import Checker, Question, Settings, Trace, by_question, name_of
 from adaras_export.data.backends.local import Ledger, LocalBackend
 from adaras_export.data.checkers import checker_for
-from adaras_export.data.sampling_plan import Attempt, Backend, Completion, Goal, Plan
+from adaras_export.data.sampling_plan import Attempt, Backend, Completion, Goal, SamplingPlan
 from adaras_export.errors import TraceError
 from adaras_export.modeling.generation import Sampling
 
@@ -179,7 +179,7 @@ def collect_from(
     check = options.check or checker_for(questions, None)
     arranged = backend.arranged(questions)
     # Where the first questions could be all that are asked, they must not be chosen by their length.
-    plan = Plan(arranged if goal.wanted is None else questions, goal, options.batch_size, whole=backend.streams)
+    plan = SamplingPlan(arranged if goal.wanted is None else questions, goal, options.batch_size, whole=backend.streams)
     settings = {**backend.settings, "check": name_of(check), "revision": options.revision}
     with TraceLog(Path(out)) as log:
         held = log.resume(questions, options.name, settings)
@@ -226,7 +226,7 @@ class _Run:
     blank: int = 0
     cut: int = 0
 
-    def complete(self, plan: Plan, progress: Progress, finished: Finished) -> None:
+    def complete(self, plan: SamplingPlan, progress: Progress, finished: Finished) -> None:
         """Batch by batch, what the plan says and the file lacks."""
         done, seen = 0, set[str]()
         for batch in plan.batches():

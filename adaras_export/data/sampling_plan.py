@@ -81,7 +81,7 @@ class Goal:
 
 
 @dataclass
-class Plan:
+class SamplingPlan:
     """The batches of a goal; each is planned after the verdicts on the earlier ones went to `count`.
 
     Without ``per_class``, all attempts at a question come before the next question. With it, ``rows`` questions at a

@@ -21,7 +21,7 @@ _OF_THE_HUB = {".gitattributes"}  # says which files are large; the Hub writes i
 
 
 @dataclass(frozen=True)
-class Plan:
+class PushPlan:
     """What a push would do.
 
     Attributes:
@@ -117,7 +117,7 @@ def plan(
     revision: str | None = None,
     message: str | None = None,
     token: str | None = None,
-) -> Plan:
+) -> PushPlan:
     """Hold an exported folder against its receipt and against a repository; changes nothing.
 
     Args:
@@ -145,7 +145,7 @@ def plan(
     remote = hub.look(repository, revision or MAIN, token)
     there = remote.files or {}
     same = {name for name in files.keys() & there.keys() if there[name].holds(files[name])}
-    return Plan(
+    return PushPlan(
         remote=remote,
         private=hub.visibility(remote, private),
         files=files,
@@ -158,7 +158,7 @@ def plan(
     )
 
 
-def carry_out(planned: Plan, token: str | None = None) -> Pushed:
+def carry_out(planned: PushPlan, token: str | None = None) -> Pushed:
     """Do what was planned, in one commit. Repeated after it was cut off, it sends only what is not there yet.
 
     Raises:
@@ -194,7 +194,7 @@ def push(  # noqa: PLR0913 - what the Hub asks for
     revision: str | None = None,
     message: str | None = None,
     token: str | None = None,
-    confirm: Callable[[Plan], None] | None = None,
+    confirm: Callable[[PushPlan], None] | None = None,
 ) -> Pushed:
     """Put an exported folder on the Hub, with one commit. Repeated after it was cut off, it sends only what is missing.
 

@@ -45,7 +45,7 @@ def mixed(questions: Sequence[Question]) -> list[Question]:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ReadingPlan:
     """Questions in chunks, and what there is to know before they are read.
 
     Attributes:
@@ -87,7 +87,7 @@ def plan(
     traces: Sequence[Trace],
     contrast: Contrast,
     reading: Reading,
-) -> Plan:
+) -> ReadingPlan:
     """Cut traces into chunks: questions together, until they have 64 traces or four batches of tokens.
 
     Raises:
@@ -106,7 +106,7 @@ def plan(
         if not own or len(own) >= MAX_ROWS or sum(lengths[id_] for id_ in own) >= _BATCHES * reading.token_budget:
             chunks.append([])
         chunks[-1].append(question)
-    return Plan(
+    return ReadingPlan(
         chunks=tuple(map(tuple, chunks)),
         tokens=tuple(sum(lengths[trace.id] for question in chunk for trace in question) for chunk in chunks),
         context=context,
@@ -233,7 +233,7 @@ def merged(parts: Mapping[str, Part]) -> Part:
 class Job:
     """Chunks, how one is read, and what the sums begin with."""
 
-    plan: Plan
+    plan: ReadingPlan
     empty: Part
     read_chunk: ReadChunk
 

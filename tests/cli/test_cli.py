@@ -723,7 +723,7 @@ def test_what_is_missing_or_misspelt_is_told_before_torch_is_imported(job, bad):
 def test_the_choices_of_options_are_those_of_the_library():
     """They are written out in the command line, so that it need not import what takes seconds."""
     from adaras_export import exporters
-    from adaras_export.cli import demo_job, identify, machine, options
+    from adaras_export.cli import demo, demo_job, identify, options
     from adaras_export.cli.export import Feature, Target
     from adaras_export.core import rule as rule
     from adaras_export.data import checkers
@@ -738,7 +738,7 @@ def test_the_choices_of_options_are_those_of_the_library():
         (get_args(identify.RankingName)[0], rankings.RANKINGS),
         (Target, exporters.TARGETS),
         (Feature, get_args(base.Feature)),
-        (machine.Model, demo_job.TASKS),
+        (demo.Model, demo_job.TASKS),
     ):
         assert get_args(choices) == (*expected,)
 

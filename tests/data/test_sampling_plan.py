@@ -5,7 +5,7 @@ from itertools import chain
 import pytest
 
 from adaras_export.core.traces import Question
-from adaras_export.data.sampling_plan import Goal, Plan
+from adaras_export.data.sampling_plan import Goal, SamplingPlan
 from adaras_export.errors import TraceError
 
 QUESTIONS = [Question(f"q{n}", f"{n}", "1") for n in range(5)]
@@ -13,7 +13,7 @@ QUESTIONS = [Question(f"q{n}", f"{n}", "1") for n in range(5)]
 
 def planned(goal, verdict, rows=4, whole=False, questions=QUESTIONS):
     """The plan when it is done, and ids of its batches, given the verdict on every id."""
-    plan, batches = Plan(questions, goal, rows, whole), []
+    plan, batches = SamplingPlan(questions, goal, rows, whole), []
     for batch in plan.batches():
         batches.append([attempt.id for attempt in batch])
         for attempt in batch:
@@ -63,7 +63,7 @@ def test_classes_count_what_is_wanted_of_them():
 
 
 def test_questions_are_over_when_nothing_more_comes():
-    plan = Plan(QUESTIONS[:2], Goal(3, per_class=1), 2)
+    plan = SamplingPlan(QUESTIONS[:2], Goal(3, per_class=1), 2)
     over = []
     for batch in plan.batches():
         for attempt in batch:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from adaras_export.core.traces import Trace, digest
 from adaras_export.discovery.identify import IdentifyOptions, identify, job_of, ranked_part, read_stats
-from adaras_export.discovery.reading_job import Job, Part, Plan, merged
+from adaras_export.discovery.reading_job import Job, Part, ReadingPlan, merged
 from adaras_export.errors import ArtifactError, RuleError, TraceError
 from adaras_export.modeling.activations import Reading
 
@@ -39,7 +39,7 @@ def job(stock, tokenizer, bases):
 
 @given(st.lists(st.integers(1, 100), max_size=20), st.integers(1, 6))
 def test_every_chunk_is_in_one_share_and_shares_are_even(tokens, count):
-    plan = Plan(tuple(() for _ in tokens), tuple(tokens), 128, 0, 0)
+    plan = ReadingPlan(tuple(() for _ in tokens), tuple(tokens), 128, 0, 0)
     shares = [plan.share(index, count) for index in range(count)]
     assert sorted(chunk for share in shares for chunk in share) == [*range(len(tokens))]
     loads = [sum(tokens[chunk] for chunk in share) for share in shares]

@@ -7,12 +7,24 @@ from collections.abc import Callable
 
 from adaras_export.cli import self_test
 from adaras_export.cli.environment import Finding, packages
-from adaras_export.errors import first_line
+from adaras_export.cli.options import Json, progress, show
+from adaras_export.errors import BrokenInstallationError, first_line
 from adaras_export.exporters.onnx.builds import builds
 from adaras_export.files.hub import http_error, without_password
 
 _HUB = "hub access"
 _SECONDS = 5  # for the Hub to answer
+
+
+def doctor(as_json: Json = False) -> None:
+    """Say what works here: libraries, a GPU, the Hub, and every target, tried on a toy. Takes half a minute."""
+    with progress() as bar:
+        findings = examine(bar("trying targets"))
+    broken = [finding for finding in findings if finding.ok is False]
+    record = {"ok": not broken, "findings": [vars(finding) for finding in findings]}
+    show(record, "\n".join(finding.line() for finding in findings), as_json)
+    if broken:
+        raise BrokenInstallationError("; ".join(f"{finding.name}: {finding.text}" for finding in broken))
 
 
 def examine(progress: Callable[[int, int], None] | None = None) -> list[Finding]:

@@ -1,4 +1,4 @@
-"""What can be tried on this machine: the whole job on a model at hand, and every target on a toy."""
+"""`demo`: the whole job on a model at hand."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -26,17 +26,3 @@ def demo(
     with progress() as bar:
         summary = demo_job.run(model, out, bar)
     show(summary.as_record(), summary.text(), as_json)
-
-
-def doctor(as_json: Json = False) -> None:
-    """Say what works here: libraries, a GPU, the Hub, and every target, tried on a toy. Takes half a minute."""
-    from adaras_export.cli.checkup import examine
-    from adaras_export.errors import BrokenInstallationError
-
-    with progress() as bar:
-        findings = examine(bar("trying targets"))
-    broken = [finding for finding in findings if finding.ok is False]
-    record = {"ok": not broken, "findings": [vars(finding) for finding in findings]}
-    show(record, "\n".join(finding.line() for finding in findings), as_json)
-    if broken:
-        raise BrokenInstallationError("; ".join(f"{finding.name}: {finding.text}" for finding in broken))

@@ -12,12 +12,12 @@ import pytest
 from places import ROOT
 
 from adaras_export import cli
-from adaras_export.cli import checkup
+from adaras_export.cli import doctor
 from adaras_export.cli.environment import Finding
 from adaras_export.cli.self_test import WAYS
 
 TOKEN = "hf_nobodyshouldseethis"
-ASK = "import json; from adaras_export.cli.checkup import hub_access; print(json.dumps(vars(hub_access())))"
+ASK = "import json; from adaras_export.cli.doctor import hub_access; print(json.dumps(vars(hub_access())))"
 
 
 class _Hub(BaseHTTPRequestHandler):
@@ -142,7 +142,7 @@ def test_the_command_tells_all_as_json_and_every_target_is_verified_here(capsys,
 
 @pytest.mark.parametrize("ok", [True, None])
 def test_the_command_prints_a_line_each_where_nothing_is_broken(ok, capsys, monkeypatch):
-    monkeypatch.setattr(checkup, "examine", lambda progress: [Finding("one", ok, "is one"), Finding("two", ok, "too")])
+    monkeypatch.setattr(doctor, "examine", lambda progress: [Finding("one", ok, "is one"), Finding("two", ok, "too")])
     monkeypatch.setattr("sys.argv", ["adaras-export", "doctor"])
     with pytest.raises(SystemExit) as status:
         cli.main()
@@ -152,7 +152,7 @@ def test_the_command_prints_a_line_each_where_nothing_is_broken(ok, capsys, monk
 
 
 def test_the_command_fails_where_something_is_broken(capsys, monkeypatch):
-    monkeypatch.setattr(checkup, "examine", lambda progress: [Finding("one", ok=False, text="is two")])
+    monkeypatch.setattr(doctor, "examine", lambda progress: [Finding("one", ok=False, text="is two")])
     monkeypatch.setattr("sys.argv", ["adaras-export", "doctor"])
     with pytest.raises(SystemExit) as status:
         cli.main()
