@@ -29,7 +29,7 @@ from adaras_export.data.sampling_plan import Goal
 from adaras_export.demo import smollm2
 from adaras_export.discovery.gate_report import GateReport
 from adaras_export.discovery.gate_training import train_gate
-from adaras_export.discovery.identify import Reading, read_attribution, read_stats
+from adaras_export.discovery.identify import read_attribution, read_stats
 from adaras_export.discovery.rankings import Refinement, rank
 from adaras_export.errors import TraceError
 from adaras_export.evaluation.answer_cache import AnswerCache
@@ -38,6 +38,7 @@ from adaras_export.evaluation.arms import compare, is_random
 from adaras_export.evaluation.controls import random_control
 from adaras_export.evaluation.task import Condition, EvaluationTask, StaticCondition
 from adaras_export.files.safetensors_record import Array
+from adaras_export.modeling.activations import Reading
 from adaras_export.modeling.generation import Sampling
 from adaras_export.modeling.loading import load_model
 

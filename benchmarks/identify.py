@@ -44,9 +44,9 @@ from adaras_export.core.traces import Trace, balanced, by_question
 from adaras_export.data.collect import Recording, collect
 from adaras_export.data.sampling_plan import Goal
 from adaras_export.demo import smollm2
-from adaras_export.discovery.identify import Reading, read_stats
+from adaras_export.discovery.identify import read_stats
 from adaras_export.files.safetensors_record import Array
-from adaras_export.modeling.activations import capture, right_pad
+from adaras_export.modeling.activations import Reading, capture, right_pad
 from adaras_export.modeling.generation import Sampling, batches, encode_trace
 from adaras_export.modeling.loading import load_model
 

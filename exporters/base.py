@@ -12,18 +12,9 @@ from transformers import PreTrainedTokenizerBase
 from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.core.rule import SteeringRule
 from adaras_export.errors import ExportError
-from adaras_export.exporters.checks import Inspection
+from adaras_export.exporters.checks import Check, Inspection
 from adaras_export.exporters.manifest import Disclosed
-from adaras_export.exporters.parity import (
-    Artifact,
-    Check,
-    Mode,
-    Play,
-    Reference,
-    ReferencePlayer,
-    generate_logits,
-    play_model,
-)
+from adaras_export.exporters.parity import Artifact, Mode, Play, Reference, ReferencePlayer, generate_logits, play_model
 from adaras_export.modeling.generation import Sampling, complete_ids
 
 Feature = Literal["gate", "start", "dial"]

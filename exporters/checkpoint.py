@@ -15,8 +15,8 @@ from adaras_export.core import checkpoint, families
 from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.core.rule import SteeringRule
 from adaras_export.errors import ArtifactError, ExportError, first_line
+from adaras_export.exporters.checks import Check
 from adaras_export.exporters.manifest import DESCRIBING, Disclosed, What, entries, files_of, shown
-from adaras_export.exporters.parity import Check
 from adaras_export.files import atomic, safe_read
 from adaras_export.files.safe_read import UnreadableError
 from adaras_export.files.safetensors_record import Array

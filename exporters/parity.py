@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
 from adaras_export.core.rule import SteeringRule
-from adaras_export.exporters.checks import Check as Check  # re-exported for comparisons
-from adaras_export.exporters.checks import ParityReport as ParityReport
+from adaras_export.exporters.checks import Check
 from adaras_export.modeling.divergence import next_token_divergence
 from adaras_export.modeling.generation import CACHE, Sampling, left_pad, with_defaults
 from adaras_export.modeling.steering import steered, steered_everywhere

@@ -28,13 +28,16 @@ from adaras_export.delivery.writer import ExportReport, export
 from adaras_export.demo import planted, smollm2
 from adaras_export.discovery.gate_report import GateReport
 from adaras_export.discovery.gate_training import train_gate
-from adaras_export.discovery.identify import Identified, IdentifyOptions, Reading, identify
+from adaras_export.discovery.identify import Identified, IdentifyOptions, identify
 from adaras_export.errors import ExportError, MissingExtraError, require
-from adaras_export.evaluation.evaluate import EvaluationOptions, EvaluationTask, evaluate
+from adaras_export.evaluation.answers_by_arm import EvaluationOptions
+from adaras_export.evaluation.evaluate import evaluate
 from adaras_export.evaluation.record import Evaluation
+from adaras_export.evaluation.task import EvaluationTask
 from adaras_export.evaluation.tune import TuneOptions, tune
 from adaras_export.evaluation.tune_report import TuneReport
-from adaras_export.exporters.parity import ParityReport
+from adaras_export.exporters.checks import ParityReport
+from adaras_export.modeling.activations import Reading
 from adaras_export.modeling.generation import Sampling
 from adaras_export.modeling.loading import load_model
 

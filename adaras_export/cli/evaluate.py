@@ -81,8 +81,9 @@ def evaluate(
     listed, chosen = asked(questions, check)
     read.base.require_same(BaseModel.of(model, revision))  # a model in memory has no fingerprint to compare
     from adaras_export.delivery.artifact_arm import artifact_arm
-    from adaras_export.evaluation.evaluate import EvaluationOptions, EvaluationTask
+    from adaras_export.evaluation.answers_by_arm import EvaluationOptions
     from adaras_export.evaluation.evaluate import evaluate as run
+    from adaras_export.evaluation.task import EvaluationTask
     from adaras_export.modeling.generation import Sampling
 
     sampling = Sampling(new_tokens(max_new_tokens), temperature, top_p, seed, unescaped(stop))

@@ -21,16 +21,11 @@ from adaras_export.core.traces import Trace, by_question, digest
 from adaras_export.discovery import process_group
 from adaras_export.discovery.attribution import WeightedCompletion, margin_gradients
 from adaras_export.discovery.rankings import Refinement, rank, require_room
-from adaras_export.discovery.rankings import (
-    rank_by_attribution as rank_by_attribution,  # for whoever ranks by way of this module
-)
-from adaras_export.discovery.rankings import rank_by_difference as rank_by_difference
 from adaras_export.discovery.reading_job import Job, Part, Question, digest_of, merged, mixed, plan
 from adaras_export.discovery.shared_reading import read_together
 from adaras_export.errors import RuleError, TraceError
 from adaras_export.files.safetensors_record import Array
-from adaras_export.modeling.activations import MAX_ROWS, trace_means
-from adaras_export.modeling.activations import Reading as Reading  # for whoever reads traces by way of this module
+from adaras_export.modeling.activations import MAX_ROWS, Reading, trace_means
 from adaras_export.modeling.generation import batches, encode_prompt, encode_trace, pad_id, prefill
 
 Margin = Literal["sum", "mean"]

@@ -7,11 +7,10 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from adaras_export.core.rule import SteeringRule
-from adaras_export.evaluation.answers_by_arm import EvaluationOptions as EvaluationOptions  # for callers of `evaluate`
-from adaras_export.evaluation.answers_by_arm import answer_all, evaluation_from_answers
+from adaras_export.evaluation.answers_by_arm import EvaluationOptions, answer_all, evaluation_from_answers
 from adaras_export.evaluation.compare import compare_arms
 from adaras_export.evaluation.record import Evaluation
-from adaras_export.evaluation.task import EvaluationTask as EvaluationTask  # for callers of `evaluate`
+from adaras_export.evaluation.task import EvaluationTask
 
 _DEFAULT = EvaluationOptions()
 

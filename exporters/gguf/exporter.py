@@ -30,13 +30,13 @@ from adaras_export.exporters.base import (
     stock_reference,
 )
 from adaras_export.exporters.checkpoint import differing_keys, opened, plain_config, vectors
-from adaras_export.exporters.checks import Inspection
+from adaras_export.exporters.checks import Check, Inspection
 from adaras_export.exporters.gguf import files as gguf_files
 from adaras_export.exporters.gguf import reader
 from adaras_export.exporters.gguf.model import BIAS, FILE, biases, checks, require_carrier, stored_biases
 from adaras_export.exporters.gguf.reader import Entry
 from adaras_export.exporters.manifest import DESCRIBING, Disclosed, files_of
-from adaras_export.exporters.parity import FLOAT32, Artifact, Check, Mode, Play, Reference, play_model
+from adaras_export.exporters.parity import FLOAT32, Artifact, Mode, Play, Reference, play_model
 from adaras_export.files.safetensors_record import Array
 
 VECTOR_FILE = "control-vector.gguf"

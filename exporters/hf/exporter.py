@@ -51,8 +51,8 @@ from adaras_export.exporters.checkpoint import (
     write_json,
     write_tensors,
 )
-from adaras_export.exporters.checks import Inspection
-from adaras_export.exporters.parity import FLOAT32, Artifact, Check, Mode, Reference
+from adaras_export.exporters.checks import Check, Inspection
+from adaras_export.exporters.parity import FLOAT32, Artifact, Mode, Reference
 from adaras_export.files import atomic
 from adaras_export.files.atomic import link_or_copy
 from adaras_export.files.safetensors_record import Array

@@ -22,9 +22,9 @@ from adaras_export.exporters.checkpoint import (
     unknown_files,
     write_tensors,
 )
-from adaras_export.exporters.checks import Inspection
+from adaras_export.exporters.checks import Check, Inspection
 from adaras_export.exporters.hf import exporter
-from adaras_export.exporters.parity import Artifact, Check, Reference
+from adaras_export.exporters.parity import Artifact, Reference
 from adaras_export.files.safetensors_record import Array
 
 _LOADER = "thin_adaras.py"

@@ -16,7 +16,7 @@ from adaras_export.core.rule import SteeringRule
 from adaras_export.core.traces import Prompt, Trace
 from adaras_export.errors import TraceError
 from adaras_export.exporters.base import Written
-from adaras_export.exporters.parity import Check
+from adaras_export.exporters.checks import Check
 from adaras_export.files.safetensors_record import Array
 from adaras_export.modeling import gate
 from adaras_export.modeling.gate import agreeing_threshold, is_below, youden_threshold

@@ -39,7 +39,7 @@ from adaras_export.exporters.checkpoint import (
     vectors,
     write_json,
 )
-from adaras_export.exporters.checks import Inspection
+from adaras_export.exporters.checks import Check, Inspection
 from adaras_export.exporters.hf import exporter, thin
 from adaras_export.exporters.manifest import Disclosed
 from adaras_export.exporters.onnx import comparison, functions, quantize, web_page
@@ -50,7 +50,7 @@ from adaras_export.exporters.onnx.genai import build_graph, genai_config
 from adaras_export.exporters.onnx.graph import DATA_FILE, steer, tensors
 from adaras_export.exporters.onnx.player import SteeredGraph
 from adaras_export.exporters.onnx.session import GRAPH, THRESHOLD
-from adaras_export.exporters.parity import Artifact, Check, Reference, Tolerance
+from adaras_export.exporters.parity import Artifact, Reference, Tolerance
 from adaras_export.files import atomic, safe_read
 from adaras_export.files.safetensors_record import Array
 

@@ -10,8 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from adaras_export.errors import ExportError
+from adaras_export.exporters.checks import Check
 from adaras_export.exporters.onnx.session import STRENGTH, THRESHOLD, Session, end_ids, greedy
-from adaras_export.exporters.parity import STEPS, Check, Mode, Play, Tolerance
+from adaras_export.exporters.parity import STEPS, Mode, Play, Tolerance
 from adaras_export.files.safetensors_record import Array
 from adaras_export.modeling.generation import Sampling, stop_ids
 

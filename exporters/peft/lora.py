@@ -40,8 +40,8 @@ from adaras_export.exporters.checkpoint import (
     vectors,
     write_json,
 )
-from adaras_export.exporters.checks import Inspection
-from adaras_export.exporters.parity import FLOAT32, Artifact, Check, Mode, Reference
+from adaras_export.exporters.checks import Check, Inspection
+from adaras_export.exporters.parity import FLOAT32, Artifact, Mode, Reference
 from adaras_export.files import atomic
 from adaras_export.files.safetensors_record import Array
 

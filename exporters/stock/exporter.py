@@ -23,9 +23,9 @@ from adaras_export.exporters.base import (
     stock_reference,
 )
 from adaras_export.exporters.checkpoint import disclosed, opened, unknown_files
-from adaras_export.exporters.checks import Inspection
+from adaras_export.exporters.checks import Check, Inspection
 from adaras_export.exporters.hf import exporter
-from adaras_export.exporters.parity import FLOAT32, Artifact, Check, Reference
+from adaras_export.exporters.parity import FLOAT32, Artifact, Reference
 from adaras_export.exporters.stock import switchable as stock_switchable
 from adaras_export.exporters.stock.plan import StockPlan
 

@@ -27,7 +27,7 @@ from adaras_export.exporters.checkpoint import (
     write_index,
     write_tensors,
 )
-from adaras_export.exporters.parity import Check
+from adaras_export.exporters.checks import Check
 from adaras_export.exporters.stock import stream
 from adaras_export.exporters.stock.constant_neuron import NEURONS, constants, weights, wider
 from adaras_export.exporters.stock.families import Form, expressed, form_of, has_biases

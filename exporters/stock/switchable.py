@@ -18,7 +18,8 @@ from adaras_export.exporters import adapters
 from adaras_export.exporters.adapters import ADAPTER_FILE, CONFIG_FILE, adapted
 from adaras_export.exporters.base import SteeredModel
 from adaras_export.exporters.checkpoint import opened, same_json, stores, strange_names, vectors, write_json
-from adaras_export.exporters.parity import Check, Mode, Tolerance
+from adaras_export.exporters.checks import Check
+from adaras_export.exporters.parity import Mode, Tolerance
 from adaras_export.exporters.stock.constant_neuron import picking
 from adaras_export.files import atomic
 from adaras_export.files.safetensors_record import Array

@@ -18,7 +18,7 @@ from adaras_export.data.checkers import last_number
 from adaras_export.demo import smollm2
 from adaras_export.errors import ExportError, MissingExtraError, TraceError
 from adaras_export.evaluation.answer_cache import AnswerCache
-from adaras_export.evaluation.evaluate import EvaluationTask
+from adaras_export.evaluation.task import EvaluationTask
 from adaras_export.modeling.generation import Sampling
 from adaras_export.modeling.loading import load_model
 

@@ -9,8 +9,10 @@ import pytest
 from adaras_export.core.traces import Question
 from adaras_export.delivery.artifact_arm import artifact_arm
 from adaras_export.errors import ArtifactError, ExportError
+from adaras_export.evaluation.answers_by_arm import EvaluationOptions
 from adaras_export.evaluation.compare import compare_arms
-from adaras_export.evaluation.evaluate import EvaluationOptions, EvaluationTask, evaluate
+from adaras_export.evaluation.evaluate import evaluate
+from adaras_export.evaluation.task import EvaluationTask
 from adaras_export.modeling.generation import Sampling
 
 pytest.importorskip("scipy.stats")

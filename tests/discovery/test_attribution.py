@@ -10,7 +10,8 @@ import torch
 
 from adaras_export.core.traces import Trace
 from adaras_export.discovery.attribution import WeightedCompletion, margin_gradients
-from adaras_export.discovery.identify import Reading, read_attribution
+from adaras_export.discovery.identify import read_attribution
+from adaras_export.modeling.activations import Reading
 from adaras_export.modeling.generation import prefill
 
 PROMPTS = [[72, 105, 33], [49], [87, 104, 97, 116, 32, 105, 115]]

@@ -22,10 +22,10 @@ from adaras_export.core.traces import Trace, split
 from adaras_export.discovery import gate_fitting
 from adaras_export.discovery.gate_metrics import Costs, cross_fitted, rates
 from adaras_export.discovery.gate_training import GateOptions, train_gate
-from adaras_export.discovery.identify import Reading
 from adaras_export.errors import MissingExtraError, RuleError, TraceError
 from adaras_export.modeling import activations
 from adaras_export.modeling import gate as gate_module
+from adaras_export.modeling.activations import Reading
 from adaras_export.modeling.gate import gate_probabilities, youden_threshold
 
 sklearn_selection = pytest.importorskip("sklearn.feature_selection")

@@ -17,17 +17,10 @@ from adaras_export.core.base_model import BaseModel
 from adaras_export.core.neuron_stats import AttributionStats, NeuronStats, with_question
 from adaras_export.core.question_identity import identity
 from adaras_export.core.traces import Trace, by_question
-from adaras_export.discovery.identify import (
-    IdentifyOptions,
-    Reading,
-    identify,
-    mixed,
-    rank_by_attribution,
-    rank_by_difference,
-    read_attribution,
-    read_stats,
-)
+from adaras_export.discovery.identify import IdentifyOptions, identify, mixed, read_attribution, read_stats
+from adaras_export.discovery.rankings import rank_by_attribution, rank_by_difference
 from adaras_export.errors import RuleError, TraceError
+from adaras_export.modeling.activations import Reading
 
 CHAT = [{"role": "user", "content": "4+4"}]
 TRACES = [

@@ -13,11 +13,13 @@ from adaras_export.core.intervals import Estimate
 from adaras_export.core.traces import Question, digest
 from adaras_export.errors import RuleError, TraceError
 from adaras_export.evaluation import compare
+from adaras_export.evaluation.answers_by_arm import EvaluationOptions
 from adaras_export.evaluation.arms import RULE_ARMS
 from adaras_export.evaluation.claims import arms_of, conclusion
 from adaras_export.evaluation.compare import compare_arms
 from adaras_export.evaluation.controls import random_control
-from adaras_export.evaluation.evaluate import EvaluationOptions, EvaluationTask, evaluate
+from adaras_export.evaluation.evaluate import evaluate
+from adaras_export.evaluation.task import EvaluationTask
 from adaras_export.modeling.gate import gate_probabilities
 from adaras_export.modeling.generation import Sampling, complete, complete_ids, encode_prompt
 from adaras_export.modeling.steering import steered, steered_everywhere

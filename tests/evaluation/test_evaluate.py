@@ -18,12 +18,13 @@ from adaras_export.core.question_identity import BOXED, identity
 from adaras_export.core.traces import Question, digest
 from adaras_export.errors import MissingExtraError, RuleError, TraceError
 from adaras_export.evaluation.answer_cache import AnswerCache
-from adaras_export.evaluation.answers_by_arm import _example
+from adaras_export.evaluation.answers_by_arm import EvaluationOptions, _example
 from adaras_export.evaluation.arms import compare
 from adaras_export.evaluation.claims import conclusion
 from adaras_export.evaluation.controls import random_control
-from adaras_export.evaluation.evaluate import EvaluationOptions, EvaluationTask, evaluate
+from adaras_export.evaluation.evaluate import evaluate
 from adaras_export.evaluation.record import read_evaluation
+from adaras_export.evaluation.task import EvaluationTask
 from adaras_export.modeling.gate import gate_probabilities
 from adaras_export.modeling.generation import Sampling, complete, complete_ids, decode, encode_prompt
 from adaras_export.modeling.steering import steered

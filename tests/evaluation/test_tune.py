@@ -14,7 +14,7 @@ from adaras_export.core.traces import Question, digest
 from adaras_export.data.checkers import exact
 from adaras_export.errors import ArtifactError, MissingExtraError, RuleError, TraceError
 from adaras_export.evaluation import answer_cache
-from adaras_export.evaluation.evaluate import EvaluationTask
+from adaras_export.evaluation.task import EvaluationTask
 from adaras_export.evaluation.tune import TuneOptions, tune
 from adaras_export.evaluation.tune_search import Search, Span
 from adaras_export.files.append_log import SealedLog

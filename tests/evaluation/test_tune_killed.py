@@ -15,7 +15,7 @@ from adaras_export.core.trace_files import write_questions
 from adaras_export.core.traces import Question
 from adaras_export.data.checkers import last_number
 from adaras_export.demo import planted
-from adaras_export.evaluation.evaluate import EvaluationTask
+from adaras_export.evaluation.task import EvaluationTask
 from adaras_export.evaluation.tune import TuneOptions, tune
 from adaras_export.modeling.generation import Sampling
 from adaras_export.modeling.loading import load_model

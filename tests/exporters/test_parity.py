@@ -13,18 +13,9 @@ from safetensors.numpy import load_file, save_file
 
 from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.core.rule import SteeringRule
+from adaras_export.exporters.checks import Check, ParityReport
 from adaras_export.exporters.hf.exporter import EXPORTER
-from adaras_export.exporters.parity import (
-    Check,
-    ParityReport,
-    Play,
-    Reference,
-    ReferencePlayer,
-    Tolerance,
-    compare,
-    play_model,
-    rehearse,
-)
+from adaras_export.exporters.parity import Play, Reference, ReferencePlayer, Tolerance, compare, play_model, rehearse
 
 CAUSAL, LATER = ("causal", "last_prompt_token"), ("later", "first_generated_token")
 

@@ -13,8 +13,8 @@ from adaras_export.delivery.card import Card
 from adaras_export.delivery.receipt import Receipt
 from adaras_export.evaluation.record import evaluation_from_record
 from adaras_export.exporters.base import ExportContext
+from adaras_export.exporters.checks import Check, ParityReport
 from adaras_export.exporters.manifest import Disclosed
-from adaras_export.exporters.parity import Check, ParityReport
 
 BASE = BaseModel("somebody/tiny", "llama", 8, 48, 32, revision="c0ffee")
 GATE = Gate([0, 1], [3, 4], [0.5, -0.5], 0.25, [[1.0, 0.0]], [0.5], [2.0], -0.5, threshold=0.25)

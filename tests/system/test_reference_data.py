@@ -17,9 +17,10 @@ from adaras_export.core.rule import SteeringRule
 from adaras_export.core.trace_files import read_traces
 from adaras_export.core.traces import Question, by_question
 from adaras_export.demo import smollm2
-from adaras_export.discovery.identify import IdentifyOptions, Reading, identify, read_stats
+from adaras_export.discovery.identify import IdentifyOptions, identify, read_stats
 from adaras_export.errors import TraceError
 from adaras_export.evaluation.answers_by_arm import require_fresh, seen_before
+from adaras_export.modeling.activations import Reading
 from adaras_export.modeling.loading import load_model
 
 QWEN3 = BaseModel("Qwen/Qwen3-1.7B", "qwen3", layers=28, mlp_size=6144, hidden_size=2048)

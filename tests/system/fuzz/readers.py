@@ -31,6 +31,7 @@ from adaras_export.delivery import receipt as delivery_receipt
 from adaras_export.errors import AdarasError
 from adaras_export.evaluation.report.render import html, report_of, write
 from adaras_export.exporters import checkpoint as exported
+from adaras_export.exporters.checks import Check, ParityReport
 from adaras_export.exporters.gguf import files
 from adaras_export.exporters.gguf.reader import opened
 from adaras_export.exporters.manifest import Disclosed
@@ -38,7 +39,6 @@ from adaras_export.exporters.onnx import exporter as onnx_target
 from adaras_export.exporters.onnx import genai
 from adaras_export.exporters.onnx.chat_template import chat_template
 from adaras_export.exporters.onnx.session import end_ids
-from adaras_export.exporters.parity import Check, ParityReport
 from adaras_export.exporters.peft.settings import require, require_fits
 from adaras_export.exporters.stock import stream, switchable
 from adaras_export.files import atomic
