@@ -210,7 +210,7 @@ def card(
     from adaras_export.files import hub
 
     if repository is not None and not ("/" in repository and hub.is_hub_id(repository)):
-        raise typer.BadParameter(f"--repository {repository}: could be on no Hub; expected USER/NAME")
+        raise typer.BadParameter(f"--repository {repository}: cannot be a Hub id; expected USER/NAME")
     before = delivery_receipt.read(folder).files
     from adaras_export.delivery import writer
 

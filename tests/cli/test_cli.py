@@ -518,7 +518,7 @@ WRONG = {
     "export {bad}/corrupt {to}": r"ArtifactError: .*corrupt: .*expected a rule file",
     "export {rule} {to} --evaluation {bad}/malformed.jsonl": r"ArtifactError: .*malformed.jsonl: ",
     "export {rule} {to} --evaluation {bad}/other.json": r"ExportError: .*other.json: evaluates rule another",
-    "verify {model}": r"ArtifactError: .*planted_model: is no exported folder, it has no receipt.json; expected what",
+    "verify {model}": r"ArtifactError: .*planted_model: is no exported folder, it has no receipt.json; expected a folder",
     # neurons of the reference
     "tune {job}/validation.jsonl {on} --neurons {bad}/outside.csv": r"RuleError: .*layer \[27\] outside",
     "tune {job}/validation.jsonl {on} --neurons {bad}/twice.csv": r"RuleError: .*\[3:7\] given more than once",
@@ -530,7 +530,7 @@ WRONG = {
     "rule {bad}/plain.csv {on} --threshold 0.5": r"UsageError: .*--threshold: is the gate's; expected --gate",
     "rule {neurons} -m {bad}/same_shape -o {bad}/out": r"RuleError: .*fingerprint",
     "rule {neurons} -o {bad}/out --gate {job}/gate.safetensors --threshold 2": r"RuleError: gate: threshold 2.0 is no",
-    "rule {neurons} -o {bad}/out --keep 201": r"RuleError: neurons: 201 wanted; the set has 200",
+    "rule {neurons} -o {bad}/out --keep 201": r"RuleError: neurons: 201 requested; the set has 200",
     # models
     "identify {traces} -m {bad}/moe -o {bad}/out": r"UnsupportedModelError: .*moe: qwen3_moe is a mixture of experts",
     "gate {traces} -m {bad}/bloom -o {bad}/out": r"UnsupportedModelError: .*model_type bloom is not supported",
@@ -621,9 +621,9 @@ WRONG = {
         r"TraceError: .*malformed.jsonl:2: is not JSON"
     ),
     "card {bad}": r"ArtifactError: .*receipt.json",
-    "card {job}/steered --repository steered": r"UsageError: .*--repository steered: could be on no Hub; expected USER",
+    "card {job}/steered --repository steered": r"UsageError: .*--repository steered: cannot be a Hub id; expected USER",
     "card {job}/steered --evaluation {bad}/other.json": r"ExportError: .*evaluates rule another",
-    "card {job}/steered --dataset [x](y)": r"ExportError: datasets: .* could be on no Hub; expected USER/NAME",
+    "card {job}/steered --dataset [x](y)": r"ExportError: datasets: .* cannot be Hub ids; expected USER/NAME",
     EVAL + "--dataset a/b/c": r"TraceError: dataset 'a/b/c': is no Hub id; expected USER/NAME",
     EVAL + "--task two": r"TraceError: task two: names no dataset; expected its Hub id, too",
     "demo --model gpt9 -o {bad}/out": r"UsageError: .*'--model': 'gpt9' is not one of 'planted', 'smollm2'",
