@@ -518,7 +518,7 @@ WRONG = {
     "export {bad}/corrupt {to}": r"ArtifactError: .*corrupt: .*expected a rule file",
     "export {rule} {to} --evaluation {bad}/malformed.jsonl": r"ArtifactError: .*malformed.jsonl: ",
     "export {rule} {to} --evaluation {bad}/other.json": r"ExportError: .*other.json: evaluates rule another",
-    "verify {model}": r"ArtifactError: .*planted_model: is no exported folder, it has no receipt.json; expected a folder",
+    "verify {model}": r"ArtifactError: .*planted_model: is no exported folder, it has no receipt.json; expected a",
     # neurons of the reference
     "tune {job}/validation.jsonl {on} --neurons {bad}/outside.csv": r"RuleError: .*layer \[27\] outside",
     "tune {job}/validation.jsonl {on} --neurons {bad}/twice.csv": r"RuleError: .*\[3:7\] given more than once",
