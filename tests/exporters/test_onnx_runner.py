@@ -187,7 +187,7 @@ def test_pieces_joined_are_the_decoded_whole(tokenizer):
 
 def test_the_chat_template_is_applied_as_transformers_does(exported, tokenizer):
     chat = [{"role": "user", "content": "Hi!"}]
-    expected = tokenizer.apply_chat_template(chat, add_generation_prompt=True)
+    expected = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)
     own = runner.open_tokenizer(exported[CAUSAL])
     assert runner.encode(exported[CAUSAL], own, "Hi!") == expected["input_ids"]
     assert runner.encode(exported[CAUSAL], own, text(PROMPTS[0]), raw=True) == PROMPTS[0]
