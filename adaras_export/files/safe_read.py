@@ -118,7 +118,7 @@ def header(path: Path) -> tuple[dict[str, Any], int]:
     The library does not give the offsets, so the header is read again.
 
     Raises:
-        UnreadableError: as of `tensors`, or two readers could understand the header differently.
+        UnreadableError: `tensors` refuses the file, or two readers could understand its header differently.
     """
     with tensors(path), path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -132,8 +132,8 @@ def tensors(path: Path, framework: str = "numpy") -> Iterator[Any]:
     """A safetensors file, opened by the library, which has checked that each tensor lies in a place of its own.
 
     Raises:
-        UnreadableError: it is none, its header is larger than it has reason to be, or a tensor is of a type that the
-            framework lacks.
+        UnreadableError: it is no safetensors file, its header is longer than `LARGEST`, or the framework lacks the type
+            of a tensor.
     """
     size = size_of(path)
     try:

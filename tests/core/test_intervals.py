@@ -227,7 +227,7 @@ def test_the_interval_of_equal_values_has_no_width(value):
 
 @given(st.lists(st.floats(0, 1), max_size=12), st.floats(0.001, 0.2))
 def test_holm_rejects_what_the_step_down_procedure_rejects(p_values, level):
-    """In a loop, as it is told: the smallest against level / m, the next against level / (m - 1), until one fails."""
+    """As a loop: the smallest against level / m, the next against level / (m - 1), until one fails."""
     left, rejected = sorted(range(len(p_values)), key=p_values.__getitem__), set()
     while left and p_values[left[0]] * len(left) <= level:
         rejected.add(left.pop(0))

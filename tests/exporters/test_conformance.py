@@ -107,7 +107,7 @@ def test_receipt_and_card_say_rule_options_and_losses_and_no_path_of_this_machin
 
 
 def edit_tensors(path, change):
-    """Apply ``change`` to the arrays of a file by name, whatever its format."""
+    """Apply ``change`` to the arrays of a file by name, in any format."""
     if path.suffix == ".safetensors":
         tensors = load_file(path)
         change(tensors)

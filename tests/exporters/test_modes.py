@@ -228,7 +228,7 @@ MODES = {
     "continuous batching": packed,
 }
 
-# Modes that are told from the oracle by more than greedy tokens; each has a test of its own below.
+# Modes that are compared with the oracle by more than greedy tokens; each has a test of its own below.
 OTHERS = (
     "logits of every step, left-padded batch",
     "last_decisions",
@@ -319,7 +319,7 @@ def test_mode(mode, key, opened, told, told_base, stock, tokenizer):  # noqa: PL
     assert found == expected_of(mode, told[key])
 
 
-# Modes that are told from the oracle by more than greedy tokens.
+# Modes that are compared with the oracle by more than greedy tokens.
 
 
 def close(found, expected):

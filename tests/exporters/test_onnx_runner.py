@@ -67,7 +67,7 @@ def text(prompt):
 
 
 def answers_of(session, rows, **dials):
-    """Six greedy tokens of each row, whatever they are."""
+    """Six greedy tokens of each row; an end token does not stop them."""
     steps = islice(session.decode(rows, dials=dials), 6)
     return np.stack([step.tokens_B for step in steps], 1).tolist()
 

@@ -1,6 +1,6 @@
 """The document of a report: figures put into the templates, as Markdown. Claims nothing that `conclusions` does not.
 
-The templates escape whatever they insert, unless a function here has made Markdown of it. Knows no HTML.
+The templates escape every value except the Markdown that functions here return. Knows no HTML.
 """
 
 from collections.abc import Callable, Iterable, Sequence

@@ -15,8 +15,8 @@ F32 = {"settings": {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GRO
 FEWER_BITS = ("int8", "int4")
 SHARED = {"modes": ["batch", "single", "batch-shared", "single-shared"]}
 
-# Runtime -> export -> what its driver is told. An export is a family of tests/support/tiny.py, a gate, a start and a
-# flavour; "negated" steers the other way and is told from the right one.
+# Runtime -> export -> what its driver is given. An export is a family of tests/support/tiny.py, a gate, a start and a
+# flavour; "negated" steers the other way and must give other results.
 RUNS = {
     "onnxruntime": {
         **{(name, *CAUSAL, ""): BOTH for name in ("llama", "qwen2", "qwen3", "mistral", "gemma3_text", "phi3")},
