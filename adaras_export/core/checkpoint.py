@@ -150,22 +150,22 @@ class Checkpoint:
             ArtifactError: the config describes no model, or other shapes than the weights have.
             UnsupportedModelError: the architecture is not in the table.
         """
-        assert self._is_buildable
+        if self._misfit is not None:
+            raise ArtifactError(self._misfit)
 
     @cached_property
-    def _is_buildable(self) -> bool:
-        family = self.family
-        expected = _shapes(self.folder / "config.json", self._config, family.model_type)
+    def _misfit(self) -> str | None:
+        """The first tensor whose shape is not the one that the config gives it, in words."""
+        expected = _shapes(self.folder / "config.json", self._config, self.family.model_type)
         if "quantization_config" in self._config:  # packed into other shapes
-            return True
-        prefix = "" if self.decoder_key else f"{family.decoder}."
-        headers = {file: header(file) for file in {*self.files.values()}}
-        for name, file in self.files.items():
-            shape = headers[file].get(name, {}).get("shape")
-            built = expected.get(prefix + name, expected.get(name, shape))
-            if shape != built:
-                raise ArtifactError(f"{file}: {name} has shape {shape}; expected {built}, as config.json says")
-        return True
+            return None
+        prefix = "" if self.decoder_key else f"{self.family.decoder}."
+        for name, entry in self.entries.items():
+            built = expected.get(prefix + name, expected.get(name, entry["shape"]))
+            if entry["shape"] != built:
+                file = self.files[name]
+                return f"{file}: {name} has shape {entry['shape']}; expected {built}, as config.json says"
+        return None
 
 
 def _shapes(path: Path, config: dict[str, Any], family: str) -> dict[str, list[int]]:
