@@ -1,5 +1,7 @@
 """What `adaras-export doctor` says of an environment."""
 
+import contextlib
+import io
 import json
 import os
 import socket
@@ -12,7 +14,7 @@ import pytest
 from places import ROOT
 
 from adaras_export import cli
-from adaras_export.cli import doctor
+from adaras_export.cli import doctor, self_test
 from adaras_export.cli.environment import Finding
 from adaras_export.cli.self_test import WAYS
 
@@ -121,15 +123,36 @@ def test_neither_a_token_that_no_header_can_hold_nor_a_password_in_the_endpoint_
     assert "secret" not in output
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """One run of the command: its status, its record, the progress, and what trials leave in the user's folders."""
+    folder, printed, steps, left = tmp_path_factory.mktemp("user"), io.StringIO(), [], []
+    try_all = self_test.try_all
+
+    def noting(progress):
+        before = {*folder.iterdir()}  # ONNX Runtime leaves a file where this process has just imported it
+        findings = try_all(progress=lambda *at: (steps.append(at), progress(*at)))
+        left.extend({*folder.iterdir()} - before)
+        return findings
+
+    with pytest.MonkeyPatch.context() as patched, contextlib.redirect_stdout(printed):
+        patched.setenv("HF_HOME", str(folder / "home"))
+        patched.setenv("TMPDIR", str(folder))
+        patched.delenv("HF_MODULES_CACHE")
+        patched.setattr("tempfile.tempdir", None)  # which remembers the one from before
+        patched.setattr(self_test, "try_all", noting)
+        patched.setattr("sys.argv", ["adaras-export", "doctor", "--json"])
+        with pytest.raises(SystemExit) as status:
+            cli.main()
+    return status.value.code, json.loads(printed.getvalue()), steps, left
+
+
 @pytest.mark.slow
 @pytest.mark.onnx
-def test_the_command_tells_all_as_json_and_every_target_is_verified_here(capsys, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["adaras-export", "doctor", "--json"])
-    with pytest.raises(SystemExit) as status:
-        cli.main()
-    assert not status.value.code
-    record = json.loads(capsys.readouterr().out)
+def test_the_command_tells_all_as_json_and_every_target_is_verified_here(whole):
+    status, record, steps, _ = whole
     found = {finding["name"]: finding for finding in record["findings"]}
+    assert not status
     assert record["ok"] is True
     assert "CPUExecutionProvider" in found["execution providers"]["text"]
     assert found["hub access"]["text"].startswith("offline mode")
@@ -138,6 +161,24 @@ def test_the_command_tells_all_as_json_and_every_target_is_verified_here(capsys,
         assert target["ok"], target["text"]
         assert 0 < target["figures"]["share"] < 1
         assert all(check["ok"] for check in target["figures"]["checks"])
+    assert steps == [(done, len(WAYS)) for done in range(1, len(WAYS) + 1)]
+
+
+@pytest.mark.slow
+@pytest.mark.onnx
+@pytest.mark.parametrize(
+    ("target", "losses"),
+    [("hf", ""), ("peft", "; steers every token, no gate"), ("stock", "; steers every token, no gate, no dial")],
+)
+def test_what_a_target_leaves_out_is_said(target, losses, whole):
+    [text] = [finding["text"] for finding in whole[1]["findings"] if finding["name"] == f"target {target}"]
+    assert text.endswith(f"of its limit){losses}")
+
+
+@pytest.mark.slow
+@pytest.mark.onnx
+def test_trials_leave_nothing_in_the_users_folders(whole):
+    assert whole[3] == []
 
 
 @pytest.mark.parametrize("ok", [True, None])

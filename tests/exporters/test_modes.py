@@ -265,16 +265,25 @@ def allowed(family, mode, rule):
 CASES = pairwise((DEEP,), FAMILIES, (*MODES, *OTHERS), RULES, allowed=allowed)
 
 
+# torch takes seconds a layer: but for the deep family, models of two layers.
+COMPILED = {"torch.compile, fullgraph", "torch.compile, inductor"}
+SHALLOW = "-shallow"
+
+
 def each_case(*modes):
     """The selected cases of these modes; the keys are those of ``rules``."""
     assert set(modes) <= {*MODES, *OTHERS}
-    cases = [(mode, (family, *rule)) for family, mode, rule in CASES if mode in modes]
+    cases = [
+        (mode, (f"{family}{SHALLOW if mode in COMPILED and family != DEEP else ''}", *rule))
+        for family, mode, rule in CASES
+        if mode in modes
+    ]
     return pytest.mark.parametrize(("mode", "key"), cases, ids=tiny.key_id)
 
 
 @pytest.fixture(autouse=True)
 def recorded(mode, key, record_mode):
-    record_mode(mode, key[0])
+    record_mode(mode, key[0].removesuffix(SHALLOW))
 
 
 def expected_of(mode, answers):

@@ -283,7 +283,7 @@ def test_what_was_tampered_with_fails_even_with_a_receipt_that_fits(tamper, deli
 
 
 _MEASURE = """
-import re, sys
+import os, re, sys
 from pathlib import Path
 import peft, safetensors.torch, transformers
 from adaras_export.exporters.stock.exporter import StockExporter
@@ -295,24 +295,32 @@ def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) << 10
 
 rule, base, out = SteeringRule.load(sys.argv[1]), Checkpoint(Path(sys.argv[2])), Path(sys.argv[3])
-Path("/proc/self/clear_refs").write_text("5")  # forget the peak
-before = peak()
-StockExporter(switchable=sys.argv[4] == "1", copy=True).write(rule, base, out)
-print(peak() - before)
+for switchable in (False, True):
+    if os.fork():  # each in a process of its own, which has no memory to reuse
+        assert os.wait()[1] == 0
+        continue
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak
+    before, folder = peak(), out / str(switchable)
+    folder.mkdir()
+    StockExporter(switchable=switchable, copy=True).write(rule, base, folder)
+    print(peak() - before, flush=True)
+    os._exit(0)
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux to tell the peak of a block")
 @pytest.mark.slow
-@pytest.mark.parametrize("switchable_too", [False, True])
-def test_a_large_checkpoint_is_written_with_little_memory(switchable_too, tmp_path):
-    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 6, "vocab_size": 258}
+def test_a_large_checkpoint_is_written_with_little_memory(tmp_path):
+    """Both without an adapter and with it."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "vocab_size": 258}
     base = tiny.save_base("llama-biased", tmp_path / "base", **sizes)
     tiny.make_rule(base_model.BaseModel.of(base)).save(tmp_path / "rule.safetensors")
     (tmp_path / "out").mkdir()
     command = [sys.executable, "-c", _MEASURE, tmp_path / "rule.safetensors", base, tmp_path / "out"]
-    done = subprocess.run([*command, str(int(switchable_too))], capture_output=True, text=True, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     size = (base / "model.safetensors").stat().st_size
-    assert size > 3e8
+    assert size > 2e8
     # Measured: 22 MB, also with a base of 1.4 GB: one down projection is 17 MB, a piece 1 MB.
-    assert int(done.stdout.splitlines()[-1]) < 64e6
+    peaks = [int(line) for line in done.stdout.splitlines()]
+    assert len(peaks) == 2
+    assert max(peaks) < 64e6

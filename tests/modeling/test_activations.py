@@ -70,15 +70,15 @@ def test_a_row_that_is_read_in_pieces_is_read_alone(stock, monkeypatch):
 @pytest.mark.slow
 def test_pieces_take_a_fraction_of_the_memory_of_a_whole_row():
     """Peak of one process each; three arrays of 2048 * 8192 float32 are 192 MiB. Measured: 195, and 15."""
-    whole, pieces = (int(peak_memory(chunk_tokens)) for chunk_tokens in (2048, 128))
+    whole, pieces = peak_memory(2048, 128)
     assert whole > 150
     assert pieces < whole / 2
 
 
-def peak_memory(chunk_tokens):
-    """MiB that reading one row of 2048 tokens adds in a process of its own."""
+def peak_memory(*sizes):
+    """MiB that reading one row of 2048 tokens adds in a process of its own, by ``chunk_tokens``."""
     code = (
-        "import re, sys, tiny, torch\n"
+        "import os, re, sys, tiny, torch\n"
         "from pathlib import Path\n"
         "from adaras_export.modeling.activations import token_means\n"
         "torch.set_num_threads(1)\n"
@@ -86,17 +86,23 @@ def peak_memory(chunk_tokens):
         "token_means(model, [[5] * 64], [0, 1])\n"
         # Not getrusage, which begins with the peak of the process that started this one; and from now on.
         "peak = lambda: int(re.search('VmHWM:\\\\s+([0-9]+)', Path('/proc/self/status').read_text())[1]) // 1024\n"
-        "Path('/proc/self/clear_refs').write_text('5')\n"
-        "before = peak()\n"
-        "token_means(model, [[5] * 2048], [0, 1], chunk_tokens=int(sys.argv[1]))\n"
-        "print(peak() - before)\n"
+        "for chunk_tokens in map(int, sys.argv[1:]):\n"
+        "    if os.fork():\n"
+        "        assert os.wait()[1] == 0\n"
+        "        continue\n"
+        "    Path('/proc/self/clear_refs').write_text('5')\n"
+        "    before = peak()\n"
+        "    token_means(model, [[5] * 2048], [0, 1], chunk_tokens=chunk_tokens)\n"
+        "    print(peak() - before, flush=True)\n"
+        "    os._exit(0)\n"
     )
     paths = os.pathsep.join(map(str, (TESTS / "support", ROOT)))
     # glibc gives blocks of 1 MiB and more back at once, or a peak would be what it happened to keep.
     returning = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 20)}
-    call = [sys.executable, "-c", code, str(chunk_tokens)]
+    call = [sys.executable, "-c", code, *map(str, sizes)]
     environment = {**os.environ, "PYTHONPATH": paths, **returning}
-    return subprocess.run(call, capture_output=True, text=True, check=True, env=environment).stdout
+    done = subprocess.run(call, capture_output=True, text=True, check=True, env=environment)
+    return [int(line) for line in done.stdout.splitlines()]
 
 
 @pytest.mark.parametrize("chunk_tokens", [None, 4])

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import tiny
 from reliability import jobs
 from reliability.exporting import command
 
@@ -54,11 +55,24 @@ def told(process):
     return [json.loads(line) for line in out.splitlines()]
 
 
+@pytest.fixture(scope="module")
+def elsewhere(toys, tmp_path_factory):
+    """A copy of the toys, a snapshot of it, and an export from it, by the name of its job. Read only."""
+    home = shutil.copytree(toys, tmp_path_factory.mktemp("elsewhere") / "home")
+    before = jobs.snapshot(home)
+
+    def make(name):
+        out = home.parent / "two" / jobs.folder_name(name)
+        assert export(name, home, out)[0] == 0
+        return home, before, out
+
+    return tiny.Lazy(make)
+
+
 @pytest.mark.parametrize("name", jobs.QUICK)
-def test_the_base_stays_as_it_is_and_verify_writes_nothing(name, home, tmp_path):
+def test_the_base_stays_as_it_is_and_verify_writes_nothing(name, elsewhere, tmp_path):
     """Whether an export succeeds or fails; only the number of links of a weight file may rise."""
-    before, out = jobs.snapshot(home), tmp_path / "out"
-    assert export(name, home, out)[0] == 0
+    home, before, out = elsewhere[name]
     artifact = jobs.snapshot(out)
     assert command(["verify", str(out)])[0] == 0
     with no_file_larger_than(600):
@@ -97,11 +111,10 @@ def test_an_export_to_where_another_process_writes_is_refused_until_that_one_is_
 ODD = {"PYTHONHASHSEED": "77", "TZ": "Asia/Kolkata", "LC_ALL": "C", "PYTHONUTF8": "0"}
 
 
-@pytest.mark.parametrize(
-    "names", [jobs.QUICK, pytest.param(("onnx int8",), marks=pytest.mark.onnx)], ids=["quick", "onnx"]
-)
-def test_another_process_writes_the_same_bytes_and_permissions(names, toys, made, tmp_path):
+@pytest.mark.onnx
+def test_another_process_writes_the_same_bytes_and_permissions(toys, made, tmp_path):
     """Other hashes, another umask, time zone, locale, and folder of temporary files, in which nothing is left."""
+    names = (*jobs.QUICK, "onnx int8")
     (tmp_path / "odd").mkdir()
     masked = ("sh", "-c", 'umask 077; exec "$0" "$@"')
     odd = {**ODD, "TMPDIR": str(tmp_path / "odd")}
@@ -117,9 +130,8 @@ PATHS = {"hf-thin": {"config.json"}, "peft": {"adapter_config.json"}, "peft --ad
 
 
 @pytest.mark.parametrize("name", jobs.QUICK)
-def test_a_base_at_another_path_changes_nothing_but_that_path(name, toys, made, home, tmp_path):
-    one, two = made[name], tmp_path / "two" / jobs.folder_name(name)
-    assert export(name, home, two)[0] == 0
+def test_a_base_at_another_path_changes_nothing_but_that_path(name, toys, made, elsewhere):
+    one, (home, _, two) = made[name], elsewhere[name]
     found, expected = jobs.contents(two), jobs.contents(one)
     differing = {path for path in found if found[path] != expected[path]}
     assert found.keys() == expected.keys()
