@@ -41,7 +41,7 @@ def small_task(out):
     task = demo_job.planted_task(out)
     questions = {name: task.questions[name][:count] for name, count in SIZES.items()}
     strengths = {"paper": (-1.0, 1.0), "attribution": (1.0, 2.0)}
-    return replace(task, questions=questions, attempts=4, counts=(50,), strengths=strengths)
+    return replace(task, questions=questions, attempts=4, counts=(50,), strengths=strengths, random_controls=2)
 
 
 @pytest.fixture(scope="module")
