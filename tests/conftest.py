@@ -16,8 +16,8 @@ _CACHE = Path(tempfile.mkdtemp(prefix="adaras-tests-"))
 os.environ["HF_HOME"] = str(_CACHE)
 os.environ["HF_MODULES_CACHE"] = str(_CACHE / "modules")
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Tests run beside each other, and a second thread only waits for the first: it burned half of the time of the processes
-# that tests start, which inherit this.
+# Tests run beside each other, and a second thread mostly waits for the first. Processes that tests start inherit this:
+# those of test_tune_killed.py take half of the CPU time.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import artifacts  # noqa: E402
@@ -151,7 +151,7 @@ def run_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def smollm2_folder(run_folder):
-    """SmolLM2, unpacked once a run: that takes fifteen seconds. Read only."""
+    """SmolLM2, unpacked once a run. Read only."""
     with filelock.FileLock(run_folder / "smollm2.lock"):
         return smollm2.unpack(run_folder / "smollm2")
 
