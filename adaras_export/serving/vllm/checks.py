@@ -21,7 +21,7 @@ def version_problem() -> str | None:
     return f"vLLM {vllm.__version__} is not known to steer exactly; expected one of: {', '.join(KNOWN)}"
 
 
-def require_supported(vllm_config: Any) -> None:  # noqa: ANN401 - vLLM is not typed for us
+def require_supported(vllm_config: Any) -> None:
     """Require that nothing in vLLM's configuration makes steering inexact.
 
     Raises:
@@ -31,7 +31,7 @@ def require_supported(vllm_config: Any) -> None:  # noqa: ANN401 - vLLM is not t
         raise ValueError(f"a steered model cannot be served like this: {'; '.join(problems)}")
 
 
-def _problems(vllm_config: Any) -> Iterator[str]:  # noqa: ANN401
+def _problems(vllm_config: Any) -> Iterator[str]:
     if problem := version_problem():
         yield problem
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
@@ -65,7 +65,7 @@ def _rule_problems(settings: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
-def _more_than_one(parallel: Any, *kinds: str) -> bool:  # noqa: ANN401
+def _more_than_one(parallel: Any, *kinds: str) -> bool:
     return any(getattr(parallel, f"{kind}_parallel_size") > 1 for kind in kinds)
 
 

@@ -3,10 +3,9 @@
 A request names its dials in `SamplingParams.extra_args`, over HTTP in `vllm_xargs`. P is the number of prompt tokens.
 """
 
-import math
 from collections.abc import Mapping
-from difflib import get_close_matches
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 STRENGTH, THRESHOLD, START, RULE = "steering_strength", "steering_threshold", "steering_start", "steering_rule"
@@ -98,14 +97,13 @@ def dials_of(rules: tuple[Rule, ...], extra: Mapping[str, Any] | None, prompt_to
     )
 
 
-def _number(name: str, value: Any) -> float:  # noqa: ANN401 - whatever a client sent
+def _number(name: str, value: Any) -> float:
     """A finite number that float32 can hold.
 
     Raises:
         ValueError: it is none.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"{name}: {value!r}; expected a number")
-    if not (math.isfinite(value) and abs(value) < _LARGEST):
-        raise ValueError(f"{name}: {value:g}; expected a number between {-_LARGEST:g} and {_LARGEST:g}")
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (is_number and abs(value) < _LARGEST):  # false for NaN, too
+        raise ValueError(f"{name}: {value!r}; expected a number between {-_LARGEST:g} and {_LARGEST:g}")
     return float(value)

@@ -24,7 +24,7 @@ def watch() -> None:
         mixin.beam_search = _refused(mixin.beam_search)
 
 
-def _settings_of(model_config: Any) -> Any:  # noqa: ANN401 - vLLM is not typed for us
+def _settings_of(model_config: Any) -> Any:
     """The entry "adaras" of a model's config; None if the model is not steered."""
     steered = str(getattr(model_config.hf_config, "model_type", "")).startswith("adaras_")
     return model_config.hf_config.adaras if steered else None
@@ -32,7 +32,7 @@ def _settings_of(model_config: Any) -> Any:  # noqa: ANN401 - vLLM is not typed 
 
 def _checked(native: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(native)
-    def process_inputs(processor: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    def process_inputs(processor: Any, *args: Any, **kwargs: Any) -> Any:
         from vllm.exceptions import VLLMValidationError
 
         request = native(processor, *args, **kwargs)
@@ -52,7 +52,7 @@ def _checked(native: Callable[..., Any]) -> Callable[..., Any]:
 
 def _refused(native: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(native)
-    def beam_search(front: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    def beam_search(front: Any, *args: Any, **kwargs: Any) -> Any:
         from vllm.exceptions import VLLMValidationError
 
         if _settings_of(front.model_config) is not None:
@@ -67,7 +67,7 @@ def _refused(native: Callable[..., Any]) -> Callable[..., Any]:
 
 def _counted(native: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(native)
-    def process_outputs(processor: Any, engine_core_outputs: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    def process_outputs(processor: Any, engine_core_outputs: Any, *args: Any, **kwargs: Any) -> Any:
         for output in engine_core_outputs:
             if verdict := (output.kv_transfer_params or {}).get("steering"):
                 _count(verdict)

@@ -1,7 +1,7 @@
 """The gate as one more attention layer of vLLM's, and the amount of steering of every token of a forward pass.
 
-For a prompt token the key is s = tanh(w.x + b), for a generated one -300, so that its weight is 0; the query is constant
-and the value is W x, the gate's hidden layer before its bias. What attention gives at any token at or behind the last
+For a prompt token the key is s = tanh(w.x + b), for a generated one -300, so that its weight is 0; the query is
+constant and the value is W x, the gate's hidden layer before its bias. What attention gives at any token at or behind the last
 prompt token is then the softmax-pooled hidden layer, whose pages vLLM keeps like those of any layer: through chunked
 prefill, prefix caching, preemption and CUDA graphs. Restates `SteeringGate` of the exports' code.
 
@@ -29,7 +29,9 @@ _MASK = -300.0  # exp(-300 - 1) is 0 in float32, and fp16 and bf16 caches hold i
 class Gate(nn.Module):
     """p(correct) of the tokens of a pass. Parameters have the names and shapes of `SteeringGate`'s."""
 
-    def __init__(self, settings: Mapping[str, Any], vllm_config: Any, layer: int, prefix: str) -> None:  # noqa: ANN401
+    query: Tensor
+
+    def __init__(self, settings: Mapping[str, Any], vllm_config: Any, layer: int, prefix: str) -> None:
         super().__init__()
         width, self.hidden_size = sum(settings["features"]), int(settings["hidden_size"])
         self.attention_weight, self.attention_bias = parameter(width), parameter()
@@ -101,9 +103,22 @@ class Gate(nn.Module):
 
 
 class Steering(nn.Module):
-    """The state of one forward pass: who is prompt, who is steered and how much; filled by `place` before the pass."""
+    """The state of one forward pass: who is prompt, who is steered and how much; filled by `place` before the pass.
 
-    def __init__(self, vllm_config: Any, layers: int, prefix: str) -> None:  # noqa: ANN401 - vLLM is not typed for us
+    ``prompt``, ``scale``, ``threshold``, ``rule``, ``amount`` and ``probability`` are (T,); ``features`` is (T, F of all
+    gates); ``gate_of`` is (R,), the 0-based gate of each rule, or -1.
+    """
+
+    prompt: Tensor
+    scale: Tensor
+    threshold: Tensor
+    rule: Tensor
+    amount: Tensor
+    probability: Tensor
+    features: Tensor
+    gate_of: Tensor
+
+    def __init__(self, vllm_config: Any, layers: int, prefix: str) -> None:
         super().__init__()
         settings = vllm_config.model_config.hf_config.adaras
         self.rules: tuple[Rule, ...] = rules_of(settings)
@@ -122,7 +137,7 @@ class Steering(nn.Module):
         self.register_buffer("gate_of", torch.tensor(gate_of, dtype=torch.int64), persistent=False)
 
     @torch.no_grad()
-    def place(self, count: int, owner_T: Tensor, position_T: Tensor, request: "dict[str, Tensor]") -> None:
+    def place(self, count: int, owner_T: Tensor, position_T: Tensor, request: Mapping[str, Tensor]) -> None:
         """Fill the buffers for a pass of ``count`` tokens.
 
         ``owner_T`` is the 0-based request of each token, ``position_T`` its 0-based position in the request, and

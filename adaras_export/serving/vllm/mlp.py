@@ -26,7 +26,9 @@ class SteeredMLP:
     def steered_down(self, hidden: Tensor, down: nn.Module) -> Tensor:
         """The down projection of h, steered."""
         output: Any = down(hidden)
-        output = output[0] if isinstance(output, tuple) else output  # linear layers of the Transformers backend give one
+        output = (
+            output[0] if isinstance(output, tuple) else output
+        )  # linear layers of the Transformers backend give one
         hidden = hidden.reshape(-1, hidden.shape[-1])  # and its tensors have a leading dimension of 1
         [steering], count = self.steering, hidden.shape[0]
         if self.steering_index is not None and self.steering_column is not None:
@@ -90,7 +92,7 @@ def steer(decoder_layers: nn.ModuleList, steering: Steering, settings: dict[str,
             raise NotImplementedError(
                 f"{type(mlp).__name__}: an MLP that is not known here; expected one of its own: {', '.join(_KINDS)}"
             )
-        mlp.__class__ = _steered(type(mlp), mixin)
+        mlp.__class__ = _steered(mlp.__class__, mixin)
         mlp.__dict__.pop("forward", None)  # the Transformers backend binds a fused one to the instance
         mlp.__dict__["steering"] = (steering,)
         mlp.steering_settles = layer == first

@@ -25,7 +25,7 @@ class Steered:
 
     steered_native: type[Any]
 
-    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:  # noqa: ANN401 - vLLM is not typed for us
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         checks.require_supported(vllm_config)
         config = vllm_config.model_config.hf_config
         family = families.FAMILIES[config.model_type.removeprefix("adaras_")]
@@ -69,7 +69,8 @@ class Steered:
         if not isinstance(parameter, nn.Parameter) or parameter.numel() != tensor.numel():
             raise ValueError(f"{match.string}: {tuple(tensor.shape)}; the model's config.json has no place for it")
         parameter.data.copy_(tensor.view(parameter.shape))
-        return next(name for name, own in self.named_parameters() if own is parameter)  # type: ignore[attr-defined]
+        own: Any = self
+        return str(next(name for name, one in own.named_parameters() if one is parameter))
 
     @staticmethod
     def get_model_state_cls() -> type[Any]:
@@ -77,13 +78,15 @@ class Steered:
         return runner.model_state_class()
 
 
-def _introduce(config: Any) -> None:  # noqa: ANN401
+def _introduce(config: Any) -> None:
     """Tell Transformers which decoder belongs to a config of ours, and that its weights are renamed as the native one's."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, AutoModel, conversion_mapping
 
     own = type(config)
-    native = own.__mro__[1]
-    base, causal = MODEL_MAPPING[native], MODEL_FOR_CAUSAL_LM_MAPPING[native]
+    native: Any = own.__mro__[1]
+    decoders: Any = MODEL_MAPPING
+    models: Any = MODEL_FOR_CAUSAL_LM_MAPPING
+    base, causal = decoders[native], models[native]
     for name in (causal.__name__, native.model_type):
         if (rules := conversion_mapping.get_checkpoint_conversion_mapping(name)) is not None:
             conversion_mapping.register_checkpoint_conversion_mapping(config.architectures[0], rules, overwrite=True)
@@ -92,7 +95,7 @@ def _introduce(config: Any) -> None:  # noqa: ANN401
     AutoModel.register(own, known, exist_ok=True)
 
 
-def _weights_in(folder: str) -> Any:  # noqa: ANN401
+def _weights_in(folder: str) -> Any:
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
     return DefaultModelLoader.Source(folder, None)

@@ -13,9 +13,9 @@ def register() -> None:
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 
-    class SteeredConfig(VerifyAndUpdateConfig):  # type: ignore[misc]
+    class SteeredConfig(VerifyAndUpdateConfig):
         @staticmethod
-        def verify_and_update_config(vllm_config: Any) -> None:  # noqa: ANN401 - vLLM is not typed for us
+        def verify_and_update_config(vllm_config: Any) -> None:
             _configure(vllm_config)
 
     for name in ARCHITECTURES:
@@ -25,7 +25,7 @@ def register() -> None:
         AutoConfig.register(f"adaras_{family}", config, exist_ok=True)
 
 
-def _configure(vllm_config: Any) -> None:  # noqa: ANN401
+def _configure(vllm_config: Any) -> None:
     """Refuse what would make steering inexact, and choose the scheduler that keys KV pages by it.
 
     Raises:

@@ -29,13 +29,13 @@ _TYPES = {
 }
 
 
-def steering_of(model: Any) -> Steering | None:  # noqa: ANN401 - any model of vLLM's
+def steering_of(model: Any) -> Steering | None:
     """The steering of a model; None if it is not steered."""
     found = getattr(model, "steering", None)
     return found if isinstance(found, Steering) else None
 
 
-def dials_of_request(steering: Steering, sampling_params: Any, prompt_tokens: int) -> Dials:  # noqa: ANN401
+def dials_of_request(steering: Steering, sampling_params: Any, prompt_tokens: int) -> Dials:
     """The dials of a request, as the worker knows it.
 
     Raises:
@@ -50,15 +50,15 @@ def model_state_class() -> type[Any]:
     from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
     from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
-    class SteeredModelState(DefaultModelState):  # type: ignore[misc]
+    class SteeredModelState(DefaultModelState):
         """Has the dials of each request in a buffer that the device reads."""
 
-        def __init__(self, vllm_config: Any, model: Any, *rest: Any) -> None:  # noqa: ANN401
+        def __init__(self, vllm_config: Any, model: Any, *rest: Any) -> None:
             super().__init__(vllm_config, model, *rest)
             self.steering: Steering = model.steering
             self.dials = {name: UvaBackedTensor(self.max_num_reqs, dtype=kind) for name, kind in _TYPES.items()}
 
-        def add_request(self, req_index: int, new_req_data: Any) -> None:  # noqa: ANN401
+        def add_request(self, req_index: int, new_req_data: Any) -> None:
             super().add_request(req_index, new_req_data)
             # Not the length of prefill_token_ids: after a preemption they hold generated tokens, too.
             dials = dials_of_request(self.steering, new_req_data.sampling_params, new_req_data.prompt_len)
@@ -70,7 +70,7 @@ def model_state_class() -> type[Any]:
             for tensor in self.dials.values():
                 tensor.copy_to_uva()
 
-        def prepare_inputs(self, input_batch: Any, req_states: Any) -> Any:  # noqa: ANN401
+        def prepare_inputs(self, input_batch: Any, req_states: Any) -> Any:
             count, starts = input_batch.num_tokens, input_batch.query_start_loc
             token_T = torch.arange(count, device=self.device, dtype=starts.dtype)
             request_T = torch.searchsorted(starts[1 : input_batch.num_reqs + 1], token_T, right=True)
@@ -93,7 +93,7 @@ def watch() -> None:
 
 def _placing(native: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(native)
-    def _model_forward(runner: Any, input_ids: Any = None, positions: Any = None, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    def _model_forward(runner: Any, input_ids: Any = None, positions: Any = None, *args: Any, **kwargs: Any) -> Any:
         steering = steering_of(runner.get_model())
         if steering is None:
             return native(runner, input_ids, positions, *args, **kwargs)
@@ -105,7 +105,7 @@ def _placing(native: Callable[..., Any]) -> Callable[..., Any]:
     return _model_forward
 
 
-def _place(runner: Any, steering: Steering, position_T: Tensor) -> dict[str, int]:  # noqa: ANN401
+def _place(runner: Any, steering: Steering, position_T: Tensor) -> dict[str, int]:
     """Fill the buffers; the column of the last prompt token by request id, where this pass has it."""
     batch = runner.input_batch
     count = batch.num_reqs
@@ -126,7 +126,7 @@ def _place(runner: Any, steering: Steering, position_T: Tensor) -> dict[str, int
 class _Seen:
     """p(correct) and the verdict of the requests whose last prompt token was in a pass, on their way to the host."""
 
-    def __init__(self, names: Sequence[str], values: Tensor, ready: Any) -> None:  # noqa: ANN401 - a CUDA event or None
+    def __init__(self, names: Sequence[str], values: Tensor, ready: Any) -> None:
         self.names, self.values, self.ready = names, values, ready
 
     @classmethod
@@ -153,7 +153,7 @@ class _Seen:
 
 def _reporting(native: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(native)
-    def sample_tokens(runner: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    def sample_tokens(runner: Any, *args: Any, **kwargs: Any) -> Any:
         seen, runner.steering_seen = getattr(runner, "steering_seen", None), None
         output = native(runner, *args, **kwargs)
         if seen is None or output is None:
@@ -168,7 +168,7 @@ def _reporting(native: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _attached(native: Callable[[], Any], seen: _Seen) -> Callable[[], Any]:
-    def get_output() -> Any:  # noqa: ANN401
+    def get_output() -> Any:
         output = native()
         setattr(output, REPORT, seen.report())
         return output

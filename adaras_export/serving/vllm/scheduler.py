@@ -23,8 +23,8 @@ RESULT = "steering"
 """The key of a verdict in `RequestOutput.kv_transfer_params`, which vLLM hands to clients as it is."""
 
 
-def make_scheduler(vllm_config: Any, **kwargs: Any) -> Scheduler:  # noqa: ANN401 - vLLM is not typed for us
-    """What the engine calls as its scheduler class. vLLM decides late whether it schedules ahead: not before this call."""
+def make_scheduler(vllm_config: Any, **kwargs: Any) -> Scheduler:
+    """What the engine calls as its scheduler class; only then is it settled whether vLLM schedules ahead."""
     native = AsyncScheduler if vllm_config.scheduler_config.async_scheduling else Scheduler
     return _steered(native)(vllm_config=vllm_config, **kwargs)
 
@@ -32,12 +32,12 @@ def make_scheduler(vllm_config: Any, **kwargs: Any) -> Scheduler:  # noqa: ANN40
 class _SteeredScheduling:
     """Mix-in for a scheduler of vLLM's."""
 
-    def __init__(self, vllm_config: Any, **kwargs: Any) -> None:  # noqa: ANN401
-        super().__init__(vllm_config=vllm_config, **kwargs)
+    def __init__(self, vllm_config: Any, **kwargs: Any) -> None:
+        super().__init__(vllm_config=vllm_config, **kwargs)  # type: ignore[call-arg]
         self.steering_rules = rules_of(vllm_config.model_config.hf_config.adaras)
         self.steering_reports: dict[str, tuple[float, bool]] = {}
 
-    def add_request(self, request: Any) -> None:  # noqa: ANN401
+    def add_request(self, request: Any) -> None:
         """As in vLLM; the request's block hashes get our part."""
         own: Any = self
         params = request.sampling_params
@@ -49,12 +49,12 @@ class _SteeredScheduling:
             request.update_block_hashes()
         super().add_request(request)  # type: ignore[misc]
 
-    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:  # noqa: ANN401
+    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         """As in vLLM; keeps the verdicts until their requests end."""
         self.steering_reports |= getattr(model_runner_output, REPORT, {})
         return super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
 
-    def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
         transfer, *rest = super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
         verdict = self.steering_reports.pop(request.request_id, None)
         dials = dials_of(self.steering_rules, request.sampling_params.extra_args, request.num_prompt_tokens)
@@ -69,12 +69,12 @@ class _SteeredScheduling:
 class BlockHasher:
     """A request's block hasher: vLLM's own, whose hash function gets one more part for blocks that steering changes."""
 
-    def __init__(self, block_size: int, algorithm: Any, dials: Dials) -> None:  # noqa: ANN401
+    def __init__(self, block_size: int, algorithm: Any, dials: Dials) -> None:
         self.block_size, self.algorithm, self.dials = block_size, algorithm, dials
         self.native = get_request_block_hasher(block_size, self._hash)
         self.end = 0
 
-    def __call__(self, request: Any) -> Any:  # noqa: ANN401
+    def __call__(self, request: Any) -> Any:
         """The hashes of the request's new full blocks."""
         self.end = len(request.block_hashes) * self.block_size
         return self.native(request)

@@ -7,11 +7,13 @@ requests, {"ids", "steps", "dials", "lora"}, that are sent at once. Prints, on t
 Every job runs in a fork of this process, which has imported vLLM once.
 """
 
+import importlib
 import json
 import os
 import sys
 import tempfile
 import traceback
+from pathlib import Path
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process, or its errors are lost
 
@@ -51,7 +53,9 @@ def answer(llm, requests, vocabulary):
         for one in requests
     ]
     paths = sorted({one["lora"] for one in requests if one.get("lora")})
-    adapters = [one.get("lora") and LoRARequest(one["lora"], 1 + paths.index(one["lora"]), one["lora"]) for one in requests]
+    adapters = [
+        one.get("lora") and LoRARequest(one["lora"], 1 + paths.index(one["lora"]), one["lora"]) for one in requests
+    ]
     outputs = llm.generate(prompts, sampling, lora_request=adapters if paths else None, use_tqdm=False)
     return [as_row(output, vocabulary) for output in outputs]
 
@@ -67,26 +71,24 @@ def run(job):
 
 
 def run_forked(job):
-    """What `run` finds, in a child of this process."""
+    """What `run` returns, in a child of this process."""
     with tempfile.NamedTemporaryFile() as file:
         child = os.fork()
         if child == 0:
             os.dup2(2, 1)
             try:
                 found = run(job)
-            except BaseException as error:
+            except Exception as error:  # noqa: BLE001 - whatever vLLM raises is the result
                 traceback.print_exc()
                 found = {"error": f"{type(error).__name__}: {error}"}
-            with open(file.name, "w") as out:
-                json.dump(found, out)
+            Path(file.name).write_text(json.dumps(found))
             os._exit(0)
         os.waitpid(child, 0)
-        return json.load(open(file.name))
+        return json.loads(Path(file.name).read_text())
 
 
 def main():
-    import vllm  # noqa: F401 - what takes most of the time
-    import vllm.v1.engine.llm_engine  # noqa: F401
+    importlib.import_module("vllm.v1.engine.llm_engine")  # takes longer than an engine does
 
     print("\n" + json.dumps([run_forked(job) for job in json.load(sys.stdin)]))
 
