@@ -1,9 +1,9 @@
 """The gate as one more attention layer of vLLM's, and the amount of steering of every token of a forward pass.
 
 For a prompt token the key is s = tanh(w.x + b), for a generated one -300, so that its weight is 0; the query is
-constant and the value is W x, the gate's hidden layer before its bias. What attention gives at any token at or behind the last
-prompt token is then the softmax-pooled hidden layer, whose pages vLLM keeps like those of any layer: through chunked
-prefill, prefix caching, preemption and CUDA graphs. Restates `SteeringGate` of the exports' code.
+constant, and the value is W x, the gate's hidden layer before its bias. What attention gives at any token at or behind
+the last prompt token is then the softmax-pooled hidden layer, whose pages vLLM keeps like those of any layer: through
+chunked prefill, prefix caching, preemption and CUDA graphs. Restates `SteeringGate` of the exports' code.
 
 T tokens of a pass, R rules, F features of a gate, H its hidden size. Buffers are of a fixed size, as CUDA graphs want.
 """
@@ -105,8 +105,8 @@ class Gate(nn.Module):
 class Steering(nn.Module):
     """The state of one forward pass: who is prompt, who is steered and how much; filled by `place` before the pass.
 
-    ``prompt``, ``scale``, ``threshold``, ``rule``, ``amount`` and ``probability`` are (T,); ``features`` is (T, F of all
-    gates); ``gate_of`` is (R,), the 0-based gate of each rule, or -1.
+    ``prompt``, ``scale``, ``threshold``, ``rule``, ``amount`` and ``probability`` are (T,); ``features`` is (T, F of
+    all gates); ``gate_of`` is (R,), the 0-based gate of each rule, or -1.
     """
 
     prompt: Tensor
@@ -154,7 +154,7 @@ class Steering(nn.Module):
         self.rule[:count] = request["rule"][owner_T]
 
     def read(self, hidden_TM: Tensor, index_F: Tensor, column_F: Tensor) -> None:
-        """Keep the features of one layer: neurons ``index_F``, 0-based, of h; under tensor parallelism of a part of h."""
+        """Keep the features of one layer: neurons ``index_F``, 0-based, of h, or of this rank's part of h."""
         count, width = hidden_TM.shape
         if self.ranks == 1:
             self.features[:count, column_F] = hidden_TM[:, index_F].float()

@@ -1,7 +1,7 @@
 """MLPs of vLLM's decoders that read features and add the steering vector behind their down projection.
 
-The vector is added behind the module's down projection, not in it: LoRA wraps linear layers and calls their quantisation
-method, not their `forward`, and under tensor parallelism the sum of the ranks is made in the projection.
+The vector is added behind the module's down projection, not in it: LoRA wraps linear layers and calls their
+quantisation method, not their `forward`, and under tensor parallelism the sum of the ranks is made in the projection.
 """
 
 from functools import cache
@@ -44,7 +44,7 @@ class SteeredMLP:
 
 
 class _GateUp(SteeredMLP):
-    """An activated gate projection times an up projection, both in one matrix: most families, in vLLM's own classes too."""
+    """An activated gate projection times an up projection, both in one matrix: most families, in both backends."""
 
     def forward(self, x: Tensor) -> Tensor:
         own: Any = self

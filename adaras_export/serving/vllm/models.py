@@ -79,7 +79,7 @@ class Steered:
 
 
 def _introduce(config: Any) -> None:
-    """Tell Transformers which decoder belongs to a config of ours, and that its weights are renamed as the native one's."""
+    """Tell Transformers which decoder a config of ours belongs to, and to rename its weights as the native one's."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, AutoModel, conversion_mapping
 
     own = type(config)
