@@ -59,10 +59,12 @@ class _SteeredScheduling:
         verdict = self.steering_reports.pop(request.request_id, None)
         dials = dials_of(self.steering_rules, request.sampling_params.extra_args, request.num_prompt_tokens)
         if verdict is None and self.steering_rules[dials.rule].gate is not None:
-            return transfer, *rest  # aborted before its prompt was read
-        p, steered = verdict or (None, True)
-        result = {"p_correct": p, "steered": steered and dials.strength != 0, "strength": dials.strength}
-        _log.info("request %s: p(correct) %s, steered: %s", request.request_id, p, result["steered"])
+            return transfer, *rest  # ended before its prompt was read
+        p, below = verdict or (None, True)
+        result = {"p_correct": p, "steered": below and dials.strength != 0, "strength": dials.strength}
+        judged = "no gate" if p is None else f"p(correct) {p:.3f}"
+        does = f"steered at strength {dials.strength:g}" if result["steered"] else "not steered"
+        _log.info("request %s: %s, %s", request.request_id, judged, does)
         return {**(transfer or {}), RESULT: result}, *rest
 
 
