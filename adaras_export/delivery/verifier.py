@@ -1,9 +1,9 @@
 """Verify an artifact: files, tensors, card and parity with the rule. Writes no file."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from adaras_export import exporters
 from adaras_export.core.base_model import BaseModel
@@ -19,6 +19,9 @@ from adaras_export.exporters.manifest import RULE_FILE
 from adaras_export.exporters.parity import Artifact, compare, rehearse
 from adaras_export.files import hub
 
+Runtime = Literal["own", "vllm"]
+"""What computes an artifact's outputs: the runtime of its target, or a server's engine."""
+
 
 def verify(
     path: str | Path,
@@ -26,6 +29,7 @@ def verify(
     *,
     receipt: str | None = None,
     key: str | Path | None = None,
+    runtime: Runtime = "own",
 ) -> ParityReport:
     """Check an exported folder: its files, its tensors and settings, and its outputs.
 
@@ -37,9 +41,12 @@ def verify(
             Hub's cache under that name, must be the same.
         receipt: the SHA-256 that ``receipt.json`` must have, as its author published it elsewhere.
         key: PEM file of the public key that the folder must be signed with.
+        runtime: what computes the outputs: the runtime of the target, or "vllm", which serves targets hf and hf-thin.
 
     Raises:
         ArtifactError: the folder has no receipt, or the base cannot be found.
+        ExportError: the runtime does not run exports to this target.
+        MissingExtraError: the runtime is not in this environment.
 
     Example:
         report = verify("steered")
@@ -58,7 +65,7 @@ def verify(
     checks += documents.name_checks(recorded, exporter, place.rule, place.base, place.found)
     exporter = exporter.with_context(place.context)
     stored = _inspected(exporter, folder, place.rule, place.base)
-    ran = _compared(exporter, folder, place.rule, place.base, stored)
+    ran = _compared(exporter, folder, place.rule, place.base, stored, _opener(runtime, exporter))
     if isinstance(exporter, Remaking) and isinstance(stored, Inspection) and stored.harmless:
         checks += exporter.made_anew(folder, place.rule, place.base)
     if ran.ok:
@@ -129,7 +136,21 @@ def exporter_of(receipt: Receipt) -> Exporter:
 
 def verified(exporter: Exporter, folder: Path, rule: SteeringRule, base: Checkpoint) -> ParityReport:
     """Inspect an artifact; if it is harmless, run it and compare it with the reference."""
-    return _compared(exporter, folder, rule, base, _inspected(exporter, folder, rule, base))
+    return _compared(exporter, folder, rule, base, _inspected(exporter, folder, rule, base), exporter.load)
+
+
+def _opener(runtime: Runtime, exporter: Exporter) -> Callable[[Path], Artifact]:
+    """What opens an exported folder in a runtime.
+
+    Raises:
+        ExportError: the runtime does not run exports to this target.
+    """
+    if runtime == "own":
+        return exporter.load
+    from adaras_export.delivery import vllm_runtime
+
+    vllm_runtime.require_served(exporter.spec.name)
+    return vllm_runtime.VllmArtifact
 
 
 def _inspected(exporter: Exporter, folder: Path, rule: SteeringRule, base: Checkpoint) -> Inspection | Check:
@@ -140,7 +161,12 @@ def _inspected(exporter: Exporter, folder: Path, rule: SteeringRule, base: Check
 
 
 def _compared(
-    exporter: Exporter, folder: Path, rule: SteeringRule, base: Checkpoint, stored: Inspection | Check
+    exporter: Exporter,
+    folder: Path,
+    rule: SteeringRule,
+    base: Checkpoint,
+    stored: Inspection | Check,
+    load: Callable[[Path], Artifact],
 ) -> ParityReport:
     if isinstance(stored, Check):
         return ParityReport((stored,))
@@ -148,7 +174,7 @@ def _compared(
         return ParityReport((*stored.checks, Check("not run, because its code or its settings differ", 1, 0)))
     try:
         script = rehearse(exporter.reference(folder, rule, base))  # one model in memory at a time
-        return ParityReport((*stored.checks, *compare(script, exporter.load(folder))))
+        return ParityReport((*stored.checks, *compare(script, load(folder))))
     except ArtifactError as error:
         return ParityReport((*stored.checks, Check("it does not open or run", 1, 0, str(error))))
     except Exception as error:  # libraries raise many kinds of errors on damaged files
