@@ -1,6 +1,6 @@
 """Verify an artifact: files, tensors, card and parity with the rule. Writes no file."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -9,11 +9,11 @@ from adaras_export import exporters
 from adaras_export.core.base_model import BaseModel
 from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.core.rule import SteeringRule
-from adaras_export.delivery import documents, integrity
+from adaras_export.delivery import documents, integrity, vllm_runtime
 from adaras_export.delivery.receipt import Receipt, read, version_checks
 from adaras_export.errors import ArtifactError, ExportError, first_line
 from adaras_export.exporters import manifest
-from adaras_export.exporters.base import ExportContext, Exporter, Remaking
+from adaras_export.exporters.base import ExportContext, Exporter, Remaking, Runner
 from adaras_export.exporters.checks import Check, Inspection, ParityReport
 from adaras_export.exporters.manifest import RULE_FILE
 from adaras_export.exporters.parity import Artifact, compare, rehearse
@@ -65,10 +65,11 @@ def verify(
     checks += documents.name_checks(recorded, exporter, place.rule, place.base, place.found)
     exporter = exporter.with_context(place.context)
     stored = _inspected(exporter, folder, place.rule, place.base)
-    ran = _compared(exporter, folder, place.rule, place.base, stored, _opener(runtime, exporter))
+    runner = exporter if runtime == "own" else vllm_runtime.runner_of(exporter.spec.name)
+    ran = _compared(runner, folder, place.rule, place.base, stored)
     if isinstance(exporter, Remaking) and isinstance(stored, Inspection) and stored.harmless:
         checks += exporter.made_anew(folder, place.rule, place.base)
-    if ran.ok:
+    if ran.ok and runtime == "own":  # the receipt's checks were made in it
         checks += documents.claim_checks(recorded, exporter, place.rule, ran)
     return ParityReport((*checks, *ran.checks))
 
@@ -136,21 +137,7 @@ def exporter_of(receipt: Receipt) -> Exporter:
 
 def verified(exporter: Exporter, folder: Path, rule: SteeringRule, base: Checkpoint) -> ParityReport:
     """Inspect an artifact; if it is harmless, run it and compare it with the reference."""
-    return _compared(exporter, folder, rule, base, _inspected(exporter, folder, rule, base), exporter.load)
-
-
-def _opener(runtime: Runtime, exporter: Exporter) -> Callable[[Path], Artifact]:
-    """What opens an exported folder in a runtime.
-
-    Raises:
-        ExportError: the runtime does not run exports to this target.
-    """
-    if runtime == "own":
-        return exporter.load
-    from adaras_export.delivery import vllm_runtime
-
-    vllm_runtime.require_served(exporter.spec.name)
-    return vllm_runtime.VllmArtifact
+    return _compared(exporter, folder, rule, base, _inspected(exporter, folder, rule, base))
 
 
 def _inspected(exporter: Exporter, folder: Path, rule: SteeringRule, base: Checkpoint) -> Inspection | Check:
@@ -161,20 +148,15 @@ def _inspected(exporter: Exporter, folder: Path, rule: SteeringRule, base: Check
 
 
 def _compared(
-    exporter: Exporter,
-    folder: Path,
-    rule: SteeringRule,
-    base: Checkpoint,
-    stored: Inspection | Check,
-    load: Callable[[Path], Artifact],
+    runner: Runner, folder: Path, rule: SteeringRule, base: Checkpoint, stored: Inspection | Check
 ) -> ParityReport:
     if isinstance(stored, Check):
         return ParityReport((stored,))
     if not stored.harmless:
         return ParityReport((*stored.checks, Check("not run, because its code or its settings differ", 1, 0)))
     try:
-        script = rehearse(exporter.reference(folder, rule, base))  # one model in memory at a time
-        return ParityReport((*stored.checks, *compare(script, load(folder))))
+        script = rehearse(runner.reference(folder, rule, base))  # one model in memory at a time
+        return ParityReport((*stored.checks, *compare(script, runner.load(folder))))
     except ArtifactError as error:
         return ParityReport((*stored.checks, Check("it does not open or run", 1, 0, str(error))))
     except Exception as error:  # libraries raise many kinds of errors on damaged files

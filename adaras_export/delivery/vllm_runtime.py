@@ -3,6 +3,7 @@
 The engine is what `vllm serve` runs, with the settings that it chooses on this machine, but in float32.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,22 +12,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adaras_export.core.checkpoint import Checkpoint
+from adaras_export.core.rule import SteeringRule
 from adaras_export.errors import ArtifactError, ExportError, first_line, require
+from adaras_export.exporters.base import Runner, stock_reference
 from adaras_export.exporters.checks import Check
-from adaras_export.exporters.parity import FLOAT32, STEPS, Mode, Play
+from adaras_export.exporters.parity import FLOAT32, STEPS, Artifact, Mode, Play, Reference
 from adaras_export.serving.vllm.dials import RESULT, START, STRENGTH, THRESHOLD
 
 _SERVED = ("hf", "hf-thin")
 
 
-def require_served(target: str) -> None:
-    """Require a target whose exports vLLM serves with the plugin.
+def runner_of(target: str) -> Runner:
+    """What runs exports to a target in vLLM.
 
     Raises:
-        ExportError: it is another one.
+        ExportError: vLLM does not serve the target with the plugin.
     """
     if target not in _SERVED:
         raise ExportError(f"target {target}: the runtime vllm does not run it; expected {' or '.join(_SERVED)}")
+    return _VllmRunner()
+
+
+class _VllmRunner:
+    def reference(self, folder: Path, rule: SteeringRule, base: Checkpoint) -> Reference:  # noqa: ARG002
+        """The base, steered in memory. Other attention of Transformers' leaves out Gemma 2's soft cap before 5.21."""
+        return stock_reference(rule, base, attention="eager")
+
+    def load(self, folder: Path) -> Artifact:
+        """The export in vLLM's offline engine."""
+        return VllmArtifact(folder)
 
 
 class VllmArtifact:
@@ -43,6 +58,7 @@ class VllmArtifact:
             MissingExtraError: vLLM is not in this environment.
             ArtifactError: vLLM does not open it.
         """
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # read at its import
         self._vllm: Any = require("vllm", "vllm", "the runtime vllm")
         try:
             self._engine = self._vllm.LLM(
