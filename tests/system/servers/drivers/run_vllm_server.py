@@ -23,7 +23,15 @@ _PATIENCE = 240
 
 def serve(job, port, log):
     # What `vllm serve` starts: in the CPU's wheel that command looks for a distribution named vllm, and ends.
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", job["folder"], "--host", "127.0.0.1"]
+    command = [
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        job["folder"],
+        "--host",
+        "127.0.0.1",
+    ]
     command += ["--port", str(port), "--dtype", "float32", "--enforce-eager", "--max-model-len", "256"]
     return subprocess.Popen([*command, "--max-logprobs", "-1", *job["arguments"]], stdout=log, stderr=log)
 
@@ -49,9 +57,7 @@ def ask(client, job, request):
             )
             return {"ids": done.choices[0].token_ids, "verdict": verdict_of(done)}
         body = {"return_tokens_as_token_ids": True, **request.get("body", {})}
-        done = client.completions.create(
-            **common, prompt=request["ids"], logprobs=job["vocabulary"], extra_body=body
-        )
+        done = client.completions.create(**common, prompt=request["ids"], logprobs=job["vocabulary"], extra_body=body)
     except openai.APIStatusError as error:
         return {"status": error.status_code, "error": error.message}
     found = done.choices[0].logprobs
