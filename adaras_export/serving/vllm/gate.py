@@ -1,0 +1,186 @@
+"""The gate as one more attention layer of vLLM's, and the amount of steering of every token of a forward pass.
+
+For a prompt token the key is s = tanh(w.x + b), for a generated one -300, so that its weight is 0; the query is
+constant, and the value is W x, the gate's hidden layer before its bias. What attention gives at any token at or behind
+the last prompt token is then the softmax-pooled hidden layer, whose pages vLLM keeps like those of any layer: through
+chunked prefill, prefix caching, preemption and CUDA graphs. Restates `SteeringGate` of the exports' code.
+
+T tokens of a pass, R rules, F features of a gate, H its hidden size. Buffers are of a fixed size, as CUDA graphs want.
+"""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_reduce,
+)
+from vllm.model_executor.layers.attention import Attention
+
+from adaras_export.serving.vllm.dials import Rule, gates_of, rules_of
+
+_MASK = -300.0  # exp(-300 - 1) is 0 in float32, and fp16 and bf16 caches hold it
+
+
+class Gate(nn.Module):
+    """p(correct) of the tokens of a pass. Parameters have the names and shapes of `SteeringGate`'s."""
+
+    query: Tensor
+
+    def __init__(self, settings: Mapping[str, Any], vllm_config: Any, layer: int, prefix: str) -> None:
+        super().__init__()
+        width, self.hidden_size = sum(settings["features"]), int(settings["hidden_size"])
+        self.attention_weight, self.attention_bias = parameter(width), parameter()
+        self.hidden_weight, self.hidden_bias = parameter(self.hidden_size, width), parameter(self.hidden_size)
+        self.output_weight, self.output_bias = parameter(self.hidden_size), parameter()
+        model, parallel = vllm_config.model_config, vllm_config.parallel_config
+        self.heads, self.kv_heads = model.get_num_attention_heads(parallel), model.get_num_kv_heads(parallel)
+        self.head_size, self.dtype = model.get_head_size(), model.dtype
+        # Pages of 16 bits hold a number as the sum of two.
+        self.parts = 1 if self.dtype == torch.float32 else 2
+        if self.parts * self.hidden_size > self.kv_heads * self.head_size:
+            raise ValueError(
+                f"the gate's hidden size is {self.hidden_size}; expected at most "
+                f"{self.kv_heads * self.head_size // self.parts}, what one KV entry of this model holds on each device"
+            )
+        # FlashInfer plans one scale and one soft cap for all layers: the gate's layer has the model's, and undoes them.
+        layers = vllm_config.compilation_config.static_forward_context.values()
+        own = next(one for one in layers if isinstance(one, Attention))
+        scale = float(own.impl.scale)
+        self.soft_cap = float(getattr(own.impl, "logits_soft_cap", 0) or 0)
+        cache_config = copy.copy(vllm_config.cache_config)
+        cache_config.sliding_window = None  # the gate reads the whole prompt
+        self.attn = Attention(
+            self.heads,
+            self.head_size,
+            scale,
+            num_kv_heads=self.kv_heads,
+            cache_config=cache_config,
+            logits_soft_cap=self.soft_cap or None,
+            prefix=f"{prefix}.layers.{layer}.steering_gate.attn",
+        )
+        self.register_buffer("query", self._query(1 / scale), persistent=False)
+
+    def _query(self, size: float) -> Tensor:
+        """(heads * head size,): size * s is q_high k_high + q_high k_low + q_low k_high, exact to 2**-16 of it."""
+        high = float(torch.tensor(size).to(self.dtype))
+        query = torch.zeros(self.heads, self.head_size)
+        query[:, : self.parts] = high
+        if self.parts == 2:
+            query[:, 2] = size - high
+        return query.flatten().to(self.dtype)
+
+    def _split(self, x: Tensor) -> list[Tensor]:
+        """``x`` as ``parts`` tensors of the cache's type, whose sum it is."""
+        high = x.to(self.dtype)
+        return [high] if self.parts == 1 else [high, (x - high.float()).to(self.dtype)]
+
+    def forward(self, features_TF: Tensor, prompt_T: Tensor) -> Tensor:
+        """p(correct) from the prompt tokens up to each token, (T,); right at and behind the last prompt token."""
+        count = features_TF.shape[0]
+        score_T = torch.tanh(features_TF @ self.attention_weight + self.attention_bias)
+        if self.soft_cap:
+            score_T = self.soft_cap * torch.atanh(score_T / self.soft_cap)
+        score_T = torch.where(prompt_T > 0, score_T, _MASK)
+        key = self._split(score_T)
+        key_TK = torch.stack(key + key[:1] * (self.parts - 1), -1)
+        key_TK = nn.functional.pad(key_TK, (0, self.head_size - key_TK.shape[1]))
+        key_TK = key_TK[:, None, :].expand(-1, self.kv_heads, -1).flatten(1).contiguous()
+        value_TV = torch.cat(self._split(features_TF @ self.hidden_weight.T), -1)
+        value_TV = nn.functional.pad(value_TV, (0, self.kv_heads * self.head_size - value_TV.shape[1]))
+        out = self.attn(self.query.expand(count, -1).contiguous(), key_TK, value_TV)
+        out = out.view(count, self.kv_heads, self.heads // self.kv_heads, self.head_size)
+        pooled_TV = out[:, :, 0].flatten(1).float()  # the query heads of a KV head are equal
+        pooled_TH = pooled_TV[:, : self.hidden_size]
+        if self.parts == 2:
+            pooled_TH = pooled_TH + pooled_TV[:, self.hidden_size : 2 * self.hidden_size]
+        hidden_TH = torch.relu(pooled_TH + self.hidden_bias)
+        return torch.sigmoid(hidden_TH @ self.output_weight + self.output_bias)
+
+
+class Steering(nn.Module):
+    """The state of one forward pass: who is prompt, who is steered and how much; filled by `place` before the pass.
+
+    ``prompt``, ``scale``, ``threshold``, ``rule``, ``amount`` and ``probability`` are (T,); ``features`` is (T, F of
+    all gates); ``gate_of`` is (R,), the 0-based gate of each rule, or -1.
+    """
+
+    prompt: Tensor
+    scale: Tensor
+    threshold: Tensor
+    rule: Tensor
+    amount: Tensor
+    probability: Tensor
+    features: Tensor
+    gate_of: Tensor
+
+    def __init__(self, vllm_config: Any, layers: int, prefix: str) -> None:
+        super().__init__()
+        settings = vllm_config.model_config.hf_config.adaras
+        self.rules: tuple[Rule, ...] = rules_of(settings)
+        gates = gates_of(settings)
+        self.gates = nn.ModuleList(Gate(gate, vllm_config, layers + at, prefix) for at, gate in enumerate(gates))
+        self.ends = [0]
+        for gate in gates:
+            self.ends.append(self.ends[-1] + sum(gate["features"]))
+        self.rank, self.ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+        tokens = vllm_config.scheduler_config.max_num_batched_tokens
+        for name in ("prompt", "scale", "threshold", "amount", "probability"):
+            self.register_buffer(name, torch.zeros(tokens, dtype=torch.float32), persistent=False)
+        self.register_buffer("rule", torch.zeros(tokens, dtype=torch.int64), persistent=False)
+        self.register_buffer("features", torch.zeros(tokens, self.ends[-1], dtype=torch.float32), persistent=False)
+        gate_of = [-1 if rule.gate is None else rule.gate for rule in self.rules]
+        self.register_buffer("gate_of", torch.tensor(gate_of, dtype=torch.int64), persistent=False)
+
+    @torch.no_grad()
+    def place(self, count: int, owner_T: Tensor, position_T: Tensor, request: Mapping[str, Tensor]) -> None:
+        """Fill the buffers for a pass of ``count`` tokens.
+
+        ``owner_T`` is the 0-based request of each token, ``position_T`` its 0-based position in the request, and
+        ``request`` has the fields of `Dials` for each request.
+        """
+        position_T = position_T[:count]
+        prompt_T = position_T < request["prompt_length"][owner_T]
+        steered_T = position_T >= request["first"][owner_T]
+        self.prompt.zero_()
+        self.scale.zero_()  # padding behind the tokens is not steered
+        self.prompt[:count] = prompt_T.float()
+        self.scale[:count] = torch.where(steered_T, request["strength"][owner_T], 0.0)
+        self.threshold[:count] = request["threshold"][owner_T]
+        self.rule[:count] = request["rule"][owner_T]
+
+    def read(self, hidden_TM: Tensor, index_F: Tensor, column_F: Tensor) -> None:
+        """Keep the features of one layer: neurons ``index_F``, 0-based, of h, or of this rank's part of h."""
+        count, width = hidden_TM.shape
+        if self.ranks == 1:
+            self.features[:count, column_F] = hidden_TM[:, index_F].float()
+            return
+        local_F = index_F - self.rank * width
+        here_F = (local_F >= 0) & (local_F < width)
+        self.features[:count, column_F] = hidden_TM[:, local_F.clamp(0, width - 1)].float() * here_F
+
+    def settle(self, count: int) -> None:
+        """Let the gates judge the features, and put strength * g of every token into ``amount``."""
+        if not self.gates:
+            self.amount[:count] = self.scale[:count]
+            return
+        features_TF = self.features[:count]
+        if self.ranks > 1:
+            features_TF = tensor_model_parallel_all_reduce(features_TF.clone())
+        gate_T = self.gate_of[self.rule[:count]]
+        probability_T = torch.zeros_like(self.probability[:count])
+        for at, gate in enumerate(self.gates):
+            judged_T = gate(features_TF[:, self.ends[at] : self.ends[at + 1]], self.prompt[:count])
+            probability_T = torch.where(gate_T == at, judged_T, probability_T)
+        self.probability[:count] = probability_T
+        steered_T = (gate_T < 0) | (probability_T < self.threshold[:count])
+        self.amount[:count] = torch.where(steered_T, self.scale[:count], 0.0)
+
+
+def parameter(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
+    """Zeros that a checkpoint fills and nothing trains."""
+    return nn.Parameter(torch.zeros(shape, dtype=dtype), requires_grad=False)

@@ -1,0 +1,114 @@
+"""MLPs of vLLM's decoders that read features and add the steering vector behind their down projection.
+
+The vector is added behind the module's down projection, not in it: LoRA wraps linear layers and calls their
+quantisation method, not their `forward`, and under tensor parallelism the sum of the ranks is made in the projection.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adaras_export.serving.vllm.dials import gates_of
+from adaras_export.serving.vllm.gate import Steering, parameter
+
+
+class SteeredMLP:
+    """Mix-in for an MLP; `steer` sets its attributes."""
+
+    steering: tuple[Steering]  # in a tuple it is no submodule of the MLP
+    steering_vector: Tensor | None  # (R, D)
+    steering_index: Tensor | None  # (F of this layer,), 0-based neurons
+    steering_column: Tensor | None  # (F of this layer,), their 0-based columns among all features
+    steering_settles: bool  # the first steered MLP: the gates have seen all features
+
+    def steered_down(self, hidden: Tensor, down: nn.Module) -> Tensor:
+        """The down projection of h, steered."""
+        output: Any = down(hidden)
+        output = (
+            output[0] if isinstance(output, tuple) else output
+        )  # linear layers of the Transformers backend give one
+        hidden = hidden.reshape(-1, hidden.shape[-1])  # and its tensors have a leading dimension of 1
+        [steering], count = self.steering, hidden.shape[0]
+        if self.steering_index is not None and self.steering_column is not None:
+            steering.read(hidden, self.steering_index, self.steering_column)
+        if self.steering_settles:
+            steering.settle(count)
+        if self.steering_vector is None:
+            return output  # type: ignore[no-any-return]
+        many = self.steering_vector.shape[0] > 1
+        vector = self.steering_vector[steering.rule[:count]] if many else self.steering_vector
+        added = (steering.amount[:count, None] * vector).to(output.dtype)
+        return output + added.view(output.shape)  # type: ignore[no-any-return]
+
+
+class _GateUp(SteeredMLP):
+    """An activated gate projection times an up projection, both in one matrix: most families, in both backends."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        own: Any = self
+        gate_up = own.gate_up_proj(x)
+        gate_up = gate_up[0] if isinstance(gate_up, tuple) else gate_up
+        activation = own.act_fn if hasattr(own, "act_fn") else own.activation_fn
+        return self.steered_down(activation(gate_up), own.down_proj)
+
+
+class _GPT2(SteeredMLP):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        own: Any = self
+        return self.steered_down(own.act(own.c_fc(hidden_states)[0]), own.c_proj)
+
+
+class _GPTNeoX(SteeredMLP):
+    """In the Transformers backend."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        own: Any = self
+        return self.steered_down(own.act(own.dense_h_to_4h(hidden_states)), own.dense_4h_to_h)
+
+
+_KINDS = {"gate_up_proj": _GateUp, "c_fc": _GPT2, "dense_h_to_4h": _GPTNeoX}
+"""By the first projection of the MLP."""
+
+
+@cache
+def _steered(native: type[nn.Module], mixin: type[SteeredMLP]) -> type[nn.Module]:
+    return type(f"Steered{native.__name__}", (mixin, native), {})
+
+
+def steer(decoder_layers: nn.ModuleList, steering: Steering, settings: dict[str, Any], hidden_size: int) -> None:
+    """Turn the MLPs of the rules' and the gates' layers into steered ones.
+
+    Raises:
+        NotImplementedError: vLLM computes an MLP in a way that is not known here.
+    """
+    columns = _columns(settings)
+    first = min(settings["layers"])
+    for layer in sorted({*columns, *settings["layers"]}):
+        mlp: Any = decoder_layers[layer].mlp
+        mixin = next((mixin for name, mixin in _KINDS.items() if hasattr(mlp, name)), None)
+        if mixin is None:
+            raise NotImplementedError(
+                f"{type(mlp).__name__}: an MLP that is not known here; expected one of its own: {', '.join(_KINDS)}"
+            )
+        mlp.__class__ = _steered(mlp.__class__, mixin)
+        mlp.__dict__.pop("forward", None)  # the Transformers backend binds a fused one to the instance
+        mlp.__dict__["steering"] = (steering,)
+        mlp.steering_settles = layer == first
+        vectors = parameter(len(steering.rules), hidden_size) if layer in settings["layers"] else None
+        mlp.register_parameter("steering_vector", vectors)
+        here = columns.get(layer)
+        mlp.register_parameter("steering_index", here and parameter(len(here), dtype=torch.int64))
+        mlp.register_buffer("steering_column", here and torch.tensor(here), persistent=False)
+
+
+def _columns(settings: dict[str, Any]) -> dict[int, list[int]]:
+    """The 0-based columns that each layer's features have among all: gate by gate, and in a gate by layer."""
+    columns: dict[int, list[int]] = {}
+    at = 0
+    for gate in gates_of(settings):
+        for layer, count in zip(gate["layers"], gate["features"], strict=True):
+            columns.setdefault(layer, []).extend(range(at, at + count))
+            at += count
+    return columns
