@@ -7,6 +7,7 @@ vllm/model_hooks/steering/payloads.py of EasySteer-vllm-v1 (docs/decisions/046).
 import base64
 import hashlib
 import json
+import shutil
 
 import numpy as np
 import oracle
@@ -126,6 +127,14 @@ def test_a_gate_is_lost_by_name_only(rules, folders, tmp_path):
 def test_a_family_with_a_norm_behind_its_mlp_is_refused(name, rules, folders, tmp_path):
     with pytest.raises(ExportError, match=rf"easysteer: {name} normalises what leaves its MLP"):
         easysteer.write(rules[(name, None, STARTS[0])], folders[name], tmp_path / "request.json")
+
+
+def test_a_quantised_base_is_refused(rules, folders, tmp_path):
+    base = shutil.copytree(folders["llama"], tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"quantization_config": {"bits": 4}}))
+    with pytest.raises(ExportError, match="is quantised; expected plain weights"):
+        easysteer.write(rules[("llama", None, STARTS[0])], base, tmp_path / "request.json")
 
 
 def test_a_rule_without_effect_or_of_another_model_is_refused(rules, folders, tmp_path):
