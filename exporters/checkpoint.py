@@ -49,6 +49,43 @@ def vectors(rule: SteeringRule, base: Checkpoint) -> dict[int, Array]:
     return folded
 
 
+# The families whose decoder layer ends with x + factor * mlp(x), and the key of config.json for the factor.
+RESIDUAL_FACTORS = {
+    "llama": None,
+    "mistral": None,
+    "qwen2": None,
+    "qwen3": None,
+    "granite": "residual_multiplier",
+    "smollm3": None,
+    "phi3": None,
+    "gpt_neox": None,
+    "gpt2": None,
+}
+
+
+def require_residual_sum(rule: SteeringRule, target: str) -> None:
+    """Refuse a rule that no vector behind a decoder layer can express.
+
+    Raises:
+        ExportError: the family normalises what leaves its MLP.
+    """
+    if rule.base.family not in RESIDUAL_FACTORS:
+        raise ExportError(
+            f"{target}: {rule.base.family} normalises what leaves its MLP, which a vector behind the block would "
+            f"evade; expected one of: {', '.join(RESIDUAL_FACTORS)}; choose target hf, onnx or peft"
+        )
+
+
+def residual_vectors(rule: SteeringRule, base: Checkpoint) -> dict[int, Array]:
+    """What `vectors` change behind each steered decoder layer, (D,) float32, also without the strength.
+
+    Only of a rule that `require_residual_sum` accepts.
+    """
+    key = RESIDUAL_FACTORS[rule.base.family]
+    factor = np.float32(1.0 if key is None else base.config.get(key, 1.0))
+    return {layer: factor * vector for layer, vector in vectors(rule, base).items()}
+
+
 # The small files of a checkpoint: tokenizer, chat templates, generation settings, licence. Never code, never pickles.
 _COMPANIONS = (
     "*.json",

@@ -35,6 +35,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "eval": evaluate.evaluate,
     "report": report.report,
     "export": export.export,
+    "request": export.request,
     "verify": export.verify,
     "refresh": export.refresh,
     "card": export.card,

@@ -47,6 +47,10 @@ EXAMPLES: dict[str, tuple[str, str]] = {
         "adaras-export export rule.safetensors -m Qwen/Qwen3-1.7B --to hf -o steered",
         "adaras-export export rule.safetensors -m Qwen/Qwen3-1.7B --to gguf -o steered-gguf --accept-loss gate,start",
     ),
+    "request": (
+        "adaras-export request rule.safetensors -m Qwen/Qwen3-1.7B -o request.json",
+        "adaras-export request rule.safetensors -m Qwen/Qwen3-1.7B -o request.json --accept-loss gate",
+    ),
     "verify": (
         "adaras-export verify steered",
         "adaras-export verify steered --offline-hashes --key public.pem",

@@ -1,4 +1,4 @@
-"""From a rule to an artifact that others can trust: `export`, `verify`, `refresh`, `card`, `sign`, `push`."""
+"""From a rule to what others run and can trust: `export`, `request`, `verify`, `refresh`, `card`, `sign`, `push`."""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -14,6 +14,7 @@ from adaras_export.cli.options import (
     Base,
     Json,
     MovedBase,
+    Out,
     Verbose,
     quiet_libraries,
     require_choice,
@@ -126,6 +127,28 @@ def export(
         f"{_checks(report.parity, verbose)}\n{out}: {len(report.files)} files and a receipt{signed}\nreceipt {receipt}"
     )
     show(record | {"receipt": receipt}, text, as_json)
+
+
+def request(
+    rule: Annotated[Path, typer.Argument(help="Rule file.", **A_FILE)],
+    base: Base,
+    out: Out,
+    accept_loss: Annotated[Literal["gate"] | None, typer.Option(help="What EasySteer does not have.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write the request (JSON) with which EasySteer, a fork of vLLM, steers the base model by a rule."""
+    from adaras_export.core.rule import SteeringRule
+
+    read = SteeringRule.load(rule)
+    require_model(base, read.base.revision)
+    from adaras_export.exporters import easysteer
+
+    easysteer.write(read, base, out, without_gate=accept_loss == "gate")
+    lost = [] if read.gate is None else ["gate"]
+    record = {"path": str(out), "rule": read.fingerprint, "layers": read.layers(), "start": read.start, "lost": lost}
+    layers = ", ".join(map(str, read.layers()))
+    text = f"layers {layers} at strength {read.strength:g} from {read.start} on, for every prompt"
+    show(record, f"{out}: {text}; rule {read.fingerprint[:12]}", as_json)
 
 
 def verify(

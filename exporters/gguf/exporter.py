@@ -29,7 +29,13 @@ from adaras_export.exporters.base import (
     require_effect,
     stock_reference,
 )
-from adaras_export.exporters.checkpoint import differing_keys, opened, plain_config, vectors
+from adaras_export.exporters.checkpoint import (
+    differing_keys,
+    opened,
+    plain_config,
+    require_residual_sum,
+    residual_vectors,
+)
 from adaras_export.exporters.checks import Check, Inspection
 from adaras_export.exporters.gguf import files as gguf_files
 from adaras_export.exporters.gguf import reader
@@ -41,7 +47,7 @@ from adaras_export.files.safetensors_record import Array
 
 VECTOR_FILE = "control-vector.gguf"
 
-# What llama.cpp calls the families whose block ends with h + mlp(h) and, in Granite, a factor on mlp(h).
+# What llama.cpp calls the families of `RESIDUAL_FACTORS`.
 _ARCHITECTURES = {
     "llama": "llama",
     "mistral": "llama",
@@ -95,11 +101,11 @@ class GgufExporter:
     def write(self, rule: SteeringRule, base: Checkpoint, out: Path) -> Written:
         """As `Exporter` says."""
         require_effect(rule, "gguf")
-        _require_expressible(rule)
-        config = plain_config(base)
+        require_residual_sum(rule, "gguf")
+        plain_config(base)
         if self.into is None:
             _require_no_layer_0(rule)
-            gguf_files.write(out / VECTOR_FILE, _metadata(rule), _directions(rule, base, config))
+            gguf_files.write(out / VECTOR_FILE, _metadata(rule), _directions(rule, base))
         else:
             assert isinstance(self.into, Path), "a receipt's record is not written from"
             require_carrier(self.into, rule, _ARCHITECTURES[rule.base.family])
@@ -159,14 +165,6 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str)
 
 
-def _require_expressible(rule: SteeringRule) -> None:
-    if rule.base.family not in _ARCHITECTURES:
-        raise ExportError(
-            f"gguf: {rule.base.family} normalises what leaves its MLP, which a vector behind the block would evade; "
-            f"expected one of: {', '.join(_ARCHITECTURES)}; choose target hf, onnx or peft"
-        )
-
-
 def _require_no_layer_0(rule: SteeringRule) -> None:
     if 0 in rule.layers():
         raise ExportError(
@@ -185,15 +183,14 @@ def _metadata(rule: SteeringRule) -> dict[str, Entry]:
     }
 
 
-def _directions(rule: SteeringRule, base: Checkpoint, config: Mapping[str, Any]) -> dict[str, Array]:
+def _directions(rule: SteeringRule, base: Checkpoint) -> dict[str, Array]:
     """The tensors of a control vector: without the strength, which is its scale."""
-    factor = np.float32(config.get("residual_multiplier", 1.0) if rule.base.family == "granite" else 1.0)
-    return {f"direction.{layer}": factor * vector for layer, vector in vectors(rule, base).items()}
+    return {f"direction.{layer}": vector for layer, vector in residual_vectors(rule, base).items()}
 
 
 def _vector_checks(path: Path, rule: SteeringRule, base: Checkpoint) -> list[Check]:
     file, expected_entries = reader.opened(path), _metadata(rule)
-    expected = _directions(rule, base, base.config)
+    expected = _directions(rule, base)
     other = differing_keys(file.entries, expected_entries)
     other += sorted({tensor.name for tensor in file.tensors} - expected.keys())
     other += gguf_files.strange(file, expected)

@@ -52,6 +52,7 @@ COMMANDS = [
     "eval",
     "report",
     "export",
+    "request",
     "verify",
     "refresh",
     "card",
@@ -289,6 +290,19 @@ def test_a_rule_of_a_csv_is_steered_as_the_rows_say(header, run, tmp_path):
     assert rule.gate is None
 
 
+def test_a_request_is_written_once_the_loss_of_the_gate_is_accepted(job, run, tmp_path):
+    args = ["request", job / "rule.safetensors", "-m", MODEL, "-o", tmp_path / "request.json"]
+    status, out, err = run(*args)
+    assert (status, out) == (2, "")
+    assert err.startswith("ExportError: easysteer: cannot express gate; ")
+    status, out, err = run(*args, "--accept-loss", "gate", "--json")
+    rule = SteeringRule.load(job / "rule.safetensors")
+    assert (status, err) == (0, "")
+    assert json.loads(out)["lost"] == ["gate"]
+    [vector] = json.loads((tmp_path / "request.json").read_text())["vectors"]
+    assert (vector["name"], vector["scale"]) == (f"adaras-{rule.fingerprint[:12]}", rule.strength)
+
+
 def test_a_refresh_says_what_it_wrote(job, run, tmp_path):
     folder = shutil.copytree(job / "steered", tmp_path / "steered")
     status, out, err = run("refresh", folder, "--json")
@@ -406,7 +420,9 @@ def test_a_model_is_named_the_same_way_everywhere():
     assert {tuple(sorted(names)) for names in of_model.values()} == {("--model", "-m"), ("--base", "--model", "-m")}
     aliased = {name for name, names in of_model.items() if "--base" in names}
     assert (
-        aliased == {name for name, own in options.items() if "--base" in own} == {"rule", "export", "verify", "refresh"}
+        aliased
+        == {name for name, own in options.items() if "--base" in own}
+        == {"rule", "request", "export", "verify", "refresh"}
     )
 
 
