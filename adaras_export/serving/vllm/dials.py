@@ -9,6 +9,9 @@ from difflib import get_close_matches
 from typing import Any
 
 STRENGTH, THRESHOLD, START, RULE = "steering_strength", "steering_threshold", "steering_start", "steering_rule"
+RESULT = "steering"
+"""The key of a verdict in `RequestOutput.kv_transfer_params`, which vLLM hands to clients as it is."""
+
 _LARGEST = 1e6
 
 

@@ -14,13 +14,10 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from adaras_export.serving.vllm.dials import Dials, dials_of, rules_of
+from adaras_export.serving.vllm.dials import RESULT, Dials, dials_of, rules_of
 from adaras_export.serving.vllm.runner import REPORT
 
 _log = init_logger("vllm.adaras_export")
-
-RESULT = "steering"
-"""The key of a verdict in `RequestOutput.kv_transfer_params`, which vLLM hands to clients as it is."""
 
 
 def make_scheduler(vllm_config: Any, **kwargs: Any) -> Scheduler:
