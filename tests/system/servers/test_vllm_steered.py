@@ -89,7 +89,7 @@ ENGINES = {
     "chunks": Engine({"max_num_batched_tokens": 16}, ALL, shows="mixed"),
     "ahead": Engine({"max_num_batched_tokens": 24}, ALL, ["ahead"], shows="ahead"),
     "few blocks": Engine({"num_gpu_blocks_override": 11}, (*TWICE, "second turns"), shows="preempted"),
-    "drafts": Engine({"speculative_config": NGRAMS}, TWICE, shows="drafts"),
+    "drafts": Engine({"speculative_config": NGRAMS}, TWICE, environment={"NUMBA_DISABLE_JIT": "1"}, shows="drafts"),
     "compiled": Engine({"enforce_eager": False}, (*TWICE, "second turns", "dials"), environment=COMPILE),
     "pieces": Engine({"enforce_eager": False}, TWICE, ["pieces"], COMPILE),
     "two ranks": Engine({"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}, TWICE),
@@ -141,7 +141,9 @@ def test_the_comparison_notices_another_request_another_dial_and_another_verdict
         expected = judges[DEEP].answers(rounds[name])
         for row, answer in zip(found[name], expected[1:], strict=False):
             assert drive.distance(row, answer) > 1
-        turned = [{**row, "verdict": other["verdict"]} for row, other in zip(found[name], found[name][1:], strict=False)]
+        turned = [
+            {**row, "verdict": other["verdict"]} for row, other in zip(found[name], found[name][1:], strict=False)
+        ]
         for row, answer in zip(turned, expected, strict=False):
             with pytest.raises(AssertionError):
                 served.require_round([row], [answer])
@@ -169,7 +171,9 @@ def test_the_comparison_notices_a_fault(fault, play, rounds, judges, record_prop
     for name in names[1:] or names:
         pairs = zip(found[name], judges[DEEP].answers(rounds[name]), strict=True)
         # A prompt of one token is a call of one token, too.
-        distances = [drive.distance(*pair) for pair, asked in zip(pairs, rounds[name], strict=True) if len(asked["ids"]) > 1]
+        distances = [
+            drive.distance(*pair) for pair, asked in zip(pairs, rounds[name], strict=True) if len(asked["ids"]) > 1
+        ]
         record_property(name, distances)
         assert max(distances) > 1
 
@@ -284,9 +288,7 @@ def test_remote_code_is_not_run_where_the_plugin_serves(twice):
     ("trust", "reason"), [(False, "trust"), (True, "vllm does not say where a prompt ends; serve an export to `stock`")]
 )
 def test_without_the_plugin_an_export_is_not_opened(trust, reason, driver, exports):
-    [found] = driver.ask(
-        job(exports[DEEP], engine={"trust_remote_code": trust}, environment={"VLLM_PLUGINS": "none"})
-    )
+    [found] = driver.ask(job(exports[DEEP], engine={"trust_remote_code": trust}, environment={"VLLM_PLUGINS": "none"}))
     assert reason in found["error"]
 
 
