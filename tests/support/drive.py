@@ -36,7 +36,9 @@ def _vllm(driver):
     # Memory for its KV cache; no telemetry; compiling its small kernels takes longer here than it saves.
     settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "TORCHDYNAMO_DISABLE": "1"}
     settings["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return _python(".venv-vllm", SERVERS / driver)._replace(target="test-vllm", settings=settings)
+    version = os.environ.get("VLLM_VERSION", "")  # of `make test-vllm`
+    folder = f".venv-vllm-{version}" if version else ".venv-vllm"
+    return _python(folder, SERVERS / driver)._replace(target="test-vllm", settings=settings)
 
 
 def _llama_server(driver):

@@ -4,6 +4,7 @@ A request is {"ids", "steps", "dials", "lora"}; an answer has the oracle's token
 """
 
 from functools import partial
+from itertools import pairwise
 
 import drive
 import oracle
@@ -49,7 +50,7 @@ def make_rule(folder, model, *, gated=True, layers=(0, 1), seed=0, **fields):
     if gated:
         gate = tiny.make_gate(seed, layers)
         found = sorted(oracle.p_correct(model, row, tiny.plain_gate(gate)) for row in ROWS)[4:-4]
-        _, threshold = max((high - low, (low + high) / 2) for low, high in zip(found, found[1:], strict=False))
+        _, threshold = max((high - low, (low + high) / 2) for low, high in pairwise(found))
         gate = tiny.make_gate(seed, layers, threshold)
     fields = {"neurons": tiny.make_neurons(seed), **fields}
     return tiny.make_rule(BaseModel.of(folder), gate=gate, strength=tiny.STRENGTHS.get(name, 2.0), **fields)

@@ -1,4 +1,4 @@
-"""`hf` exports in vLLM, with the plugin: every answer is the oracle's, whatever vLLM does with its batches and caches."""
+"""`hf` exports in vLLM, with the plugin: whatever it does with batches and caches, every answer is the oracle's."""
 
 import shutil
 from collections import namedtuple
@@ -98,7 +98,7 @@ ENGINES = {
 
 @pytest.fixture(scope="module")
 def play(driver, exports, rounds):
-    """``play(engine, fault, names)``: what an engine makes of its rounds, or of those with ``names``, by their names."""
+    """``play(engine, fault, names)``: what an engine makes of its rounds, or of those named, by their names."""
 
     @cache
     def played(name, fault=None, names=None):
@@ -155,25 +155,22 @@ def test_without_its_start_a_continued_answer_is_another(play, rounds, judges):
         assert drive.distance(row, answer) > 1
 
 
-# What the driver breaks -> an engine and its rounds; in the last one, some rows must be wrong.
-FAULTS = {
-    "no_key": ("whole prompts", ("first", "grown", "second turns")),
-    "no_mask": ("whole prompts", ("first",)),
-    "by_call": ("chunks", ("first",)),
-    "by_call ": ("few blocks", ("first",)),
-}
+# What the driver breaks, an engine, and its rounds: in the last ones some rows must be wrong.
+FAULTS = [
+    ("no_key", "whole prompts", ("first", "grown", "second turns")),
+    ("no_mask", "whole prompts", ("first",)),
+    ("by_call", "chunks", ("first",)),
+    ("by_call", "few blocks", ("first",)),
+]
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_the_comparison_notices_a_fault(fault, play, rounds, judges, record_property):
-    engine, names = FAULTS[fault]
-    found = play(engine, fault.strip(), names)
+@pytest.mark.parametrize(("fault", "engine", "names"), FAULTS, ids=[f"{fault}-{engine}" for fault, engine, _ in FAULTS])
+def test_the_comparison_notices_a_fault(fault, engine, names, play, rounds, judges, record_property):
+    found = play(engine, fault, names)
     for name in names[1:] or names:
-        pairs = zip(found[name], judges[DEEP].answers(rounds[name]), strict=True)
+        triples = zip(found[name], judges[DEEP].answers(rounds[name]), rounds[name], strict=True)
         # A prompt of one token is a call of one token, too.
-        distances = [
-            drive.distance(*pair) for pair, asked in zip(pairs, rounds[name], strict=True) if len(asked["ids"]) > 1
-        ]
+        distances = [drive.distance(row, answer) for row, answer, asked in triples if len(asked["ids"]) > 1]
         record_property(name, distances)
         assert max(distances) > 1
 
