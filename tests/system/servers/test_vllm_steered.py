@@ -29,7 +29,7 @@ RULES = {
     "generated": (DEEP, {"start": "first_generated_token"}),
     "gateless": (DEEP, {"gated": False}),
     "other": (DEEP, {"seed": 1}),
-    "later": (DEEP, {"layers": tiny.GATES[tiny.LAYERS]["later"]}),
+    "later": (DEEP, {"layers": tiny.GATES[tiny.LAYERS]["later"], "start": "first_generated_token"}),
 }
 
 
@@ -276,7 +276,7 @@ def test_models_and_rules_in_one_process_are_not_mixed_up(driver, exports, judge
 
 
 def test_remote_code_is_not_run_where_the_plugin_serves(twice):
-    found, expected = twice(DEEP, engine={"trust_remote_code": True})
+    found, expected = twice(DEEP, engine={"trust_remote_code": True, "model_impl": "vllm"})
     for rows in found:
         served.require_round(rows, expected)
 
@@ -289,6 +289,7 @@ def test_without_the_plugin_an_export_is_not_opened(trust, reason, driver, expor
     assert reason in found["error"]
 
 
+TRANSFORMERS = {"model_impl": "transformers"}
 TRANSFER = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
 # What is asked for -> vLLM's settings for it, and what the refusal has.
 REFUSED = {
@@ -296,7 +297,9 @@ REFUSED = {
     "micro-batches": ({"enable_dbo": True}, "micro-batching"),
     "rounded pages": ({"kv_cache_dtype": "fp8"}, "a KV cache of type fp8"),
     "transferred pages": ({"kv_transfer_config": TRANSFER}, "KV transfer names pages by their tokens"),
-    "Transformers' classes": ({"model_impl": "transformers"}, "the model impl transformers"),
+    "Transformers' classes": (TRANSFORMERS, "Cannot find model module"),
+    "remote classes": ({**TRANSFORMERS, "trust_remote_code": True}, "vllm does not say where a prompt ends"),
+    "classes for satellites": ({"model_impl": "terratorch"}, ""),
     "vectors of texts": ({"runner": "pooling"}, "the runner pooling generates nothing"),
     "embeddings": ({"enable_prompt_embeds": True}, "prompt embeddings"),
     "a scheduler": ({"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "this scheduler would not tell"),
