@@ -299,7 +299,6 @@ REFUSED = {
     "transferred pages": ({"kv_transfer_config": TRANSFER}, "KV transfer names pages by their tokens"),
     "Transformers' classes": (TRANSFORMERS, "Cannot find model module"),
     "remote classes": ({**TRANSFORMERS, "trust_remote_code": True}, "vllm does not say where a prompt ends"),
-    "classes for satellites": ({"model_impl": "terratorch"}, ""),
     "vectors of texts": ({"runner": "pooling"}, "the runner pooling generates nothing"),
     "embeddings": ({"enable_prompt_embeds": True}, "prompt embeddings"),
     "a scheduler": ({"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "this scheduler would not tell"),
