@@ -79,20 +79,23 @@ def job(folder, rounds=(), **more):
 
 
 NGRAMS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
+RANKS = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
 TWICE = ("first", "from the cache")
 ALL = (*TWICE, "grown", "second turns", "dials", "dials again", "continued", "not continued")
 COMPILE = {"TORCHDYNAMO_DISABLE": "0"}
 Engine = namedtuple("Engine", "settings rounds patches environment shows", defaults=[(), {}, None])
-# What vLLM does; ``shows``: what the scheduler must have done.
+# What vLLM does; ``shows``: what must have been seen of it.
 ENGINES = {
     "whole prompts": Engine({}, ALL),
     "chunks": Engine({"max_num_batched_tokens": 16}, ALL, shows="mixed"),
     "ahead": Engine({"max_num_batched_tokens": 24}, ALL, ["ahead"], shows="ahead"),
     "few blocks": Engine({"num_gpu_blocks_override": 11}, (*TWICE, "second turns"), shows="preempted"),
     "drafts": Engine({"speculative_config": NGRAMS}, TWICE, environment={"NUMBA_DISABLE_JIT": "1"}, shows="drafts"),
-    "compiled": Engine({"enforce_eager": False}, (*TWICE, "second turns", "dials"), environment=COMPILE),
-    "pieces": Engine({"enforce_eager": False}, TWICE, ["pieces"], COMPILE),
-    "two ranks": Engine({"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}, TWICE),
+    "compiled": Engine(
+        {"enforce_eager": False}, (*TWICE, "second turns", "dials"), environment=COMPILE, shows="compiled"
+    ),
+    "pieces": Engine({"enforce_eager": False}, TWICE, ["pieces"], COMPILE, shows="pieces"),
+    "two ranks": Engine(RANKS, TWICE, environment={"VLLM_CPU_OMP_THREADS_BIND": "nobind"}),
 }
 
 

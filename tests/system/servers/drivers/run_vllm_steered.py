@@ -3,7 +3,7 @@
 Reads lists of jobs from standard input, one list a line, {"folder", "vocabulary", "engine", "rounds", "patches",
 "environment"}; a round is a list of requests, {"ids", "steps", "dials", "lora"}, that are sent at once, or one request
 that is to be refused. Answers a list with a line: for each job {"rounds": [[{"ids", "logprobs", "verdict", "cached"}]
-or {"error": text}], "seen": what the scheduler did}, or {"error": text} of an engine that does not start.
+or {"error": text}], "seen": what vLLM did}, or {"error": text} of an engine that does not start.
 
 Every list runs in a fork of this process, which has imported vLLM once.
 """
@@ -73,7 +73,8 @@ def pieces():
     from vllm.config import CompilationMode
 
     def change(config):
-        config.compilation_config.mode, config.compilation_config.backend = CompilationMode.VLLM_COMPILE, "eager"
+        compilation = config.compilation_config
+        compilation.mode, compilation.backend, compilation.compile_sizes = CompilationMode.VLLM_COMPILE, "eager", []
 
     configured(change)
 
@@ -168,6 +169,7 @@ def play(llm, requests, vocabulary):
 
 def run(job):
     from vllm import LLM
+    from vllm.compilation.counter import compilation_counter
 
     os.environ.update(job.get("environment", {}))
     for name in job.get("patches", ()):
@@ -177,6 +179,7 @@ def run(job):
     llm = LLM(model=job["folder"], disable_log_stats=True, **{**settings, **job.get("engine", {})})
     seen = watched(llm.llm_engine.engine_core.engine_core.scheduler)
     rounds = [play(llm, requests, job["vocabulary"]) for requests in job["rounds"]]
+    seen |= {"compiled": compilation_counter.num_aot_compiles, "pieces": compilation_counter.num_piecewise_graphs_seen}
     llm.llm_engine.engine_core.shutdown()
     return {"rounds": rounds, "seen": seen}
 
