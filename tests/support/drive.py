@@ -1,7 +1,9 @@
 """Runs exports in the environments of other runtimes, by the drivers in tests/system; judges results."""
 
+import json
 import os
 import shutil
+import subprocess
 import sys
 from collections import namedtuple
 from pathlib import Path
@@ -10,7 +12,7 @@ import pytest
 import torch
 from elsewhere import answered, as_output
 from places import ROOT, TESTS
-from tiny import EOS, LAYERS, PAD, PROMPTS, require_answers
+from tiny import EOS, LAYERS, PAD, PROMPTS, logit_limit, require_answers
 
 DRIVERS = TESTS / "system" / "runtimes" / "drivers"
 SERVERS = TESTS / "system" / "servers" / "drivers"
@@ -33,7 +35,10 @@ def _node(driver):
 def _vllm(driver):
     # Memory for its KV cache; no telemetry; compiling its small kernels takes longer here than it saves.
     settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "TORCHDYNAMO_DISABLE": "1"}
-    return _python(".venv-vllm", SERVERS / driver)._replace(target="test-vllm", settings=settings)
+    settings["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    version = os.environ.get("VLLM_VERSION", "")  # of `make test-vllm`
+    folder = f".venv-vllm-{version}" if version else ".venv-vllm"
+    return _python(folder, SERVERS / driver)._replace(target="test-vllm", settings=settings)
 
 
 def _llama_server(driver):
@@ -58,6 +63,7 @@ RUNTIMES = {
     "page": _python(".venv-runtimes", "run_page.py"),
     "vllm": _vllm("run_vllm.py"),
     "vllm-server": _vllm("run_vllm_server.py"),
+    "vllm-steered": _vllm("run_vllm_steered.py"),
     "transformers-serve": _transformers_serve(),
     "llamacpp": _python(".venv-runtimes", "run_llamacpp.py"),
     "llama-server": _llama_server("run_llama_server.py"),
@@ -74,10 +80,41 @@ def job(folder, key, modes, **more):
 
 def run_driver(runtime, jobs, folder):
     """What the driver of a runtime or server found, by the keys of ``jobs``; ``folder`` is its home."""
-    environment = {"PATH": os.environ["PATH"], "HOME": str(folder), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    environment |= RUNTIMES[runtime].settings
-    found, _ = answered(RUNTIMES[runtime].command, jobs, folder, environment)
+    found, _ = answered(RUNTIMES[runtime].command, jobs, folder, _environment(runtime, folder))
     return dict(zip(jobs, found, strict=True))
+
+
+def _environment(runtime, folder):
+    shared = {"PATH": os.environ["PATH"], "HOME": str(folder), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return shared | RUNTIMES[runtime].settings
+
+
+class Conversation:
+    """A driver that answers each line of jobs with a line of results; ``folder`` is its home and has its log."""
+
+    def __init__(self, runtime, folder):
+        self.log = folder / "log.txt"
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                RUNTIMES[runtime].command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                cwd=folder,
+                env=_environment(runtime, folder),
+            )
+
+    def ask(self, *jobs):
+        print(json.dumps(jobs), file=self.process.stdin, flush=True)
+        line = self.process.stdout.readline()
+        assert line, self.log.read_text()[-4000:]
+        return json.loads(line)
+
+    def end(self):
+        self.process.stdin.close()
+        self.process.wait(60)
+        self.process.stdout.close()
 
 
 def require_built(runtime, *, required):
@@ -100,6 +137,21 @@ def require_result(result, expected):
     for (probability, steered), answer in zip(result["decisions"], gated, strict=True):
         assert probability == pytest.approx(answer["probability"], abs=1e-5)
         assert steered == answer["steered"]
+
+
+def distance(row, answer):
+    """How far a row's table of log-probabilities is from the oracle's, in limits; infinite where tokens differ."""
+    if row["ids"] != answer["ids"]:
+        return float("inf")
+    limit = 2 * logit_limit(answer["logits"])  # both the logit and the normaliser may be off
+    return float((torch.tensor(row["logprobs"]) - answer["logits"].log_softmax(-1)).abs().max()) / limit
+
+
+def require_rows(rows, expected):
+    """Assert that tokens and log-probabilities are the oracle's; the largest distance, in limits."""
+    worst = max(distance(row, answer) for row, answer in zip(rows, expected, strict=True))
+    assert worst <= 1, f"{worst:.3g} times the limit"
+    return worst
 
 
 def as_answers(results):

@@ -43,7 +43,6 @@ def _problems(vllm_config: Any) -> Iterator[str]:
         return
     yield from _rule_problems(settings)
     refused = {
-        f"the model impl {model.model_impl} would leave the plugin's classes out": model.model_impl != "auto",
         f"the runner {model.runner_type} generates nothing": model.runner_type != "generate",
         "prompt embeddings have no tokens to count": model.enable_prompt_embeds,
         "pipeline parallelism: the gate's verdict does not cross stages": parallel.pipeline_parallel_size > 1,

