@@ -2,7 +2,9 @@
 
 import json
 import random
+import shlex
 
+import cards
 import drive
 import llamacpp
 import pytest
@@ -126,6 +128,15 @@ def test_of_requests_at_once_each_is_steered_or_not_as_it_asks(name, jobs, found
     assert 20 < sum(use["lora"][0]["scale"] for _, use in requests) < 40
     expected = [{"logits": torch.stack([known[json.dumps(one)] for one in requests])}]
     assert distance(torch.tensor(found[name, "together"]), expected) <= SLACK
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_the_card_prints_what_is_tested_here(chat):
+    lines = cards.text("gguf-switchable", chat_template=chat).splitlines()
+    [server] = [line for line in lines if line.startswith("llama-server")]
+    assert server.endswith(" -m steered/model-switchable.gguf --lora-scaled steered/steering-lora.gguf:0 --cache-ram 0")
+    [request] = [line for line in lines if line.startswith("curl")]
+    assert json.loads(shlex.split(request)[-1])["lora"] == ON["lora"]
 
 
 # What the card warns of, shown. Where one of these fails, llama.cpp has changed: change the card and docs/which.md.
