@@ -21,7 +21,7 @@ from adaras_export.modeling.loading import load_model
 STEPS, VOCABULARY = 2, 49152
 PROMPT = "Question: Ben has 3 boxes with 12 pens each. How many pens does Ben have?\nAnswer:"
 
-# Of log-probabilities, in limits of `tiny.logit_limit`: measured 0.5 to 0.7. The effect of steering is 10^4 of them.
+# Of log-probabilities, in limits of `tiny.logit_limit`: measured 0.8 and 1.1. The effect of steering is 10^4 of them.
 SLACK = 8
 
 
