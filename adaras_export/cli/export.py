@@ -73,7 +73,10 @@ def export(
         bool, typer.Option("--merge", help="peft: merged into a base that has the biases.", rich_help_panel=_TARGET)
     ] = False,
     switchable: Annotated[
-        bool, typer.Option("--switchable", help="stock: steering as a LoRA, per request.", rich_help_panel=_TARGET)
+        bool,
+        typer.Option(
+            "--switchable", help="stock, gguf with --into: steering as a LoRA, per request.", rich_help_panel=_TARGET
+        ),
     ] = False,
     into: Annotated[
         Path | None,

@@ -58,7 +58,8 @@ class VllmArtifact:
             MissingExtraError: vLLM is not in this environment.
             ArtifactError: vLLM does not open it.
         """
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # read at its import
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # both are read at its import
+        os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
         self._vllm: Any = require("vllm", "vllm", "the runtime vllm")
         try:
             self._engine = self._vllm.LLM(

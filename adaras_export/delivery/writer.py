@@ -50,7 +50,7 @@ class TargetOptions(TypedDict, total=False):
         calibration: onnx: JSONL file of prompts, for the gate's threshold.
         adaptive: peft: with gate and start; needs this library.
         merge: peft: merged into a base that has the biases.
-        switchable: stock: steering as a LoRA, per request.
+        switchable: stock, and gguf with ``into``: steering as a LoRA, per request.
         into: gguf: a GGUF model; the artifact is a copy of it with steering.
     """
 

@@ -1,4 +1,6 @@
-"""Target `gguf`: a control vector for llama.cpp, or with ``into`` a GGUF model that carries the vectors as biases.
+"""Target `gguf`: a control vector for llama.cpp, or with ``into`` a GGUF model that carries the vectors.
+
+The model has them as biases, or with ``switchable`` as a LoRA beside it, which a request can turn on and off.
 
 llama.cpp adds tensor ``direction.l`` of a control vector to what leaves block l, counted from 0. Where only a residual
 sum stands between the down projection and there, that is the folded vector of layer l, exactly. Static: every token
@@ -39,6 +41,7 @@ from adaras_export.exporters.checkpoint import (
 from adaras_export.exporters.checks import Check, Inspection
 from adaras_export.exporters.gguf import files as gguf_files
 from adaras_export.exporters.gguf import reader
+from adaras_export.exporters.gguf import switchable as gguf_switchable
 from adaras_export.exporters.gguf.model import BIAS, FILE, biases, checks, require_carrier, stored_biases
 from adaras_export.exporters.gguf.reader import Entry
 from adaras_export.exporters.manifest import DESCRIBING, Disclosed, files_of
@@ -46,6 +49,7 @@ from adaras_export.exporters.parity import FLOAT32, Artifact, Mode, Play, Refere
 from adaras_export.files.safetensors_record import Array
 
 VECTOR_FILE = "control-vector.gguf"
+_TAGS = {"": ("control-vector",), "_into": (), "_switchable": ("lora",)}
 
 # What llama.cpp calls the families of `RESIDUAL_FACTORS`.
 _ARCHITECTURES = {
@@ -66,61 +70,88 @@ class GgufExporter:
     """The exporter of target `gguf`; ``into`` is a GGUF model, or what the receipt says of it."""
 
     into: Path | Mapping[str, str] | None = None
+    switchable: bool = False
     context: ExportContext | None = None
 
     @property
     def spec(self) -> TargetSpec:
         """As `Exporter` says."""
+        form = "" if self.into is None else "_switchable" if self.switchable else "_into"
         return TargetSpec(
             "gguf",
-            f"exporters/gguf/{'card' if self.into is None else 'card_into'}.md",
+            f"exporters/gguf/card{form}.md",
             self._entries,
-            # The scale of a control vector is a dial, a bias has none.
-            drops=frozenset({"gate", "start"} if self.into is None else {"gate", "start", "dial"}),
-            options=frozenset({"into"}),
+            # The scale of a control vector or a LoRA is a dial, a bias has none.
+            drops=frozenset({"gate", "start", "dial"} if form == "_into" else {"gate", "start"}),
+            options=frozenset({"into", "switchable"}),
             recorded=self._recorded,
             library="llama.cpp",
             relation="adapter" if self.into is None else "finetune",
-            tags=("gguf", "llama.cpp", *(["control-vector"] if self.into is None else [])),
+            tags=("gguf", "llama.cpp", *_TAGS[form]),
         )
 
     def with_context(self, context: ExportContext) -> Exporter:
         """As `Exporter` says."""
-        into = context.options.get("into")
+        into, switchable = context.options.get("into"), bool(context.options.get("switchable", False))
+        if switchable and into is None:
+            raise ExportError(
+                "gguf: --switchable needs --into, too: a GGUF model of the base, such as llama.cpp's "
+                "convert_hf_to_gguf.py writes, quantised or not"
+            )
         if into is None or isinstance(into, Mapping):
             if into is not None and (into.keys() != {"file", "content"} or not all(map(_is_text, into.values()))):
                 raise ArtifactError(f"receipt: says of --into {sorted(into)}; expected content and file; export again")
-            return replace(self, into=into, context=context)
+            return replace(self, into=into, switchable=switchable, context=context)
         if not isinstance(into, str | Path) or not Path(into).is_file():
             raise ExportError(f"gguf: --into {into}: no such file; expected a GGUF model")
-        return replace(self, into=Path(into), context=context)
+        return replace(self, into=Path(into), switchable=switchable, context=context)
 
     def _recorded(self) -> Mapping[str, Any]:
-        return {} if self.into is None else {"into": {"file": self._carrier_name, "content": self._carrier_content}}
+        if self.into is None:
+            return {}
+        switchable = {"switchable": True} if self.switchable else {}
+        return {"into": {"file": self._carrier_name, "content": self._carrier_content}, **switchable}
 
     def write(self, rule: SteeringRule, base: Checkpoint, out: Path) -> Written:
         """As `Exporter` says."""
         require_effect(rule, "gguf")
         require_residual_sum(rule, "gguf")
+        architecture = _ARCHITECTURES[rule.base.family]
+        if self.switchable:
+            gguf_switchable.require_form(architecture)
         plain_config(base)
         if self.into is None:
             _require_no_layer_0(rule)
             gguf_files.write(out / VECTOR_FILE, _metadata(rule), _directions(rule, base))
+            return Written(rule)
+        assert isinstance(self.into, Path), "a receipt's record is not written from"
+        if self.switchable:
+            gguf_switchable.write(rule, base, self.into, out, architecture)
         else:
-            assert isinstance(self.into, Path), "a receipt's record is not written from"
-            require_carrier(self.into, rule, _ARCHITECTURES[rule.base.family])
+            require_carrier(self.into, rule, architecture)
             gguf_files.copy_with(self.into, out / FILE, biases(rule, base))
         return Written(rule)
 
     def inspect(self, folder: Path, rule: SteeringRule, base: Checkpoint) -> Inspection:
         """As `Exporter` says."""
-        path = folder / (VECTOR_FILE if self.into is None else FILE)
-        strange = sorted(files_of(folder).keys() - DESCRIBING - {path.name})
+        strange = sorted(files_of(folder).keys() - DESCRIBING - {*self._files})
         files = Check.empty("files that are not the library's", strange)
-        found = (
-            _vector_checks(path, rule, base) if self.into is None else checks(path, rule, base, self._carrier_content)
-        )
+        found = self._checks(folder, rule, base)
         return Inspection(files, found[0], tuple(found[1:]))
+
+    @property
+    def _files(self) -> tuple[str, ...]:
+        if self.into is None:
+            return (VECTOR_FILE,)
+        return (gguf_switchable.FILE, gguf_switchable.LORA_FILE) if self.switchable else (FILE,)
+
+    def _checks(self, folder: Path, rule: SteeringRule, base: Checkpoint) -> list[Check]:
+        if self.into is None:
+            return _vector_checks(folder / VECTOR_FILE, rule, base)
+        if self.switchable:
+            architecture = _ARCHITECTURES[rule.base.family]
+            return gguf_switchable.checks(folder, rule, base, self._carrier_content, architecture)
+        return checks(folder / FILE, rule, base, self._carrier_content)
 
     def reference(self, folder: Path, rule: SteeringRule, base: Checkpoint) -> Reference:  # noqa: ARG002
         """As `Exporter` says."""
@@ -129,23 +160,28 @@ class GgufExporter:
     def load(self, folder: Path) -> Artifact:
         """As `Exporter` says: the stock base, with the vectors of the file added where the format says.
 
-        Of a GGUF model, whose weights may be quantised, only the biases are played.
+        Of a GGUF model, whose weights may be quantised, only biases or LoRA are played.
         """
         place = self.context
         assert place is not None, "only a context says where the base is"
         name, commit = (place.base_elsewhere, None) if place.base_elsewhere else (place.base_id, place.base_revision)
         model, _ = opened(name, revision=commit)
+        where = families.down_projection
         if self.into is None:
             directions, where = _stored_directions(folder / VECTOR_FILE), families.decoder_layer
+        elif self.switchable:
+            directions = gguf_switchable.stored_vectors(folder)
         else:
-            directions, where = stored_biases(folder / FILE), families.down_projection
+            directions = stored_biases(folder / FILE)
         changes = {where(model, layer): torch.from_numpy(vector) for layer, vector in directions.items()}
-        return _Player(model, changes, switchable=self.into is None)
+        return _Player(model, changes, switchable=self.into is None or self.switchable)
 
     def _entries(self, folder: Path, _base_tensors: Mapping[str, str]) -> Sequence[Disclosed]:
         if self.into is None:
             return gguf_files.disclosed(folder, VECTOR_FILE)
-        return gguf_files.disclosed(folder, FILE, ending=BIAS)
+        if self.switchable:
+            return gguf_switchable.disclosed(folder)
+        return gguf_files.disclosed(folder, FILE, lambda name: "added" if name.endswith(BIAS) else None)
 
     @property
     def _carrier_name(self) -> str:
@@ -194,7 +230,7 @@ def _vector_checks(path: Path, rule: SteeringRule, base: Checkpoint) -> list[Che
     other = differing_keys(file.entries, expected_entries)
     other += sorted({tensor.name for tensor in file.tensors} - expected.keys())
     other += gguf_files.strange(file, expected)
-    wrong = gguf_files.differing(gguf_files.vectors(file), expected)
+    wrong = gguf_files.differing(gguf_files.floats(file), expected)
     return [
         Check.empty("metadata entries or tensors that differ", other),
         Check.empty("directions that differ", wrong),
@@ -205,7 +241,7 @@ def _stored_directions(path: Path) -> dict[int, Array]:
     """The vectors of a control vector by 0-based layer, times the scale that it is meant for."""
     file = reader.opened(path)
     scale = np.float32(file.entries["adaras.strength"][1])
-    return {int(name.removeprefix("direction.")): scale * value for name, value in gguf_files.vectors(file).items()}
+    return {int(name.removeprefix("direction.")): scale * value for name, value in gguf_files.floats(file).items()}
 
 
 class _Player:

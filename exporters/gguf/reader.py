@@ -43,26 +43,23 @@ _LARGEST_ALIGNMENT = 1 << 20
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor's record, and where record and values lie, in bytes from the beginning of the file."""
+    """A tensor's record, and where its values lie, in bytes from the beginning of the file."""
 
     name: str
     kind: GGMLQuantizationType
     shape: tuple[int, ...]
-    record: int
-    record_size: int
     place: int
     size: int
 
 
 @dataclass(frozen=True)
 class Gguf:
-    """The entries and tensors of a file, and where its parts lie, in bytes from its beginning."""
+    """The entries and tensors of a file, and where they lie, in bytes from its beginning."""
 
     path: Path
     entries: dict[str, Entry]
+    entry_places: dict[str, tuple[int, int]]
     tensors: tuple[Tensor, ...]
-    records: int
-    records_end: int
     data_start: int
     alignment: int
 
@@ -72,10 +69,11 @@ class Gguf:
         return max((tensor.place + tensor.size for tensor in self.tensors), default=self.data_start)
 
     def values(self, tensor: Tensor) -> Array:
-        """The values of a float32 tensor, mapped into memory."""
+        """The values of a float32 tensor, mapped into memory; GGUF has the last axis first."""
+        shape = tensor.shape[::-1]
         if not tensor.size:
-            return np.zeros(tensor.shape, np.float32)
-        return np.memmap(self.path, "<f4", "r", tensor.place, tensor.shape)
+            return np.zeros(shape, np.float32)
+        return np.memmap(self.path, "<f4", "r", tensor.place, shape)
 
 
 def opened(path: Path) -> Gguf:
@@ -107,18 +105,19 @@ class _Cursor:
             raise UnreadableError(f"is of version {version}, or big-endian; only versions 2 and 3 are read")
         count = self.count("Q", _MOST_TENSORS, "tensors")
         entries: dict[str, Entry] = {}
+        places: dict[str, tuple[int, int]] = {}
         for _ in range(self.count("Q", _MOST_ENTRIES, "entries")):
-            name = self.text()
+            start, name = self.file.tell(), self.text()
             if name in entries:
                 raise UnreadableError(f"has the entry {name!r} twice")
             entries[name] = self.entry()
+            places[name] = start, self.file.tell()
         alignment = _alignment(entries.get("general.alignment"))
-        records, unplaced = self.file.tell(), [self.tensor() for _ in range(count)]
-        end = self.file.tell()
-        data_start = -(-end // alignment) * alignment
+        unplaced = [self.tensor() for _ in range(count)]
+        data_start = -(-self.file.tell() // alignment) * alignment
         tensors = tuple(replace(tensor, place=data_start + tensor.place) for tensor in unplaced)
         self.require_places(tensors)
-        return Gguf(self.path, entries, tensors, records, end, data_start, alignment)
+        return Gguf(self.path, entries, places, tensors, data_start, alignment)
 
     def take(self, count: int) -> bytes:
         if len(content := self.file.read(count)) < count:
@@ -165,14 +164,16 @@ class _Cursor:
 
     def tensor(self) -> Tensor:
         """A tensor by its record; its place is from the beginning of the data."""
-        record, name = self.file.tell(), self.text()
+        name = self.text()
         shape = tuple(self.count("Q", 1 << 48, "along an axis") for _ in range(self.count("I", _MOST_AXES, "axes")))
         code = self.number("I")
         if code not in _KINDS:
             raise UnreadableError(f"has {name!r} of the unknown type {code}")
         block, width = GGML_QUANT_SIZES[_KINDS[code]]
+        if shape and shape[0] % block:
+            raise UnreadableError(f"has {name!r} with {shape[0]} values in a row, which are no whole blocks of {block}")
         place, size = self.number("Q"), math.prod(shape) * width // block
-        return Tensor(name, _KINDS[code], shape, record, self.file.tell() - record, place, size)
+        return Tensor(name, _KINDS[code], shape, place, size)
 
     def require_places(self, tensors: Sequence[Tensor]) -> None:
         """Refuse two tensors of one name, and values that are outside the file or shared: many could hash for hours."""

@@ -19,7 +19,7 @@ from adaras_export.files.safetensors_record import Array
 # One neuron is enough; 32 keep the MLP width divisible by the number of GPUs and by the block size of kernels.
 NEURONS = 32
 # In float32, bfloat16 and float16, silu(32) is 32 and 1/32 is exact, so their product is exactly 1.
-_GATE, _UP = 32.0, 1 / 32
+GATE, UP = 32.0, 1 / 32
 
 _GATED = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
@@ -51,7 +51,7 @@ def constants(base: Checkpoint, count: int, zeros: Mapping[str, Array]) -> dict[
     """The gate and up biases of ``count`` layers: those of the base, or zeros, and those of the new neurons."""
     biases = {}
     for layer in range(count):
-        for path, value in zip(_GATED[:2], (_GATE, _UP), strict=True):
+        for path, value in zip(_GATED[:2], (GATE, UP), strict=True):
             name, new = f"{base.layers_key}.{layer}.{path}.bias", np.zeros(NEURONS)
             new[0] = value
             before = zeros[name] if name in zeros else stored(base.files, name)

@@ -73,13 +73,13 @@ def padded(tensor: Stream, axis: int, count: int) -> Stream:
             yield from tensor.pieces()
             yield gap
             return
-        for row in _runs(tensor.pieces(), columns * tensor.width):
+        for row in runs(tensor.pieces(), columns * tensor.width):
             yield row + gap
 
     return Stream(tensor.dtype, shape, pieces)
 
 
-def _runs(pieces: Iterator[bytes], length: int) -> Iterator[bytes]:
+def runs(pieces: Iterator[bytes], length: int) -> Iterator[bytes]:
     """The same bytes in runs of ``length``."""
     rest = b""
     for piece in pieces:

@@ -71,7 +71,7 @@ def structure(card):
 def named(target, name, *, chat):
     """The card of a target where everything that a stranger can name is called ``name``."""
     base = replace(cards.BASE, id=name, revision=name)
-    changes = {"options": {"into": {"file": name}}} if target == "gguf-into" else {}
+    changes = {"options": {"into": {"file": name}}} if target in ("gguf-into", "gguf-switchable") else {}
     card = cards.card(
         target,
         replace(RULE, base=base),
@@ -114,7 +114,15 @@ def test_where_the_base_has_a_chat_template_the_code_uses_it(name):
     """Symptom: the card of a chat model asked without its template: garbage, and a gate that read another prompt."""
     blocks = (fences(text(name, chat_template=chat)) for chat in (True, False))
     asking = [(one.content, other.content) for one, other in zip(*blocks, strict=True) if "12 times 7" in one.content]
-    ways = ("apply_chat_template", 'prompt = [{"role"', "engine.chat(", "generate([{ role", "steered 'What", " -st ")
+    ways = (
+        "apply_chat_template",
+        'prompt = [{"role"',
+        "engine.chat(",
+        "generate([{ role",
+        "steered 'What",
+        " -st ",
+        '{"messages":',
+    )
     assert asking
     for chat, plain in asking:
         assert any(way in chat for way in ways)

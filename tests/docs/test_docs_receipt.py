@@ -53,7 +53,14 @@ def test_strength_zero_is_null_where_the_page_says_so(exported):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "switchable"), [("stock", False), ("peft-merge", False), ("gguf-into", False), ("stock-switchable", True)]
+    ("name", "switchable"),
+    [
+        ("stock", False),
+        ("peft-merge", False),
+        ("gguf-into", False),
+        ("stock-switchable", True),
+        ("gguf-switchable", True),
+    ],
 )
 def test_strength_zero_of_static_targets_is_as_the_page_says(name, switchable, exported):
     found = receipt_of(exported[name])["strength_zero"]

@@ -10,7 +10,8 @@ from adaras_export.errors import ExportError
 from adaras_export.exporters import TARGETS, load
 from adaras_export.exporters.base import ExportContext
 from adaras_export.exporters.gguf.exporter import _ARCHITECTURES
-from adaras_export.exporters.gguf.model import _CARRIERS
+from adaras_export.exporters.gguf.model import CARRIERS
+from adaras_export.exporters.gguf.switchable import WRITTEN_AS
 from adaras_export.exporters.stock.constant_neuron import wider
 from adaras_export.exporters.stock.families import FORMS
 
@@ -71,7 +72,8 @@ def test_the_families_are_those_of_the_exporters():
         assert whole == "yes"
         assert stock.startswith("no") is (family not in FORMS)
         assert gguf.startswith("yes") is (family in _ARCHITECTURES)
-        assert ("--into" in gguf) is (_ARCHITECTURES.get(family) in _CARRIERS)
+        assert ("--into" in gguf) is (_ARCHITECTURES.get(family) in CARRIERS)
+        assert ("--switchable" in gguf) is (_ARCHITECTURES.get(family) in WRITTEN_AS)
 
 
 @pytest.mark.parametrize("family", FORMS)

@@ -32,6 +32,7 @@ STEERING = {
     "stock-switchable": ("steering-lora/adapter_model.safetensors", LORA + "weight"),
     "gguf": ("control-vector.gguf", "direction.{}"),
     "gguf-into": ("model-steered.gguf", "blk.{}.ffn_down.bias"),
+    "gguf-switchable": ("steering-lora.gguf", "blk.{}.ffn_down.weight.lora_b"),
 }
 GATES = {
     "hf": "model.steering_gate.output_bias",

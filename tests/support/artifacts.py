@@ -27,6 +27,7 @@ EXPORTS = {
     "stock-switchable": ("stock", KEY, {"accept_loss": STATIC, "switchable": True}),
     "gguf": ("gguf", KEY, {"accept_loss": STATIC}),
     "gguf-into": ("gguf", KEY, {"accept_loss": STATIC, "into": "model.gguf"}),
+    "gguf-switchable": ("gguf", KEY, {"accept_loss": STATIC, "into": "model.gguf", "switchable": True}),
 }
 
 

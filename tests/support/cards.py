@@ -36,6 +36,7 @@ TARGETS = {
     "stock-switchable": ("stock", {"switchable": True}),
     "gguf": ("gguf", {}),
     "gguf-into": ("gguf", {"into": {"file": "tiny-q4.gguf", "content": "0" * 64}}),
+    "gguf-switchable": ("gguf", {"into": {"file": "tiny-q4.gguf", "content": "0" * 64}, "switchable": True}),
 }
 
 
@@ -149,7 +150,7 @@ COMPARISON = {
     "mean_tokens": 20.25,
     "gaps": [gap("gated"), gap("everywhere", -0.01, 0.23)],
 }
-CHATTING = ("hf", "onnx", "peft", "stock-switchable", "gguf")  # whose code is of different kinds
+CHATTING = ("hf", "onnx", "peft", "stock-switchable", "gguf", "gguf-switchable")  # whose code is of different kinds
 ASKED = [{"role": "user", "content": "785+963"}]
 DRAWS = (*range(245, 263), 262, 259)  # as many as a rank test needs
 GAIN = evaluation(
@@ -187,5 +188,6 @@ CASES = {
 GOLDEN = (
     *("chat-hf", "target-hf-thin", "target-peft", "target-peft-adaptive", "target-peft-merge", "target-stock"),
     *("chat-stock-switchable", "chat-onnx", "target-onnx-int4-page", "target-gguf", "target-gguf-into"),
+    "chat-gguf-switchable",
     *("state-gain", "state-static-compared", "state-ungated-local-base"),
 )

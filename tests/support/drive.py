@@ -66,6 +66,7 @@ RUNTIMES = {
     "vllm-steered": _vllm("run_vllm_steered.py"),
     "transformers-serve": _transformers_serve(),
     "llamacpp": _python(".venv-runtimes", "run_llamacpp.py"),
+    "llamacpp-server": _python(".venv-runtimes", SERVERS / "run_llamacpp_server.py"),
     "llama-server": _llama_server("run_llama_server.py"),
     "modelscan": Environment([VENV / "bin" / "modelscan"], VENV / ".scan", "test"),
 }

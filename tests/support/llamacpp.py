@@ -1,5 +1,6 @@
 """Bases as GGUF models, exports of target `gguf` for them, and what the oracle says of both: for tests of llama.cpp."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,7 @@ from adaras_export.exporters.base import ExportContext
 
 NAMES = ("llama", "llama-biased", "mistral", "qwen2", "qwen3", "granite", "smollm3", "phi3", "gpt_neox", "gpt2")
 CARRIERS = ("llama", "mistral", "granite")  # what --into takes
+SWITCHABLE = ("llama", "mistral", "granite", "qwen2")  # and with --switchable
 _CHANGES = {"smollm3": {"no_rope_layer_interval": 4}}  # llama.cpp knows no other
 
 # In limits of `tiny.logit_limit`: measured up to 0.6. GELU it approximates and looks up in a table of 16 bits, steered
@@ -30,10 +32,11 @@ class Case:
 
     name: str
     folder: Path
+    changes: Mapping[str, Any]
 
     @cached_property
     def base(self) -> Path:
-        return tiny.save_base(self.name, self.folder / "base", **_CHANGES.get(self.name, {}))
+        return tiny.save_base(self.name, self.folder / "base", **{**_CHANGES.get(self.name, {}), **self.changes})
 
     @cached_property
     def model(self) -> Any:
@@ -60,6 +63,11 @@ class Case:
     def steered(self) -> Path:
         return self.exported(self.low_rule, "into", into=self.gguf) / "model-steered.gguf"
 
+    @cached_property
+    def switchable(self) -> Path:
+        """The folder of a model with a LoRA."""
+        return self.exported(self.low_rule, "switchable", into=self.gguf, switchable=True)
+
     def exported(self, rule: SteeringRule, name: str, **options: Any) -> Path:
         from adaras_export.exporters.gguf.exporter import EXPORTER
 
@@ -70,9 +78,15 @@ class Case:
 
     def told(self, rule: SteeringRule) -> list[dict[str, Any]]:
         """What the oracle says where every token is steered."""
-        return tiny.answers_everywhere(self.model, rule)
+        if rule.fingerprint not in self._told:
+            self._told[rule.fingerprint] = tiny.answers_everywhere(self.model, rule)
+        return self._told[rule.fingerprint]
+
+    @cached_property
+    def _told(self) -> dict[str, list[dict[str, Any]]]:
+        return {}
 
 
-def cases(tmp_path_factory: Any) -> Any:
-    """`Case` by name."""
-    return tiny.Lazy(lambda name: Case(name, tmp_path_factory.mktemp(name)))
+def cases(tmp_path_factory: Any, **changes: Any) -> Any:
+    """`Case` by name, with these changes of the base's config."""
+    return tiny.Lazy(lambda name: Case(name, tmp_path_factory.mktemp(name), changes))

@@ -37,6 +37,7 @@ EXPORTS = {
     "stock-switchable": ("llama", "stock", {"switchable": True}),
     "gguf": ("llama", "gguf", {}),
     "gguf-into": ("llama", "gguf", {"into": "base.gguf"}),
+    "gguf-switchable": ("llama", "gguf", {"into": "base.gguf", "switchable": True}),
     "onnx-genai": ("toy", "onnx", {"genai": True}),
     "onnx-int4": ("toy", "onnx", {"precision": "int4", "inline": True}),
 }

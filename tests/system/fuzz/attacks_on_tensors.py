@@ -60,9 +60,9 @@ def _long_text(name):
     return struct.pack("<Q4sIQ", 4, name.encode(), 8, 1 << 20) + bytes(1 << 20)
 
 
-def _record(name, place):
-    """The record of a vector of four float32 numbers."""
-    return name.encode() + struct.pack("<IQIQ", 1, 4, 0, place)
+def _record(name, place, kind=0):
+    """The record of a vector of four numbers, float32 or of another type."""
+    return name.encode() + struct.pack("<IQIQ", 1, 4, kind, place)
 
 
 RULE = values()["rule"].to_bytes()
@@ -241,6 +241,10 @@ GGUF_ATTACKS = {
         "aligns its tensors to 2147483648 bytes",
     ),
     "cut off in the tensors": (gguf()[:-80], "ends before the values of 'direction.2' do"),
+    "half a block": (
+        gguf(_record("direction.2", 32), _record("direction.2", 32, kind=8)),
+        "has 'direction.2' with 4 values in a row, which are no whole blocks of 32",
+    ),
     "tensors that share their bytes": (
         gguf(_record("direction.2", 32), _record("direction.2", 0)),
         "has 'direction.2' where the values of another tensor are",

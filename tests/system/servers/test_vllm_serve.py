@@ -185,7 +185,7 @@ def test_verify_compares_an_export_in_the_engine_of_this_machine(fault, folder, 
         check=False,
     )
     assert done.returncode == (1 if fault else 0), done.stderr.decode()[-3000:]
-    checks = {check["name"]: check["ok"] for check in json.loads(done.stdout)["checks"]}
+    checks = {check["check"]: check["ok"] for check in json.loads(done.stdout)["checks"]}
     assert checks["steered always, decode logits"] == (not fault)
     assert checks["off, decode logits"]
 

@@ -48,9 +48,9 @@ def listens(url):
         return False
 
 
-def ask(url, prompt, vocabulary):
+def ask(url, prompt, vocabulary, **more):
     """Log-probabilities of all tokens behind a prompt. The cache of the prompt before is used, as in generating."""
-    asked = {"prompt": prompt, "n_predict": 1, "n_probs": vocabulary, "cache_prompt": True, "temperature": 0}
+    asked = {"prompt": prompt, "n_predict": 1, "n_probs": vocabulary, "cache_prompt": True, "temperature": 0, **more}
     asked["logit_bias"] = [[_PRINTABLE, 1e6]]  # for what is chosen, not for what is said of the others
     request = urllib.request.Request(url, json.dumps(asked).encode(), {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=_SECONDS) as response:
