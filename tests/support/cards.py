@@ -186,15 +186,14 @@ CASES = {
 }
 # Those with golden files: each kind of code, with a chat template or without, and each form of what effects are said.
 GOLDEN = (
+    *("chat-hf", "target-hf-thin", "target-peft", "target-peft-adaptive", "target-peft-merge", "target-stock"),
     *(
-        "chat-hf",
-        "target-hf-thin",
-        "target-peft",
         "target-peft-start-at",
-        "target-peft-adaptive",
-        "target-peft-merge",
-        "target-stock",
+        "chat-stock-switchable",
+        "chat-onnx",
+        "target-onnx-int4-page",
+        "target-gguf",
+        "target-gguf-into",
     ),
-    *("chat-stock-switchable", "chat-onnx", "target-onnx-int4-page", "target-gguf", "target-gguf-into"),
     *("state-gain", "state-static-compared", "state-ungated-local-base"),
 )
