@@ -15,6 +15,8 @@ OLDER := .venv-4.57
 PEERS := .venv-peers
 # It has neither torch nor Transformers, to show that exported graphs and GGUF files need none.
 RUNTIMES := .venv-runtimes
+# It has MLX, and the Transformers that mlx-lm takes; no torch.
+MLX := .venv-mlx
 # It has onnxruntime-gpu, which is one folder with onnxruntime: what is installed last overwrites the other.
 ORT_GPU := .venv-ort-gpu
 # It has the Transformers that vLLM pins. VLLM_VERSION is empty, or that of another constraints-vllm-VERSION.txt.
@@ -62,9 +64,10 @@ test-matrix: $(INSTALLED) $(OLDER)/.installed $(PEERS)/.installed
 	$(PEERS)/bin/python -m pytest tests/exporters/test_loading.py tests/exporters/test_lm_eval.py -k "quantised or test_lm_eval"
 	$(BIN)/python tests/support/modes.py $(if $(UPDATE),,--check) build/modes-4.json build/modes-5.json
 
-# Exported graphs and GGUF files in every runtime. One that is missing is a failure here, and a skip where pytest is
-# called without the option. Needs Node 20 or later, and Debian's chromium.
-test-runtimes: $(SMOLLM2) $(OLDER)/.installed $(RUNTIMES)/.installed $(ORT_GPU)/.installed $(NODE)/node_modules/.installed
+# Exported graphs, checkpoints and GGUF files in every runtime. One that is missing is a failure here, and a skip where
+# pytest is called without the option. Needs Node 20 or later, and Debian's chromium.
+test-runtimes: $(SMOLLM2) $(OLDER)/.installed $(RUNTIMES)/.installed $(MLX)/.installed $(ORT_GPU)/.installed \
+		$(NODE)/node_modules/.installed
 	$(BIN)/python -m pytest tests/system/runtimes --require-runtimes
 
 # Exports, steering in memory and PEFT against the oracle, with the newest releases that the registry serves today: only
@@ -122,7 +125,7 @@ fuzz: $(FUZZ)  ## every reader of foreign files, guided by coverage: 32 minutes
 		-rss_limit_mb=2048 -max_len=8192 -print_final_stats=1
 
 clean:
-	rm -rf $(VENV) $(OLDER) $(PEERS) $(RUNTIMES) $(ORT_GPU) $(VLLM) $(NEWEST) $(NODE)/node_modules .cache build dist \
+	rm -rf $(VENV) $(OLDER) $(PEERS) $(RUNTIMES) $(MLX) $(ORT_GPU) $(VLLM) $(NEWEST) $(NODE)/node_modules .cache build dist \
 		demo-out demo-smollm2-out
 
 # torch comes from constraints.txt, which pins a CPU build; see there for other hardware.
@@ -162,6 +165,12 @@ $(RUNTIMES)/.installed: constraints.txt
 	test -x $(RUNTIMES)/bin/python || $(PYTHON) -m venv $(RUNTIMES)
 	$(RUNTIMES)/bin/python $(PIP) --constraint constraints.txt onnxruntime onnxruntime-genai openvino tokenizers jinja2 playwright \
 		xllamacpp gguf
+	touch $@
+
+# `mlx` alone has no kernels on Linux; `mlx-cpu` has those of the CPU.
+$(MLX)/.installed: constraints.txt
+	test -x $(MLX)/bin/python || $(PYTHON) -m venv $(MLX)
+	$(MLX)/bin/python $(PIP) --constraint constraints.txt mlx mlx-cpu mlx-lm
 	touch $@
 
 $(ORT_GPU)/.installed: constraints.txt

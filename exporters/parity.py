@@ -128,12 +128,14 @@ class Reference:
         vocabulary: the number of token ids.
         context: the context length in tokens.
         whole: runs the whole rule; None if the format can express all of it.
+        last_token: the token that every prompt must end with; None if any may.
     """
 
     player: Player
     vocabulary: int
     context: int
     whole: Player | None = None
+    last_token: int | None = None
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,8 @@ def rehearse(reference: Reference) -> Script:
     generator = torch.Generator().manual_seed(0)
     lengths = [min(length, reference.context - STEPS) for length in _LENGTHS]
     draw = [torch.randint(reference.vocabulary, (length,), generator=generator).tolist() for length in lengths]
-    rows = tuple(tuple(row) for row in draw)
+    end = reference.last_token
+    rows = tuple(tuple(row) if end is None else (*row[:-1], end) for row in draw)
     modes: dict[str, Mode] = {"by the rule": "rule", "off": "off"}
     if reference.whole is None:  # otherwise every row is steered by the rule
         modes["steered always"] = "always"
@@ -296,15 +299,16 @@ def play_model(model: Callable[..., Any], rows: Sequence[Sequence[int]], follow_
 
 
 @torch.no_grad()
-def generate_logits(model: Any, rows: Sequence[Sequence[int]], follow_BS: Tensor) -> Tensor:  # noqa: ANN401
-    """Logits of `generate()` of a Transformers or PEFT model, forced to generate ``follow_BS``; see `Generating`."""
+def generate_logits(model: Any, rows: Sequence[Sequence[int]], follow_BS: Tensor | None) -> Tensor:  # noqa: ANN401
+    """Logits of `generate()` of a Transformers or PEFT model, forced to generate ``follow_BS`` if that is given."""
     ids, mask = left_pad(rows, 0, "cpu")
     settings: Any = GenerationConfig
-    greedy = settings(max_new_tokens=follow_BS.shape[1], do_sample=False, num_beams=1, pad_token_id=0)
+    greedy = settings(max_new_tokens=STEPS, do_sample=False, num_beams=1, pad_token_id=0)
+    forced = [] if follow_BS is None else [_Following(follow_BS, ids.shape[1])]
     found = with_defaults(model, greedy).generate(
         input_ids=ids,
         attention_mask=mask,
-        logits_processor=LogitsProcessorList([_Following(follow_BS, ids.shape[1])]),
+        logits_processor=LogitsProcessorList(forced),
         output_logits=True,
         return_dict_in_generate=True,
     )

@@ -20,6 +20,7 @@ from adaras_export.cli.options import (
     require_choice,
     require_model,
     show,
+    unescaped,
     warn,
 )
 from adaras_export.errors import ParityError
@@ -72,6 +73,13 @@ def export(
     merge: Annotated[
         bool, typer.Option("--merge", help="peft: merged into a base that has the biases.", rich_help_panel=_TARGET)
     ] = False,
+    start_at: Annotated[
+        str | None,
+        typer.Option(
+            help="peft: text that every prompt ends with (\\n: a line end); steers from its last token on.",
+            rich_help_panel=_TARGET,
+        ),
+    ] = None,
     switchable: Annotated[
         bool,
         typer.Option(
@@ -108,6 +116,7 @@ def export(
         "calibration": calibration,
         "adaptive": adaptive,
         "merge": merge,
+        "start_at": unescaped(start_at),
         "switchable": switchable,
         "into": into,
     }

@@ -37,8 +37,8 @@ class Way:
         return self.target if self.option is None else f"{self.target} --{self.option}"
 
 
-# What docs/which.md has, in its order, but for what needs no other library (onnx --inline), a file of the user's
-# (gguf --into) or a download (onnx --page).
+# What docs/which.md has, in its order, but for what needs no other library (onnx --inline, peft --start-at), a file of
+# the user's (gguf --into) or a download (onnx --page).
 WAYS = (
     Way("hf"),
     Way("hf-thin"),

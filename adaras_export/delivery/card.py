@@ -72,12 +72,15 @@ class Card:
         return self.rule.base if self.rule.base.revision is not None else self.receipt.base
 
     def _example(self) -> Example:
-        """A question of the evaluation as it was asked there, or any one as the base wants it."""
+        """A question as the evaluation or else the base has it, with the end that the artifact needs."""
         example = None if self.measured is None else self.measured.example
-        return example or Example("What is 12 times 7?", self.receipt.chat_template)
+        example = example or Example("What is 12 times 7?", self.receipt.chat_template)
+        end = self.receipt.options.get("start_at", "")
+        return example if example.chat or example.text.endswith(end) else replace(example, text=example.text + end)
 
     def _arm_name(self) -> str:
-        return computed_arm(static="start" in self.receipt.drops, gated=self.rule.gate is not None)
+        drops = self.receipt.drops
+        return computed_arm(static="start" in drops, gated=self.rule.gate is not None and "gate" not in drops)
 
     def _claimed(self) -> Arm | None:
         """The result that machines may read: of the arm that this artifact computes, as it does, on unseen questions.
@@ -90,10 +93,11 @@ class Card:
 
     def _command(self) -> Markdown:
         """What evaluates the arm that the artifact computes."""
-        if "start" not in self.receipt.drops:
+        if not {"gate", "start"}.intersection(self.receipt.drops):
             return Markdown("`adaras-export eval`")
         gated = "gated," if self.rule.gate is not None else ""
-        return Markdown(f"`adaras-export eval --compare {gated}always,everywhere`")
+        everywhere = ",everywhere" if "start" in self.receipt.drops else ""
+        return Markdown(f"`adaras-export eval --compare {gated}always{everywhere}`")
 
     def _effect(self) -> Markdown | None:
         if self.measured is None:

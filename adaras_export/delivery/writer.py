@@ -50,6 +50,7 @@ class TargetOptions(TypedDict, total=False):
         calibration: onnx: JSONL file of prompts, for the gate's threshold.
         adaptive: peft: with gate and start; needs this library.
         merge: peft: merged into a base that has the biases.
+        start_at: peft: the text that every prompt ends with; steering starts at its last token.
         switchable: stock, and gguf with ``into``: steering as a LoRA, per request.
         into: gguf: a GGUF model; the artifact is a copy of it with steering.
     """
@@ -61,6 +62,7 @@ class TargetOptions(TypedDict, total=False):
     calibration: str | Path
     adaptive: bool
     merge: bool
+    start_at: str
     switchable: bool
     into: str | Path
 

@@ -1,8 +1,9 @@
 """Target `peft`: a stock LoRA adapter with biases only, which any PEFT >= 0.18 opens without this library.
 
 W_down[:, idx] @ delta is a constant, so a LoRA with `lora_bias` and A = B = 0 holds it exactly. It has no gate and no
-start: every token of every sequence is steered. Option `merge` writes an ordinary checkpoint instead (merge.py), option
-`adaptive` an adapter of our method, with gate and start (adaptive.py).
+start: every token of every sequence is steered. Options choose another form: `start_at` an adapter with a start
+(start.py), `merge` an ordinary checkpoint (merge.py), `adaptive` an adapter of our method, with gate and start
+(adaptive.py).
 """
 
 from collections.abc import Sequence
@@ -48,7 +49,7 @@ from adaras_export.files.safetensors_record import Array
 _CODE = {".py", ".bin", ".pt", ".pth", ".pkl"}  # files that could run when a folder is opened, including pickles
 
 
-OPTIONS = frozenset({"adaptive", "merge"})
+OPTIONS = frozenset({"adaptive", "merge", "start_at"})
 """Options of target `peft`, in all its forms."""
 
 

@@ -102,7 +102,7 @@ def expressed(config: Mapping[str, Any], family: str, dtype: str, subject: str) 
     named = config.get("dtype") or config.get("torch_dtype") or dtype
     kept = {key: value for key, value in config.items() if key != "auto_map"}
     if form.always:
-        return {**kept, "architectures": [form.architecture], "dtype": named}
+        return {**kept, **_older_entries(config, family), "architectures": [form.architecture], "dtype": named}
     rope = _given_rope(config, subject)
     read = _read(config, family)
     rope = _rope(rope, config.get("rope_theta"), read)
@@ -114,6 +114,18 @@ def expressed(config: Mapping[str, Any], family: str, dtype: str, subject: str) 
     heads = {"head_dim": getattr(read, "head_dim", None) or read.hidden_size // read.num_attention_heads}
     bias = {"attention_bias": form.output or bool(getattr(read, "attention_bias", False))}
     return {**passed, **heads, **bias, **_dense(form, read), **ours, "model_type": form.model_type}
+
+
+def _older_entries(config: Mapping[str, Any], family: str) -> dict[str, Any]:
+    """Entries that Transformers 5 writes under another name or leaves out.
+
+    MLX needs them. Transformers 4.57 to 5.4 know the rotary share by its old name only, and would take their default.
+    """
+    if family == "gpt2":
+        return {"n_ctx": config.get("n_ctx", config.get("n_positions", 1024))}
+    rope = config.get("rope_parameters") or {}
+    defaults = {"rotary_pct": rope.get("partial_rotary_factor", 0.25), "rotary_emb_base": rope.get("rope_theta", 10000)}
+    return {name: config.get(name, default) for name, default in defaults.items()}
 
 
 def _read(config: Mapping[str, Any], family: str) -> Any:  # noqa: ANN401 - a config class of Transformers

@@ -636,6 +636,9 @@ WRONG = {
     "export {rule} --base {model} --to onnx -o {bad}/out --precision int4 --calibration {bad}/malformed.jsonl": (
         r"TraceError: .*malformed.jsonl:2: is not JSON"
     ),
+    r"export {rule} --base {model} --to peft -o {bad}/out --accept-loss gate --start-at =\n": (
+        r"ExportError: peft: start_at '=\\n': prompts of .* end with '<\|assistant\|>'; expected the end of that text"
+    ),
     "card {bad}": r"ArtifactError: .*receipt.json",
     "card {job}/steered --repository steered": r"UsageError: .*--repository steered: cannot be a Hub id; expected USER",
     "card {job}/steered --evaluation {bad}/other.json": r"ExportError: .*evaluates rule another",

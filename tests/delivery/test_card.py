@@ -71,7 +71,9 @@ def structure(card):
 def named(target, name, *, chat):
     """The card of a target where everything that a stranger can name is called ``name``."""
     base = replace(cards.BASE, id=name, revision=name)
-    changes = {"options": {"into": {"file": name}}} if target in ("gguf-into", "gguf-switchable") else {}
+    into = {"into": {"file": name}}
+    options = {"gguf-into": into, "gguf-switchable": into, "peft-start-at": {"start_at": name}}
+    changes = {"options": options[target]} if target in options else {}
     card = cards.card(
         target,
         replace(RULE, base=base),

@@ -56,6 +56,14 @@ def test_a_static_artifact_with_controls_of_its_own_may_gain():
     assert CLAIM in effect(name="stock", evaluation=own)
 
 
+def test_an_artifact_with_a_start_and_no_gate_is_credited_with_the_arm_always_only():
+    found = effect(name="peft-start-at", evaluation=cards.GAIN)
+    assert "**This artifact's own behaviour was not evaluated.**" in found
+    assert "`adaras-export eval --compare gated,always`" in found
+    own = cards.evaluation(cards.arm("always", 289, 29, 5, 4e-5), controls=cards.DRAWS)
+    assert CLAIM in effect(name="peft-start-at", evaluation=own)
+
+
 def test_the_sentence_of_the_file_is_not_repeated():
     assert "believe" not in text(evaluation=cards.NULL | {"verdict": "believe me: steering helps."})
 

@@ -47,6 +47,7 @@ def test_the_paper_is_a_link_in_the_text_of_which_the_hub_makes_its_tag():
 
 
 RELATIONS = {"hf": "finetune", "hf-thin": "adapter", "onnx": "finetune", "peft": "adapter", "peft-adaptive": "adapter",
+             "peft-start-at": "adapter",
              "peft-merge": "finetune", "stock": "finetune", "stock-switchable": "finetune", "gguf": "adapter",
              "gguf-into": "finetune", "gguf-switchable": "finetune"}  # fmt: skip
 

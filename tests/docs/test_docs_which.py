@@ -35,9 +35,11 @@ each_command = pytest.mark.parametrize(("row", "command"), COMMANDS, ids=[row[0]
 def chosen(command, tmp_path):
     """The exporter of a command, and the features that it accepts to lose."""
     words = command.replace("LOSS", LOSS).split()
-    options = {word.removeprefix("--") for word in words if word.startswith("--")} - {"to", "accept-loss"}
+    options = {word.removeprefix("--").replace("-", "_") for word in words if word.startswith("--")}
+    options -= {"to", "accept_loss"}
     (tmp_path / "MODEL.gguf").touch()
-    values = {name: tmp_path / "MODEL.gguf" if name == "into" else True for name in options}
+    given = {"into": tmp_path / "MODEL.gguf", "start_at": "TEXT"}
+    values = {name: given.get(name, True) for name in options}
     accepted = set(words[words.index("--accept-loss") + 1].split(",")) if "--accept-loss" in words else set()
     exporter = load(words[words.index("--to") + 1])
     assert options <= exporter.spec.options

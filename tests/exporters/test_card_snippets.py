@@ -20,6 +20,7 @@ TARGETS = {
     "hf": ("hf", (), {}, None),
     "hf-thin": ("hf-thin", (), {}, None),
     "peft": ("peft", STATIC, {}, None),
+    "peft-start-at": ("peft", ("gate",), {"start_at": "<assistant>"}, None),
     "peft-adaptive": ("peft", (), {"adaptive": True}, None),
     "stock": ("stock", STATIC, {}, None),
     "stock-switchable": ("stock", STATIC, {"switchable": True}, "model"),
@@ -100,6 +101,7 @@ ASKED = {
     "hf": (2, ASK),
     "hf-thin": (2, ASK),
     "peft": (2, OFF),
+    "peft-start-at": (1, OFF),
     "peft-adaptive": (2, OFF),
     "stock": (2, ""),
     "stock-switchable": (1, OFF),
@@ -121,7 +123,7 @@ def test_the_python_code_of_a_card_gives_the_answers_of_the_oracle_on_and_off(na
     code = "".join(snippets.of(folder, "python")) + ask
     printed = snippets.run(code, above, library=name == "peft-adaptive")
     chat = name not in PLAIN
-    assert printed.count(answer["rule" if TARGETS[name][1] == () else "everywhere", chat]) == times
+    assert printed.count(answer["everywhere" if "start" in TARGETS[name][1] else "rule", chat]) == times
     assert (answer["off", chat] in printed) == bool(ask)
 
 

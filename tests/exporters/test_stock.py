@@ -260,6 +260,26 @@ def test_half_precision_weights_stay_bit_identical_and_the_biases_are_exact(name
         assert {tensor.dtype for tensor in found.parameters()} == {dtype}
 
 
+def test_entries_that_mlx_and_earlier_transformers_need_are_written_and_read_as_before():
+    """Saved by Transformers 5, the rotary share of a gpt_neox is read as 0.25 by 4.57 to 5.4; MLX opens no such GPT."""
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}}
+    neox = families.expressed({"model_type": "gpt_neox", **rope}, "gpt_neox", "float32", "base")
+    assert (neox["rotary_pct"], neox["rotary_emb_base"], neox["rope_parameters"]) == (
+        0.5,
+        500.0,
+        rope["rope_parameters"],
+    )
+    assert families.expressed({"n_positions": 128}, "gpt2", "float32", "base")["n_ctx"] == 128
+    for name, given in (("gpt_neox", {**rope, "rotary_pct": 0.5, "rotary_emb_base": 500.0}), ("gpt2", {"n_ctx": 64})):
+        assert families.expressed(given, name, "float32", "base").items() >= given.items()
+    read = [
+        transformers.CONFIG_MAPPING["gpt_neox"].from_dict(one)
+        for one in (neox, {"rotary_pct": 0.5, "rotary_emb_base": 500.0})
+    ]
+    shares = [getattr(one, "rotary_pct", None) or one.rope_parameters["partial_rotary_factor"] for one in read]
+    assert shares == [0.5, 0.5]
+
+
 def test_a_type_that_the_config_does_not_name_is_that_of_the_weights(tmp_path):
     base = saved("llama", tmp_path / "base", torch.bfloat16)
     edit_json(base / "config.json", dtype=..., torch_dtype=...)

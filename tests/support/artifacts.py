@@ -21,6 +21,7 @@ EXPORTS = {
     "hf-thin": ("hf-thin", KEY, {}),
     "onnx": ("onnx", KEY, {}),
     "peft": ("peft", KEY, {"accept_loss": STATIC}),
+    "peft-start-at": ("peft", KEY, {"accept_loss": ("gate",), "start_at": "<assistant>"}),
     "peft-adaptive": ("peft", KEY, {"adaptive": True}),
     "peft-merge": ("peft", BIASED, {"accept_loss": STATIC, "merge": True}),
     "stock": ("stock", KEY, {"accept_loss": STATIC}),

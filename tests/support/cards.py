@@ -30,6 +30,7 @@ TARGETS = {
     "onnx": ("onnx", {}),
     "onnx-int4-page": ("onnx", {"precision": "int4", "page": True}),
     "peft": ("peft", {}),
+    "peft-start-at": ("peft", {"start_at": "<assistant>\n"}),
     "peft-adaptive": ("peft", {"adaptive": True}),
     "peft-merge": ("peft", {"merge": True}),
     "stock": ("stock", {}),
@@ -187,7 +188,7 @@ CASES = {
 # Those with golden files: each kind of code, with a chat template or without, and each form of what effects are said.
 GOLDEN = (
     *("chat-hf", "target-hf-thin", "target-peft", "target-peft-adaptive", "target-peft-merge", "target-stock"),
-    *("chat-stock-switchable", "chat-onnx", "target-onnx-int4-page", "target-gguf", "target-gguf-into"),
-    "chat-gguf-switchable",
+    *("target-peft-start-at", "chat-stock-switchable", "chat-onnx", "target-onnx-int4-page", "target-gguf"),
+    *("target-gguf-into", "chat-gguf-switchable"),
     *("state-gain", "state-static-compared", "state-ungated-local-base"),
 )

@@ -61,6 +61,7 @@ RUNTIMES = {
     "transformers.js": _node("run_transformers.mjs"),
     "web": _node("run_web.mjs"),
     "page": _python(".venv-runtimes", "run_page.py"),
+    "mlx": _python(".venv-mlx", "run_mlx.py"),
     "vllm": _vllm("run_vllm.py"),
     "vllm-server": _vllm("run_vllm_server.py"),
     "vllm-steered": _vllm("run_vllm_steered.py"),

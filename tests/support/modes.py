@@ -27,7 +27,7 @@ TAIL = """\
 
 What a cell cannot say:
 
-* **Continuous batching** (`generate_batch`, `transformers serve --continuous-batching`) is exact without a gate. With
+* **Continuous batching** (`generate_batch`) is exact without a gate. With
   one it is refused when it is set up: packed requests carry no verdict. Requests do not share KV blocks, which would
   hand steered tokens to another prompt. Two limits: with `first_generated_token`, a prompt that the scheduler splits so
   that its last piece is a single token is steered from that token on instead of from the next; and a request that is

@@ -37,6 +37,7 @@ JOBS = {
     "hf --copy": Job("hf", "qwen3-sharded", ("--copy",)),
     "hf-thin": Job("hf-thin"),
     "peft": Job("peft", more=_STATIC),
+    "peft --start-at": Job("peft", more=("--start-at", "<assistant>", "--accept-loss", "gate")),
     "peft --adaptive": Job("peft", more=("--adaptive",)),
     "peft --merge": Job("peft", "llama-biased", ("--merge", *_STATIC)),
     "stock": Job("stock", more=_STATIC),
