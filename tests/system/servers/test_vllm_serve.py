@@ -13,7 +13,6 @@ import pytest
 import tiny
 import torch
 import transformers
-from places import ROOT
 
 from adaras_export import export
 from adaras_export.core.base_model import BaseModel
@@ -175,7 +174,7 @@ def test_verify_compares_an_export_in_the_engine_of_this_machine(fault, folder, 
     drive.require_built("vllm", required=pytestconfig.option.require_runtimes)
     vllm = drive.RUNTIMES["vllm"]
     shared = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    own = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_AOT_COMPILE": "0", "PYTHONPATH": str(ROOT)}
+    own = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_AOT_COMPILE": "0"}
     start = ["-c", fault] if fault else ["-m", "adaras_export"]
     done = subprocess.run(
         [vllm.command[0], *start, "verify", str(folder), "--runtime", "vllm", "--json"],
