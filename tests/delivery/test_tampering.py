@@ -66,12 +66,12 @@ def require_named_although_it_fits(folder, touched):
 
 
 def test_whatever_is_tampered_with_is_named_by_its_hash(exported, tmp_path):
-    tamper_often(exported["hf"], tmp_path / "copy", 20, require_named_by_their_hash)
+    tamper_often(exported["hf"], tmp_path / "copy", 40, require_named_by_their_hash)
 
 
 @each_export
 def test_whatever_is_tampered_with_is_named_by_its_hash_in_every_target(name, exported, tmp_path):
-    tamper_often(exported[name], tmp_path / "copy", 30, require_named_by_their_hash)
+    tamper_often(exported[name], tmp_path / "copy", 8, require_named_by_their_hash)
 
 
 @each_export

@@ -81,9 +81,9 @@ def projections(graph):
 
 # What it computes
 
-# Backwards, since test_onnx.py asks for the same plain graphs, forwards, in another process.
-CASES = in_turn(("gpt2-shallow", "qwen2-shallow"), tiny.SHALLOW[::-1], BITS)
-CASES = [((name, *CAUSAL), precision) for name, precision in CASES] + [
+# Each kind of projection once: transposed, fused, with biases, tied. What lies between them is not rounded.
+KINDS = ("gpt2-shallow", "phi3-shallow", "gpt_neox-shallow", "qwen2-shallow")
+CASES = [((name, *CAUSAL), precision) for name, precision in in_turn((), KINDS, BITS)] + [
     (("qwen3", *CAUSAL), "int4"), (("qwen3", *LATER), "int8"), (("qwen3", None, CAUSAL[1]), "int4")
 ]  # fmt: skip
 
