@@ -167,8 +167,9 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize(("fault", "engine", "names"), FAULTS, ids=[f"{fault}-{engine}" for fault, engine, _ in FAULTS])
-def test_the_comparison_notices_a_fault(fault, engine, names, play, rounds, judges, record_property):
+@pytest.mark.parametrize("case", FAULTS, ids=[f"{fault}-{engine}" for fault, engine, _ in FAULTS])
+def test_the_comparison_notices_a_fault(case, play, rounds, judges, record_property):
+    fault, engine, names = case
     found = play(engine, fault, names)
     for name in names[1:] or names:
         triples = zip(found[name], judges[DEEP].answers(rounds[name]), rounds[name], strict=True)
@@ -210,6 +211,9 @@ def test_both_decisions_are_in_every_batch(judges):
         assert 3 < sum(steered) < 13
 
 
+PEFT_WARNS = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+
+
 @pytest.fixture(scope="module")
 def adapter(bases, tmp_path_factory):
     """The folder of a LoRA adapter, and the base merged with it."""
@@ -224,6 +228,7 @@ def adapter(bases, tmp_path_factory):
     return str(folder), model.merge_and_unload()
 
 
+@PEFT_WARNS
 def test_lora_adapters_are_used_beside_steering(adapter, driver, exports, models, rules, record_property):
     path, merged = adapter
     judge = served.Oracle(models[DEEP], rules[DEEP], {path: merged})
