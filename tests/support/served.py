@@ -71,7 +71,7 @@ class Oracle:
         if gate is not None:
             gate = {**gate, "threshold": dials.get("steering_threshold", gate["threshold"])}
         rule = {**self.rule, "gate": gate, "strength": dials.get("steering_strength", self.rule["strength"])}
-        key = (*row, start, str(dials), lora)
+        key = (*row, request["steps"], start, str(dials), lora)
         if key not in self.known:
             steps = len(row) - start + request["steps"]
             self.known[key] = oracle.respond(self.models[lora], row[:start], rule, steps, ends=(tiny.EOS,))
