@@ -19,6 +19,7 @@ from gguf import GGUFValueType
 
 from adaras_export.core import families
 from adaras_export.core.checkpoint import Checkpoint
+from adaras_export.core.folding import vectors
 from adaras_export.core.rule import SteeringRule
 from adaras_export.errors import ArtifactError, ExportError
 from adaras_export.exporters.base import (
@@ -29,7 +30,7 @@ from adaras_export.exporters.base import (
     require_effect,
     stock_reference,
 )
-from adaras_export.exporters.checkpoint import differing_keys, opened, plain_config, vectors
+from adaras_export.exporters.checkpoint import differing_keys, opened, plain_config
 from adaras_export.exporters.checks import Check, Inspection
 from adaras_export.exporters.gguf import files as gguf_files
 from adaras_export.exporters.gguf import reader

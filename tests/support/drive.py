@@ -57,6 +57,7 @@ RUNTIMES = {
     "web": _node("run_web.mjs"),
     "page": _python(".venv-runtimes", "run_page.py"),
     "vllm": _vllm("run_vllm.py"),
+    "vllm-steered": _vllm("run_vllm_steered.py"),
     "vllm-server": _vllm("run_vllm_server.py"),
     "transformers-serve": _transformers_serve(),
     "llamacpp": _python(".venv-runtimes", "run_llamacpp.py"),
