@@ -22,7 +22,7 @@ from adaras_export.modeling.steering import steered, steered_everywhere
 
 pytest.importorskip("scipy.stats")
 
-QUESTIONS = [Question(f"q{n}", f"{n * 37} and {'so ' * (n % 4)}on", "x") for n in range(9)]
+QUESTIONS = [Question(f"q{n}", f"{n * 37} and {'so ' * (n % 4)}on", "x") for n in range(6)]
 
 
 def has_even_sum(completion, answer):
@@ -78,14 +78,14 @@ def gate(stock, tokenizer):
     """A gate that steers about half of the questions."""
     gate = tiny.make_gate()
     found = np.sort(gate_probabilities(stock["qwen3"], tokenizer, gate, [q.prompt for q in QUESTIONS]))
-    return replace(gate, threshold=float(found[4:6].mean()))
+    return replace(gate, threshold=float(found[2:4].mean()))
 
 
 @pytest.fixture
 def run(stock, tokenizer, bases, gate):
     """`evaluate` on the tiny qwen3 with two random controls."""
     rule = tiny.make_rule(bases["qwen3"], gate=gate)
-    task = EvaluationTask(QUESTIONS, has_even_sum, Sampling(4), max_rows=4)
+    task = EvaluationTask(QUESTIONS, has_even_sum, Sampling(3), max_rows=4)
 
     def go(arms=(), task=task, **options):
         options = EvaluationOptions(**{"random_seeds": (0, 1), **options})
@@ -105,7 +105,7 @@ def test_an_evaluation_by_an_engine_has_the_verdicts_of_the_model(arms, run, bac
     found = run(arms, backend=backend)
     assert same(found, run(arms))
     assert (found.model["backend"], found.seconds) == ("hooks", {})
-    assert engine.contexts == [max(len(one.prompt) for one in engine.asked) + 4]
+    assert engine.contexts == [max(len(one.prompt) for one in engine.asked) + 3]
     assert engine.banks[-1] == "closed"
 
 
@@ -118,7 +118,7 @@ def test_conditions_that_differ_in_strength_or_gate_share_a_rule_of_the_bank(run
 
 
 def test_samples_of_a_question_stay_apart(run, backend):
-    task = EvaluationTask(QUESTIONS[:3], has_even_sum, Sampling(4, temperature=1.0), samples=3)
+    task = EvaluationTask(QUESTIONS[:2], has_even_sum, Sampling(3, temperature=1.0), samples=3)
     assert same(run(task=task, backend=backend), run(task=task))
 
 
@@ -153,7 +153,7 @@ def test_tuning_by_an_engine_finds_what_tuning_the_model_finds(
     if isinstance(strengths, Span):
         pytest.importorskip("optuna")
         search = Search(trials=4)
-    task = EvaluationTask(QUESTIONS, has_even_sum, Sampling(4), max_rows=4)
+    task = EvaluationTask(QUESTIONS, has_even_sum, Sampling(3), max_rows=4)
     options = TuneOptions((3, 6), strengths, ("last_prompt_token", "first_generated_token"), search)
     args = (stock["qwen3"], tokenizer, tiny.make_neurons(), gate, task, bases["qwen3"])
     found = tune(*args, replace(options, backend=backend))

@@ -22,6 +22,7 @@ from adaras_export.evaluation.evaluate import evaluate
 from adaras_export.evaluation.record import read_evaluation
 from adaras_export.evaluation.task import EvaluationTask
 from adaras_export.evaluation.tune import TuneOptions, tune
+from adaras_export.evaluation.tune_search import Search
 from adaras_export.modeling.gate import gate_probabilities
 from adaras_export.modeling.generation import Sampling
 from adaras_export.modeling.loading import load_model
@@ -109,6 +110,8 @@ def test_a_grid_has_the_table_of_the_model_in_memory(run, model, questions, rule
     arguments = ["tune", "q.jsonl", "--neurons", "neurons", "--gate", "gate", "-o", "best", "--report", "report.json"]
     folder = run(*arguments, "--counts", "5,20", "--strengths", "-10,10")
     task = EvaluationTask(questions, last_number, SAMPLING, name="q")
-    expected = tune(*model, rule.neurons, rule.gate, task, rule.base, TuneOptions((5, 20), (-10.0, 10.0)))
+    options = TuneOptions((5, 20), (-10.0, 10.0), search=Search(first=0))
+    expected = tune(*model, rule.neurons, rule.gate, task, rule.base, options)
     assert json.loads((folder / "report.json").read_text()) == json.loads(json.dumps(expected.as_record()))
+    assert len({trial.arm.accuracy for trial in expected.trials}) > 1
     assert SteeringRule.load(folder / "best").fingerprint == expected.rule.fingerprint
