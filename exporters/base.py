@@ -88,7 +88,23 @@ class TargetSpec:
     rounded: bool = False
 
 
-class Exporter(Protocol):
+class Runner(Protocol):
+    """What runs an artifact and its reference."""
+
+    def reference(self, folder: Path, rule: SteeringRule, base: Checkpoint) -> Reference:
+        """The reference that the artifact in ``folder`` must equal."""
+        ...
+
+    def load(self, folder: Path) -> Artifact:
+        """Open the artifact as its users would, in float32.
+
+        Raises:
+            ArtifactError: the artifact cannot be opened.
+        """
+        ...
+
+
+class Exporter(Runner, Protocol):
     """One target: writes an artifact, inspects it without running it, and opens it for the comparison."""
 
     @property
@@ -114,18 +130,6 @@ class Exporter(Protocol):
 
     def inspect(self, folder: Path, rule: SteeringRule, base: Checkpoint) -> Inspection:
         """Compare the artifact, tensor by tensor and file by file; runs nothing of it unless it is harmless."""
-        ...
-
-    def reference(self, folder: Path, rule: SteeringRule, base: Checkpoint) -> Reference:
-        """The reference that the artifact in ``folder`` must equal."""
-        ...
-
-    def load(self, folder: Path) -> Artifact:
-        """Open the artifact as its users would, in float32.
-
-        Raises:
-            ArtifactError: the artifact cannot be opened.
-        """
         ...
 
 
@@ -188,12 +192,17 @@ class SteeredModel:
         return complete_ids(self.model, tokenizer, rows, sampling, keys)
 
 
-def stock_reference(rule: SteeringRule, base: Checkpoint, *, everywhere: bool = False) -> Reference:
-    """The base model in float32, steered by hooks; ``everywhere`` ignores gate and start."""
+def stock_reference(
+    rule: SteeringRule, base: Checkpoint, *, everywhere: bool = False, attention: str | None = None
+) -> Reference:
+    """The base model in float32, steered by hooks; ``everywhere`` ignores gate and start.
+
+    ``attention`` is the implementation of attention, by its name in Transformers; None: its default.
+    """
     from transformers import AutoModelForCausalLM
 
     base.require_buildable()
-    model: Any = AutoModelForCausalLM.from_pretrained(base.folder, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(base.folder, dtype=torch.float32, attn_implementation=attention)
     whole = ReferencePlayer(model.eval(), rule)
     player = ReferencePlayer(model, rule, everywhere=True) if everywhere else whole
     return Reference(player, *sizes_of(model), whole if everywhere else None)

@@ -138,6 +138,10 @@ def verify(
     key: Annotated[
         Path | None, typer.Option(help="PEM file of the public key that it must be signed with.", **A_FILE)
     ] = None,
+    runtime: Annotated[
+        Literal["own", "vllm"],
+        typer.Option(help="What computes: the target's own runtime, or vLLM, as it serves hf and hf-thin."),
+    ] = "own",
     verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
@@ -160,7 +164,7 @@ def verify(
         from adaras_export.delivery.verifier import verify as run
 
         quiet_libraries()
-        report = run(folder, base, receipt=receipt, key=key)
+        report = run(folder, base, receipt=receipt, key=key, runtime=runtime)
     left_out = _unproven(known=receipt is not None or key is not None) if offline_hashes else []
     if key is None and (folder / manifest.SIGNATURE_FILE).exists():
         left_out.append("not checked: its signature: give --key")

@@ -3,21 +3,24 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from adaras_export import exporters
 from adaras_export.core.base_model import BaseModel
 from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.core.rule import SteeringRule
-from adaras_export.delivery import documents, integrity
+from adaras_export.delivery import documents, integrity, vllm_runtime
 from adaras_export.delivery.receipt import Receipt, read, version_checks
 from adaras_export.errors import ArtifactError, ExportError, first_line
 from adaras_export.exporters import manifest
-from adaras_export.exporters.base import ExportContext, Exporter, Remaking
+from adaras_export.exporters.base import ExportContext, Exporter, Remaking, Runner
 from adaras_export.exporters.checks import Check, Inspection, ParityReport
 from adaras_export.exporters.manifest import RULE_FILE
 from adaras_export.exporters.parity import Artifact, compare, rehearse
 from adaras_export.files import hub
+
+Runtime = Literal["own", "vllm"]
+"""What computes an artifact's outputs: the runtime of its target, or a server's engine."""
 
 
 def verify(
@@ -26,6 +29,7 @@ def verify(
     *,
     receipt: str | None = None,
     key: str | Path | None = None,
+    runtime: Runtime = "own",
 ) -> ParityReport:
     """Check an exported folder: its files, its tensors and settings, and its outputs.
 
@@ -37,9 +41,12 @@ def verify(
             Hub's cache under that name, must be the same.
         receipt: the SHA-256 that ``receipt.json`` must have, as its author published it elsewhere.
         key: PEM file of the public key that the folder must be signed with.
+        runtime: what computes the outputs: the runtime of the target, or "vllm", which serves targets hf and hf-thin.
 
     Raises:
         ArtifactError: the folder has no receipt, or the base cannot be found.
+        ExportError: the runtime does not run exports to this target.
+        MissingExtraError: the runtime is not in this environment.
 
     Example:
         report = verify("steered")
@@ -58,10 +65,11 @@ def verify(
     checks += documents.name_checks(recorded, exporter, place.rule, place.base, place.found)
     exporter = exporter.with_context(place.context)
     stored = _inspected(exporter, folder, place.rule, place.base)
-    ran = _compared(exporter, folder, place.rule, place.base, stored)
+    runner = exporter if runtime == "own" else vllm_runtime.runner_of(exporter.spec.name)
+    ran = _compared(runner, folder, place.rule, place.base, stored)
     if isinstance(exporter, Remaking) and isinstance(stored, Inspection) and stored.harmless:
         checks += exporter.made_anew(folder, place.rule, place.base)
-    if ran.ok:
+    if ran.ok and runtime == "own":  # the receipt's checks were made in it
         checks += documents.claim_checks(recorded, exporter, place.rule, ran)
     return ParityReport((*checks, *ran.checks))
 
@@ -140,15 +148,15 @@ def _inspected(exporter: Exporter, folder: Path, rule: SteeringRule, base: Check
 
 
 def _compared(
-    exporter: Exporter, folder: Path, rule: SteeringRule, base: Checkpoint, stored: Inspection | Check
+    runner: Runner, folder: Path, rule: SteeringRule, base: Checkpoint, stored: Inspection | Check
 ) -> ParityReport:
     if isinstance(stored, Check):
         return ParityReport((stored,))
     if not stored.harmless:
         return ParityReport((*stored.checks, Check("not run, because its code or its settings differ", 1, 0)))
     try:
-        script = rehearse(exporter.reference(folder, rule, base))  # one model in memory at a time
-        return ParityReport((*stored.checks, *compare(script, exporter.load(folder))))
+        script = rehearse(runner.reference(folder, rule, base))  # one model in memory at a time
+        return ParityReport((*stored.checks, *compare(script, runner.load(folder))))
     except ArtifactError as error:
         return ParityReport((*stored.checks, Check("it does not open or run", 1, 0, str(error))))
     except Exception as error:  # libraries raise many kinds of errors on damaged files

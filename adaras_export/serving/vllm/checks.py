@@ -34,6 +34,8 @@ def require_supported(vllm_config: Any) -> None:
 def _problems(vllm_config: Any) -> Iterator[str]:
     if problem := version_problem():
         yield problem
+    from vllm import envs
+
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
     settings = getattr(model.hf_config, "adaras", None)
     if not isinstance(settings, Mapping):
@@ -49,6 +51,7 @@ def _problems(vllm_config: Any) -> Iterator[str]:
         "context parallelism is not tested": _more_than_one(parallel, "decode_context", "prefill_context"),
         f"a KV cache of type {cache.cache_dtype} rounds the gate's pages": cache.cache_dtype
         not in ("auto", str(model.dtype).removeprefix("torch.")),
+        "the front end in Rust (VLLM_USE_RUST_FRONTEND) does not check dials": envs.VLLM_USE_RUST_FRONTEND,
         "KV transfer names pages by their tokens, not by what steered them": vllm_config.kv_transfer_config is not None,
     }
     yield from (reason for reason, applies in refused.items() if applies)

@@ -12,6 +12,9 @@ STRENGTH, THRESHOLD, START, RULE = "steering_strength", "steering_threshold", "s
 EVERYWHERE = "everywhere"
 """The start of a rule of a bank that steers prompts, too."""
 
+RESULT = "steering"
+"""The key of a verdict in `RequestOutput.kv_transfer_params`, which vLLM hands to clients as it is."""
+
 _LARGEST = 1e6
 
 

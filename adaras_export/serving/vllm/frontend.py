@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import cache, wraps
 from typing import Any
 
-from adaras_export.serving.vllm.dials import dials_of, rules_of
+from adaras_export.serving.vllm.dials import RESULT, dials_of, rules_of
 
 
 @cache
@@ -69,7 +69,7 @@ def _counted(native: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(native)
     def process_outputs(processor: Any, engine_core_outputs: Any, *args: Any, **kwargs: Any) -> Any:
         for output in engine_core_outputs:
-            if verdict := (output.kv_transfer_params or {}).get("steering"):
+            if verdict := (output.kv_transfer_params or {}).get(RESULT):
                 _count(verdict)
         return native(processor, engine_core_outputs, *args, **kwargs)
 

@@ -48,7 +48,10 @@ def dials_of_request(steering: Steering, sampling_params: Any, prompt_tokens: in
 def model_state_class() -> type[Any]:
     """The `ModelState` of steered models, for Model Runner V2."""
     from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
     from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+
+    GPUModelRunner.sample_tokens = _reporting(GPUModelRunner.sample_tokens, lambda runner: runner.model_state)
 
     class SteeredModelState(DefaultModelState):
         """Has the dials of each request in a buffer that the device reads."""
@@ -57,6 +60,8 @@ def model_state_class() -> type[Any]:
             super().__init__(vllm_config, model, *rest)
             self.steering: Steering = model.steering
             self.dials = {name: UvaBackedTensor(self.max_num_reqs, dtype=kind) for name, kind in _TYPES.items()}
+            self.prompts = np.zeros(self.max_num_reqs, dtype=np.int64)  # their lengths
+            self.steering_columns: dict[str, int] = {}
 
         def add_request(self, req_index: int, new_req_data: Any) -> None:
             super().add_request(req_index, new_req_data)
@@ -64,6 +69,7 @@ def model_state_class() -> type[Any]:
             dials = dials_of_request(self.steering, new_req_data.sampling_params, new_req_data.prompt_len)
             for name, tensor in self.dials.items():
                 tensor.np[req_index] = getattr(dials, name)
+            self.prompts[req_index] = new_req_data.prompt_len
 
         def apply_staged_writes(self) -> None:
             super().apply_staged_writes()
@@ -77,6 +83,10 @@ def model_state_class() -> type[Any]:
             slot_T = input_batch.idx_mapping[request_T].long()
             request = {name: tensor.gpu for name, tensor in self.dials.items()}
             self.steering.place(count, slot_T, input_batch.positions, request)
+            lengths = self.prompts[input_batch.idx_mapping_np]
+            self.steering_columns = _last_columns(
+                input_batch.req_ids, lengths, input_batch.num_computed_tokens_np, input_batch.query_start_loc_np
+            )
             return super().prepare_inputs(input_batch, req_states)
 
     return SteeredModelState
@@ -88,7 +98,7 @@ def watch() -> None:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     GPUModelRunner._model_forward = _placing(GPUModelRunner._model_forward)
-    GPUModelRunner.sample_tokens = _reporting(GPUModelRunner.sample_tokens)
+    GPUModelRunner.sample_tokens = _reporting(GPUModelRunner.sample_tokens, lambda runner: runner)
 
 
 def _placing(native: Callable[..., Any]) -> Callable[..., Any]:
@@ -97,29 +107,33 @@ def _placing(native: Callable[..., Any]) -> Callable[..., Any]:
         steering = steering_of(runner.get_model())
         if steering is None:
             return native(runner, input_ids, positions, *args, **kwargs)
-        last = _place(runner, steering, positions if positions.dim() == 1 else positions[0])
-        output = native(runner, input_ids, positions, *args, **kwargs)
-        runner.steering_seen = _Seen.of(steering, last)
-        return output
+        _place(runner, steering, positions if positions.dim() == 1 else positions[0])
+        return native(runner, input_ids, positions, *args, **kwargs)
 
     return _model_forward
 
 
-def _place(runner: Any, steering: Steering, position_T: Tensor) -> dict[str, int]:
-    """Fill the buffers; the column of the last prompt token by request id, where this pass has it."""
+def _place(runner: Any, steering: Steering, position_T: Tensor) -> None:
     batch = runner.input_batch
     count = batch.num_reqs
-    starts = runner.query_start_loc.np[: count + 1]
-    lengths = batch.num_prompt_tokens[:count].tolist()
-    params = [runner.requests[name].sampling_params for name in batch.req_ids[:count]]
-    dials = [dials_of_request(steering, one, length) for one, length in zip(params, lengths, strict=True)]
+    names, starts = batch.req_ids[:count], runner.query_start_loc.np[: count + 1]
+    lengths = batch.num_prompt_tokens[:count]
+    params = [runner.requests[name].sampling_params for name in names]
+    dials = [dials_of_request(steering, one, int(length)) for one, length in zip(params, lengths, strict=True)]
     request = {name: torch.tensor([getattr(one, name) for one in dials], dtype=kind) for name, kind in _TYPES.items()}
     owner = torch.from_numpy(np.repeat(np.arange(count), np.diff(starts)))
     moved = {name: tensor.to(position_T.device, non_blocking=True) for name, tensor in request.items()}
     steering.place(len(owner), owner.to(position_T.device, non_blocking=True), position_T, moved)
-    computed = batch.num_computed_tokens_cpu[:count]
-    columns = (starts[:-1] + np.array(lengths) - 1 - computed).tolist()
-    rows = zip(batch.req_ids[:count], columns, starts[:-1].tolist(), starts[1:].tolist(), strict=True)
+    runner.steering, runner.steering_columns = (
+        steering,
+        _last_columns(names, lengths, batch.num_computed_tokens_cpu[:count], starts),
+    )
+
+
+def _last_columns(names: Sequence[str], lengths: Any, computed: Any, starts: Any) -> dict[str, int]:
+    """The column of the last prompt token by request id, of the requests that have theirs in this pass."""
+    columns = starts[:-1] + lengths - 1 - computed
+    rows = zip(names, columns.tolist(), starts[:-1].tolist(), starts[1:].tolist(), strict=True)
     return {name: column for name, column, first, end in rows if first <= column < end}
 
 
@@ -131,7 +145,7 @@ class _Seen:
 
     @classmethod
     def of(cls, steering: Steering, columns: dict[str, int]) -> "_Seen | None":
-        if not columns or not steering.gates:
+        if not steering.gates:
             return None
         device = steering.amount.device
         column = torch.tensor(list(columns.values()), dtype=torch.int64).to(device, non_blocking=True)
@@ -151,10 +165,14 @@ class _Seen:
         return {name: (p, p < threshold) for name, p, threshold, gate in rows if gate >= 0}
 
 
-def _reporting(native: Callable[..., Any]) -> Callable[..., Any]:
+def _reporting(native: Callable[..., Any], state_of: Callable[[Any], Any]) -> Callable[..., Any]:
+    """``native``, whose output gets a report; ``state_of`` gives what has the steering and its columns of this pass."""
+
     @wraps(native)
     def sample_tokens(runner: Any, *args: Any, **kwargs: Any) -> Any:
-        seen, runner.steering_seen = getattr(runner, "steering_seen", None), None
+        state = state_of(runner)
+        columns = getattr(state, "steering_columns", None)
+        seen = _Seen.of(state.steering, columns) if columns else None
         output = native(runner, *args, **kwargs)
         if seen is None or output is None:
             return output

@@ -14,13 +14,10 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from adaras_export.serving.vllm.dials import Dials, dials_of, rules_of
+from adaras_export.serving.vllm.dials import RESULT, Dials, dials_of, rules_of
 from adaras_export.serving.vllm.runner import REPORT
 
 _log = init_logger("vllm.adaras_export")
-
-RESULT = "steering"
-"""The key of a verdict in `RequestOutput.kv_transfer_params`, which vLLM hands to clients as it is."""
 
 
 def make_scheduler(vllm_config: Any, **kwargs: Any) -> Scheduler:
@@ -59,10 +56,12 @@ class _SteeredScheduling:
         verdict = self.steering_reports.pop(request.request_id, None)
         dials = dials_of(self.steering_rules, request.sampling_params.extra_args, request.num_prompt_tokens)
         if verdict is None and self.steering_rules[dials.rule].gate is not None:
-            return transfer, *rest  # aborted before its prompt was read
-        p, steered = verdict or (None, True)
-        result = {"p_correct": p, "steered": steered and dials.strength != 0, "strength": dials.strength}
-        _log.info("request %s: p(correct) %s, steered: %s", request.request_id, p, result["steered"])
+            return transfer, *rest  # ended before its prompt was read
+        p, below = verdict or (None, True)
+        result = {"p_correct": p, "steered": below and dials.strength != 0, "strength": dials.strength}
+        judged = "no gate" if p is None else f"p(correct) {p:.3f}"
+        does = f"steered at strength {dials.strength:g}" if result["steered"] else "not steered"
+        _log.info("request %s: %s, %s", request.request_id, judged, does)
         return {**(transfer or {}), RESULT: result}, *rest
 
 

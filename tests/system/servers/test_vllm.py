@@ -81,7 +81,7 @@ def driven(tmp_path_factory, pytestconfig):
     def run(runtime, folder, **more):
         drive.require_built(runtime, required=pytestconfig.option.require_runtimes)
         shared = {"folder": str(folder), "rows": ROWS, "steps": STEPS, "vocabulary": tiny.VOCABULARY}
-        job = {**shared, "engine": {}, "lora": None, "arguments": [], "models": [], **more}
+        job = {**shared, "engine": {}, "lora": None, "arguments": [], **more}
         return drive.run_driver(runtime, {"job": job}, tmp_path_factory.mktemp(runtime))["job"]
 
     return run
@@ -145,9 +145,10 @@ def test_the_server_switches_steering_by_the_name_of_the_model(artifacts, driven
     folder = artifacts["llama", "stock", "switchable"]
     arguments = ["--served-model-name", "base", "--enable-lora", "--max-loras", "2"]
     arguments += ["--lora-modules", f"steered={folder / 'steering-lora'}"]
-    found = driven("vllm-server", folder, arguments=arguments, models=["base", "steered"])
-    require_rows(found["steered"], answers(wide_models["llama"], wide_rules["llama"]))
-    require_rows(found["base"], answers(wide_models["llama"], wide_rules["llama"].with_strength(0)))
+    requests = [{"ids": row, "steps": STEPS, "model": name} for name in ("base", "steered") for row in ROWS]
+    found = driven("vllm-server", folder, arguments=arguments, requests=requests)["answers"]
+    require_rows(found[: len(ROWS)], answers(wide_models["llama"], wide_rules["llama"].with_strength(0)))
+    require_rows(found[len(ROWS) :], answers(wide_models["llama"], wide_rules["llama"]))
 
 
 def test_the_code_of_the_card_answers_without_and_with_steering(artifacts, pytestconfig, tmp_path):

@@ -1,39 +1,39 @@
-"""Driver of `vllm serve`: starts the server on loopback, asks it with the OpenAI client, stops it.
+"""Driver of `vllm serve`: starts the server on loopback, sends it requests with the OpenAI client, stops it.
 
-Reads a list with one job from standard input, {"folder", "rows", "steps", "vocabulary", "arguments", "models"}, and
-prints [{model: rows}] on the last line; a row is {"ids", "logprobs"}, log-probabilities of every token.
+Reads a list with one job from standard input, {"folder", "vocabulary", "arguments", "requests"}, and prints
+[{"answers", "metrics", "log"}] on the last line. A request is {"ids" or "messages", "steps", "model", "body"}, where
+"body" has fields of vLLM's own; all are sent at once. An answer is {"ids", "logprobs", "verdict"}, log-probabilities of
+every token, or {"status", "error"}.
 """
 
 import json
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
-from openai import OpenAI
+import openai
 
 _PATIENCE = 240
 
 
-def serve(job, port):
+def serve(job, port, log):
     # What `vllm serve` starts: in the CPU's wheel that command looks for a distribution named vllm, and ends.
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", job["folder"]]
-    command += [
+    command = [
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        job["folder"],
         "--host",
         "127.0.0.1",
-        "--port",
-        str(port),
-        "--dtype",
-        "float32",
-        "--enforce-eager",
-        "--max-model-len",
-        "128",
-        "--max-logprobs",
-        "-1",
     ]
-    return subprocess.Popen([*command, *job["arguments"]], stdout=sys.stderr)
+    command += ["--port", str(port), "--dtype", "float32", "--enforce-eager", "--max-model-len", "256"]
+    return subprocess.Popen([*command, "--max-logprobs", "-1", *job["arguments"]], stdout=log, stderr=log)
 
 
 def wait(server, port):
@@ -48,21 +48,30 @@ def wait(server, port):
     raise TimeoutError
 
 
-def ask(client, job, model, row):
-    done = client.completions.create(
-        model=model,
-        prompt=row,
-        max_tokens=job["steps"],
-        temperature=0,
-        logprobs=job["vocabulary"],
-        extra_body={"return_tokens_as_token_ids": True},
-    )
+def ask(client, job, request):
+    common = {"model": request.get("model", job["folder"]), "max_tokens": request["steps"], "temperature": 0}
+    try:
+        if "messages" in request:
+            done = client.chat.completions.create(
+                **common, messages=request["messages"], extra_body={"return_token_ids": True, **request.get("body", {})}
+            )
+            return {"ids": done.choices[0].token_ids, "verdict": verdict_of(done)}
+        body = {"return_tokens_as_token_ids": True, **request.get("body", {})}
+        done = client.completions.create(**common, prompt=request["ids"], logprobs=job["vocabulary"], extra_body=body)
+    except openai.APIStatusError as error:
+        return {"status": error.status_code, "error": error.message}
     found = done.choices[0].logprobs
-    tables = [
-        {int(name.removeprefix("token_id:")): value for name, value in step.items()} for step in found.top_logprobs
-    ]
-    ids = [int(name.removeprefix("token_id:")) for name in found.tokens]
-    return {"ids": ids, "logprobs": [[table[token] for token in range(job["vocabulary"])] for table in tables]}
+    tables = [{number(name): value for name, value in step.items()} for step in found.top_logprobs]
+    rows = [[table[token] for token in range(job["vocabulary"])] for table in tables]
+    return {"ids": [number(name) for name in found.tokens], "logprobs": rows, "verdict": verdict_of(done)}
+
+
+def number(name):
+    return int(name.removeprefix("token_id:"))
+
+
+def verdict_of(done):
+    return (done.kv_transfer_params or {}).get("steering")
 
 
 def main():
@@ -70,20 +79,21 @@ def main():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    server = serve(job, port)
-    try:
-        wait(server, port)
-        client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
-        asked = [(model, row) for row in job["rows"] for model in job["models"]]
-        with ThreadPoolExecutor(len(asked)) as pool:  # all at once, so that the server mixes them in its batches
-            found = list(pool.map(lambda one: ask(client, job, *one), asked))
-    finally:
-        server.terminate()
-        server.wait(30)
-    rows = {
-        model: [one for (name, _), one in zip(asked, found, strict=True) if name == model] for model in job["models"]
-    }
-    print("\n" + json.dumps([rows]))
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        with log.open("w") as file:
+            server = serve(job, port, file)
+        try:
+            wait(server, port)
+            client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+            with ThreadPoolExecutor(len(job["requests"])) as pool:  # all at once, so that the server mixes them
+                answers = list(pool.map(lambda request: ask(client, job, request), job["requests"]))
+            metrics = httpx.get(f"http://127.0.0.1:{port}/metrics").text
+        finally:
+            server.terminate()
+            server.wait(30)
+            sys.stderr.write(log.read_text())
+        print("\n" + json.dumps([{"answers": answers, "metrics": metrics, "log": log.read_text()}]))
 
 
 if __name__ == "__main__":
