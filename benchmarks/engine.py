@@ -12,11 +12,11 @@ random and never the same, so that no page is cached. Decoding has prompts of 16
 The questions of the arms are word problems after two worked examples; one question is answered once under each arm.
 """
 
+import contextlib
 import os
 import tempfile
-import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +25,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from common import in_turn, machine, options, quartiles, ratios, set_up, table
+from common import Times, in_turn, machine, options, quartiles, ratios, set_up, table
 
 _PROMPT = 16
 _KV_BYTES = 1 << 30
@@ -34,11 +34,13 @@ _GRAPHS = {"full": "FULL_AND_PIECEWISE", "piecewise": "PIECEWISE", "none": "NONE
 
 def main() -> None:
     arguments = parsed()
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     set_up(arguments)
     import torch
 
+    if not torch.cuda.is_available():  # in this process, whose CPU seconds other programs do not disturb
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     print(machine(gpu_used=torch.cuda.is_available()))
     with tempfile.TemporaryDirectory() as scratch:
         folder = model_folder(arguments, Path(scratch))
@@ -154,19 +156,22 @@ def cost(folder: Path, arguments: Namespace) -> None:
         sides = {"base": found["base"], "base again": found["base"], "steered": found["steered"]}
         for requests in sequences(arguments):
             for what, length, new, budget in (
-                ("prefill", arguments.prefill_tokens, 1, "noise"),
+                ("prefill", arguments.prefill_tokens, 1, ""),
                 ("decode", _PROMPT, arguments.new_tokens, ">= 0.98"),
             ):
                 work = {name: work_of(one, requests, length, new) for name, one in sides.items()}
                 times = in_turn(work, arguments.repeats)
                 tokens = requests * (length if what == "prefill" else new)
                 for name, one in times.items():
-                    speed = [tokens / seconds for seconds in one.wall]
-                    against = quartiles(ratios(times["base"].wall, one.wall), 3) if name != "base" else "1"
-                    wanted = {"base": "", "base again": "noise"}.get(name, budget if what == "decode" else "")
-                    rows.append([f"{what}, {requests} at a time", name, quartiles(speed, 1), against, wanted])
+                    speed = quartiles([tokens / seconds for seconds in one.wall], 1)
+                    against = [
+                        "1" if name == "base" else quartiles(ratios(*two), 3)
+                        for two in ((times["base"].wall, one.wall), (times["base"].cpu, one.cpu))
+                    ]
+                    wanted = {"base": "", "base again": "noise"}.get(name, budget)
+                    rows.append([f"{what}, {requests} at a time", name, speed, *against, wanted])
         (own, size), (base, base_size) = found["steered"].blocks, found["base"].blocks
-    print(table(["", "", "tokens/s", "times the base's", "budget"], rows))
+    print(table(["", "", "tokens/s", "base / it, wall", "base / it, CPU", "budget"], rows))
     ratio = (base * base_size) / (own * size)
     print(
         f"KV cache: {base} blocks of {base_size} tokens for the base, {own} of {size} steered, in the same memory: "
@@ -187,14 +192,10 @@ def work_of(side: Side, requests: int, length: int, new: int) -> Callable[[], No
 
 def arms(folder: Path, arguments: Namespace) -> None:
     """Off, the rule, its opposite and random neurons, on the same questions, by both backends."""
-    from decode import any_rule
-
-    from adaras_export.core.base_model import BaseModel
     from adaras_export.core.checkpoint import Checkpoint
     from adaras_export.data.checkers import last_number
     from adaras_export.demo import smollm2
     from adaras_export.evaluation.answer_cache import AnswerCache
-    from adaras_export.evaluation.controls import random_control
     from adaras_export.evaluation.engine import Backend, Bank
     from adaras_export.evaluation.task import EvaluationTask
     from adaras_export.modeling.generation import Sampling
@@ -205,13 +206,8 @@ def arms(folder: Path, arguments: Namespace) -> None:
     asked = smollm2.splits({"test": arguments.questions}, seed=1)["test"]
     most = max(sequences(arguments))
     task = EvaluationTask(asked, last_number, Sampling(arguments.new_tokens, stop="\n"), most)
-    rule = any_rule(BaseModel.of(folder), gated=False)
-    controls = [random_control(model, rule, seed) for seed in range(arguments.draws)]
-    conditions = [None, rule, rule.with_strength(-rule.strength), *controls]
-    opening = partial(
-        opened, Checkpoint(folder), dtype=arguments.dtype, sequences=most, **engine_options(arguments)
-    )
-    started = time.perf_counter()
+    conditions = conditions_of(model, folder, arguments.draws)
+    how = {"dtype": arguments.dtype, "sequences": most, **engine_options(arguments)}
     with ExitStack() as closing:
         held: list[Any] = []
 
@@ -219,31 +215,48 @@ def arms(folder: Path, arguments: Namespace) -> None:
         def kept(bank: Any, context: int) -> Iterator[Any]:
             """One engine for all rounds; only its cached pages are dropped."""
             if not held:
-                held.append(closing.enter_context(opening(bank, context)))
+                held.append(closing.enter_context(opened(Checkpoint(folder), bank, context, **how)))
             held[0]._llm.reset_prefix_cache()
             yield held[0]
 
-        def ask(bank: Bank | None) -> AnswerCache:
-            cache = AnswerCache(model, tokenizer, task, bank=bank)
-            cache.ask(conditions)
+        def ask(backend: Backend | None) -> AnswerCache:
+            bank = None if backend is None else Bank(backend, conditions)
+            with contextlib.closing(AnswerCache(model, tokenizer, task, bank=bank)) as cache:
+                cache.ask(conditions)
             return cache
 
-        def by_engine() -> AnswerCache:
-            return ask(Bank(Backend("vllm", kept), conditions))
-
-        by_engine()
-        print(f"vLLM started and answered once in {time.perf_counter() - started:.0f} s\n")
-        found = {"transformers": ask(None), "vllm": by_engine()}
-        verdicts = {name: [one.answers(condition).tokens for condition in conditions] for name, one in found.items()}
-        equal = sum(int((a == b).sum()) for a, b in zip(*verdicts.values(), strict=True))
-        times = in_turn({"transformers": lambda: ask(None), "vllm": by_engine}, arguments.repeats)
-    rows = []
-    for name, one in times.items():
-        hourly = [3600 * len(asked) / seconds for seconds in one.wall]
-        rows.append([name, quartiles(hourly, 0), quartiles(ratios(times["transformers"].wall, one.wall), 2)])
-    head = ["backend", f"questions an hour, under {len(conditions)} arms each", "times transformers'"]
-    print(table(head, rows))
+        sides = {"transformers": partial(ask, None), "vllm": partial(ask, Backend("vllm", kept))}
+        found = [[side().answers(one).tokens for one in conditions] for side in sides.values()]
+        times = in_turn(sides, arguments.repeats)
+    report_arms(times, len(asked), len(conditions))
+    equal = sum(int((one == other).sum()) for one, other in zip(*found, strict=True))
     print(f"{equal} of {len(conditions) * len(asked)} answers have the same number of tokens\n")
+
+
+def conditions_of(model: Any, folder: Path, draws: int) -> list[Any]:
+    from decode import any_rule
+
+    from adaras_export.core.base_model import BaseModel
+    from adaras_export.evaluation.controls import random_control
+
+    rule = any_rule(BaseModel.of(folder), gated=False)
+    controls = [random_control(model, rule, seed) for seed in range(draws)]
+    return [None, rule, rule.with_strength(-rule.strength), *controls]
+
+
+def report_arms(times: Mapping[str, Times], questions: int, conditions: int) -> None:
+    rows, first = [], times["transformers"]
+    for name, one in times.items():
+        hourly = quartiles([3600 * questions / seconds for seconds in one.wall], 0)
+        against = [quartiles(ratios(*pair), 2) for pair in ((first.wall, one.wall), (first.cpu, one.cpu))]
+        rows.append([name, hourly, *against])
+    head = [
+        "backend",
+        f"questions an hour, under {conditions} arms each",
+        "transformers / it, wall",
+        "transformers / it, CPU",
+    ]
+    print(table(head, rows))
 
 
 if __name__ == "__main__":

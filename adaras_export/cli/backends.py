@@ -18,7 +18,7 @@ def bank_backend(name: str, model: str, revision: str | None, dtype: Dtype, sequ
     """
     if name == "transformers":
         return None
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # read when vLLM is imported, in each of its processes
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # read when vLLM is imported, in each of its processes
     quiet_libraries()
     from adaras_export.core.checkpoint import Checkpoint
     from adaras_export.errors import require

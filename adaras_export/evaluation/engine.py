@@ -75,6 +75,7 @@ class Bank:
 
     def close(self) -> None:
         """End the engine."""
+        self._engine = None
         self._closing.close()
 
 

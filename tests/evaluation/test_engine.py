@@ -145,20 +145,25 @@ def test_a_prompt_that_leaves_no_room_is_refused_before_the_engine_starts(run, b
     assert not engine.banks
 
 
-@pytest.mark.parametrize("strengths", [(-2.0, 2.0), Span(0.5, 4.0)])
-def test_tuning_by_an_engine_finds_what_tuning_the_model_finds(
-    strengths, backend, engine, stock, tokenizer, bases, gate
-):
-    search = Search()
-    if isinstance(strengths, Span):
-        pytest.importorskip("optuna")
-        search = Search(trials=4)
+@pytest.fixture
+def tuned(stock, tokenizer, bases, gate):
+    """`tune` on the tiny qwen3 over two counts and both starts, as a record."""
     task = EvaluationTask(QUESTIONS, has_even_sum, Sampling(3), max_rows=4)
-    options = TuneOptions((3, 6), strengths, ("last_prompt_token", "first_generated_token"), search)
-    args = (stock["qwen3"], tokenizer, tiny.make_neurons(), gate, task, bases["qwen3"])
-    found = tune(*args, replace(options, backend=backend))
-    assert found.as_record() == tune(*args, options).as_record()
-    assert len(engine.banks[0]) == 4
+
+    def go(*search, backend=None):
+        options = TuneOptions((3, 6), search[0], ("last_prompt_token", "first_generated_token"), *search[1:])
+        args = (stock["qwen3"], tokenizer, tiny.make_neurons(), gate, task, bases["qwen3"])
+        return tune(*args, replace(options, backend=backend)).as_record()
+
+    return go
+
+
+@pytest.mark.parametrize("search", [((-2.0, 2.0),), (Span(0.5, 4.0), Search(trials=4))], ids=["grid", "sampler"])
+def test_tuning_by_an_engine_finds_what_tuning_the_model_finds(search, tuned, backend, engine):
+    if len(search) == 2:
+        pytest.importorskip("optuna")
+    assert tuned(*search, backend=backend) == tuned(*search)
+    assert len(engine.banks[0]) == 4  # a strength is a dial
     assert engine.banks[1:] == ["closed"]
 
 

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from adaras_export.core.bank import BankRule
 from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.core.folding import vectors
-from adaras_export.errors import ArtifactError, MissingExtraError
+from adaras_export.errors import ArtifactError, MissingExtraError, RuleError
 from adaras_export.serving.vllm.bank import opened, write_bank
 from adaras_export.serving.vllm.dials import Dials, dials_of, gates_of, rules_of
 
@@ -91,6 +91,12 @@ def test_a_quantised_base_is_refused(bank, folders, tmp_path):
     (tmp_path / "base" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ArtifactError, match="is quantised; expected plain weights"):
         write_bank(tmp_path, Checkpoint(tmp_path / "base"), bank)
+
+
+def test_a_rule_of_another_base_is_refused(bank, folders, bases, tmp_path):
+    other = BankRule("other", tiny.make_rule(bases["qwen3"]))
+    with pytest.raises(RuleError, match="is not the model that this was made for"):
+        write_bank(tmp_path, Checkpoint(folders[BASE]), [*bank, other])
 
 
 def test_without_vllm_the_backend_names_what_to_install_and_leaves_no_folder(bank, folders, monkeypatch, tmp_path):

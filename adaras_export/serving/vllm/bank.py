@@ -18,6 +18,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from adaras_export.core.bank import BankRule, Request
+from adaras_export.core.base_model import BaseModel
 from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.core.folding import vectors
 from adaras_export.core.gate import Gate
@@ -40,6 +41,9 @@ def write_bank(folder: Path, base: Checkpoint, bank: Sequence[BankRule]) -> None
     if "quantization_config" in config:
         raise ArtifactError(f"{base}: is quantised; expected plain weights, which the vectors are folded from")
     base.require_buildable()
+    found = BaseModel.of_checkpoint(base, base.folder)
+    for one in bank:
+        one.rule.base.require_same(found)
     for path in {*base.files.values()}:
         (folder / f"base-{path.name}").symlink_to(path.resolve())
     gates = _Gates(bank)
@@ -69,7 +73,7 @@ def _rule_settings(one: BankRule, gates: "_Gates") -> dict[str, Any]:
 def _vectors(base: Checkpoint, bank: Sequence[BankRule]) -> dict[str, Array]:
     """The (R, D) vectors of each layer that a rule steers, by checkpoint key."""
     folded = [vectors(one.rule, base) for one in bank]
-    none_D = np.zeros_like(next(iter(folded[0].values())))
+    none_D = np.zeros(bank[0].rule.base.hidden_size, np.float32)
     return {
         f"{base.layers_key}.{layer}.mlp.steering_vector": np.stack([found.get(layer, none_D) for found in folded])
         for layer in sorted({layer for found in folded for layer in found})
@@ -185,6 +189,7 @@ def opened(
     Raises:
         MissingExtraError: vLLM is not installed.
         ArtifactError: the base is quantised, or vLLM cannot load it.
+        RuleError: a rule belongs to another base.
     """
     with tempfile.TemporaryDirectory(prefix="adaras-bank-") as folder:
         write_bank(Path(folder), base, bank)
