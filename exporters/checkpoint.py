@@ -1,4 +1,4 @@
-"""What targets share: fold a rule into vectors, copy files of the base checkpoint, and compare files and tensors."""
+"""What targets share: copy files of the base checkpoint, and compare files and tensors."""
 
 import json
 import shutil
@@ -13,6 +13,7 @@ from safetensors.numpy import save
 
 from adaras_export.core import checkpoint, families
 from adaras_export.core.checkpoint import Checkpoint
+from adaras_export.core.folding import vectors
 from adaras_export.core.rule import SteeringRule
 from adaras_export.errors import ArtifactError, ExportError, first_line
 from adaras_export.exporters.checks import Check
@@ -34,19 +35,6 @@ def plain_config(base: Checkpoint) -> dict[str, Any]:
         raise ExportError(f"{base}: is quantised; expected plain weights, which the vectors are folded from")
     base.require_buildable()
     return config
-
-
-def vectors(rule: SteeringRule, base: Checkpoint) -> dict[int, Array]:
-    """W_down[:, idx] @ delta of each steered layer, (D,) float32: computed in float64 from the stored weights.
-
-    The strength is not included; it stays a dial.
-    """
-    folded = {}
-    for layer in rule.layers():
-        index, delta = rule.neurons_of(layer)
-        columns_DK = base.down_columns(layer, torch.tensor(index))
-        folded[layer] = (columns_DK.double().numpy() @ delta.astype(np.float64)).astype(np.float32)
-    return folded
 
 
 # The families whose decoder layer ends with x + factor * mlp(x), and the key of config.json for the factor.

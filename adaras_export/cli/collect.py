@@ -4,16 +4,16 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from adaras_export.cli.options import (
     A_FILE,
-    ADVANCED,
     SAMPLING,
     Check,
     Dtype,
+    Engine,
     Json,
     NewTokens,
     Out,
@@ -62,10 +62,7 @@ def collect(
     record: Annotated[
         Path | None, typer.Option(help="Also record activation statistics into this file.", callback=in_a_folder)
     ] = None,
-    backend: Annotated[
-        Literal["transformers", "vllm"],
-        typer.Option(help="What runs the model here.", rich_help_panel=ADVANCED),
-    ] = "transformers",
+    backend: Engine = "transformers",
     dtype: Precision = "float32",
     revision: Revision = None,
     endpoint: Annotated[

@@ -7,11 +7,13 @@ from typing import Annotated
 
 import typer
 
+from adaras_export.cli.backends import bank_backend
 from adaras_export.cli.options import (
     A_FILE,
     A_FOLDER,
     SAMPLING,
     Check,
+    Engine,
     Json,
     Model,
     NewTokens,
@@ -67,6 +69,7 @@ def evaluate(
     task: Annotated[
         str | None, typer.Option(help="Task of that benchmark, for its leaderboard.", rich_help_panel=_RECORD)
     ] = None,
+    backend: Engine = "transformers",
     dtype: Precision = "float32",
     revision: Revision = None,
     as_json: Json = False,
@@ -97,10 +100,13 @@ def evaluate(
         samples=samples,
         name=question_set or questions.stem,
     )
-    loaded, tokenizer = load_model(model, revision, dtype)
+    engine = bank_backend(backend, model, revision, dtype, batch_size)
+    loaded, tokenizer = load_model(model, revision, dtype, None if engine is None else "cpu")
     sampling = replace(sampling, max_new_tokens=fitting(max_new_tokens, loaded, tokenizer, listed))
     openers = [partial(artifact_arm, folder, read, tokenizer) for folder in artifact or ()]
-    options = EvaluationOptions(range(random_controls), allow_seen, artifacts=openers, trained_on=trained_on)
+    options = EvaluationOptions(
+        range(random_controls), allow_seen, artifacts=openers, trained_on=trained_on, backend=engine
+    )
     with progress() as bar:
         answering = replace(answering, sampling=sampling, progress=bar("answering"))
         evaluation = run(loaded, tokenizer, read, answering, options, arms=arms, out=out)

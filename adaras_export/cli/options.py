@@ -63,6 +63,10 @@ Start = Annotated[Starts, typer.Option(help="First steered token.")]
 Precision = Annotated[
     Dtype, typer.Option("--dtype", help="Numbers that the model computes with.", rich_help_panel=ADVANCED)
 ]
+Engine = Annotated[
+    Literal["transformers", "vllm"],
+    typer.Option("--backend", help="What runs the model here.", rich_help_panel=ADVANCED),
+]
 Rows = Annotated[int, typer.Option("--batch-size", help="Rows of one batch.", rich_help_panel=ADVANCED)]
 TokenBudget = Annotated[int, typer.Option("--token-budget", help="Tokens of one batch.", rich_help_panel=ADVANCED)]
 Seen = Annotated[

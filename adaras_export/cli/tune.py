@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from adaras_export.cli.backends import bank_backend
 from adaras_export.cli.options import (
     A_FILE,
     ADVANCED,
     Check,
+    Engine,
     Json,
     Model,
     NewTokens,
@@ -71,6 +73,7 @@ def tune(
     max_new_tokens: NewTokens = None,
     stop: Stop = None,
     batch_size: Rows = 64,
+    backend: Engine = "transformers",
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
@@ -92,9 +95,10 @@ def tune(
     from adaras_export.evaluation.tune import tune as run
     from adaras_export.modeling.generation import Sampling
 
-    options = TuneOptions(numbers, signed, starts, search)
+    engine = bank_backend(backend, model, revision, "float32", batch_size)
+    options = TuneOptions(numbers, signed, starts, search, backend=engine)
     sampling = Sampling(new_tokens(max_new_tokens), stop=unescaped(stop))
-    loaded, tokenizer = load_model(model, revision)
+    loaded, tokenizer = load_model(model, revision, device=None if engine is None else "cpu")
     sampling = replace(sampling, max_new_tokens=fitting(max_new_tokens, loaded, tokenizer, read))
     with progress() as bar:
         told = bar("trying settings")

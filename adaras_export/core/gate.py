@@ -95,6 +95,11 @@ class Gate(Value):
         """The six arrays of the classifier, by name."""
         return {name: getattr(self, name) for name in _GATE_SHAPES}
 
+    def sizes(self) -> dict[str, Any]:
+        """The layers that it reads, ascending, the number of features of each, and its hidden size, as configs have."""
+        layers, features = np.unique(self.layer, return_counts=True)
+        return {"layers": layers.tolist(), "features": features.tolist(), "hidden_size": len(self.hidden_bias)}
+
     def _arrays(self) -> dict[str, Array]:
         return {"layer": self.layer, "index": self.index, **self.weights()}
 

@@ -18,6 +18,8 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from adaras_export.core.traces import digest
+from adaras_export.errors import TraceError
+from adaras_export.evaluation.engine import Bank
 from adaras_export.evaluation.task import (
     ArtifactCondition,
     Condition,
@@ -30,7 +32,16 @@ from adaras_export.files.append_log import SealedLog
 from adaras_export.files.atomic import sha256
 from adaras_export.files.safe_read import UnreadableError
 from adaras_export.files.safetensors_record import Array
-from adaras_export.modeling.generation import Prefilled, batches, continue_ids, decode, encode_prompt, pad_id, prefill
+from adaras_export.modeling.generation import (
+    Prefilled,
+    batches,
+    continue_ids,
+    decode,
+    encode_prompt,
+    end_ids,
+    pad_id,
+    prefill,
+)
 
 _UNKNOWN = -1
 
@@ -61,27 +72,30 @@ class AnswerCache:
         tokenizer: PreTrainedTokenizerBase,
         task: EvaluationTask,
         journal: Path | None = None,
+        bank: Bank | None = None,
     ) -> None:
-        """``journal`` is the file to append to and to continue from.
+        """``journal`` is the file to append to and to continue from; ``bank`` answers instead of the model.
 
         Raises:
             TraceError: the file belongs to other questions or settings of generation, another process writes it, or
                 it cannot be read or written.
         """
-        self._model, self._tokenizer, self._task = model, tokenizer, task
+        self._model, self._tokenizer, self._task, self._bank = model, tokenizer, task, bank
         self._rows = [encode_prompt(tokenizer, question.prompt) for question in task.questions]
         self._tables: dict[str, Array] = {}
         self._seconds: dict[str, float] = {}
         self._figures: dict[str, dict[int, Array]] = {}
         self._done = self._total = 0
-        self._journal = None if journal is None else SealedLog(journal, _identity(model, task, self._rows))
+        self._journal = None if journal is None else SealedLog(journal, _identity(model, task, self._rows, bank))
         if self._journal is not None:
             self._journal.read(self._entry)
 
     def close(self) -> None:
-        """Let other processes write the journal."""
+        """Let other processes write the journal, and end the engine."""
         if self._journal is not None:
             self._journal.close()
+        if self._bank is not None:
+            self._bank.close()
 
     def missing(self, conditions: Sequence[Condition], questions: Sequence[int]) -> int:
         """How many answers are not in the cache."""
@@ -94,8 +108,50 @@ class AnswerCache:
 
     def ask(self, conditions: Sequence[Condition], questions: Sequence[int] | None = None) -> None:
         """Answer these questions (indices; None: all) under each condition, where the cache lacks the answer."""
-        task, indices = self._task, list(range(len(self._rows)) if questions is None else questions)
-        total = max(self._total, self._done + self.missing(conditions, indices))
+        indices = list(range(len(self._rows)) if questions is None else questions)
+        self._total = max(self._total, self._done + self.missing(conditions, indices))
+        here = [one for one in conditions if self._bank is None or isinstance(one, ArtifactCondition)]
+        if self._bank is not None:
+            self._ask_bank(self._bank, [one for one in conditions if one not in here], indices)
+        self._ask_model(here, indices)
+
+    def _ask_bank(self, bank: Bank, conditions: Sequence[Condition], indices: Sequence[int]) -> None:
+        """All that is missing at once; conditions of one question beside each other, since they share its prompt."""
+        task = self._task
+        work = [(one, index) for index in indices for one in conditions if self.missing([one], [index])]
+        if not work:
+            return
+        requests = [bank.request(one, self._rows[index], key) for one, index in work for key in task.keys(index)]
+        ends = end_ids(self._model, self._tokenizer, task.sampling.stop)
+        waiting: dict[int, dict[int, list[int]]] = {}
+        for number, ids in bank.complete(requests, task.sampling, ends, self._longest()):
+            place, answer = divmod(number, task.samples)
+            waiting.setdefault(place, {})[answer] = ids
+            if len(waiting[place]) == task.samples:
+                found = waiting.pop(place)
+                condition, index = work[place]
+                # What one condition takes is not known where all are in one batch.
+                self._take(condition, [index], [found[at] for at in range(task.samples)], seconds=0.0)
+                self._tell(task.samples)
+        assert not waiting
+
+    def _longest(self) -> int:
+        """Tokens of the longest prompt.
+
+        Raises:
+            TraceError: it leaves no room for an answer in the model's context.
+        """
+        longest, new = max(map(len, self._rows)), self._task.sampling.max_new_tokens
+        context = int(self._model.config.max_position_embeddings)
+        if longest + new > context:
+            raise TraceError(
+                f"prompt of {longest} tokens: {new} new ones exceed the context of {context}; expected "
+                f"max_new_tokens of at most {context - longest}, or a shorter prompt"
+            )
+        return longest
+
+    def _ask_model(self, conditions: Sequence[Condition], indices: Sequence[int]) -> None:
+        task = self._task
         most = max(1, task.max_rows // task.samples)
         for places in batches([len(self._rows[index]) for index in indices], task.token_budget, most):
             batch = [indices[place] for place in places]
@@ -106,9 +162,13 @@ class AnswerCache:
             plain, read_in = self._prefilled(batch) if any(map(_is_prefilled, missing)) else (None, 0.0)
             for condition in missing:
                 self._answer(condition, batch, plain, read_in if _is_prefilled(condition) else 0.0)
-                self._done += len(batch) * task.samples
-                if task.progress is not None:
-                    task.progress(self._done, max(self._done, total))
+                self._tell(len(batch) * task.samples)
+
+    def _tell(self, answers: int) -> None:
+        """Progress by so many answers."""
+        self._done += answers
+        if self._task.progress is not None:
+            self._task.progress(self._done, max(self._done, self._total))
 
     def answers(self, condition: Condition, questions: Sequence[int] | None = None) -> Answers:
         """Of questions that were answered; the seconds are those of all answers under this condition."""
@@ -155,7 +215,13 @@ class AnswerCache:
                 rows_of = [place for place in range(len(batch)) for _ in range(task.samples)]
                 prompts = own.repeated(rows_of)
                 completions = continue_ids(self._model, self._tokenizer, prompts, task.sampling, keys)
-        seconds = round(read_in + time.perf_counter() - started, 4)  # as the journal stores it
+        self._take(condition, batch, completions, read_in + time.perf_counter() - started)
+
+    def _take(
+        self, condition: Condition, batch: Sequence[int], completions: Sequence[Sequence[int]], seconds: float
+    ) -> None:
+        """Check the answers to a batch, ids of n for each question, and keep what they are."""
+        task, seconds = self._task, round(seconds, 4)  # as the journal stores it
         answers = [task.questions[index].answer for index in batch for _ in range(task.samples)]
         texts = [decode(self._tokenizer, ids) for ids in completions]
         correct = [int(bool(task.check(text, answer))) for text, answer in zip(texts, answers, strict=True)]
@@ -211,7 +277,7 @@ def _is_prefilled(condition: Condition) -> bool:
     return not isinstance(condition, StaticCondition | ArtifactCondition)
 
 
-def _identity(model: PreTrainedModel, task: EvaluationTask, rows: Sequence[Sequence[int]]) -> str:
+def _identity(model: PreTrainedModel, task: EvaluationTask, rows: Sequence[Sequence[int]], bank: Bank | None) -> str:
     """Everything that the answers in a journal depend on, beside the conditions."""
     # The ids of a prompt depend on the tokenizer and the chat template, too.
     questions = [
@@ -220,4 +286,5 @@ def _identity(model: PreTrainedModel, task: EvaluationTask, rows: Sequence[Seque
     ]
     first = [weight.detach().flatten()[:8].float().tolist() for weight in model.parameters() if not weight.is_meta]
     parts = [questions, task.checker, task.samples, vars(task.sampling), str(model.dtype), first]
+    parts += [] if bank is None else [bank.name]  # its random numbers are others
     return sha256(json.dumps(parts).encode())[:16]

@@ -26,6 +26,7 @@ from adaras_export.evaluation.answer_cache import AnswerCache, Answers
 from adaras_export.evaluation.arms import compare, primary_arm
 from adaras_export.evaluation.claims import conclusion
 from adaras_export.evaluation.controls import random_control
+from adaras_export.evaluation.engine import Backend, Bank
 from adaras_export.evaluation.record import Evaluation
 from adaras_export.evaluation.task import ArtifactCondition, Condition, EvaluationTask, StaticCondition
 from adaras_export.files.atomic import sha256
@@ -46,6 +47,7 @@ class EvaluationOptions:
         journal: file of finished batches, from which a killed run continues; the caller removes it.
         artifacts: exports of the rule; each is an arm of its own, and they are opened one after the other.
         trained_on: the name of the question set that the rule was made with.
+        backend: answers instead of the model in memory.
     """
 
     random_seeds: Sequence[int] = tuple(range(20))
@@ -53,6 +55,7 @@ class EvaluationOptions:
     journal: Path | None = None
     artifacts: Sequence[OpenArtifact] = ()
     trained_on: str | None = None
+    backend: Backend | None = None
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class AnswersByArm:
 
     Attributes:
         arms: answers by the name of the arm.
-        timed: arms that were run; the others are put together from these.
+        timed: arms whose time is known: not that of one put together from others, or run in one batch with others.
         is_steered_N: which questions the gate steers, (N,) bool.
         model: the model, as the record describes it.
         trained_on: the name of the question set that the rule was made with.
@@ -102,16 +105,17 @@ def answer_all(
     require_statistics()  # before the work, not after it
     if not options.allow_seen:
         require_fresh(task.questions, rule.questions, "give others, or say --allow-seen and do not call it a test")
-    with closing(AnswerCache(model, tokenizer, task, options.journal)) as cache:
-        controls = {"flipped": rule.with_strength(-rule.strength)}
-        controls |= {f"random {seed}": random_control(model, rule, seed) for seed in options.random_seeds}
-        conditions = _conditions(rule, controls, names)
+    controls = {"flipped": rule.with_strength(-rule.strength)}
+    controls |= {f"random {seed}": random_control(model, rule, seed) for seed in options.random_seeds}
+    conditions = _conditions(rule, controls, names)
+    bank = None if options.backend is None else Bank(options.backend, [*conditions.values()])
+    with closing(AnswerCache(model, tokenizer, task, options.journal, bank)) as cache:
         others = len(options.artifacts) * len(task.questions) * task.samples
         cache.expect(cache.missing([*conditions.values()], range(len(task.questions))) + others)
         cache.ask([*conditions.values()])
         answers = {name: cache.answers(condition) for name, condition in conditions.items()}
         is_gated = rule.gate is not None and primary_arm(names) == "gated"
-        timed = {name for name in answers if not is_gated or name in ("off", *names)}
+        timed = {name for name in answers if bank is None and (not is_gated or name in ("off", *names))}
         is_steered_N = np.ones(len(task.questions), dtype=bool)
         if rule.gate is not None and is_gated:
             is_steered_N = is_steered_by(model, tokenizer, rule.gate, task, cache)
@@ -120,7 +124,7 @@ def answer_all(
         arms = {name: answers[name] for name in ("off", *sorted(names, key=_ORDER.index), *controls)}
         artifacts = _answers_of_artifacts(options.artifacts, cache, arms)
         timed |= artifacts.keys()
-        described = _description(model, rule)
+        described = _description(model, rule) | ({} if bank is None else {"backend": bank.name})
         yield AnswersByArm(arms | artifacts, frozenset(timed), is_steered_N, described, options.trained_on, cache)
 
 

@@ -132,7 +132,7 @@ class Evaluation:
         differences: accuracy of every arm but "off" minus that of "off".
         conclusion: one sentence: what the figures allow to say.
         steered_share: of the questions, that the gate steers.
-        model: name, revision, fingerprint and dtype of the base.
+        model: name, revision, fingerprint and dtype of the base; and the backend, where that was not Transformers.
         checker: name of the function that checks answers.
         sampling: the settings of generation, among them ``temperature``.
         seen: how many of the questions were used to make the rule.
@@ -143,7 +143,8 @@ class Evaluation:
         example: one of the questions, for a card to ask; None where none is short and plain.
         tokens: generated for every answer of every arm, (N, n).
         cut: which answers reached the limit of tokens, (N, n) bool.
-        seconds: that an arm took; a gated arm is put together from two others and has none.
+        seconds: that an arm took; a gated arm is put together from two others and has none, and so have arms that
+            shared a batch.
         comparison: how far ways to run the rule are apart, where that was measured.
     """
 

@@ -21,6 +21,7 @@ from adaras_export.errors import TraceError
 from adaras_export.evaluation.answer_cache import AnswerCache
 from adaras_export.evaluation.answers_by_arm import is_steered_by, require_fresh
 from adaras_export.evaluation.arms import compare
+from adaras_export.evaluation.engine import Backend, Bank
 from adaras_export.evaluation.selection_bias import SelectionBias, selection_bias
 from adaras_export.evaluation.task import EvaluationTask
 from adaras_export.evaluation.tune_report import Trial, TuneReport
@@ -42,6 +43,7 @@ class TuneOptions:
         start: the first steered token, or several to choose among.
         search: grid or sampler, and whether settings stop early.
         journal: file of answers, from which a killed run continues; the caller removes it.
+        backend: answers instead of the model in memory.
     """
 
     counts: Sequence[int] = DEFAULT_COUNTS
@@ -49,6 +51,7 @@ class TuneOptions:
     start: Start | Sequence[Start] = "last_prompt_token"
     search: Search = _WHOLE_GRID
     journal: Path | None = None
+    backend: Backend | None = None
 
 
 _DEFAULT = TuneOptions()
@@ -125,7 +128,8 @@ def _tuned(  # noqa: PLR0913 - the arguments of `tune`
     maker = _RuleMaker(rankings, gate, base, (*used, *(identity(question.prompt) for question in task.questions)))
     maker.require_possible(space)
     proposals = proposer(space, options.search)
-    with closing(AnswerCache(model, tokenizer, task, options.journal)) as cache:
+    bank = None if options.backend is None else Bank(options.backend, maker.directions(space))
+    with closing(AnswerCache(model, tokenizer, task, options.journal, bank)) as cache:
         is_steered_N = np.ones(len(task.questions), dtype=bool)
         if gate is not None:
             is_steered_N = is_steered_by(model, tokenizer, gate, task, cache)
@@ -180,6 +184,10 @@ class _RuleMaker:
         strengths = (space.strengths.low,) if isinstance(space.strengths, Span) else space.strengths
         for setting in replace(space, strengths=strengths).grid() or ():
             self.rule(setting)
+
+    def directions(self, space: Space) -> list[SteeringRule]:
+        """What is tried, each at one strength of all."""
+        return [self.bare(setting) for setting in replace(space, strengths=(1.0,)).grid() or ()]
 
 
 class _Tuning:

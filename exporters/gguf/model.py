@@ -11,9 +11,9 @@ import numpy as np
 
 from adaras_export.core.base_model import BaseModel
 from adaras_export.core.checkpoint import Checkpoint
+from adaras_export.core.folding import vectors
 from adaras_export.core.rule import SteeringRule
 from adaras_export.errors import ExportError
-from adaras_export.exporters.checkpoint import vectors
 from adaras_export.exporters.checks import Check
 from adaras_export.exporters.gguf import files, reader
 from adaras_export.files.safetensors_record import Array

@@ -4,7 +4,6 @@ The base checkpoint's files are hard-linked, one small file holds the folded vec
 `adaras_export.runtime` is copied unchanged. Carries the whole rule: gate, start, and a dial for the strength.
 """
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ import numpy as np
 
 from adaras_export.core import checkpoint, families
 from adaras_export.core.checkpoint import Checkpoint
-from adaras_export.core.gate import Gate
+from adaras_export.core.folding import vectors
 from adaras_export.core.rule import SteeringRule
 from adaras_export.exporters import payload_history
 from adaras_export.exporters.base import (
@@ -46,7 +45,6 @@ from adaras_export.exporters.checkpoint import (
     tokenised_differently,
     tokenizer_classes,
     unknown_files,
-    vectors,
     write_index,
     write_json,
     write_tensors,
@@ -186,7 +184,7 @@ def steered_config(config: dict[str, Any], rule: SteeringRule) -> dict[str, Any]
             "start": rule.start,
             "layers": rule.layers(),
             "threshold": 1.0 if rule.gate is None else rule.gate.threshold,
-            "gate": None if rule.gate is None else _gate_settings(rule.gate),
+            "gate": None if rule.gate is None else rule.gate.sizes(),
         },
     }
 
@@ -236,15 +234,6 @@ class _SteeredRepo(SteeredModel):
                 yield
         finally:
             steering.threshold = threshold
-
-
-def _gate_settings(gate: Gate) -> dict[str, Any]:
-    counts = Counter(gate.layer.tolist())
-    return {
-        "layers": sorted(counts),
-        "features": [counts[layer] for layer in sorted(counts)],
-        "hidden_size": len(gate.hidden_bias),
-    }
 
 
 def _strange_code(folder: Path, own: dict[str, bytes]) -> list[str]:

@@ -18,6 +18,7 @@ from onnx.inliner import inline_local_functions
 
 from adaras_export.core import families
 from adaras_export.core.checkpoint import Checkpoint
+from adaras_export.core.folding import vectors
 from adaras_export.core.rule import SteeringRule
 from adaras_export.errors import AdarasError, ArtifactError, ExportError, first_line
 from adaras_export.exporters.base import (
@@ -36,7 +37,6 @@ from adaras_export.exporters.checkpoint import (
     same_content,
     same_json,
     unknown_files,
-    vectors,
     write_json,
 )
 from adaras_export.exporters.checks import Check, Inspection

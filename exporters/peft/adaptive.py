@@ -14,9 +14,9 @@ import numpy as np
 
 from adaras_export.core import families
 from adaras_export.core.checkpoint import Checkpoint
+from adaras_export.core.folding import vectors
 from adaras_export.core.rule import SteeringRule
 from adaras_export.exporters.base import TargetSpec, stock_reference
-from adaras_export.exporters.checkpoint import vectors
 from adaras_export.exporters.parity import Artifact, Mode, Reference
 from adaras_export.exporters.peft.lora import Adapted, PeftExporter, base_entries, open_adapted
 from adaras_export.exporters.peft.method import METHOD

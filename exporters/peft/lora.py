@@ -17,6 +17,7 @@ from safetensors.numpy import save
 
 from adaras_export.core import families
 from adaras_export.core.checkpoint import Checkpoint
+from adaras_export.core.folding import vectors
 from adaras_export.core.rule import SteeringRule
 from adaras_export.exporters import adapters
 from adaras_export.exporters.adapters import ADAPTER_FILE, CONFIG_FILE, adapted
@@ -38,7 +39,6 @@ from adaras_export.exporters.checkpoint import (
     stores,
     strange_names,
     unknown_files,
-    vectors,
     write_json,
 )
 from adaras_export.exporters.checks import Check, Inspection

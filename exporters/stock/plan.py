@@ -12,6 +12,7 @@ import numpy as np
 
 from adaras_export.core import checkpoint
 from adaras_export.core.checkpoint import Checkpoint
+from adaras_export.core.folding import vectors
 from adaras_export.core.rule import SteeringRule
 from adaras_export.errors import ExportError
 from adaras_export.exporters.checkpoint import (
@@ -23,7 +24,6 @@ from adaras_export.exporters.checkpoint import (
     stored,
     stores,
     strange_names,
-    vectors,
     write_index,
     write_tensors,
 )

@@ -13,11 +13,12 @@ from safetensors.numpy import save
 
 from adaras_export.core import checkpoint
 from adaras_export.core.checkpoint import Checkpoint
+from adaras_export.core.folding import vectors
 from adaras_export.core.rule import SteeringRule
 from adaras_export.exporters import adapters
 from adaras_export.exporters.adapters import ADAPTER_FILE, CONFIG_FILE, adapted
 from adaras_export.exporters.base import SteeredModel
-from adaras_export.exporters.checkpoint import opened, same_json, stores, strange_names, vectors, write_json
+from adaras_export.exporters.checkpoint import opened, same_json, stores, strange_names, write_json
 from adaras_export.exporters.checks import Check
 from adaras_export.exporters.parity import Mode, Tolerance
 from adaras_export.exporters.stock.constant_neuron import picking

@@ -116,7 +116,7 @@ def graph(rules, folders, plain, tmp_path_factory):
     """An exported graph, without the rest of the artifact."""
     import onnx_ir as ir
 
-    from adaras_export.exporters.checkpoint import vectors
+    from adaras_export.core.folding import vectors
     from adaras_export.exporters.onnx import graph as onnx_graph
 
     rule = rules["llama", "causal", START]

@@ -16,7 +16,7 @@ from onnx.reference import ReferenceEvaluator
 from pairwise import in_turn
 from tiny import PROMPTS
 
-from adaras_export.core import base_model
+from adaras_export.core import base_model, folding
 from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.delivery.verifier import verify
 from adaras_export.delivery.writer import export
@@ -56,9 +56,8 @@ def steered(plain, rules, folders):
 
 
 def vectors_of(rule, folder):
-    from adaras_export.exporters import checkpoint
 
-    return checkpoint.vectors(rule, Checkpoint(folder))
+    return folding.vectors(rule, Checkpoint(folder))
 
 
 def quiet(level=LEVELS.ORT_ENABLE_ALL):

@@ -17,6 +17,7 @@ from pairwise import in_turn
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from adaras_export.core import folding
 from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.core.question_identity import identity
 from adaras_export.core.rule import SteeringRule
@@ -25,7 +26,6 @@ from adaras_export.core.traces import Question, Trace
 from adaras_export.delivery.verifier import verify
 from adaras_export.delivery.writer import export
 from adaras_export.errors import ExportError, TraceError
-from adaras_export.exporters import checkpoint
 from adaras_export.exporters.base import ExportContext
 from adaras_export.exporters.onnx import calibration, functions, quantize
 from adaras_export.exporters.onnx import graph as onnx_graph
@@ -111,7 +111,7 @@ def test_a_wrong_sign_a_shifted_layer_and_vectors_of_the_rounded_weights_fail(pr
     rule, base = rules[GATED], folders["qwen3"]
     chosen = written(precision, rule, base, tmp_path / "out")
     script = rehearse(chosen.reference(tmp_path / "out", rule, Checkpoint(base)))
-    vectors = checkpoint.vectors(rule, Checkpoint(base))
+    vectors = folding.vectors(rule, Checkpoint(base))
     two, three = sorted(vectors)
     rounded = {
         int(one.module.split(".")[2]): one.weight_NK
@@ -180,7 +180,7 @@ def test_only_projections_are_rounded_and_nothing_is_left_of_the_exact_ones(plai
     assert {name for _, name, _ in model.functions} == set(functions.functions()) - {"PastDecision"}
     assert {"steering_strength", "steering_threshold"} <= {value.name for value in model.graph.inputs}
     stored, before = model.graph.initializers, exact.graph.initializers
-    wanted = onnx_graph.tensors(rules[TIED], checkpoint.vectors(rules[TIED], Checkpoint(folders[TIED[0]])))
+    wanted = onnx_graph.tensors(rules[TIED], folding.vectors(rules[TIED], Checkpoint(folders[TIED[0]])))
     assert all(np.array_equal(stored[name].const_value.numpy(), value) for name, value in wanted.items())
     kept = stored.keys() & before.keys()
     assert "lm_head.weight" in kept  # tied: it has to stay, for the embeddings

@@ -9,6 +9,9 @@ from difflib import get_close_matches
 from typing import Any
 
 STRENGTH, THRESHOLD, START, RULE = "steering_strength", "steering_threshold", "steering_start", "steering_rule"
+EVERYWHERE = "everywhere"
+"""The start of a rule of a bank that steers prompts, too."""
+
 RESULT = "steering"
 """The key of a verdict in `RequestOutput.kv_transfer_params`, which vLLM hands to clients as it is."""
 
@@ -23,7 +26,7 @@ class Rule:
         name: what a request calls it; "" for the only rule of an export.
         strength: factor on its vectors.
         threshold: sequences with p(correct) below it are steered.
-        start: the first steered token: "last_prompt_token" or "first_generated_token".
+        start: the first steered token: "last_prompt_token" or "first_generated_token"; in a bank "everywhere", too.
         gate: the 0-based index of its gate among the model's; None: every sequence is steered.
     """
 
@@ -79,7 +82,7 @@ def dials_of(rules: tuple[Rule, ...], extra: Mapping[str, Any] | None, prompt_to
         ValueError: a name that looks like a dial's but is none, a value out of range, or a rule that is not there.
     """
     given = dict(extra or {})
-    known = (STRENGTH, THRESHOLD, START, *((RULE,) if len(rules) > 1 else ()))
+    known = (STRENGTH, THRESHOLD, START, *((RULE,) if rules[0].name else ()))
     for name in given.keys() - {*known}:
         if name.startswith("steer") or get_close_matches(name, known, cutoff=0.75):
             raise ValueError(f"{name}: not a dial of this model; expected one of: {', '.join(known)}")
@@ -96,7 +99,7 @@ def dials_of(rules: tuple[Rule, ...], extra: Mapping[str, Any] | None, prompt_to
         _number(STRENGTH, given.get(STRENGTH, rule.strength)),
         _number(THRESHOLD, given.get(THRESHOLD, rule.threshold)),
         int(start),
-        int(start) - (rule.start == "last_prompt_token"),
+        0 if rule.start == EVERYWHERE else int(start) - (rule.start == "last_prompt_token"),
     )
 
 

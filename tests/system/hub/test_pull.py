@@ -15,11 +15,11 @@ from huggingface_hub import HfApi
 from places import ROOT
 from tiny import EOS, LAYERS, PAD, PROMPTS, require_answers
 
+from adaras_export.core import folding
 from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.core.rule import SteeringRule
 from adaras_export.delivery import push as pushing
 from adaras_export.delivery.writer import export
-from adaras_export.exporters import checkpoint
 
 for library in ("gguf", "onnxruntime", "peft"):
     pytest.importorskip(library)
@@ -107,7 +107,7 @@ def test_static_artifacts_say_what_the_oracle_says_of_steering_everywhere(name, 
 
 
 def test_a_control_vector_is_the_folded_vectors(pulled, rules, folders):
-    vectors = checkpoint.vectors(rules[KEY], Checkpoint(folders[KEY[0]]))
+    vectors = folding.vectors(rules[KEY], Checkpoint(folders[KEY[0]]))
     assert pulled["gguf"] == {f"direction.{layer}": vector.tolist() for layer, vector in vectors.items()}
 
 
