@@ -151,7 +151,6 @@ def cost(folder: Path, arguments: Namespace) -> None:
     from transformers import AutoConfig
 
     layers = AutoConfig.from_pretrained(folder).num_hidden_layers
-    rows = []
     with engines(folder, arguments) as found:
         sides = {"base": found["base"], "base again": found["base"], "steered": found["steered"]}
         for requests in sequences(arguments):
@@ -161,22 +160,25 @@ def cost(folder: Path, arguments: Namespace) -> None:
             ):
                 work = {name: work_of(one, requests, length, new) for name, one in sides.items()}
                 times = in_turn(work, arguments.repeats)
-                tokens = requests * (length if what == "prefill" else new)
-                for name, one in times.items():
-                    speed = quartiles([tokens / seconds for seconds in one.wall], 1)
-                    against = [
-                        "1" if name == "base" else quartiles(ratios(*two), 3)
-                        for two in ((times["base"].wall, one.wall), (times["base"].cpu, one.cpu))
-                    ]
-                    wanted = {"base": "", "base again": "noise"}.get(name, budget)
-                    rows.append([f"{what}, {requests} at a time", name, speed, *against, wanted])
+                print(f"{what}, {requests} at a time, {length if what == 'prefill' else new} tokens each:\n")
+                print(speeds(times, requests * (length if what == "prefill" else new), budget), flush=True)
         (own, size), (base, base_size) = found["steered"].blocks, found["base"].blocks
-    print(table(["", "", "tokens/s", "base / it, wall", "base / it, CPU", "budget"], rows))
     ratio = (base * base_size) / (own * size)
     print(
         f"KV cache: {base} blocks of {base_size} tokens for the base, {own} of {size} steered, in the same memory: "
         f"{ratio:.4f} times the base's memory for a token (budget: 1 + 1/{layers} = {1 + 1 / layers:.4f})\n"
     )
+
+
+def speeds(times: Mapping[str, Times], tokens: int, budget: str) -> str:
+    """A table of every side, with its speed in times the base's."""
+    rows, base = [], times["base"]
+    for name, one in times.items():
+        speed = quartiles([tokens / seconds for seconds in one.wall], 1)
+        against = [quartiles(ratios(*pair), 3) for pair in ((base.wall, one.wall), (base.cpu, one.cpu))]
+        rows.append([name, speed, *(["1", "1"] if name == "base" else against)])
+        rows[-1].append({"base": "", "base again": "noise"}.get(name, budget))
+    return table(["", "tokens/s", "times the base's, wall", "times the base's, CPU", "budget"], rows)
 
 
 def work_of(side: Side, requests: int, length: int, new: int) -> Callable[[], None]:
@@ -253,8 +255,8 @@ def report_arms(times: Mapping[str, Times], questions: int, conditions: int) -> 
     head = [
         "backend",
         f"questions an hour, under {conditions} arms each",
-        "transformers / it, wall",
-        "transformers / it, CPU",
+        "times transformers', wall",
+        "times transformers', CPU",
     ]
     print(table(head, rows))
 

@@ -100,11 +100,14 @@ def same(one, other):
     return one.as_record() | left_out == other.as_record() | left_out
 
 
-@pytest.mark.parametrize("arms", [(), ("always", "everywhere"), ("everywhere",)])
-def test_an_evaluation_by_an_engine_has_the_verdicts_of_the_model(arms, run, backend, engine):
+@pytest.mark.parametrize(
+    ("arms", "prompts_too"), [((), {False}), (("always", "everywhere"), {False, True}), (("everywhere",), {True})]
+)
+def test_an_evaluation_by_an_engine_has_the_verdicts_of_the_model(arms, prompts_too, run, backend, engine):
     found = run(arms, backend=backend)
     assert same(found, run(arms))
     assert (found.model["backend"], found.seconds) == ("hooks", {})
+    assert {one.everywhere for one in engine.banks[0].values()} == prompts_too
     assert engine.contexts == [max(len(one.prompt) for one in engine.asked) + 3]
     assert engine.banks[-1] == "closed"
 
