@@ -129,7 +129,9 @@ def answer(llm, requests, vocabulary):
         SamplingParams(temperature=0, max_tokens=one["steps"], logprobs=vocabulary, extra_args=one.get("dials"))
         for one in requests
     ]
-    adapters = [one.get("lora") and LoRARequest("adapter", 1, one["lora"]) for one in requests]
+    paths = sorted({one["lora"] for one in requests if one.get("lora")})
+    number = {path: int.from_bytes(path.encode(), "big") % 2**30 + 1 for path in paths}  # the same in every round
+    adapters = [one.get("lora") and LoRARequest(one["lora"], number[one["lora"]], one["lora"]) for one in requests]
     how = {"lora_request": adapters} if any(adapters) else {}
     outputs = llm.generate(prompts, sampling, use_tqdm=False, **how)
     return [as_row(output, vocabulary) for output in outputs]
