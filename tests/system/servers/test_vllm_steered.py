@@ -227,9 +227,9 @@ def adapters(bases, tmp_path_factory):
         with torch.random.fork_rng():
             torch.manual_seed(7)
             model = peft.get_peft_model(served.load(bases[DEEP]), config)
-        folder = tmp_path_factory.mktemp("adapters") / name
-        model.save_pretrained(folder)
-        return str(folder), model.merge_and_unload()
+            folder = tmp_path_factory.mktemp("adapters") / name
+            model.save_pretrained(folder)
+            return str(folder), model.merge_and_unload()
 
     return Lazy(make)
 
@@ -239,7 +239,9 @@ def in_transformers(folder, adapter, row):
     import peft
 
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
-    out = tiny.greedy(peft.PeftModel.from_pretrained(model, adapter).eval(), [row], max_new_tokens=SHORT)
+    with torch.random.fork_rng():
+        adapted = peft.PeftModel.from_pretrained(model, adapter).eval()
+    out = tiny.greedy(adapted, [row], max_new_tokens=SHORT)
     return {"ids": out.sequences[0, len(row) :].tolist(), "logits": torch.cat(out.logits)}
 
 
@@ -259,9 +261,8 @@ def test_lora_adapters_are_used_beside_steering(adapters, driver, exports, model
         record_property(str(at), served.require_round(rows, judge.answers(asked)))
     assert {answer["steered"] for answer in judge.answers(adapted)} == {True, False}
     assert min(map(drive.distance, rounds[1][1::2], judge.answers(plain))) > 1
-    record_property(
-        "behind", drive.require_rows(last, [in_transformers(exports[DEEP], folded, one["ids"]) for one in behind])
-    )
+    expected = [in_transformers(exports[DEEP], folded, request["ids"]) for request in behind]
+    record_property("behind", drive.require_rows(last, expected))
     assert any(row["verdict"]["steered"] for row in last)
     assert min(map(drive.distance, last, judge.answers(plain[2:7]))) > 1
 
