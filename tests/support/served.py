@@ -20,7 +20,9 @@ BLOCK = 32  # tokens of a KV block
 # vLLM's attention on the CPU wants heads of 32 or more; wide sums shall be as large as narrow ones.
 WIDE = {"hidden_size": 128, "max_position_embeddings": 256, "initializer_range": 0.15}
 HEADS = {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 8}
-OWN = {"qwen3": {"head_dim": 32}, "gemma2": HEADS, "gemma3_text": HEADS}
+# With Granite's default of 1.0, scores are large, and vLLM's base model is 6e-4 from Transformers'.
+SCALE = {"attention_multiplier": 32**-0.5}
+OWN = {"qwen3": {"head_dim": 32}, "gemma2": HEADS, "gemma3_text": HEADS, "granite": SCALE}
 
 
 def _rows():

@@ -89,7 +89,7 @@ def _introduce(config: Any) -> None:
     base, causal = decoders[native], models[native]
     for name in (causal.__name__, native.model_type):
         if (rules := conversion_mapping.get_checkpoint_conversion_mapping(name)) is not None:
-            conversion_mapping.register_checkpoint_conversion_mapping(config.architectures[0], rules, overwrite=True)
+            conversion_mapping.register_checkpoint_conversion_mapping(own.model_type, rules, overwrite=True)
             break
     known = type(base.__name__, (base,), {"config_class": own, "__module__": base.__module__})
     AutoModel.register(own, known, exist_ok=True)

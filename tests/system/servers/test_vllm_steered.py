@@ -9,6 +9,7 @@ import pytest
 import served
 import tiny
 import torch
+import transformers
 from tiny import Lazy
 
 DEEP = "qwen3"
@@ -212,37 +213,58 @@ def test_both_decisions_are_in_every_batch(judges):
         assert 3 < sum(steered) < 13
 
 
-PEFT_WARNS = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+# Projections that adapters change: those that no vector is behind, and one that a vector was folded through.
+TARGETS = {"unsteered": r".*(q_proj|v_proj|layers\.[01]\.mlp\.down_proj)", "steered": r".*layers\.2\.mlp\.down_proj"}
 
 
 @pytest.fixture(scope="module")
-def adapter(bases, tmp_path_factory):
-    """The folder of a LoRA adapter, and the base merged with it."""
+def adapters(bases, tmp_path_factory):
+    """Folders of LoRA adapters, and the base merged with each, by the names in `TARGETS`."""
     import peft
 
-    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
+    def make(name):
+        config = peft.LoraConfig(r=4, target_modules=TARGETS[name], init_lora_weights=False)
+        with torch.random.fork_rng():
+            torch.manual_seed(7)
+            model = peft.get_peft_model(served.load(bases[DEEP]), config)
+            folder = tmp_path_factory.mktemp("adapters") / name
+            model.save_pretrained(folder)
+            return str(folder), model.merge_and_unload()
+
+    return Lazy(make)
+
+
+def in_transformers(folder, adapter, row):
+    """What the export's own code answers, with a LoRA adapter of PEFT's."""
+    import peft
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
     with torch.random.fork_rng():
-        torch.manual_seed(7)
-        model = peft.get_peft_model(served.load(bases[DEEP]), config)
-    folder = tmp_path_factory.mktemp("adapter")
-    model.save_pretrained(folder)
-    return str(folder), model.merge_and_unload()
+        adapted = peft.PeftModel.from_pretrained(model, adapter).eval()
+    out = tiny.greedy(adapted, [row], max_new_tokens=SHORT)
+    return {"ids": out.sequences[0, len(row) :].tolist(), "logits": torch.cat(out.logits)}
 
 
-@PEFT_WARNS
-def test_lora_adapters_are_used_beside_steering(adapter, driver, exports, models, rules, record_property):
-    path, merged = adapter
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_lora_adapters_are_used_beside_steering(adapters, driver, exports, models, rules, record_property):
+    """An adapter on a projection that a vector was folded through leaves the vector as it is, as in Transformers."""
+    (path, merged), (folded, _) = adapters["unsteered"], adapters["steered"]
     judge = served.Oracle(models[DEEP], rules[DEEP], {path: merged})
-    plain, adapted = served.asked(served.ROWS), served.asked(served.ROWS, lora=path)
+    plain, adapted = served.asked(served.ROWS, SHORT), served.asked(served.ROWS, SHORT, lora=path)
     mixed = [request for pair in zip(plain, adapted, strict=True) for request in pair]
+    behind = served.asked(served.ROWS[2:7], SHORT, lora=folded)
     # One slot stays empty: vLLM's kernels for the CPU give requests without a LoRA what is in the last one.
-    settings = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8}
-    [found] = driver.ask(job(exports[DEEP], [plain, mixed, mixed], engine=settings))
-    for at, (rows, asked) in enumerate(zip(started(found)["rounds"], [plain, mixed, mixed], strict=True)):
+    settings = {"enable_lora": True, "max_loras": 3, "max_lora_rank": 8}
+    [found] = driver.ask(job(exports[DEEP], [plain, mixed, mixed, behind], engine=settings))
+    *rounds, last = started(found)["rounds"]
+    for at, (rows, asked) in enumerate(zip(rounds, [plain, mixed, mixed], strict=True)):
         record_property(str(at), served.require_round(rows, judge.answers(asked)))
     assert {answer["steered"] for answer in judge.answers(adapted)} == {True, False}
-    for row, answer in zip(found["rounds"][1][1::2], judge.answers(plain), strict=True):
-        assert drive.distance(row, answer) > 1
+    assert min(map(drive.distance, rounds[1][1::2], judge.answers(plain))) > 1
+    expected = [in_transformers(exports[DEEP], folded, request["ids"]) for request in behind]
+    record_property("behind", drive.require_rows(last, expected))
+    assert any(row["verdict"]["steered"] for row in last)
+    assert min(map(drive.distance, last, judge.answers(plain[2:7]))) > 1
 
 
 def test_a_thin_export_takes_the_weights_of_its_base(bases, rules, twice, tmp_path, record_property):

@@ -120,6 +120,9 @@ def as_row(output, vocabulary):
     return {"ids": list(answer.token_ids), "logprobs": tables, "verdict": verdict, "cached": output.num_cached_tokens}
 
 
+NUMBERS = {}  # of adapters, by their paths
+
+
 def answer(llm, requests, vocabulary):
     from vllm import SamplingParams, TokensPrompt
     from vllm.lora.request import LoRARequest
@@ -129,7 +132,11 @@ def answer(llm, requests, vocabulary):
         SamplingParams(temperature=0, max_tokens=one["steps"], logprobs=vocabulary, extra_args=one.get("dials"))
         for one in requests
     ]
-    adapters = [one.get("lora") and LoRARequest("adapter", 1, one["lora"]) for one in requests]
+
+    def adapter(path):
+        return path and LoRARequest(path, NUMBERS.setdefault(path, len(NUMBERS) + 1), path)
+
+    adapters = [adapter(request.get("lora")) for request in requests]
     how = {"lora_request": adapters} if any(adapters) else {}
     outputs = llm.generate(prompts, sampling, use_tqdm=False, **how)
     return [as_row(output, vocabulary) for output in outputs]
