@@ -32,6 +32,7 @@ EXPORTS = {
     "hf-thin": ("llama", "hf-thin", {}),
     "peft": ("llama", "peft", {}),
     "peft-adaptive": ("llama", "peft", {"adaptive": True}),
+    "peft-start-at": ("llama", "peft", {"start_at": "<assistant>"}),
     "peft-merge": ("gpt2", "peft", {"merge": True}),
     "stock": ("qwen3", "stock", {}),
     "stock-switchable": ("llama", "stock", {"switchable": True}),
