@@ -105,8 +105,8 @@ class Gate(nn.Module):
 class Steering(nn.Module):
     """The state of one forward pass: who is prompt, who is steered and how much; filled by `place` before the pass.
 
-    ``prompt``, ``scale``, ``threshold``, ``rule``, ``amount`` and ``probability`` are (T,); ``features`` is (T, F of
-    all gates); ``gate_of`` is (R,), the 0-based gate of each rule, or -1.
+    ``prompt``, ``scale``, ``threshold``, ``rule`` and ``probability`` are (T,); ``amount``, strength * g, is (T, 1);
+    ``features`` is (T, F of all gates); ``gate_of`` is (R,), the 0-based gate of each rule, or -1.
     """
 
     prompt: Tensor
@@ -129,29 +129,28 @@ class Steering(nn.Module):
             self.ends.append(self.ends[-1] + sum(gate["features"]))
         self.rank, self.ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
         tokens = vllm_config.scheduler_config.max_num_batched_tokens
-        for name in ("prompt", "scale", "threshold", "amount", "probability"):
+        for name in ("prompt", "scale", "threshold", "probability"):
             self.register_buffer(name, torch.zeros(tokens, dtype=torch.float32), persistent=False)
+        self.register_buffer("amount", torch.zeros(tokens, 1, dtype=torch.float32), persistent=False)
         self.register_buffer("rule", torch.zeros(tokens, dtype=torch.int64), persistent=False)
         self.register_buffer("features", torch.zeros(tokens, self.ends[-1], dtype=torch.float32), persistent=False)
         gate_of = [-1 if rule.gate is None else rule.gate for rule in self.rules]
         self.register_buffer("gate_of", torch.tensor(gate_of, dtype=torch.int64), persistent=False)
 
     @torch.no_grad()
-    def place(self, count: int, owner_T: Tensor, position_T: Tensor, request: Mapping[str, Tensor]) -> None:
-        """Fill the buffers for a pass of ``count`` tokens.
+    def place(self, position_T: Tensor, dials: Mapping[str, Tensor]) -> None:
+        """Fill the buffers for a pass.
 
-        ``owner_T`` is the 0-based request of each token, ``position_T`` its 0-based position in the request, and
-        ``request`` has the fields of `Dials` for each request.
+        ``position_T`` is the 0-based position of each token in its request, and ``dials`` has the fields of the
+        request's `Dials` for each token, (T,).
         """
-        position_T = position_T[:count]
-        prompt_T = position_T < request["prompt_length"][owner_T]
-        steered_T = position_T >= request["first"][owner_T]
-        self.prompt.zero_()
-        self.scale.zero_()  # padding behind the tokens is not steered
-        self.prompt[:count] = prompt_T.float()
-        self.scale[:count] = torch.where(steered_T, request["strength"][owner_T], 0.0)
-        self.threshold[:count] = request["threshold"][owner_T]
-        self.rule[:count] = request["rule"][owner_T]
+        count = len(position_T)
+        self.prompt[:count] = position_T < dials["prompt_length"]
+        self.scale[:count] = torch.where(position_T >= dials["first"], dials["strength"], 0.0)
+        self.threshold[:count] = dials["threshold"]
+        self.rule[:count] = dials["rule"]
+        self.prompt[count:].zero_()
+        self.scale[count:].zero_()  # padding behind the tokens is not steered
 
     def read(self, hidden_TM: Tensor, index_F: Tensor, column_F: Tensor) -> None:
         """Keep the features of one layer: neurons ``index_F``, 0-based, of h, or of this rank's part of h."""
@@ -166,19 +165,23 @@ class Steering(nn.Module):
     def settle(self, count: int) -> None:
         """Let the gates judge the features, and put strength * g of every token into ``amount``."""
         if not self.gates:
-            self.amount[:count] = self.scale[:count]
+            self.amount[:count, 0] = self.scale[:count]
             return
         features_TF = self.features[:count]
         if self.ranks > 1:
             features_TF = tensor_model_parallel_all_reduce(features_TF.clone())
-        gate_T = self.gate_of[self.rule[:count]]
-        probability_T = torch.zeros_like(self.probability[:count])
-        for at, gate in enumerate(self.gates):
-            judged_T = gate(features_TF[:, self.ends[at] : self.ends[at + 1]], self.prompt[:count])
-            probability_T = torch.where(gate_T == at, judged_T, probability_T)
+        judged = [
+            gate(features_TF[:, first:end], self.prompt[:count])
+            for gate, first, end in zip(self.gates, self.ends, self.ends[1:], strict=False)
+        ]
+        probability_T, steered_T = judged[0], judged[0] < self.threshold[:count]
+        if len(self.rules) > 1:
+            gate_T = self.gate_of[self.rule[:count]]
+            for at, other_T in enumerate(judged):
+                probability_T = torch.where(gate_T == at, other_T, probability_T)
+            steered_T = (gate_T < 0) | (probability_T < self.threshold[:count])
         self.probability[:count] = probability_T
-        steered_T = (gate_T < 0) | (probability_T < self.threshold[:count])
-        self.amount[:count] = torch.where(steered_T, self.scale[:count], 0.0)
+        self.amount[:count, 0] = torch.where(steered_T, self.scale[:count], 0.0)
 
 
 def parameter(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:

@@ -4,6 +4,7 @@ The vector is added behind the module's down projection, not in it: LoRA wraps l
 quantisation method, not their `forward`, and under tensor parallelism the sum of the ranks is made in the projection.
 """
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -23,24 +24,25 @@ class SteeredMLP:
     steering_column: Tensor | None  # (F of this layer,), their 0-based columns among all features
     steering_settles: bool  # the first steered MLP: the gates have seen all features
 
-    def steered_down(self, hidden: Tensor, down: nn.Module) -> Tensor:
+    def steered_down(self, hidden: Tensor, down: Callable[[Tensor], Any]) -> Tensor:
         """The down projection of h, steered."""
-        output: Any = down(hidden)
-        output = (
-            output[0] if isinstance(output, tuple) else output
-        )  # linear layers of the Transformers backend give one
-        hidden = hidden.reshape(-1, hidden.shape[-1])  # and its tensors have a leading dimension of 1
+        # Linear layers of vLLM's own give a tuple; tensors of the Transformers backend have a leading dimension of 1.
+        given = down(hidden)
+        output: Tensor = given[0] if isinstance(given, tuple) else given
+        hidden = hidden.reshape(-1, hidden.shape[-1])
         [steering], count = self.steering, hidden.shape[0]
         if self.steering_index is not None and self.steering_column is not None:
             steering.read(hidden, self.steering_index, self.steering_column)
         if self.steering_settles:
             steering.settle(count)
         if self.steering_vector is None:
-            return output  # type: ignore[no-any-return]
+            return output
         many = self.steering_vector.shape[0] > 1
         vector = self.steering_vector[steering.rule[:count]] if many else self.steering_vector
-        added = (steering.amount[:count, None] * vector).to(output.dtype)
-        return output + added.view(output.shape)  # type: ignore[no-any-return]
+        amount = steering.amount[:count]
+        if output.dtype == vector.dtype:  # one operation; decoding is made of small ones
+            return torch.addcmul(output, amount, vector)
+        return output + (amount * vector).to(output.dtype)
 
 
 class _GateUp(SteeredMLP):

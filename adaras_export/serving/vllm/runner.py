@@ -81,8 +81,8 @@ def model_state_class() -> type[Any]:
             token_T = torch.arange(count, device=self.device, dtype=starts.dtype)
             request_T = torch.searchsorted(starts[1 : input_batch.num_reqs + 1], token_T, right=True)
             slot_T = input_batch.idx_mapping[request_T].long()
-            request = {name: tensor.gpu for name, tensor in self.dials.items()}
-            self.steering.place(count, slot_T, input_batch.positions, request)
+            dials = {name: tensor.gpu[slot_T] for name, tensor in self.dials.items()}
+            self.steering.place(input_batch.positions[:count], dials)
             lengths = self.prompts[input_batch.idx_mapping_np]
             self.steering_columns = _last_columns(
                 input_batch.req_ids, lengths, input_batch.num_computed_tokens_np, input_batch.query_start_loc_np
@@ -118,16 +118,23 @@ def _place(runner: Any, steering: Steering, position_T: Tensor) -> None:
     count = batch.num_reqs
     names, starts = batch.req_ids[:count], runner.query_start_loc.np[: count + 1]
     lengths = batch.num_prompt_tokens[:count]
-    params = [runner.requests[name].sampling_params for name in names]
-    dials = [dials_of_request(steering, one, int(length)) for one, length in zip(params, lengths, strict=True)]
-    request = {name: torch.tensor([getattr(one, name) for one in dials], dtype=kind) for name, kind in _TYPES.items()}
-    owner = torch.from_numpy(np.repeat(np.arange(count), np.diff(starts)))
-    moved = {name: tensor.to(position_T.device, non_blocking=True) for name, tensor in request.items()}
-    steering.place(len(owner), owner.to(position_T.device, non_blocking=True), position_T, moved)
+    table = np.array([_dials_in(runner.requests[name], steering, at) for name, at in zip(names, lengths, strict=True)])
+    table = np.repeat(table.T, np.diff(starts), axis=1)
+    moved = torch.from_numpy(table).to(position_T.device, non_blocking=True)
+    steering.place(position_T[: table.shape[1]], dict(zip(_TYPES, moved, strict=True)))
     runner.steering, runner.steering_columns = (
         steering,
         _last_columns(names, lengths, batch.num_computed_tokens_cpu[:count], starts),
     )
+
+
+def _dials_in(state: Any, steering: Steering, prompt_tokens: int) -> list[float]:
+    """The dials of a request in the order of `_TYPES`, made once and kept on what the runner has of it."""
+    kept: list[float] | None = getattr(state, "steering_dials", None)
+    if kept is None:
+        dials = dials_of_request(steering, state.sampling_params, int(prompt_tokens))
+        kept = state.steering_dials = [float(getattr(dials, name)) for name in _TYPES]
+    return kept
 
 
 def _last_columns(names: Sequence[str], lengths: Any, computed: Any, starts: Any) -> dict[str, int]:

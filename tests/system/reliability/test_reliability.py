@@ -126,9 +126,9 @@ def test_another_process_writes_the_same_bytes_and_permissions(toys, made, tmp_p
 
 
 # Files that name a base which has no Hub id by its path, and the receipt, which has their hashes.
-PATHS = {"hf-thin": {"config.json"}} | dict.fromkeys(
-    ("peft", "peft --adaptive", "peft --start-at"), {"adapter_config.json"}
-)
+PATHS = {"hf-thin": {"config.json"}} | {
+    name: {"adapter_config.json"} for name in ("peft", "peft --adaptive", "peft --start-at")
+}
 
 
 @pytest.mark.parametrize("name", jobs.QUICK)
