@@ -331,7 +331,8 @@ def test_a_tokenizer_that_ends_prompts_with_a_token_of_its_own_is_refused(base):
 def test_a_base_without_a_tokenizer_is_refused(base):
     for path in base.glob("tokenizer*"):
         path.unlink()
-    with pytest.raises(ExportError, match="gives no token with the tokenizer of"):  # Transformers makes an empty one
+    # Transformers 5 makes an empty one.
+    with pytest.raises(ExportError, match="gives no token with the tokenizer of|has no tokenizer for start_at"):
         last_token(END, Checkpoint(base))
     (base / "tokenizer.json").write_text("x")
     with pytest.raises(ExportError, match="has no tokenizer for start_at"):

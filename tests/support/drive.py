@@ -65,6 +65,7 @@ RUNTIMES = {
     "vllm": _vllm("run_vllm.py"),
     "vllm-server": _vllm("run_vllm_server.py"),
     "vllm-steered": _vllm("run_vllm_steered.py"),
+    "vllm-model-state": _vllm("run_vllm_model_state.py"),
     "transformers-serve": _transformers_serve(),
     "llamacpp": _python(".venv-runtimes", "run_llamacpp.py"),
     "llamacpp-server": _python(".venv-runtimes", SERVERS / "run_llamacpp_server.py"),
