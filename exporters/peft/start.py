@@ -91,7 +91,7 @@ def last_token(text: str, base: Checkpoint) -> int:
 def _tokenizer(base: Checkpoint) -> Any:  # noqa: ANN401 - the tokenizers of Transformers are not typed
     try:
         return AutoTokenizer.from_pretrained(base.folder)
-    except (OSError, ValueError, TypeError, ImportError) as error:  # TypeError: Transformers 4, where files are missing
+    except (OSError, ValueError, TypeError, ImportError) as error:  # TypeError: of Transformers 4
         raise ExportError(
             f"{base}: has no tokenizer for start_at ({first_line(error)}); expected one beside it"
         ) from error
