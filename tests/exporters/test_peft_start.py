@@ -332,7 +332,7 @@ def test_a_base_without_a_tokenizer_is_refused(base):
     for path in base.glob("tokenizer*"):
         path.unlink()
     # Transformers 5 makes an empty one.
-    with pytest.raises(ExportError, match="gives no token with the tokenizer of|has no tokenizer for start_at"):
+    with pytest.raises(ExportError, match=r"gives no token with the tokenizer of|has no tokenizer for start_at"):
         last_token(END, Checkpoint(base))
     (base / "tokenizer.json").write_text("x")
     with pytest.raises(ExportError, match="has no tokenizer for start_at"):
