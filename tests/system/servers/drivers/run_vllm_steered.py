@@ -40,12 +40,12 @@ def by_call():
 
     native = Steering.place
 
-    def place(self, count, owner_T, position_T, request):
-        ends = request["prompt_length"].clone()
-        for at in range(len(ends)):
-            of_T = position_T[:count][owner_T == at]
-            ends[at] = of_T.max() + 1 if len(of_T) > 1 else 0
-        native(self, count, owner_T, position_T, {**request, "prompt_length": ends, "first": ends - 1})
+    def place(self, position_T, dials):
+        ends = dials["prompt_length"].clone()
+        starts = [0, *(position_T.diff() != 1).nonzero()[:, 0].add(1).tolist(), len(position_T)]
+        for start, end in zip(starts, starts[1:], strict=False):
+            ends[start:end] = position_T[end - 1] + 1 if end - start > 1 else 0
+        native(self, position_T, {**dials, "prompt_length": ends, "first": ends - 1})
 
     Steering.place = place
 
