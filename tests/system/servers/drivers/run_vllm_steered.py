@@ -9,6 +9,7 @@ Every list runs in a fork of this process, which has imported vLLM once.
 """
 
 import importlib
+import itertools
 import json
 import os
 import sys
@@ -43,7 +44,7 @@ def by_call():
     def place(self, position_T, dials):
         ends = dials["prompt_length"].clone()
         starts = [0, *(position_T.diff() != 1).nonzero()[:, 0].add(1).tolist(), len(position_T)]
-        for start, end in zip(starts, starts[1:], strict=False):
+        for start, end in itertools.pairwise(starts):
             ends[start:end] = position_T[end - 1] + 1 if end - start > 1 else 0
         native(self, position_T, {**dials, "prompt_length": ends, "first": ends - 1})
 
