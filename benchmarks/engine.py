@@ -140,7 +140,7 @@ def engines(folder: Path, arguments: Namespace) -> Iterator[dict[str, Side]]:
         return Side(engine, None)
 
     with ExitStack() as closing:
-        # The first engine of a process is slower on a CPU, whatever it holds: it is not measured.
+        # The first engine of a process is slower on a CPU, steered or not: it is not measured.
         unmeasured, first = base(), base()
         opening = opened(
             Checkpoint(folder), [BankRule("rule", rule)], context, dtype=arguments.dtype, sequences=most, **how

@@ -107,7 +107,7 @@ def _number(name: str, value: Any) -> float:
     """A finite number that float32 can hold.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the value is no number, not finite or too large.
     """
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not (is_number and abs(value) < _LARGEST):  # false for NaN, too

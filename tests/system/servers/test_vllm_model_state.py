@@ -1,4 +1,4 @@
-"""What vLLM's Model Runner V2 is told of each token: on a batch by hand, for want of a GPU."""
+"""What our model state gives vLLM's Model Runner V2 for each token of a batch made by hand; the runner wants a GPU."""
 
 import drive
 import pytest
