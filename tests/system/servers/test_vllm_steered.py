@@ -1,4 +1,4 @@
-"""`hf` exports in vLLM, with the plugin: all answers are the oracle's, in all that vLLM does with batches and caches."""
+"""`hf` exports in vLLM, with the plugin: every answer is the oracle's, whatever vLLM does with batches and caches."""
 
 import shutil
 from collections import namedtuple
