@@ -39,7 +39,7 @@ def dials_of_request(steering: Steering, sampling_params: Any, prompt_tokens: in
     """The dials of a request, as the worker knows it.
 
     Raises:
-        ValueError: they should have been refused before.
+        ValueError: the front end has let wrong dials pass.
     """
     return dials_of(steering.rules, sampling_params.extra_args, prompt_tokens)
 
