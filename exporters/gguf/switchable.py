@@ -185,7 +185,7 @@ class _Plan:
         return replace(source, entries=entries, parts=(*parts, *(content.floats(*one) for one in biases.items())))
 
     def source(self, found: Content) -> Content:
-        """The source of a model: the model without the neurons that `switchable` adds, even if their values are damaged."""
+        """The source of a model: without the neurons that `switchable` adds, whose values may be damaged."""
         entries = _renamed(found.entries, WRITTEN_AS[self.architecture], self.architecture, self.base.mlp_size)
         kept = (part for part in found.parts if not part.name.endswith(tuple(_BIASES)))
         parts = (_moved(_narrower(part), self._heads_of(part), back=True) for part in kept)
