@@ -189,6 +189,11 @@ def mlp(model: "nn.Module", layer: int) -> "nn.Module":
     return module
 
 
+def for_all_tokens(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a decoder with which every layer runs every token; Gemma 4's upper ones run the last ones alone."""
+    return {**arguments, **({"logits_to_keep": 0} if "logits_to_keep" in arguments else {})}
+
+
 def down_name(family: str, layer: int) -> str:
     """The module name of a 0-based layer's down projection in a causal language model of a family."""
     known = FAMILIES[family]

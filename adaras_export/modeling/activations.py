@@ -283,7 +283,7 @@ class Recorder:
             self._count_B = self._count_B[index_R]
             self._sums = [None if sum_BM is None else sum_BM[index_R.to(sum_BM.device)] for sum_BM in self._sums]
 
-    def begin(self, _module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Decoder pre-hook: determine which tokens of this call count."""
         ids_BT = kwargs["input_ids"]
         if self._alive_B is None:  # prompt tokens
@@ -296,6 +296,7 @@ class Recorder:
             self._weight_BT = self._alive_B[:, None]
         count_B = self._weight_BT.sum(1)
         self._count_B = count_B if self._count_B is None else self._count_B + count_B
+        return args, families.for_all_tokens(kwargs)
 
     def add(self, layer: int, h_BTM: Tensor) -> None:
         """Add the activations of one layer; the sink of `capture`."""
