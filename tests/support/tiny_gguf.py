@@ -24,6 +24,8 @@ ARCHITECTURES = {
     "gemma": ("gemma", "half and half"),
     "olmo": ("olmo", "side by side"),
     "phi": ("phi2", "half and half"),
+    "hunyuan_v1_dense": ("hunyuan-dense", "half and half"),
+    "cohere2": ("cohere2", None),
 }
 
 
@@ -104,6 +106,9 @@ def _add_scales(writer, config):
     if config.model_type == "olmo":
         writer.add_layer_norm_eps(1e-5)
         writer.add_clamp_kqv(config.clip_qkv)
+    if config.model_type == "cohere2":
+        writer.add_logit_scale(config.logit_scale)
+        writer.add_sliding_window(config.sliding_window)
     if config.model_type == "stablelm":
         writer.add_parallel_residual(config.use_parallel_residual)
     if config.model_type == "gpt_neox":
