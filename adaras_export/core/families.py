@@ -21,7 +21,6 @@ class Family:
 
     Attributes:
         model_type: the name in config.json.
-        stem: the start of the family's class names: Qwen3 in Qwen3ForCausalLM.
         decoder: the module that holds the decoder layers, below the language model; checkpoints of the decoder alone
             leave it out of their keys.
         layers: the list of decoder layers, below the decoder.
@@ -33,7 +32,6 @@ class Family:
     """
 
     model_type: str
-    stem: str
     decoder: str = "model"
     layers: str = "layers"
     down: str = "mlp.down_proj"
@@ -43,9 +41,17 @@ class Family:
     tokenizer: str = "LlamaTokenizer"
 
     @property
-    def payload(self) -> str:
-        """The file of `adaras_export.runtime` that carries this family's steered classes."""
-        return f"modeling_adaras_{self.model_type}.py"
+    def classes(self) -> dict[str, str]:
+        """The names of Transformers' classes for it, by auto class: {"AutoConfig": "Qwen3Config", ...}."""
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
+
+        tables: dict[str, Any] = {
+            "AutoConfig": CONFIG_MAPPING_NAMES,
+            "AutoModel": MODEL_MAPPING_NAMES,
+            "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        }
+        return {auto: str(table[self.model_type]) for auto, table in tables.items()}
 
     def sizes_in(self, config: Mapping[str, Any]) -> tuple[int, int, int]:
         """L, M and D of a config that has the keys in ``sizes``."""
@@ -56,20 +62,19 @@ class Family:
 
 
 _TABLE = (
-    Family("llama", "Llama"),
-    Family("mistral", "Mistral"),
-    Family("qwen2", "Qwen2", tokenizer="Qwen2Tokenizer"),
-    Family("qwen3", "Qwen3", tokenizer="Qwen2Tokenizer"),
-    Family("gemma2", "Gemma2", tokenizer="GemmaTokenizer"),
-    Family("gemma3_text", "Gemma3", tokenizer="GemmaTokenizer"),
-    Family("olmo2", "Olmo2", tokenizer="GPTNeoXTokenizer"),
-    Family("granite", "Granite", tokenizer="GPT2Tokenizer"),
-    Family("smollm3", "SmolLM3", tokenizer="PreTrainedTokenizerFast"),
-    Family("phi3", "Phi3"),
-    Family("gpt_neox", "GPTNeoX", decoder="gpt_neox", down="mlp.dense_4h_to_h", tokenizer="GPTNeoXTokenizer"),
+    Family("llama"),
+    Family("mistral"),
+    Family("qwen2", tokenizer="Qwen2Tokenizer"),
+    Family("qwen3", tokenizer="Qwen2Tokenizer"),
+    Family("gemma2", tokenizer="GemmaTokenizer"),
+    Family("gemma3_text", tokenizer="GemmaTokenizer"),
+    Family("olmo2", tokenizer="GPTNeoXTokenizer"),
+    Family("granite", tokenizer="GPT2Tokenizer"),
+    Family("smollm3", tokenizer="PreTrainedTokenizerFast"),
+    Family("phi3"),
+    Family("gpt_neox", decoder="gpt_neox", down="mlp.dense_4h_to_h", tokenizer="GPTNeoXTokenizer"),
     Family(
         "gpt2",
-        "GPT2",
         decoder="transformer",
         layers="h",
         down="mlp.c_proj",
@@ -100,7 +105,7 @@ def family_of(config: Mapping[str, Any], subject: str) -> Family:
     if model_type not in FAMILIES:
         raise UnsupportedModelError(
             f"{subject}: model_type {model_type} is not supported; expected one of: {', '.join(FAMILIES)}; a new "
-            "family is one entry in adaras_export/core/families.py and one payload file"
+            "family is one entry in adaras_export/core/families.py"
         )
     return FAMILIES[model_type]
 

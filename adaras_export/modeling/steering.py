@@ -21,6 +21,7 @@ from adaras_export.core.rule import SteeringRule
 from adaras_export.errors import RuleError
 from adaras_export.files.safetensors_record import Array
 from adaras_export.modeling.gate import gate_module
+from adaras_export.runtime.modeling_adaras import unshared
 from adaras_export.runtime.steering_adaras import (
     THREAD,
     Scope,
@@ -37,7 +38,6 @@ from adaras_export.runtime.steering_adaras import (
     require_generation,
     scope_of,
     tokens_of,
-    unshared,
 )
 
 

@@ -1,7 +1,6 @@
 """The payload as the package that it is here: its parts, and its models opened without copying the code."""
 
 import copy
-import importlib
 import json
 import math
 import pickle
@@ -21,6 +20,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Model, eager_attention
 from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.exporters.hf.exporter import EXPORTER
 from adaras_export.modeling.gate import gate_module
+from adaras_export.runtime import modeling_adaras
 from adaras_export.runtime import steering_adaras as runtime
 from adaras_export.runtime.steering_adaras import Scope, Steering, SteeringGate, SteeringState, Step, here
 
@@ -272,12 +272,14 @@ def packaged(rules, folders, tmp_path_factory):
 
     class Packaged(dict):
         def __missing__(self, key):
-            folder, family = tmp_path_factory.mktemp("export"), tiny.SPECS[key[0]][0]
+            folder = tmp_path_factory.mktemp("export")
             EXPORTER.write(rules[key], Checkpoint(folders[key[0]]), folder)
-            name = json.loads((folder / "config.json").read_text())["architectures"][0]
-            module = importlib.import_module(f"adaras_export.runtime.modeling_adaras_{family}")
-            config = getattr(module, name.replace("ForCausalLM", "Config")).from_pretrained(folder)
-            loaded = getattr(module, name).from_pretrained(folder, config=config, dtype=torch.float32)
+            names = json.loads((folder / "config.json").read_text())["auto_map"]
+            config, model = (
+                getattr(modeling_adaras, names[auto].removeprefix("modeling_adaras."))
+                for auto in ("AutoConfig", "AutoModelForCausalLM")
+            )
+            loaded = model.from_pretrained(folder, config=config.from_pretrained(folder), dtype=torch.float32)
             self[key] = loaded.eval()
             return self[key]
 
