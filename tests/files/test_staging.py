@@ -218,6 +218,15 @@ def test_some_files_are_replaced_and_the_others_stay_where_they_are(finished, tm
     assert names_of(tmp_path) == ["out"]
 
 
+def test_a_file_that_is_removed_from_the_copy_is_removed(finished, tmp_path):
+    with revised(finished) as stage:
+        replace_two(stage)
+        (stage / "weights").unlink()
+        (finished / "note").write_text("mine")  # it came later
+    assert texts(finished) == {"card": "new", "deep/receipt": "new", "note": "mine"}
+    assert names_of(tmp_path) == ["out"]
+
+
 def test_what_fails_before_the_end_replaces_nothing(finished, tmp_path):
     revision = revised(finished)
     replace_two(revision.__enter__())
@@ -242,6 +251,19 @@ def test_what_a_dead_process_has_half_replaced_is_finished_by_the_next_one(half,
     with revised(half) as stage:
         assert texts(stage) == {"card": "new", "deep/receipt": "new", "weights": "old"}
     assert texts(half) == {"card": "new", "deep/receipt": "new", "weights": "old"}
+    assert names_of(tmp_path) == ["out"]
+
+
+def test_what_a_dead_process_was_to_remove_is_removed_by_the_next_one(finished, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", lambda one, to: (_ for _ in ()).throw(IndexError))
+        with pytest.raises(IndexError), revised(finished) as stage:
+            replace_two(stage)
+            (stage / "weights").unlink()
+    assert set(texts(finished)) == {"card", "deep/receipt", "weights"}
+    with revised(finished):
+        pass
+    assert texts(finished) == {"card": "new", "deep/receipt": "new"}
     assert names_of(tmp_path) == ["out"]
 
 
