@@ -43,7 +43,7 @@ class Family:
     @property
     def classes(self) -> dict[str, str]:
         """The names of Transformers' classes for it, by auto class: {"AutoConfig": "Qwen3Config", ...}."""
-        from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # type: ignore[attr-defined]
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
         tables: dict[str, Any] = {

@@ -41,9 +41,10 @@ except ImportError:  # Transformers 4
 
 def __getattr__(name: str) -> Any:
     """The class of this name, when it is looked up in this module."""
-    native = getattr(transformers, name.removeprefix("AdaRAS"), None) if name.startswith("AdaRAS") else None
+    native: Any = getattr(transformers, name.removeprefix("AdaRAS"), None) if name.startswith("AdaRAS") else None
     if isinstance(native, type) and issubclass(native, (PreTrainedModel, PretrainedConfig)):
-        return steered_class(native)
+        found: Any = steered_class(native)  # type: ignore[arg-type]
+        return found
     raise AttributeError(f"{name}: expected AdaRAS and the name of a model or config class of Transformers")
 
 
@@ -55,13 +56,15 @@ def steered_class(native: Any) -> Any:
         parents: tuple[type, ...] = (native,)
         content["model_type"] = OwnModelType(f"adaras_{native.model_type}")
     else:
-        kind = SteeredGenerationMixin if issubclass(native, GenerationMixin) else SteeredModel
+        kind: Any = SteeredGenerationMixin if issubclass(native, GenerationMixin) else SteeredModel
         if kind is SteeredModel and "text_config" in native.config_class.sub_configs:
             kind = SteeredWrapper
         parents = (kind, native)
         content["config_class"] = steered_class(native.config_class)
         if kind is not SteeredModel:
             content["forward"] = _handing_on(native)
+        if native.config_class.model_type == "gemma3_text":
+            content["base_model_prefix"] = "model"  # version 4 uses the multimodal model's, and would find no weights
     return type(f"AdaRAS{native.__name__}", parents, content)
 
 
@@ -205,7 +208,8 @@ class SteeredModel(_Steered):
         path, _, down = settings["down_projection"].rpartition(".")
         for layer in self.steered_layers:
             mlp: Any = self.get_submodule(path.format(layer))
-            mlp.__class__ = steered_mlp_class(type(mlp), down)
+            native: Any = type(mlp)
+            mlp.__class__ = steered_mlp_class(native, down)
             vector = frozen(self.config.hidden_size) if layer in settings["layers"] else None
             index = torch.zeros(features[layer], dtype=torch.int64) if layer in features else None
             mlp.register_parameter("steering_vector", vector)
@@ -248,7 +252,8 @@ class SteeredWrapper(_Steered):
     def install_steering(self, settings: dict[str, Any]) -> None:
         """Turn the decoder into a steered decoder."""
         decoder = self.steered_decoder
-        decoder.__class__ = steered_class(type(decoder))
+        native: Any = type(decoder)
+        decoder.__class__ = steered_class(native)
         known: dict[str, Any] = getattr(modeling_utils, "_CAN_RECORD_REGISTRY", {})  # filled by constructors
         known.setdefault(str(decoder.__class__), decoder._can_record_outputs)
         decoder.install_steering(settings)
