@@ -7,6 +7,7 @@ could steer the wrong module without an error.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import reduce
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, cast
 
 from adaras_export.errors import UnsupportedModelError
@@ -26,8 +27,12 @@ class Family:
         layers: the list of decoder layers, below the decoder.
         down: path of the down projection, below one decoder layer.
         transposed: whether its weight is stored (M, D), as GPT-2's Conv1D does, instead of (D, M).
-        sizes: the keys of config.json for L, M and D.
+        sizes: the keys of config.json for L, M and D; None for M: its layers differ, or it is computed of several
+            keys, so each layer's weights say it.
         mlp_ratio: M / D where the config says null for M.
+        behind: what stands between the down projection and the residual sum: None, a "norm", or the key of config.json
+            for a factor, with the place in its list behind a dot.
+        since: the first Transformers that runs it, by its major version.
         tokenizer: the tokenizer class that Transformers 4 opens where a checkpoint names none.
     """
 
@@ -36,8 +41,10 @@ class Family:
     layers: str = "layers"
     down: str = "mlp.down_proj"
     transposed: bool = False
-    sizes: tuple[str, str, str] = ("num_hidden_layers", "intermediate_size", "hidden_size")
+    sizes: tuple[str, str | None, str] = ("num_hidden_layers", "intermediate_size", "hidden_size")
     mlp_ratio: int | None = None
+    behind: str | None = None
+    since: int = 4
     tokenizer: str = "LlamaTokenizer"
 
     @property
@@ -53,24 +60,34 @@ class Family:
         }
         return {auto: str(table[self.model_type]) for auto, table in tables.items()}
 
-    def sizes_in(self, config: Mapping[str, Any]) -> tuple[int, int, int]:
-        """L, M and D of a config that has the keys in ``sizes``."""
-        layers, mlp_size, hidden_size = (config[key] for key in self.sizes)
+    def sizes_in(self, config: Mapping[str, Any]) -> tuple[int, int | None, int]:
+        """L, M and D of a config that has the keys in ``sizes``; None for M: the weights say it."""
+        layers, mlp_size, hidden_size = (None if key is None else config[key] for key in self.sizes)
         if mlp_size is None and self.mlp_ratio is not None and isinstance(hidden_size, int):
             mlp_size = self.mlp_ratio * hidden_size
         return layers, mlp_size, hidden_size
 
+    def factor(self, config: Mapping[str, Any]) -> float | None:
+        """What the output of a down projection is multiplied by before it is added; None behind a norm."""
+        if self.behind is None or self.behind == "norm":
+            return 1.0 if self.behind is None else None
+        key, _, place = self.behind.partition(".")
+        found = config.get(key)
+        return 1.0 if found is None else float(found[int(place)] if place else found)
 
+
+_OWN_WIDTHS = ("num_hidden_layers", None, "hidden_size")
+_FAST = "PreTrainedTokenizerFast"
 _TABLE = (
     Family("llama"),
     Family("mistral"),
     Family("qwen2", tokenizer="Qwen2Tokenizer"),
     Family("qwen3", tokenizer="Qwen2Tokenizer"),
-    Family("gemma2", tokenizer="GemmaTokenizer"),
-    Family("gemma3_text", tokenizer="GemmaTokenizer"),
-    Family("olmo2", tokenizer="GPTNeoXTokenizer"),
-    Family("granite", tokenizer="GPT2Tokenizer"),
-    Family("smollm3", tokenizer="PreTrainedTokenizerFast"),
+    Family("gemma2", behind="norm", tokenizer="GemmaTokenizer"),
+    Family("gemma3_text", behind="norm", tokenizer="GemmaTokenizer"),
+    Family("olmo2", behind="norm", tokenizer="GPTNeoXTokenizer"),
+    Family("granite", behind="residual_multiplier", tokenizer="GPT2Tokenizer"),
+    Family("smollm3", tokenizer=_FAST),
     Family("phi3"),
     Family("gpt_neox", decoder="gpt_neox", down="mlp.dense_4h_to_h", tokenizer="GPTNeoXTokenizer"),
     Family(
@@ -81,6 +98,35 @@ _TABLE = (
         transposed=True,
         sizes=("n_layer", "n_inner", "n_embd"),
         mlp_ratio=4,
+        tokenizer="GPT2Tokenizer",
+    ),
+    Family("ministral3", since=5, tokenizer=_FAST),
+    Family("seed_oss", tokenizer=_FAST),
+    Family("olmo3", behind="norm", tokenizer="GPT2Tokenizer"),
+    Family("exaone4", behind="norm", tokenizer="GPT2Tokenizer"),
+    Family("glm4", behind="norm", tokenizer=_FAST),
+    Family("cohere2", tokenizer="CohereTokenizer"),
+    Family("apertus", tokenizer=_FAST),
+    Family("arcee"),
+    Family("nemotron", tokenizer=_FAST),
+    Family("hunyuan_v1_dense", tokenizer=_FAST),
+    Family("ernie4_5"),
+    Family("starcoder2", down="mlp.c_proj", tokenizer="GPT2Tokenizer"),
+    Family("stablelm", tokenizer="GPTNeoXTokenizer"),
+    Family("gemma", tokenizer="GemmaTokenizer"),
+    Family("olmo", tokenizer="GPTNeoXTokenizer"),
+    Family("phi", down="mlp.fc2", tokenizer="CodeGenTokenizer"),
+    Family("qwen3_5_text", since=5, tokenizer="Qwen2Tokenizer"),
+    Family("gemma4_text", sizes=_OWN_WIDTHS, behind="norm", since=5, tokenizer="GemmaTokenizer"),
+    Family("lfm2", down="feed_forward.w2", sizes=_OWN_WIDTHS, since=5, tokenizer=_FAST),
+    Family("lfm3", down="feed_forward.w2", behind="norm", since=5, tokenizer=_FAST),
+    Family("falcon_h1", down="feed_forward.down_proj", behind="mlp_multipliers.1", since=5, tokenizer=_FAST),
+    Family(
+        "granitemoehybrid",
+        down="shared_mlp.output_linear",
+        sizes=("num_hidden_layers", "shared_intermediate_size", "hidden_size"),
+        behind="residual_multiplier",
+        since=5,
         tokenizer="GPT2Tokenizer",
     ),
 )
@@ -148,16 +194,40 @@ def mlp(model: "nn.Module", layer: int) -> "nn.Module":
     return module
 
 
+def for_all_tokens(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a decoder with which every layer runs every token; Gemma 4's upper ones run the last ones alone."""
+    return {**arguments, **({"logits_to_keep": 0} if "logits_to_keep" in arguments else {})}
+
+
 def down_name(family: str, layer: int) -> str:
     """The module name of a 0-based layer's down projection in a causal language model of a family."""
     known = FAMILIES[family]
     return f"{known.decoder}.{known.layers}.{layer}.{known.down}"
 
 
-def sizes_of(model: "nn.Module") -> tuple[str, int, int, int]:
-    """Family, L, M and D of a model in memory."""
+def sizes_of(model: "nn.Module") -> tuple[str, int, int | tuple[int, ...], int]:
+    """Family, L, M and D of a model in memory; M of each layer where they may differ."""
     config: Any = model.config
-    return _family(model).model_type, *_family(model).sizes_in(config.to_dict())
+    family = _family(model)
+    layers, mlp_size, hidden_size = family.sizes_in(config.to_dict())
+    if mlp_size is None:
+        downs: Any = (down_projection(model, layer) for layer in range(layers))
+        return family.model_type, layers, tuple(down.in_features for down in downs), hidden_size
+    return family.model_type, layers, mlp_size, hidden_size
+
+
+def require_version(family: str, subject: str) -> None:
+    """Refuse a family that the installed Transformers does not run, or runs wrongly.
+
+    Raises:
+        UnsupportedModelError: it is older than the family's ``since``.
+    """
+    found, since = version("transformers"), FAMILIES[family].since
+    if int(found.partition(".")[0]) < since:
+        raise UnsupportedModelError(
+            f"{subject}: {family} needs transformers {since} or later; found {found}; upgrade it, as version "
+            f"{found.partition('.')[0]} has no cache that holds the state of its layers, or lacks the architecture"
+        )
 
 
 def _family(model: "nn.Module") -> Family:

@@ -134,10 +134,11 @@ class Passes:
     def limit(self, step: Step, rows: int) -> None:
         """Adjust the step of a forward pass over ``rows`` rows before it runs."""
 
-    def begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Decoder pre-hook: begin the step."""
+        kwargs = families.for_all_tokens(kwargs)
         if not self.applies():
-            return
+            return args, kwargs
         arguments = {**dict(zip(self.names, args, strict=False)), **kwargs}
         with ExitStack() as opening:
             opening.enter_context(self.around())
@@ -147,6 +148,7 @@ class Passes:
                 preview(step, self.decoder.forward, arguments)
             opening.enter_context(here(step=step))
             _OPEN.passes.append((self, opening.pop_all()))
+        return args, kwargs
 
     def end(self, _module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], outputs: Any) -> None:  # noqa: ANN401
         """Decoder hook: end the step, also after an error."""

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationMixin
 from transformers.cache_utils import Cache
 
 DECODER_ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "inputs_embeds")
@@ -494,7 +495,10 @@ def require_generation(model_class: Any) -> None:
         NotImplementedError: this Transformers has renamed one.
     """
     parameter_names(model_class.generate, ("inputs", "generation_config"))
-    parameter_names(model_class.prepare_inputs_for_generation, ("input_ids", "attention_mask", "inputs_embeds"))
+    prepare = model_class.prepare_inputs_for_generation
+    if "attention_mask" not in signature(prepare).parameters:  # Falcon-H1 hands them on as **kwargs
+        prepare = GenerationMixin.prepare_inputs_for_generation
+    parameter_names(prepare, ("input_ids", "attention_mask", "inputs_embeds"))
 
 
 def prompt_width(inputs: Tensor | None, kwargs: dict[str, Any]) -> int:
