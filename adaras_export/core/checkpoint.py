@@ -179,12 +179,22 @@ def _shapes(path: Path, config: dict[str, Any], family: str) -> dict[str, list[i
     auto: Any = AutoModelForCausalLM
     try:
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
-            model = auto.from_config(CONFIG_MAPPING[family].from_dict(plain))
+            model = auto.from_config(CONFIG_MAPPING[family].from_dict(_with_infinities(plain)))
     except (*_BAD_SIZES, OSError, StrictDataclassError) as error:
         raise ArtifactError(
             f"{path}: {first_line(error)}; expected a config that transformers {__version__} can build a {family} from"
         ) from error
     return {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _with_infinities(config: dict[str, Any]) -> dict[str, Any]:
+    """A config in which infinite numbers, written as {"__float__": "Infinity"}, are numbers."""
+
+    def number(value: dict[str, Any]) -> Any:  # noqa: ANN401 - JSON
+        return float(value["__float__"]) if value.keys() == {"__float__"} else value
+
+    read: dict[str, Any] = json.loads(json.dumps(config), object_hook=number)
+    return read
 
 
 def shards(folder: Path) -> dict[str, Path]:
