@@ -196,7 +196,7 @@ def test_the_oracle_imports_nothing_of_the_library():
 
 def test_what_runs_in_the_clean_process_imports_nothing_of_the_library():
     script = ROOT / "tests" / "exporters" / "clean_process.py"
-    assert {*imported(script)} == {"json", "sys", "torch", "transformers", "peft", "adaras_export"}
+    assert {*imported(script)} == {"json", "pickle", "sys", "torch", "transformers", "peft", "adaras_export"}
     assert 'sys.modules["adaras_export"] = None' in script.read_text()
 
 

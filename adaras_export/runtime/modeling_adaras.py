@@ -228,10 +228,10 @@ class SteeredModel(_Steered):
             RuntimeError: not every steered MLP ran.
         """
         arguments = {**dict(zip(self.forward_names, args, strict=False)), **kwargs}
-        if "logits_to_keep" in arguments:
-            arguments["logits_to_keep"] = 0  # Gemma 4's upper layers would run the last tokens alone
         if not self.steering.active:
             return super().forward(**arguments)
+        if "logits_to_keep" in arguments:
+            arguments["logits_to_keep"] = 0  # Gemma 4's upper layers would run the last tokens alone
         if steering_start is None:
             steering_start, steering_valid = THREAD.handed_on
         step = begin_step(self, self.steering_gate, self.steering, arguments, steering_start, steering_valid)

@@ -175,7 +175,8 @@ def _dial(name: str, meaning: str) -> Any:
 class Steering:
     """The dials of a steered model: ``model.steering``. All calls on the model share them.
 
-    ``strength``, ``threshold`` and ``enabled`` may be set; 0 and False give the base model's output, bit for bit.
+    ``strength``, ``threshold`` and ``enabled`` may be set; 0 and False give the base model's output, bit for bit (0
+    in Gemma 4: but for rounding).
     """
 
     strength = _dial("strength", "Factor on every steering vector; negative reverses the direction.")

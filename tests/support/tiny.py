@@ -108,10 +108,19 @@ MORE_SPECS: dict[str, dict[str, Any]] = {
         **{"layer_types": ["conv", "full_attention"] * 2},
         **{"intermediate_size": 72, "block_multiple_of": 8},  # 48 of them
     },
-    "lfm3": {"layer_types": ["conv", "sliding_attention", "full_attention", "conv"], "head_dim": 16, "sliding_window": 4},
+    "lfm3": {
+        "layer_types": ["conv", "sliding_attention", "full_attention", "conv"],
+        "head_dim": 16,
+        "sliding_window": 4,
+    },
     "falcon_h1": {
         **{"mamba_d_ssm": 32, **_MAMBA, "mlp_multipliers": [0.7, 1.3], "ssm_multipliers": [0.9, 1.1, 0.8, 1.2, 0.7]},
-        **{"lm_head_multiplier": 0.8, "key_multiplier": 0.9, "ssm_out_multiplier": 1.2, "attention_out_multiplier": 0.8},
+        **{
+            "lm_head_multiplier": 0.8,
+            "key_multiplier": 0.9,
+            "ssm_out_multiplier": 1.2,
+            "attention_out_multiplier": 0.8,
+        },
     },
     "granitemoehybrid": {
         **{"num_local_experts": 0, "shared_intermediate_size": MLP_SIZE, "intermediate_size": 40, **_MAMBA},
