@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from adaras_export.core import families
 from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.core.rule import SteeringRule
 from adaras_export.errors import ExportError
@@ -199,10 +200,9 @@ def stock_reference(
 
     ``attention`` is the implementation of attention, by its name in Transformers; None: its default.
     """
-    from transformers import AutoModelForCausalLM
-
     base.require_buildable()
-    model: Any = AutoModelForCausalLM.from_pretrained(base.folder, dtype=torch.float32, attn_implementation=attention)
+    auto = base.family.auto_class
+    model: Any = auto.from_pretrained(base.folder, dtype=torch.float32, attn_implementation=attention)
     whole = ReferencePlayer(model.eval(), rule)
     player = ReferencePlayer(model, rule, everywhere=True) if everywhere else whole
     return Reference(player, *sizes_of(model), whole if everywhere else None)
@@ -210,4 +210,5 @@ def stock_reference(
 
 def sizes_of(model: Any) -> tuple[int, int]:  # noqa: ANN401 - a class of Transformers
     """The vocabulary size and the context length of a model."""
-    return int(model.config.vocab_size), int(model.config.max_position_embeddings)
+    config = families.text_config(model)
+    return int(config.vocab_size), int(config.max_position_embeddings)

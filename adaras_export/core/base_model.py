@@ -94,7 +94,7 @@ class BaseModel:
         folder, config = checkpoint.folder, checkpoint.config
         path, local = folder / "config.json", folder == Path(path_or_id)
         family = family_of(config, str(path_or_id))
-        if missing := [key for key in family.sizes if key is not None and key not in config]:
+        if missing := [key for key in family.sizes if key is not None and key not in family.text(config)]:
             raise ArtifactError(f"{path}: has no {', '.join(missing)}; expected the sizes of a model")
         layers, mlp_size, hidden_size = family.sizes_in(config)
         try:

@@ -116,8 +116,9 @@ class Checkpoint:
     @property
     def decoder_key(self) -> str:
         """The prefix of the decoder's tensor names, such as "model."; may be empty."""
-        prefix = f"{self.family.decoder}."
-        return prefix if any(name.startswith(prefix) for name in self.files) else ""
+        places = (f"{self.family.decoder}.", *(("language_model.model.", "model.") if self.family.images else ()))
+        below = f"{self.family.layers}.0."
+        return next((one for one in places if any(name.startswith(one + below) for name in self.files)), "")
 
     @property
     def layers_key(self) -> str:
@@ -156,7 +157,7 @@ class Checkpoint:
     @cached_property
     def _misfit(self) -> str | None:
         """The first tensor whose shape is not the one that the config gives it, in words."""
-        expected = _shapes(self.folder / "config.json", self._config, self.family.model_type)
+        expected = _shapes(self.folder / "config.json", self._config, self.family)
         if "quantization_config" in self._config:  # packed into other shapes
             return None
         prefix = "" if self.decoder_key else f"{self.family.decoder}."
@@ -168,21 +169,21 @@ class Checkpoint:
         return None
 
 
-def _shapes(path: Path, config: dict[str, Any], family: str) -> dict[str, list[int]]:
+def _shapes(path: Path, config: dict[str, Any], family: Family) -> dict[str, list[int]]:
     """The shape of each tensor of the model that a config describes, by tensor name."""
     import torch
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM, __version__
+    from transformers import CONFIG_MAPPING, __version__
 
     left_out = ("auto_map", "model_type", "quantization_config")
     plain = {key: value for key, value in config.items() if key not in left_out}
-    auto: Any = AutoModelForCausalLM
     try:
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
-            model = auto.from_config(CONFIG_MAPPING[family].from_dict(_with_infinities(plain)))
+            model = family.auto_class.from_config(CONFIG_MAPPING[family.model_type].from_dict(_with_infinities(plain)))
     except (*_BAD_SIZES, OSError, StrictDataclassError) as error:
         raise ArtifactError(
-            f"{path}: {first_line(error)}; expected a config that transformers {__version__} can build a {family} from"
+            f"{path}: {first_line(error)}; expected a config that transformers {__version__} can build a "
+            f"{family.model_type} from"
         ) from error
     return {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
 

@@ -5,7 +5,7 @@ could steer the wrong module without an error.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, cast
@@ -32,6 +32,7 @@ class Family:
         mlp_ratio: M / D where the config says null for M.
         behind: what stands between the down projection and the residual sum: None, a "norm", or the key of config.json
             for a factor, with the place in its list behind a dot.
+        images: whether it reads images, too: its config.json keeps the sizes of the decoder in "text_config".
         since: the first Transformers that runs it, by its major version.
         tokenizer: the tokenizer class that Transformers 4 opens where a checkpoint names none.
     """
@@ -44,25 +45,40 @@ class Family:
     sizes: tuple[str, str | None, str] = ("num_hidden_layers", "intermediate_size", "hidden_size")
     mlp_ratio: int | None = None
     behind: str | None = None
+    images: bool = False
     since: int = 4
     tokenizer: str = "LlamaTokenizer"
 
     @property
     def classes(self) -> dict[str, str]:
         """The names of Transformers' classes for it, by auto class: {"AutoConfig": "Qwen3Config", ...}."""
+        from transformers.models.auto import modeling_auto
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # type: ignore[attr-defined]
-        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
-        tables: dict[str, Any] = {
-            "AutoConfig": CONFIG_MAPPING_NAMES,
-            "AutoModel": MODEL_MAPPING_NAMES,
-            "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        }
+        tables: dict[str, Any] = {"AutoConfig": CONFIG_MAPPING_NAMES, "AutoModel": modeling_auto.MODEL_MAPPING_NAMES}
+        if self.images:  # one class for text alone, and with images
+            both = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+            tables |= {"AutoModelForCausalLM": both, "AutoModelForImageTextToText": both}
+        else:
+            tables["AutoModelForCausalLM"] = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
         return {auto: str(table[self.model_type]) for auto, table in tables.items()}
+
+    @property
+    def auto_class(self) -> Any:  # noqa: ANN401 - a class of Transformers
+        """The class of Transformers that opens its language model: one with `from_pretrained` and `from_config`."""
+        import transformers
+
+        return transformers.AutoModelForImageTextToText if self.images else transformers.AutoModelForCausalLM
+
+    def text(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The entries of a config.json that describe the decoder; some wrappers have them at its top."""
+        found = config.get("text_config") if self.images else None
+        return found if isinstance(found, Mapping) else config
 
     def sizes_in(self, config: Mapping[str, Any]) -> tuple[int, int | None, int]:
         """L, M and D of a config that has the keys in ``sizes``; None for M: the weights say it."""
-        layers, mlp_size, hidden_size = (None if key is None else config[key] for key in self.sizes)
+        text = self.text(config)
+        layers, mlp_size, hidden_size = (None if key is None else text[key] for key in self.sizes)
         if mlp_size is None and self.mlp_ratio is not None and isinstance(hidden_size, int):
             mlp_size = self.mlp_ratio * hidden_size
         return layers, mlp_size, hidden_size
@@ -72,7 +88,7 @@ class Family:
         if self.behind is None or self.behind == "norm":
             return 1.0 if self.behind is None else None
         key, _, place = self.behind.partition(".")
-        found = config.get(key)
+        found = self.text(config).get(key)
         return 1.0 if found is None else float(found[int(place)] if place else found)
 
 
@@ -132,6 +148,20 @@ _TABLE = (
 )
 FAMILIES = {family.model_type: family for family in _TABLE}
 
+# Models that read images, and the family of their decoders.
+_AROUND = {
+    "gemma3": "gemma3_text",
+    "gemma4": "gemma4_text",
+    "mistral3": "mistral",
+    "qwen2_5_vl": "qwen2",
+    "qwen3_5": "qwen3_5_text",
+    "qwen3_vl": "qwen3",
+}
+FAMILIES |= {
+    name: replace(FAMILIES[inner], model_type=name, decoder="model.language_model", images=True, since=5)
+    for name, inner in _AROUND.items()
+}
+
 _EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -142,10 +172,12 @@ def family_of(config: Mapping[str, Any], subject: str) -> Family:
         UnsupportedModelError: a mixture of experts, or an architecture that is not in the table.
     """
     model_type = str(config.get("model_type"))
-    experts = [key for key in _EXPERT_KEYS if config.get(key)]
+    text = config.get("text_config")
+    entries = {**(text if isinstance(text, dict) else {}), **config}
+    experts = [key for key in _EXPERT_KEYS if entries.get(key)]
     if experts:
         raise UnsupportedModelError(
-            f"{subject}: {model_type} is a mixture of experts ({experts[0]} = {config[experts[0]]}); a neuron of an "
+            f"{subject}: {model_type} is a mixture of experts ({experts[0]} = {entries[experts[0]]}); a neuron of an "
             f"expert has no constant contribution to fold; expected a dense model of: {', '.join(FAMILIES)}"
         )
     if model_type not in FAMILIES:
@@ -164,6 +196,17 @@ def decoder(model: "nn.Module") -> "nn.Module":
     """
     module: nn.Module = reduce(getattr, _family(model).decoder.split("."), model)
     return module
+
+
+def text_config(model: "nn.Module") -> Any:  # noqa: ANN401 - a config class of Transformers
+    """The config of a model's decoder, which is a part of the whole config where the model also reads images."""
+    config: Any = model.config
+    return config.get_text_config()
+
+
+def reads_images(model: "nn.Module") -> bool:
+    """Whether a model in memory also reads images."""
+    return _family(model).images
 
 
 def input_device(model: "nn.Module") -> Any:  # noqa: ANN401 - torch is not imported here

@@ -7,7 +7,6 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -50,14 +49,15 @@ def load_model(
         print(report.correct, "of", report.traces, "traces are correct")
     """
     folder = fetch(base, revision)
-    Checkpoint(folder).require_buildable()
+    checkpoint = Checkpoint(folder)
+    checkpoint.require_buildable()
     placing: dict[str, Any] = {}
     if device_map is not None:
         require("accelerate", "distributed", "a device map")
         placing = {"device_map": device_map, "offload_folder": offload_folder}
     try:
         with torch.random.fork_rng(devices=[]):  # missing tensors are drawn at random
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = checkpoint.family.auto_class.from_pretrained(
                 folder, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True, **placing
             )
         tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")

@@ -62,13 +62,15 @@ def steered_class(native: Any) -> Any:
         parents = (kind, native)
         content["config_class"] = steered_class(native.config_class)
         if kind is not SteeredModel:
-            content["forward"] = _handing_on(native)
+            content["forward"] = handing_on(native)
         if native.config_class.model_type == "gemma3_text":
             content["base_model_prefix"] = "model"  # version 4 uses the multimodal model's, and would find no weights
     return type(f"AdaRAS{native.__name__}", parents, content)
 
 
-def _handing_on(native: Any) -> Callable[..., Any]:
+def handing_on(native: Any) -> Callable[..., Any]:
+    """The forward pass of a model class, which tells the decoder where the prompt ends, and what is padding."""
+
     @wraps(native.forward)  # Transformers looks at the signature
     def forward(self: Any, *args: Any, steering_start: Any = None, steering_valid: Any = None, **kwargs: Any) -> Any:
         """As in Transformers. Some classes give the decoder no further arguments, and a mask with four dimensions."""

@@ -112,7 +112,8 @@ class ThinExporter:
             "fingerprint": base.fingerprint,
             "auto_map": config["auto_map"],
         }
-        return {**config, "auto_map": _LOADERS, "adaras": config["adaras"] | {"base": record}}
+        loaders = {auto: _LOADERS.get(auto, _LOADERS["AutoModelForCausalLM"]) for auto in config["auto_map"]}
+        return {**config, "auto_map": loaders, "adaras": config["adaras"] | {"base": record}}
 
 
 EXPORTER = ThinExporter()

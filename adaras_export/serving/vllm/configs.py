@@ -33,9 +33,9 @@ def _architecture(family: families.Family) -> tuple[str, str]:
     return f"{_MODULES}.{module}", family.classes["AutoModelForCausalLM"]
 
 
-ARCHITECTURES = {
-    f"AdaRAS{one.classes['AutoModelForCausalLM']}": _architecture(one) for one in families.FAMILIES.values()
-}
+_SERVED = [families.FAMILIES[name] for name in (*_NATIVE, "olmo2", "smollm3", "gpt_neox")]
+
+ARCHITECTURES = {f"AdaRAS{one.classes['AutoModelForCausalLM']}": _architecture(one) for one in _SERVED}
 """vLLM's module and class, by the name of the architecture in the exports."""
 
 ARCHITECTURES["AdaRASGPT2ForCausalLM"] = ARCHITECTURES["AdaRASGPT2LMHeadModel"]  # its name in earlier exports
@@ -47,7 +47,7 @@ def _config_class(family: families.Family) -> type[Any]:
     return type(name, (base,), {"model_type": f"adaras_{family.model_type}", "__module__": __name__})
 
 
-CONFIGS = {one.model_type: _config_class(one) for one in families.FAMILIES.values()}
+CONFIGS = {one.model_type: _config_class(one) for one in _SERVED}
 """The config class of each family's exports."""
 
 globals().update({one.__name__: one for one in CONFIGS.values()})
