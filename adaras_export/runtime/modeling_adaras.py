@@ -31,6 +31,8 @@ from .steering_adaras import (
     prompt_width,
     require_generation,
     scope_of,
+    tokens_of,
+    valid_tokens,
 )
 
 try:
@@ -70,15 +72,18 @@ def steered_class(native: Any) -> Any:
 
 def handing_on(native: Any) -> Callable[..., Any]:
     """The forward pass of a model class, which tells the decoder where the prompt ends, and what is padding."""
+    names = parameter_names(native.forward, ("input_ids", "attention_mask", "inputs_embeds"))
+    around = "text_config" in native.config_class.sub_configs
 
     @wraps(native.forward)  # Transformers looks at the signature
     def forward(self: Any, *args: Any, steering_start: Any = None, steering_valid: Any = None, **kwargs: Any) -> Any:
-        """As in Transformers. Some classes give the decoder no further arguments, and a mask with four dimensions."""
-        mask = kwargs.get("attention_mask")
-        if steering_valid is None and isinstance(mask, Tensor) and mask.ndim == 2:
-            steering_valid = mask
+        """As in Transformers; not every class gives its decoder further arguments, or a mask with two dimensions."""
+        arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+        mask = arguments.get("attention_mask")
+        if steering_valid is None and around and (mask is None or mask.ndim == 2):
+            steering_valid = valid_tokens(None, tokens_of(arguments)) if mask is None else mask
         with here(handed_on=(steering_start, steering_valid)):
-            return native.forward(self, *args, **kwargs)
+            return native.forward(self, **arguments)
 
     return forward
 

@@ -46,6 +46,7 @@ SHARED = Allowed(
                 "frozen",
             ),
             *("here", "parameter_names", "place_of", "preview", "prompt_width", "require_generation", "scope_of"),
+            *("tokens_of", "valid_tokens"),
         },
     },
     modules={

@@ -22,7 +22,13 @@ WRAPPERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         "gemma4_text",
         {},
         {
-            "vision_config": {**_TOWER, "num_hidden_layers": 2, "num_key_value_heads": 2, "head_dim": 8, "patch_size": 4},
+            "vision_config": {
+                **_TOWER,
+                "num_hidden_layers": 2,
+                "num_key_value_heads": 2,
+                "head_dim": 8,
+                "patch_size": 4,
+            },
             "image_token_id": IMAGE,
             "audio_config": None,
         },
@@ -31,7 +37,13 @@ WRAPPERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         "mistral",
         {},
         {
-            "vision_config": {**_TOWER, "model_type": "pixtral", "num_hidden_layers": 2, "image_size": SIDE, "patch_size": 4},
+            "vision_config": {
+                **_TOWER,
+                "model_type": "pixtral",
+                "num_hidden_layers": 2,
+                "image_size": SIDE,
+                "patch_size": 4,
+            },
             "image_token_index": IMAGE,
             "spatial_merge_size": 2,
             "vision_feature_layer": -1,
@@ -41,7 +53,12 @@ WRAPPERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         "qwen2",
         {"rope_parameters": _MROPE},
         {
-            "vision_config": {**_QWEN, "out_hidden_size": tiny.HIDDEN_SIZE, "window_size": 16, "fullatt_block_indexes": [1]},
+            "vision_config": {
+                **_QWEN,
+                "out_hidden_size": tiny.HIDDEN_SIZE,
+                "window_size": 16,
+                "fullatt_block_indexes": [1],
+            },
             **_IDS,
         },
     ),
@@ -78,3 +95,40 @@ def build_model(name: str) -> Any:
             if parameter_name.endswith("bias") or (parameter.dim() == 1 and "norm" in parameter_name):
                 parameter.data += 0.2 * torch.randn_like(parameter)
     return model.eval()
+
+
+def save_base(name: str, folder: Any) -> Any:
+    """A checkpoint folder of a model of `WRAPPERS`, with the tokenizer of `tiny`."""
+    model = build_model(name)
+    model.generation_config.max_new_tokens = 6
+    model.save_pretrained(folder)
+    tiny.build_tokenizer().save_pretrained(folder)
+    return folder
+
+
+ROW = [39, 72, START, *[IMAGE] * 4, END, 71, 64, 83]
+"""A prompt with an image."""
+
+
+def image(name: str, seed: int) -> dict[str, torch.Tensor]:
+    """A random picture, as the processor of a model gives it."""
+    draw = torch.Generator().manual_seed(seed)
+    if name.startswith("qwen"):  # 16 patches of 4 x 4 pixels, merged by four
+        inputs = {"pixel_values": torch.randn(16, 48, generator=draw), "image_grid_thw": torch.tensor([[1, 4, 4]])}
+        return {**inputs, "mm_token_type_ids": (torch.tensor([ROW]) == IMAGE).long()}
+    sizes = {"image_sizes": torch.tensor([[SIDE, SIDE]])} if name == "mistral3" else {}
+    return {"pixel_values": torch.randn(1, 3, SIDE, SIDE, generator=draw), **sizes}
+
+
+class Seeing:
+    """A model that is always given the same picture with its first tokens, for the oracle."""
+
+    def __init__(self, model: Any, inputs: dict[str, torch.Tensor]) -> None:
+        self.config, self.model = model.config, model.model
+        self._model, self._inputs = model, inputs
+
+    def __call__(self, ids: torch.Tensor, **how: Any) -> Any:
+        kinds = self._inputs.get("mm_token_type_ids")
+        more = ids.shape[1] - len(ROW)  # tokens of text
+        own = {} if kinds is None else {"mm_token_type_ids": torch.nn.functional.pad(kinds, (0, more))}
+        return self._model(ids, **{**self._inputs, **own}, **how)
