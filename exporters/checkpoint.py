@@ -29,26 +29,14 @@ def plain_config(base: Checkpoint) -> dict[str, Any]:
     Raises:
         ArtifactError: Transformers cannot build the config, or its shapes differ from those of the weights.
         ExportError: the weights are quantised.
+        UnsupportedModelError: this Transformers is too old for the family.
     """
     config = base.config
+    families.require_version(base.family.model_type, str(base))
     if "quantization_config" in config:
         raise ExportError(f"{base}: is quantised; expected plain weights, which the vectors are folded from")
     base.require_buildable()
     return config
-
-
-# The families whose decoder layer ends with x + factor * mlp(x), and the key of config.json for the factor.
-RESIDUAL_FACTORS = {
-    "llama": None,
-    "mistral": None,
-    "qwen2": None,
-    "qwen3": None,
-    "granite": "residual_multiplier",
-    "smollm3": None,
-    "phi3": None,
-    "gpt_neox": None,
-    "gpt2": None,
-}
 
 
 def require_residual_sum(rule: SteeringRule, target: str) -> None:
@@ -57,10 +45,11 @@ def require_residual_sum(rule: SteeringRule, target: str) -> None:
     Raises:
         ExportError: the family normalises what leaves its MLP.
     """
-    if rule.base.family not in RESIDUAL_FACTORS:
+    if families.FAMILIES[rule.base.family].behind == "norm":
+        fitting = (name for name, family in families.FAMILIES.items() if family.behind != "norm")
         raise ExportError(
             f"{target}: {rule.base.family} normalises what leaves its MLP, which a vector behind the block would "
-            f"evade; expected one of: {', '.join(RESIDUAL_FACTORS)}; choose target hf, onnx or peft"
+            f"evade; expected one of: {', '.join(fitting)}; choose target hf, onnx or peft"
         )
 
 
@@ -69,8 +58,7 @@ def residual_vectors(rule: SteeringRule, base: Checkpoint) -> dict[int, Array]:
 
     Only of a rule that `require_residual_sum` accepts.
     """
-    key = RESIDUAL_FACTORS[rule.base.family]
-    factor = np.float32(1.0 if key is None else base.config.get(key, 1.0))
+    factor = np.float32(base.family.factor(base.config))
     return {layer: factor * vector for layer, vector in vectors(rule, base).items()}
 
 

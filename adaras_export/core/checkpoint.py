@@ -173,13 +173,12 @@ def _shapes(path: Path, config: dict[str, Any], family: Family) -> dict[str, lis
     """The shape of each tensor of the model that a config describes, by tensor name."""
     import torch
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import CONFIG_MAPPING, __version__
+    from transformers import __version__
 
-    left_out = ("auto_map", "model_type", "quantization_config")
-    plain = {key: value for key, value in config.items() if key not in left_out}
+    plain = {key: value for key, value in config.items() if key != "quantization_config"}
     try:
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
-            model = family.auto_class.from_config(CONFIG_MAPPING[family.model_type].from_dict(_with_infinities(plain)))
+            model = family.auto_class.from_config(config_object(plain, family.model_type))
     except (*_BAD_SIZES, OSError, StrictDataclassError) as error:
         raise ArtifactError(
             f"{path}: {first_line(error)}; expected a config that transformers {__version__} can build a "
@@ -188,14 +187,20 @@ def _shapes(path: Path, config: dict[str, Any], family: Family) -> dict[str, lis
     return {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def _with_infinities(config: dict[str, Any]) -> dict[str, Any]:
-    """A config in which infinite numbers, written as {"__float__": "Infinity"}, are numbers."""
+def config_object(config: Mapping[str, Any], family: str) -> Any:  # noqa: ANN401 - a config class of Transformers
+    """A config.json as an object of the family's config class, with its defaults."""
+    from transformers import CONFIG_MAPPING
 
-    def number(value: dict[str, Any]) -> Any:  # noqa: ANN401 - JSON
-        return float(value["__float__"]) if value.keys() == {"__float__"} else value
+    plain = {key: value for key, value in config.items() if key not in ("auto_map", "model_type")}
+    return CONFIG_MAPPING[family].from_dict(_with_infinities(plain))
 
-    read: dict[str, Any] = json.loads(json.dumps(config), object_hook=number)
-    return read
+
+def _with_infinities(value: Any) -> Any:  # noqa: ANN401 - JSON
+    """A JSON value in which {"__float__": "Infinity"}, as Transformers 5 writes it, is that number."""
+    if isinstance(value, dict):
+        found = value.get("__float__") if len(value) == 1 else None
+        return {key: _with_infinities(one) for key, one in value.items()} if found is None else float(found)
+    return [_with_infinities(one) for one in value] if isinstance(value, list) else value
 
 
 def shards(folder: Path) -> dict[str, Path]:

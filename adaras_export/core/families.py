@@ -83,11 +83,10 @@ class Family:
             mlp_size = self.mlp_ratio * hidden_size
         return layers, mlp_size, hidden_size
 
-    def factor(self, config: Mapping[str, Any]) -> float | None:
-        """What the output of a down projection is multiplied by before it is added; None behind a norm."""
-        if self.behind is None or self.behind == "norm":
-            return 1.0 if self.behind is None else None
-        key, _, place = self.behind.partition(".")
+    def factor(self, config: Mapping[str, Any]) -> float:
+        """What the output of a down projection is multiplied by before it is added; not for families with a norm."""
+        assert self.behind != "norm"
+        key, _, place = (self.behind or "").partition(".")
         found = self.text(config).get(key)
         return 1.0 if found is None else float(found[int(place)] if place else found)
 

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from adaras_export.core import families
 from adaras_export.core.rule import Start
@@ -86,10 +85,11 @@ def _log_probabilities(model: PreTrainedModel, inputs: Mapping[str, Any], most: 
     ids_BT = inputs["input_ids"]
     if ids_BT.numel() <= most:
         return _chosen(model(**inputs).logits[:, :-1], ids_BT[:, 1:])
-    hidden_BTD = model.base_model(**inputs).last_hidden_state
+    outputs = model.base_model(**inputs)
+    hidden_BTD, made_of = outputs.last_hidden_state, type(outputs)
 
     def piece(hidden_BSD: Tensor, ids_BS: Tensor) -> Tensor:
-        return _chosen(_head(model, hidden_BSD), ids_BS)
+        return _chosen(_head(model, made_of(last_hidden_state=hidden_BSD)), ids_BS)
 
     size = max(1, most // len(ids_BT))
     parts = zip(hidden_BTD[:, :-1].split(size, 1), ids_BT[:, 1:].split(size, 1), strict=True)
@@ -102,12 +102,12 @@ def _chosen(logits_BTV: Tensor, ids_BT: Tensor) -> Tensor:
     return chosen_BT - logits_BTV.logsumexp(-1)
 
 
-def _head(model: PreTrainedModel, hidden_BTD: Tensor) -> Tensor:
+def _head(model: PreTrainedModel, outputs: Any) -> Tensor:  # noqa: ANN401 - each decoder has its own class
     """Logits of the decoder's output; some families scale or cap them, which only their own forward pass knows."""
     decoder: Any = model.base_model
-    decoder.forward = lambda *_args, **_kwargs: BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden_BTD)
+    decoder.forward = lambda *_args, **_kwargs: outputs
     try:
-        logits: Tensor = model(inputs_embeds=hidden_BTD, use_cache=False).logits
+        logits: Tensor = model(inputs_embeds=outputs.last_hidden_state, use_cache=False).logits
     finally:
         del decoder.forward  # the class has the real one
     return logits

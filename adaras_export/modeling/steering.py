@@ -237,8 +237,9 @@ def _by_layer(layer: Array, index: Array, device: torch.device) -> dict[int, Ten
 
 
 def _check(model: nn.Module, rule: SteeringRule) -> None:
-    family, layers, mlp_size, hidden_size = families.sizes_of(model)
     name = str(model.config.name_or_path or type(model).__name__)  # type: ignore[union-attr]
-    rule.base.require_same(BaseModel(name, family, layers, mlp_size, hidden_size))
+    base = BaseModel(name, *families.sizes_of(model))
+    families.require_version(base.family, name)
+    rule.base.require_same(base)
     if hasattr(type(model), "_is_steered"):
         raise RuleError(f"{name}: is steered already; leave that context first, or merge the rules")

@@ -51,7 +51,7 @@ from adaras_export.files.safetensors_record import Array
 VECTOR_FILE = "control-vector.gguf"
 _TAGS = {"": ("control-vector",), "_into": (), "_switchable": ("lora",)}
 
-# What llama.cpp calls the families of `RESIDUAL_FACTORS`.
+# What llama.cpp calls the families for which it is known here where its graph applies a control vector.
 _ARCHITECTURES = {
     "llama": "llama",
     "mistral": "llama",
@@ -116,7 +116,7 @@ class GgufExporter:
         """As `Exporter` says."""
         require_effect(rule, "gguf")
         require_residual_sum(rule, "gguf")
-        architecture = _ARCHITECTURES[rule.base.family]
+        architecture = _architecture(rule.base.family)
         if self.switchable:
             gguf_switchable.require_form(architecture)
         plain_config(base)
@@ -195,6 +195,20 @@ class GgufExporter:
 
 
 EXPORTER = GgufExporter()
+
+
+def _architecture(family: str) -> str:
+    """What llama.cpp calls a family.
+
+    Raises:
+        ExportError: nobody has seen here where its graph applies a control vector.
+    """
+    if family not in _ARCHITECTURES:
+        raise ExportError(
+            f"gguf: {family} is not known in llama.cpp, where a control vector could be added elsewhere; expected one "
+            f"of: {', '.join(_ARCHITECTURES)}; choose target hf or peft"
+        )
+    return _ARCHITECTURES[family]
 
 
 def _is_text(value: object) -> bool:

@@ -113,10 +113,10 @@ class PeftExporter:
 
     def tensors(self, rule: SteeringRule, base: Checkpoint) -> dict[str, Array]:
         """The adapter's tensors: per steered layer A = 0 (1, M), B = 0 (D, 1), and the bias (D,)."""
-        mlp, width, tensors = rule.base.mlp_size, rule.base.hidden_size, {}
+        width, tensors = rule.base.hidden_size, {}
         for layer, vector in vectors(rule, base).items():
             name = f"base_model.model.{families.down_name(rule.base.family, layer)}"
-            tensors[f"{name}.lora_A.weight"] = np.zeros((1, mlp), np.float32)
+            tensors[f"{name}.lora_A.weight"] = np.zeros((1, rule.base.width(layer)), np.float32)
             tensors[f"{name}.lora_B.weight"] = np.zeros((width, 1), np.float32)
             tensors[f"{name}.lora_B.bias"] = np.float32(rule.strength) * vector
         return tensors

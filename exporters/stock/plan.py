@@ -134,13 +134,13 @@ def _dtype(base: Checkpoint) -> str:
 
 def _missing(rule: SteeringRule, base: Checkpoint, form: Form, *, present: bool) -> dict[str, Array]:
     """Zeros for the biases that the form has and the base lacks."""
-    family, layers, biases = base.family, base.layers_key, {}
+    biases = {}
     for layer in range(rule.base.layers):
-        for path in () if present else form.biased:
-            size = rule.base.hidden_size if path == family.down else rule.base.mlp_size
-            biases[f"{layers}.{layer}.{path}.bias"] = np.zeros(size, np.float32)
-        if form.output:
-            biases[f"{layers}.{layer}.self_attn.o_proj.bias"] = np.zeros(rule.base.hidden_size, np.float32)
+        for path in () if present else (*form.biased, *form.zeros):
+            name = f"{base.layers_key}.{layer}.{path}"
+            if f"{name}.weight" not in base.entries:
+                raise base.no_tensor(f"{name}.weight")
+            biases[f"{name}.bias"] = np.zeros(base.entries[f"{name}.weight"]["shape"][0], np.float32)
     return biases
 
 

@@ -174,7 +174,9 @@ def test_a_margin_is_the_mean_over_correct_minus_the_mean_over_incorrect(token_b
     assert len(found.questions) == 2
 
 
-@pytest.mark.parametrize("name", ["qwen3", "gemma2", "granite", "gpt2", "mistral-window"])
+@pytest.mark.parametrize(
+    "name", ["qwen3", "gemma2", "granite", "gpt2", "mistral-window", "qwen3_5_text", "falcon_h1", "lfm2", "gemma4_text"]
+)
 def test_long_completions_have_the_gradients_of_short_ones(name, stock, monkeypatch):
     """Layers run again, logits two tokens at a time: scaled and capped logits, windows and biases included."""
     model, pad = stock[name], 0

@@ -145,10 +145,14 @@ def test_completing_through_a_second_handle_on_the_model_equals_the_oracle(rules
     assert found == [[id_ for id_ in answer["ids"] if id_ != EOS] for answer in told[GATED]]
 
 
-@pytest.mark.parametrize("start", ["last_prompt_token", "first_generated_token"])
-def test_continuing_prompts_that_were_prefilled_unsteered_equals_the_oracle(start, rules, stock, told, tokenizer):
-    """What evaluation relies on: no rule changes anything before the last prompt token."""
-    model, key = stock["mistral-window"], ("mistral-window", None, start)
+PREFILLED = [("mistral-window", start) for start in ("last_prompt_token", "first_generated_token")]
+PREFILLED += [(name, "last_prompt_token") for name in ("qwen3_5_text", "lfm2", "falcon_h1", "gemma4_text")]
+
+
+@pytest.mark.parametrize(("name", "start"), PREFILLED)
+def test_continuing_prompts_that_were_prefilled_unsteered_equals_the_oracle(name, start, rules, stock, told, tokenizer):
+    """What evaluation relies on: no rule changes anything before the last prompt token. States of any kind repeat."""
+    model, key = stock[name], (name, None, start)
     expected = [[id_ for id_ in answer["ids"] if id_ != EOS] for answer in told[key]]
     prefilled = prefill(model, PROMPTS, tiny.PAD)
     for _ in range(2):
