@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.numpy import save
 
-from adaras_export.core import checkpoint, families
+from adaras_export.core import checkpoint, families, quantised
 from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.core.folding import vectors
 from adaras_export.core.rule import SteeringRule
@@ -23,18 +23,28 @@ from adaras_export.files.safe_read import UnreadableError
 from adaras_export.files.safetensors_record import Array
 
 
-def plain_config(base: Checkpoint) -> dict[str, Any]:
+def buildable_config(base: Checkpoint) -> dict[str, Any]:
     """The config.json of a base, after checking that Transformers can build the model.
+
+    Raises:
+        ArtifactError: Transformers cannot build the config, or its shapes differ from those of the weights.
+        UnsupportedModelError: the weights are quantised in a format that was not tried.
+    """
+    base.require_buildable()
+    quantised.format_of(base.config, str(base))
+    return base.config
+
+
+def plain_config(base: Checkpoint) -> dict[str, Any]:
+    """`buildable_config` of a base whose weights are not quantised.
 
     Raises:
         ArtifactError: Transformers cannot build the config, or its shapes differ from those of the weights.
         ExportError: the weights are quantised.
     """
-    config = base.config
-    if "quantization_config" in config:
-        raise ExportError(f"{base}: is quantised; expected plain weights, which the vectors are folded from")
-    base.require_buildable()
-    return config
+    if base.is_quantised:
+        raise ExportError(f"{base}: is quantised; expected plain weights here; choose target hf, hf-thin or peft")
+    return buildable_config(base)
 
 
 # The families whose decoder layer ends with x + factor * mlp(x), and the key of config.json for the factor.

@@ -128,7 +128,7 @@ def _require_sizes(base: BaseModel, checkpoint: Checkpoint) -> None:
         raise ArtifactError(
             f"{checkpoint}: has weights of {len(found)} layers; expected {base.layers}, as its config.json says"
         )
-    if "quantization_config" in checkpoint.config:
+    if checkpoint.is_quantised:
         return
     expected = [base.mlp_size, base.hidden_size] if family.transposed else [base.hidden_size, base.mlp_size]
     for layer in range(base.layers):

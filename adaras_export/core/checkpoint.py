@@ -68,6 +68,11 @@ class Checkpoint:
         """
         return family_of(self._config, str(self.folder))
 
+    @property
+    def is_quantised(self) -> bool:
+        """Whether the config says that weights are quantised, in whatever format."""
+        return self._config.get("quantization_config") is not None
+
     @cached_property
     def files(self) -> dict[str, Path]:
         """The file of each tensor, by tensor name; see `shards`."""
@@ -184,7 +189,7 @@ class Checkpoint:
     def _misfit(self) -> str | None:
         """The first tensor whose shape is not the one that the config gives it, in words."""
         expected = _shapes(self.folder / "config.json", self._config, self.family.model_type)
-        if "quantization_config" in self._config:  # packed into other shapes
+        if self.is_quantised:  # packed into other shapes
             return None
         prefix = "" if self.decoder_key else f"{self.family.decoder}."
         for name, entry in self.entries.items():

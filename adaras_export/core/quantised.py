@@ -52,15 +52,17 @@ def format_of(config: Mapping[str, Any], subject: str) -> Format | None:
     return _METHODS[str(method)](settings, subject)
 
 
-def require_library(config: Mapping[str, Any], subject: str) -> None:
-    """Require what Transformers opens a quantised checkpoint with.
+def required(config: Mapping[str, Any], subject: str) -> Format | None:
+    """`format_of` a config, after importing the library that opens the format.
 
     Raises:
         MissingExtraError: it is not installed.
         UnsupportedModelError: the format was not tried.
     """
-    if (stored := format_of(config, subject)) is not None:
+    stored = format_of(config, subject)
+    if stored is not None:
         require(stored.library, "quantize", f"a base in {stored.name}")
+    return stored
 
 
 def _refuse(subject: str, found: str) -> NoReturn:

@@ -31,10 +31,10 @@ from adaras_export.exporters.base import (
     stock_reference,
 )
 from adaras_export.exporters.checkpoint import (
+    buildable_config,
     differing_keys,
     disclosed,
     opened,
-    plain_config,
     stored_names,
     stores,
     strange_names,
@@ -81,7 +81,7 @@ class PeftExporter:
     def write(self, rule: SteeringRule, base: Checkpoint, out: Path) -> Written:
         """Write the adapter's tensors and its config."""
         require_effect(rule, "peft")
-        plain_config(base)
+        buildable_config(base)
         atomic.replace_file(out / ADAPTER_FILE, save(self.tensors(rule, base), metadata={"format": "pt"}))
         write_json(out / CONFIG_FILE, self.config(rule, base))
         return Written(rule)
@@ -164,7 +164,9 @@ def open_adapted(folder: Path, context: ExportContext | None) -> Any:  # noqa: A
     name, commit = (place["base_model_name_or_path"], place["revision"]) if elsewhere is None else (elsewhere, None)
     model = adapted(opened(name, revision=commit or "main")[0], folder)
     # PEFT freezes the base, and PyTorch sums products with frozen weights in another order: a difference of 1e-6.
-    return model.requires_grad_(requires_grad=True)
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())  # quantised ones cannot have gradients
+    return model
 
 
 class Adapted(SteeredModel):

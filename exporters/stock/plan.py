@@ -17,9 +17,9 @@ from adaras_export.core.rule import SteeringRule
 from adaras_export.errors import ExportError
 from adaras_export.exporters.checkpoint import (
     STEERING_FILE,
+    buildable_config,
     index_check,
     linked_name,
-    plain_config,
     same_content,
     stored,
     stores,
@@ -61,7 +61,7 @@ class StockPlan:
         Raises:
             ExportError: the target cannot express the checkpoint.
         """
-        original, family = plain_config(base), rule.base.family
+        original, family = buildable_config(base), rule.base.family
         form, present = form_of(family, str(base)), has_biases(original, family)
         config = expressed(original, family, _dtype(base), str(base))
         biases = _missing(rule, base, form, present=present)

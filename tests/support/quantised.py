@@ -82,27 +82,29 @@ def _weights(bits, strategy, group=None, kind="int"):
     }
 
 
-def compressed_int4(plain, out, group=32):
-    """compressed-tensors, int4 in symmetric groups, eight to an int32."""
-    settings = _compressed("pack-quantized", _weights(4, "group", group))
-    return by_hand(plain, out, settings, lambda weight: int4_parts(weight, group))
+def compressed_packed(plain, out, bits=4, group=32):
+    """compressed-tensors, integers in symmetric groups, or with a scale for each row, several to an int32."""
+    settings = _compressed("pack-quantized", _weights(bits, "group" if group else "channel", group))
+    return by_hand(plain, out, settings, lambda weight: packed_parts(weight, bits, group))
 
 
-def int4_parts(weight, group):
-    groups = weight.unflatten(1, (-1, group))
-    scale = groups.abs().amax(2) / 7.5
-    values = (groups / scale[..., None]).round().clamp(-8, 7).reshape(weight.shape).to(torch.int32)
-    shifts = torch.arange(0, 32, 4, dtype=torch.int32)
-    packed = ((values + 8).unflatten(1, (-1, 8)) << shifts).sum(2, dtype=torch.int32)
+def packed_parts(weight, bits, group):
+    groups, half, each = weight.unflatten(1, (-1, group or weight.shape[1])), 1 << bits - 1, 32 // bits
+    scale = groups.abs().amax(2) / (half - 0.5)
+    values = (groups / scale[..., None]).round().clamp(-half, half - 1).reshape(weight.shape).to(torch.int32)
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
+    packed = ((values + half).unflatten(1, (-1, each)) << shifts).sum(2, dtype=torch.int32)
     return {"weight_packed": packed, "weight_scale": scale, "weight_shape": torch.tensor(weight.shape)}
 
 
 def compressed_int8(plain, out):
-    """compressed-tensors, int8 with a scale for each row."""
-    return by_hand(plain, out, _compressed("int-quantized", _weights(8, "channel")), int8_parts)
+    """compressed-tensors, int8 with a scale for each row; activations are quantised as well."""
+    activations = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+    settings = _compressed("int-quantized", _weights(8, "channel"), input_activations=activations)
+    return by_hand(plain, out, settings, int8_row_parts)
 
 
-def int8_parts(weight):
+def int8_row_parts(weight):
     scale = weight.abs().amax(1, keepdim=True) / 127
     return {"weight": (weight / scale).round().to(torch.int8), "weight_scale": scale}
 
