@@ -27,12 +27,14 @@ class Format:
     Attributes:
         name: as messages and cards have it.
         library: the module that Transformers needs to open it.
+        weight: the tensor that holds the numbers, by its name below the linear map.
         columns: (linear map, index of K neurons) -> the columns (D, K), float32.
         rounded: what its kernels round besides the stored weights: "activations", "weights", or "" for nothing.
     """
 
     name: str
     library: str
+    weight: str
     columns: Callable[[Linear, "Tensor"], "Tensor"]
     rounded: str = ""
 
@@ -78,7 +80,7 @@ def _fp8(settings: Mapping[str, Any], subject: str) -> Format:
         _refuse(subject, f"fp8 with weight_block_size {reprlib.repr(block)}")
     if scheme != "dynamic":
         _refuse(subject, f"fp8 with activation_scheme {reprlib.repr(scheme)}")
-    return Format("FP8 in blocks", "accelerate", partial(quantised_columns.fp8_blocks, tuple(block)))
+    return Format("FP8 in blocks", "accelerate", "weight", partial(quantised_columns.fp8_blocks, tuple(block)))
 
 
 def _compressed(settings: Mapping[str, Any], subject: str) -> Format:
@@ -99,7 +101,8 @@ def _compressed(settings: Mapping[str, Any], subject: str) -> Format:
     is_grouped = strategy == "group" and form == "pack-quantized" and type(size) is int and size > 0
     if columns is None or not (is_grouped or (strategy == "channel" and size is None)):
         _refuse(subject, f"{name}, {form}, in groups of {size}")
-    return Format(name, "compressed_tensors", columns, "activations" if activations else "")
+    weight = "weight_packed" if form == "pack-quantized" else "weight"
+    return Format(name, "compressed_tensors", weight, columns, "activations" if activations else "")
 
 
 def _scheme(settings: Mapping[str, Any], group: Any, subject: str) -> tuple[Any, ...]:  # noqa: ANN401 - JSON
@@ -121,12 +124,14 @@ def _scheme(settings: Mapping[str, Any], group: Any, subject: str) -> tuple[Any,
 
 
 def _bitsandbytes(settings: Mapping[str, Any], subject: str) -> Format:
-    kind, bits = settings.get("bnb_4bit_quant_type"), [n for n in (4, 8) if settings.get(f"load_in_{n}bit") is True]
+    kind, library = settings.get("bnb_4bit_quant_type"), "bitsandbytes"
+    bits = [n for n in (4, 8) if settings.get(f"load_in_{n}bit") is True]
     if bits == [8]:
-        return Format("bitsandbytes int8", "bitsandbytes", quantised_columns.bitsandbytes_int8, "activations")
+        return Format("bitsandbytes int8", library, "weight", quantised_columns.bitsandbytes_int8, "activations")
     if bits != [4] or kind not in ("nf4", "fp4"):
         _refuse(subject, f"bitsandbytes with load_in_4bit or load_in_8bit: {bits}, {reprlib.repr(kind)}")
-    return Format(f"bitsandbytes {kind}", "bitsandbytes", partial(quantised_columns.bitsandbytes_4bit, kind), "weights")
+    columns = partial(quantised_columns.bitsandbytes_4bit, kind)
+    return Format(f"bitsandbytes {kind}", library, "weight", columns, "weights")
 
 
 def _torchao(settings: Mapping[str, Any], subject: str) -> Format:
@@ -135,7 +140,7 @@ def _torchao(settings: Mapping[str, Any], subject: str) -> Format:
     name = kind.get("_type") if isinstance(kind, dict) else None
     if name != "Int8WeightOnlyConfig":
         _refuse(subject, f"torchao {reprlib.repr(name or kinds)}")
-    return Format("torchao int8, weights only", "torchao", quantised_columns.torchao_int8)
+    return Format("torchao int8, weights only", "torchao", "_weight_qdata", quantised_columns.torchao_int8)
 
 
 _METHODS: dict[Any, Callable[[Mapping[str, Any], str], Format]] = {

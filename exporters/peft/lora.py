@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from safetensors.numpy import save
@@ -18,7 +18,9 @@ from safetensors.numpy import save
 from adaras_export.core import families
 from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.core.folding import vectors
+from adaras_export.core.quantised import format_of
 from adaras_export.core.rule import SteeringRule
+from adaras_export.errors import ExportError
 from adaras_export.exporters import adapters
 from adaras_export.exporters.adapters import ADAPTER_FILE, CONFIG_FILE, adapted
 from adaras_export.exporters.base import (
@@ -58,6 +60,8 @@ class PeftExporter:
     """The exporter of target `peft`; without a context, the adapter names the base's folder."""
 
     context: ExportContext | None = None
+    # Where PEFT's LoRA has no bias, or no weight to look at before the model has run.
+    unopened: ClassVar[frozenset[str]] = frozenset({"_weight_qdata", "weight_packed"})
 
     @property
     def spec(self) -> TargetSpec:
@@ -82,6 +86,7 @@ class PeftExporter:
         """Write the adapter's tensors and its config."""
         require_effect(rule, "peft")
         buildable_config(base)
+        self._require_adaptable(base)
         atomic.replace_file(out / ADAPTER_FILE, save(self.tensors(rule, base), metadata={"format": "pt"}))
         write_json(out / CONFIG_FILE, self.config(rule, base))
         return Written(rule)
@@ -110,6 +115,14 @@ class PeftExporter:
     def load(self, folder: Path) -> Artifact:
         """Open the base with the adapter."""
         return Adapted(open_adapted(folder, self.context), folder)
+
+    def _require_adaptable(self, base: Checkpoint) -> None:
+        stored = format_of(base.config, str(base))
+        if stored is not None and stored.weight in self.unopened:
+            raise ExportError(
+                f"{base}: is stored in {stored.name}, where PEFT does not open this adapter; expected another format: "
+                "choose target hf"
+            )
 
     def tensors(self, rule: SteeringRule, base: Checkpoint) -> dict[str, Array]:
         """The adapter's tensors: per steered layer A = 0 (1, M), B = 0 (D, 1), and the bias (D,)."""

@@ -152,3 +152,52 @@ def torchao_int8(plain, out):
 
     settings = transformers.TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=["lm_head", LEFT_OUT])
     return saved(plain, out, settings)
+
+
+# Name -> what writes it, the library that it takes besides the package's own, and whether its kernels round more than
+# float32 sums: weights, or activations.
+FORMATS = {
+    "fp8": (fp8, "accelerate", False),
+    "compressed-int4": (compressed_packed, "compressed_tensors", False),
+    "compressed-int8-packed": (lambda plain, out: compressed_packed(plain, out, 8, None), "compressed_tensors", False),
+    "compressed-int8": (compressed_int8, "compressed_tensors", True),
+    "compressed-fp8": (compressed_fp8, "compressed_tensors", True),
+    "nf4": (nf4, "bitsandbytes", True),
+    "nf4-double": (lambda plain, out: nf4(plain, out, bnb_4bit_use_double_quant=True), "bitsandbytes", True),
+    "fp4": (lambda plain, out: nf4(plain, out, bnb_4bit_quant_type="fp4"), "bitsandbytes", True),
+    "int8": (int8, "bitsandbytes", True),
+    "torchao": (torchao_int8, "torchao", False),
+}
+
+
+def opened(folder, dtype=torch.float32, **how):
+    """A quantised model, and the loading report."""
+    auto = transformers.AutoModelForCausalLM
+    model, report = auto.from_pretrained(folder, dtype=dtype, output_loading_info=True, **how)
+    if any(name.endswith("weight_scale") for name, _ in model.named_parameters()):
+        with torch.no_grad():
+            model(torch.tensor([[1]]))  # compressed-tensors unpacks them in the first call
+    return model.eval(), {kind: names for kind, names in report.items() if names}
+
+
+def weight_of(linear):
+    """The weight of a linear map, dequantised by the library that opened it."""
+    kind = type(linear.weight).__name__
+    if kind == "Params4bit":
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(linear.weight.data, linear.weight.quant_state).float()
+    if kind == "Int8Params":
+        from bitsandbytes.functional import int8_vectorwise_dequant
+
+        return int8_vectorwise_dequant(linear.weight.data, linear.weight.SCB).float()
+    return linear.weight.dequantize(torch.float32) if kind == "Int8Tensor" else linear.weight.detach().float()
+
+
+def dequantised(folder, plain):
+    """The plain model with the weights of a quantised one, as its library dequantises them."""
+    model, found = transformers.AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32), opened(folder)[0]
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.weight.data = weight_of(found.get_submodule(name)).clone()
+    return model.eval()
