@@ -78,7 +78,8 @@ class Family:
     def sizes_in(self, config: Mapping[str, Any]) -> tuple[int, int | None, int]:
         """L, M and D of a config that has the keys in ``sizes``; None for M: the weights say it."""
         text = self.text(config)
-        layers, mlp_size, hidden_size = (None if key is None else text[key] for key in self.sizes)
+        sizes: list[Any] = [None if key is None else text[key] for key in self.sizes]
+        layers, mlp_size, hidden_size = sizes
         if mlp_size is None and self.mlp_ratio is not None and isinstance(hidden_size, int):
             mlp_size = self.mlp_ratio * hidden_size
         return layers, mlp_size, hidden_size

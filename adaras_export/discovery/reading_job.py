@@ -123,6 +123,7 @@ def _require_bearable(
     learned = reading.too_long == "read" and model.config.model_type == "gpt2"  # it has no positions there
     if not long or (reading.too_long != "refuse" and not learned):
         return
+    context = families.text_config(model).max_position_embeddings
     longest = max(long, key=lambda id_: lengths[id_])
     remedy = "leave them out (skip)" if learned else "leave them out (skip), or read them all the same (read)"
     raise TraceError(

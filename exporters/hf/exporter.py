@@ -29,6 +29,7 @@ from adaras_export.exporters.base import (
 from adaras_export.exporters.checkpoint import (
     INDEX_FILE,
     STEERING_FILE,
+    buildable_config,
     changed_companions,
     copy_companions,
     differing_keys,
@@ -38,7 +39,6 @@ from adaras_export.exporters.checkpoint import (
     linked_name,
     name_tokenizer_class,
     opened,
-    plain_config,
     same_content,
     stores,
     strange_names,
@@ -91,7 +91,7 @@ class HuggingFaceExporter:
 
     def write(self, rule: SteeringRule, base: Checkpoint, out: Path) -> Written:
         """Link the base's files; write the steering tensors, the config and the code."""
-        config = plain_config(base)
+        config = buildable_config(base)
         for path in sorted({*base.files.values()}):
             link_or_copy(path, out / linked_name(path), copy=self.copy)
         tensors = steering_tensors(rule, base)

@@ -14,8 +14,8 @@ from adaras_export.errors import ExportError
 from adaras_export.exporters.base import ExportContext, Exporter, TargetSpec, Written, stock_reference
 from adaras_export.exporters.checkpoint import (
     STEERING_FILE,
+    buildable_config,
     disclosed,
-    plain_config,
     stores,
     strange_names,
     unknown_files,
@@ -63,7 +63,7 @@ class ThinExporter:
                 f"{base}: has an adapter_config.json, which from_pretrained would follow; expected a plain model: "
                 "remove the file, or choose target hf"
             )
-        plain_config(base)
+        buildable_config(base)
         write_tensors(out, _tensors(rule, base))
         config = exporter.steered_config(base.config, rule)
         exporter.write_repository(out, base, self._fetching(config, base), payload())

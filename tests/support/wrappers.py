@@ -68,7 +68,9 @@ WRAPPERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {
             "vision_config": {
                 **_QWEN,
-                **{"out_hidden_size": tiny.HIDDEN_SIZE, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+                "out_hidden_size": tiny.HIDDEN_SIZE,
+                "num_position_embeddings": 16,
+                "deepstack_visual_indexes": [0],
             },
             **_IDS,
         },
