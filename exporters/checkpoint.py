@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.numpy import save
 
-from adaras_export.core import checkpoint, families
+from adaras_export.core import checkpoint, families, quantised
 from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.core.folding import vectors
 from adaras_export.core.rule import SteeringRule
@@ -23,20 +23,31 @@ from adaras_export.files.safe_read import UnreadableError
 from adaras_export.files.safetensors_record import Array
 
 
-def plain_config(base: Checkpoint) -> dict[str, Any]:
+def buildable_config(base: Checkpoint) -> dict[str, Any]:
     """The config.json of a base, after checking that Transformers can build the model.
+
+    Raises:
+        ArtifactError: Transformers cannot build the config, or its shapes differ from those of the weights.
+        UnsupportedModelError: the weights are quantised in a format that was not tried, or this Transformers is too
+            old for the family.
+    """
+    families.require_version(base.family.model_type, str(base))
+    base.require_buildable()
+    quantised.format_of(base.config, str(base))
+    return base.config
+
+
+def plain_config(base: Checkpoint) -> dict[str, Any]:
+    """`buildable_config` of a base whose weights are not quantised.
 
     Raises:
         ArtifactError: Transformers cannot build the config, or its shapes differ from those of the weights.
         ExportError: the weights are quantised.
         UnsupportedModelError: this Transformers is too old for the family.
     """
-    config = base.config
-    families.require_version(base.family.model_type, str(base))
-    if "quantization_config" in config:
-        raise ExportError(f"{base}: is quantised; expected plain weights, which the vectors are folded from")
-    base.require_buildable()
-    return config
+    if base.is_quantised:
+        raise ExportError(f"{base}: is quantised; expected plain weights here; choose target hf, hf-thin or peft")
+    return buildable_config(base)
 
 
 def require_residual_sum(rule: SteeringRule, target: str) -> None:

@@ -94,16 +94,17 @@ class BaseModel:
         folder, config = checkpoint.folder, checkpoint.config
         path, local = folder / "config.json", folder == Path(path_or_id)
         family = family_of(config, str(path_or_id))
-        if missing := [key for key in family.sizes if key is not None and key not in config]:
+        if missing := [key for key in family.sizes if key is not None and key not in family.text(config)]:
             raise ArtifactError(f"{path}: has no {', '.join(missing)}; expected the sizes of a model")
-        layers, mlp_size, hidden_size = family.sizes_in(config)
+        layers, size, hidden_size = family.sizes_in(config)
+        mlp_size: Any = _stored_widths(checkpoint) if family.sizes[1] is None else size
         try:
             base = cls(
                 id=folder.resolve().name if local else str(path_or_id),
                 revision=None if local else folder.name,  # the commit
                 family=family.model_type,
                 layers=layers,
-                mlp_size=_stored_widths(checkpoint) if family.sizes[1] is None else mlp_size,
+                mlp_size=mlp_size,
                 hidden_size=hidden_size,
                 fingerprint=checkpoint.fingerprint,
             )
@@ -157,7 +158,7 @@ def _require_sizes(base: BaseModel, checkpoint: Checkpoint) -> None:
         raise ArtifactError(
             f"{checkpoint}: has weights of {len(found)} layers; expected {base.layers}, as its config.json says"
         )
-    if "quantization_config" in checkpoint.config:
+    if checkpoint.is_quantised:
         return
     for layer in range(base.layers):
         expected = [base.hidden_size, base.width(layer)]
@@ -173,8 +174,8 @@ def _stored_widths(checkpoint: Checkpoint) -> tuple[int, ...]:
     """M of each layer that has weights, from the shapes of the down projections, (D, M) each."""
     if "quantization_config" in checkpoint.config:
         raise ArtifactError(
-            f"{checkpoint}: is a quantised {checkpoint.family.model_type}; expected plain weights, whose shapes say how "
-            "wide its MLPs are"
+            f"{checkpoint}: is a quantised {checkpoint.family.model_type}; expected plain weights, whose shapes say "
+            "how wide its MLPs are"
         )
     before, behind = f"{checkpoint.layers_key}.", f".{checkpoint.family.down}.weight"
     found = {

@@ -5,7 +5,7 @@ could steer the wrong module without an error.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, cast
@@ -22,7 +22,6 @@ class Family:
 
     Attributes:
         model_type: the name in config.json.
-        stem: the start of the family's class names: Qwen3 in Qwen3ForCausalLM.
         decoder: the module that holds the decoder layers, below the language model; checkpoints of the decoder alone
             leave it out of their keys.
         layers: the list of decoder layers, below the decoder.
@@ -33,12 +32,12 @@ class Family:
         mlp_ratio: M / D where the config says null for M.
         behind: what stands between the down projection and the residual sum: None, a "norm", or the key of config.json
             for a factor, with the place in its list behind a dot.
+        images: whether it reads images, too: its config.json keeps the sizes of the decoder in "text_config".
         since: the first Transformers that runs it, by its major version.
         tokenizer: the tokenizer class that Transformers 4 opens where a checkpoint names none.
     """
 
     model_type: str
-    stem: str = ""
     decoder: str = "model"
     layers: str = "layers"
     down: str = "mlp.down_proj"
@@ -46,17 +45,41 @@ class Family:
     sizes: tuple[str, str | None, str] = ("num_hidden_layers", "intermediate_size", "hidden_size")
     mlp_ratio: int | None = None
     behind: str | None = None
+    images: bool = False
     since: int = 4
     tokenizer: str = "LlamaTokenizer"
 
     @property
-    def payload(self) -> str:
-        """The file of `adaras_export.runtime` that carries this family's steered classes."""
-        return f"modeling_adaras_{self.model_type}.py"
+    def classes(self) -> dict[str, str]:
+        """The names of Transformers' classes for it, by auto class: {"AutoConfig": "Qwen3Config", ...}."""
+        from transformers.models.auto import modeling_auto
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # type: ignore[attr-defined]
+
+        tables: dict[str, Any] = {"AutoConfig": CONFIG_MAPPING_NAMES, "AutoModel": modeling_auto.MODEL_MAPPING_NAMES}
+        if self.images:  # one class for text alone, and with images
+            both = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+            tables |= {"AutoModelForCausalLM": both, "AutoModelForImageTextToText": both}
+        else:
+            tables["AutoModelForCausalLM"] = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        return {auto: str(table[self.model_type]) for auto, table in tables.items()}
+
+    @property
+    def auto_class(self) -> Any:  # noqa: ANN401 - a class of Transformers
+        """The class of Transformers that opens its language model: one with `from_pretrained` and `from_config`."""
+        import transformers
+
+        return transformers.AutoModelForImageTextToText if self.images else transformers.AutoModelForCausalLM
+
+    def text(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The entries of a config.json that describe the decoder; some wrappers have them at its top."""
+        found = config.get("text_config") if self.images else None
+        return found if isinstance(found, Mapping) else config
 
     def sizes_in(self, config: Mapping[str, Any]) -> tuple[int, int | None, int]:
         """L, M and D of a config that has the keys in ``sizes``; None for M: the weights say it."""
-        layers, mlp_size, hidden_size = (None if key is None else config[key] for key in self.sizes)
+        text = self.text(config)
+        sizes: list[Any] = [None if key is None else text[key] for key in self.sizes]
+        layers, mlp_size, hidden_size = sizes
         if mlp_size is None and self.mlp_ratio is not None and isinstance(hidden_size, int):
             mlp_size = self.mlp_ratio * hidden_size
         return layers, mlp_size, hidden_size
@@ -65,27 +88,26 @@ class Family:
         """What the output of a down projection is multiplied by before it is added; not for families with a norm."""
         assert self.behind != "norm"
         key, _, place = (self.behind or "").partition(".")
-        found = config.get(key)
+        found = self.text(config).get(key)
         return 1.0 if found is None else float(found[int(place)] if place else found)
 
 
 _OWN_WIDTHS = ("num_hidden_layers", None, "hidden_size")
 _FAST = "PreTrainedTokenizerFast"
 _TABLE = (
-    Family("llama", "Llama"),
-    Family("mistral", "Mistral"),
-    Family("qwen2", "Qwen2", tokenizer="Qwen2Tokenizer"),
-    Family("qwen3", "Qwen3", tokenizer="Qwen2Tokenizer"),
-    Family("gemma2", "Gemma2", behind="norm", tokenizer="GemmaTokenizer"),
-    Family("gemma3_text", "Gemma3", behind="norm", tokenizer="GemmaTokenizer"),
-    Family("olmo2", "Olmo2", behind="norm", tokenizer="GPTNeoXTokenizer"),
-    Family("granite", "Granite", behind="residual_multiplier", tokenizer="GPT2Tokenizer"),
-    Family("smollm3", "SmolLM3", tokenizer=_FAST),
-    Family("phi3", "Phi3"),
-    Family("gpt_neox", "GPTNeoX", decoder="gpt_neox", down="mlp.dense_4h_to_h", tokenizer="GPTNeoXTokenizer"),
+    Family("llama"),
+    Family("mistral"),
+    Family("qwen2", tokenizer="Qwen2Tokenizer"),
+    Family("qwen3", tokenizer="Qwen2Tokenizer"),
+    Family("gemma2", behind="norm", tokenizer="GemmaTokenizer"),
+    Family("gemma3_text", behind="norm", tokenizer="GemmaTokenizer"),
+    Family("olmo2", behind="norm", tokenizer="GPTNeoXTokenizer"),
+    Family("granite", behind="residual_multiplier", tokenizer="GPT2Tokenizer"),
+    Family("smollm3", tokenizer=_FAST),
+    Family("phi3"),
+    Family("gpt_neox", decoder="gpt_neox", down="mlp.dense_4h_to_h", tokenizer="GPTNeoXTokenizer"),
     Family(
         "gpt2",
-        "GPT2",
         decoder="transformer",
         layers="h",
         down="mlp.c_proj",
@@ -126,6 +148,20 @@ _TABLE = (
 )
 FAMILIES = {family.model_type: family for family in _TABLE}
 
+# Models that read images, and the family of their decoders.
+_AROUND = {
+    "gemma3": "gemma3_text",
+    "gemma4": "gemma4_text",
+    "mistral3": "mistral",
+    "qwen2_5_vl": "qwen2",
+    "qwen3_5": "qwen3_5_text",
+    "qwen3_vl": "qwen3",
+}
+FAMILIES |= {
+    name: replace(FAMILIES[inner], model_type=name, decoder="model.language_model", images=True, since=5)
+    for name, inner in _AROUND.items()
+}
+
 _EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -136,16 +172,18 @@ def family_of(config: Mapping[str, Any], subject: str) -> Family:
         UnsupportedModelError: a mixture of experts, or an architecture that is not in the table.
     """
     model_type = str(config.get("model_type"))
-    experts = [key for key in _EXPERT_KEYS if config.get(key)]
+    text = config.get("text_config")
+    entries = {**(text if isinstance(text, dict) else {}), **config}
+    experts = [key for key in _EXPERT_KEYS if entries.get(key)]
     if experts:
         raise UnsupportedModelError(
-            f"{subject}: {model_type} is a mixture of experts ({experts[0]} = {config[experts[0]]}); a neuron of an "
+            f"{subject}: {model_type} is a mixture of experts ({experts[0]} = {entries[experts[0]]}); a neuron of an "
             f"expert has no constant contribution to fold; expected a dense model of: {', '.join(FAMILIES)}"
         )
     if model_type not in FAMILIES:
         raise UnsupportedModelError(
             f"{subject}: model_type {model_type} is not supported; expected one of: {', '.join(FAMILIES)}; a new "
-            "family is one entry in adaras_export/core/families.py and one payload file"
+            "family is one entry in adaras_export/core/families.py"
         )
     return FAMILIES[model_type]
 
@@ -158,6 +196,17 @@ def decoder(model: "nn.Module") -> "nn.Module":
     """
     module: nn.Module = reduce(getattr, _family(model).decoder.split("."), model)
     return module
+
+
+def text_config(model: "nn.Module") -> Any:  # noqa: ANN401 - a config class of Transformers
+    """The config of a model's decoder, which is a part of the whole config where the model also reads images."""
+    config: Any = model.config
+    return config.get_text_config()
+
+
+def reads_images(model: "nn.Module") -> bool:
+    """Whether a model in memory also reads images."""
+    return _family(model).images
 
 
 def input_device(model: "nn.Module") -> Any:  # noqa: ANN401 - torch is not imported here

@@ -156,7 +156,9 @@ class _UnchangingCache(DynamicCache):
         layer: Any = copy.copy(self.layers[layer_idx])
         for name, states in vars(layer).items():
             if isinstance(states, dict):
-                setattr(layer, name, {at: one.clone() if isinstance(one, Tensor) else one for at, one in states.items()})
+                setattr(
+                    layer, name, {at: one.clone() if isinstance(one, Tensor) else one for at, one in states.items()}
+                )
         return layer
 
 

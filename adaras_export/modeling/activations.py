@@ -265,6 +265,7 @@ class Recorder:
         self._model = model
         self._sums: list[Tensor | None] = [None] * families.sizes_of(model)[1]
         self._end_ids = end_ids
+        self._given: dict[str, Any] = {}
         self._weight_BT: Tensor | None = None
         self._alive_B: Tensor | None = None
         self._count_B: Tensor | None = None
@@ -285,9 +286,10 @@ class Recorder:
 
     def begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Decoder pre-hook: determine which tokens of this call count."""
-        ids_BT = kwargs["input_ids"]
+        given = self._given if kwargs.get("input_ids") is None else kwargs
+        ids_BT = given["input_ids"]
         if self._alive_B is None:  # prompt tokens
-            mask = kwargs.get("attention_mask")
+            mask = given.get("attention_mask")
             self._weight_BT = (torch.ones_like(ids_BT) if mask is None else mask[:, -ids_BT.shape[1] :]).float()
             self._alive_B = torch.ones(len(ids_BT), device=ids_BT.device)
         else:
@@ -297,6 +299,10 @@ class Recorder:
         count_B = self._weight_BT.sum(1)
         self._count_B = count_B if self._count_B is None else self._count_B + count_B
         return args, families.for_all_tokens(kwargs)
+
+    def note(self, _module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Model pre-hook: keep ids and mask, as a model that reads images gives its decoder embeddings."""
+        self._given = kwargs
 
     def add(self, layer: int, h_BTM: Tensor) -> None:
         """Add the activations of one layer; the sink of `capture`."""
@@ -312,8 +318,12 @@ def recording(model: nn.Module, end_ids: Collection[int]) -> Iterator[Recorder]:
     layers = families.sizes_of(model)[1]
     recorder = Recorder(model, end_ids)
     with capture(model, range(layers), recorder.add):
-        handle = families.decoder(model).register_forward_pre_hook(recorder.begin, with_kwargs=True)
+        handles = [
+            model.register_forward_pre_hook(recorder.note, with_kwargs=True),
+            families.decoder(model).register_forward_pre_hook(recorder.begin, with_kwargs=True),
+        ]
         try:
             yield recorder
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()

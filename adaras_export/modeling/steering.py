@@ -21,6 +21,7 @@ from adaras_export.core.rule import SteeringRule
 from adaras_export.errors import RuleError
 from adaras_export.files.safetensors_record import Array
 from adaras_export.modeling.gate import gate_module
+from adaras_export.runtime.modeling_adaras import handing_on, unshared
 from adaras_export.runtime.steering_adaras import (
     THREAD,
     Scope,
@@ -37,7 +38,6 @@ from adaras_export.runtime.steering_adaras import (
     require_generation,
     scope_of,
     tokens_of,
-    unshared,
 )
 
 
@@ -62,7 +62,10 @@ def steered(model: nn.Module, rule: SteeringRule) -> Iterator[nn.Module]:
             down = families.down_projection(model, layer)
             undo.callback(down.register_forward_pre_hook(partial(hooks.at_down, layer)).remove)
         undo.callback(setattr, model, "__class__", type(model))
-        model.__class__ = announcing(type(model))
+        native: Any = type(model)
+        model.__class__ = announcing(
+            native, **({"forward": handing_on(native)} if families.reads_images(model) else {})
+        )
         yield model
 
 
@@ -163,7 +166,7 @@ class Passes:
         """Where the prompt ends in a call that generate() prepared; None lets the shape of the call decide."""
         scope = scope_of(self.decoder)
         if scope is None:
-            return None, None
+            return THREAD.handed_on
         place, scope.place = scope.place, (None, None)  # the next call may have another prompt, as with guidance_scale
         return place
 

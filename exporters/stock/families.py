@@ -140,8 +140,9 @@ def expressed(config: Mapping[str, Any], family: str, dtype: str, subject: str) 
     _refuse_windows(read, family, subject)
     passed = {key: getattr(read, key) for key in _PASSED}
     heads = {"head_dim": getattr(read, "head_dim", None) or read.hidden_size // read.num_attention_heads}
+    stored = {key: value for key, value in config.items() if key == "quantization_config"}
     bias = {"attention_bias": bool(form.zeros) or bool(getattr(read, "attention_bias", False))}
-    return {**passed, **heads, **bias, **_dense(form, read), **ours, "model_type": form.model_type}
+    return {**passed, **stored, **heads, **bias, **_dense(form, read), **ours, "model_type": form.model_type}
 
 
 def _older_entries(config: Mapping[str, Any], family: str) -> dict[str, Any]:

@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from adaras_export.core import checkpoint
+from adaras_export.core import checkpoint, quantised
 from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.core.folding import vectors
 from adaras_export.core.rule import SteeringRule
 from adaras_export.errors import ExportError
 from adaras_export.exporters.checkpoint import (
     STEERING_FILE,
+    buildable_config,
     index_check,
     linked_name,
     plain_config,
@@ -61,7 +62,9 @@ class StockPlan:
         Raises:
             ExportError: the target cannot express the checkpoint.
         """
-        original, family = plain_config(base), rule.base.family
+        # The constant neuron would be one more column of weights that are packed, or share their scales.
+        original = plain_config(base) if switchable else buildable_config(base)
+        family = rule.base.family
         form, present = form_of(family, str(base)), has_biases(original, family)
         config = expressed(original, family, _dtype(base), str(base))
         biases = _missing(rule, base, form, present=present)
@@ -73,6 +76,12 @@ class StockPlan:
         biases |= added
         changed = biases.keys() | widened.keys()
         rewritten = {path for path in {*base.files.values()} if changed & checkpoint.header(path).keys()}
+        stored = quantised.format_of(base.config, str(base))
+        if rewritten and stored is not None and stored.weight == "_weight_qdata":
+            raise ExportError(
+                f"{base}: is stored in {stored.name}, with settings in the headers of the files that would be written "
+                "anew; expected a base without biases; choose target hf"
+            )
         return cls(config, biases, widened, base.files, frozenset(rewritten))
 
     @property
@@ -123,7 +132,13 @@ class StockPlan:
 
 
 def _dtype(base: Checkpoint) -> str:
-    """The type of the base's down projections, by its name in a config."""
+    """The type of the base's down projections, by its name in a config; if they are quantised, that of the config."""
+    if base.is_quantised:
+        if (named := base.config.get("dtype", base.config.get("torch_dtype"))) is None:
+            raise ExportError(
+                f"{base}: is quantised, and its config.json has no dtype; expected the type to compute in"
+            )
+        return str(named)
     name = f"{base.layers_key}.0.{base.family.down}.weight"
     found = base.entries[name]["dtype"]
     names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}

@@ -127,7 +127,9 @@ def test_a_gate_may_read_all_that_there_is_and_nothing_else(stock, tokenizer, ba
 
 
 def test_a_random_control_draws_from_the_width_of_its_layer(stock, bases):
-    neurons = NeuronSet(layer=[1] * 40 + [3] * 40, index=[*range(40), *range(40)], delta=np.ones(80), base=bases[RAGGED])
+    neurons = NeuronSet(
+        layer=[1] * 40 + [3] * 40, index=[*range(40), *range(40)], delta=np.ones(80), base=bases[RAGGED]
+    )
     rule = SteeringRule(neurons=neurons, strength=1.0, base=bases[RAGGED])
     control = random_control(stock[RAGGED], rule, 0)
     narrow, wide = (control.neurons_of(layer)[0] for layer in (1, 3))

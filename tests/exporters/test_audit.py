@@ -63,7 +63,7 @@ def test_to_open_an_export_transformers_reads_its_files_and_for_hf_thin_those_of
     """Weights are not in these lists: safetensors opens them where no audit hook looks."""
     settings = {"config.json", "generation_config.json", "model.safetensors.index.json"}
     for key in KEYS:
-        code = {"steering_adaras.py", "modeling_adaras_llama.py"} if key[0] == "hf-thin" else set()
+        code = {"steering_adaras.py", "modeling_adaras.py"} if key[0] == "hf-thin" else set()
         assert {"generation_config.json"} <= {*found[key]["reads"]} <= settings | code
 
 

@@ -175,5 +175,7 @@ def test_an_older_transformers_is_refused_by_name(name, rules, stock, folders, t
 
 def test_a_hybrid_with_experts_is_refused(folders):
     config = {**Checkpoint(folders["granitemoehybrid"]).config, "num_local_experts": 4}
-    with pytest.raises(UnsupportedModelError, match=r"granitemoehybrid is a mixture of experts \(num_local_experts = 4"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"granitemoehybrid is a mixture of experts \(num_local_experts = 4"
+    ):
         families.family_of(config, "x")

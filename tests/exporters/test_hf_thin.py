@@ -171,8 +171,8 @@ def test_in_half_precision_gate_and_vectors_stay_float32(name, clean):
 def test_save_pretrained_writes_a_full_repository_of_target_hf(name, clean, written, told, rules, folders):
     key = (name, *CAUSAL)
     require_answers(as_output(clean[key]["again"]), told[key])
-    again, family = Path(f"{written[key]}-again"), tiny.SPECS[name][0]
-    assert {path.name: path.read_bytes() for path in again.glob("*.py")} == payload(family)
+    again = Path(f"{written[key]}-again")
+    assert {path.name: path.read_bytes() for path in again.glob("*.py")} == payload()
     text = (again / "config.json").read_text()
     expected = steered_config(json.loads((folders[name] / "config.json").read_text()), rules[key])
     assert json.loads(text)["adaras"] == expected["adaras"]
@@ -527,4 +527,4 @@ def test_a_config_that_names_another_base_is_named_and_not_followed(folder):
 
 
 def test_the_loader_is_only_in_thin_repositories():
-    assert set(thin_target.payload("llama")) - set(payload("llama")) == {"thin_adaras.py"}
+    assert set(thin_target.payload()) - set(payload()) == {"thin_adaras.py"}

@@ -85,7 +85,7 @@ def exported(base, family, out):
     rule = tiny.make_rule(BaseModel("base", family, tiny.LAYERS, tiny.MLP_SIZE, tiny.HIDDEN_SIZE))
     out.mkdir()
     write_repository(
-        out, Checkpoint(base), steered_config(json.loads((base / "config.json").read_text()), rule), payload(family)
+        out, Checkpoint(base), steered_config(json.loads((base / "config.json").read_text()), rule), payload()
     )
     return out
 
@@ -148,7 +148,7 @@ def test_either_generation_of_transformers_writes_the_same_class(settings, confi
     assert settings == {} or after == before
     # With the other class, version 4 opens another tokenizer, and version 5 the same.
     edit_json(out / "tokenizer_config.json", tokenizer_class="GPTNeoXTokenizer")
-    checks = repository_checks(out, Checkpoint(base), json.loads((out / "config.json").read_text()), payload("qwen2"))
+    checks = repository_checks(out, Checkpoint(base), json.loads((out / "config.json").read_text()), payload())
     assert [check.detail for check in checks if not check.ok] == ["tokenizer_config.json"]
 
 
@@ -167,6 +167,6 @@ def test_a_repository_without_code_names_what_opens_the_tokenizer_of_the_base(tm
 def test_a_class_that_no_name_stands_for_is_refused_with_what_to_do(tmp_path):
     base = write_base(tmp_path / "base", "llama", "metaspace", {}, first=False)
     out = exported(base, "llama", tmp_path / "out")
-    checks = repository_checks(out, Checkpoint(base), json.loads((out / "config.json").read_text()), payload("llama"))
+    checks = repository_checks(out, Checkpoint(base), json.loads((out / "config.json").read_text()), payload())
     (failed,) = [check for check in checks if not check.ok]
     assert failed.detail == "the base's tokenizer_config.json has no tokenizer_class; name the one that is meant"

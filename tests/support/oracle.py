@@ -131,6 +131,7 @@ def _run(model, row, change):
 def down_projections(model):
     """The last linear map of every MLP, as the architectures' papers and model code have it."""
     kind, body = model.config.model_type, getattr(model, "model", None)
+    body = getattr(body, "language_model", body)  # of a model that reads images
     if kind == "gpt2":
         return [block.mlp.c_proj for block in model.transformer.h]
     if kind == "gpt_neox":

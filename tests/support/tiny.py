@@ -100,23 +100,47 @@ MORE_SPECS: dict[str, dict[str, Any]] = {
     "phi": {"qk_layernorm": True},
     "qwen3_5_text": {"head_dim": 16, "layer_types": _FULL, "rope_parameters": _MROPE, **_LINEAR},
     "gemma4_text": {
-        **{"head_dim": 8, "global_head_dim": 16, "sliding_window": 4, "layer_types": _SLIDING},
-        **{"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY},
-        **{"num_kv_shared_layers": 2, "use_double_wide_mlp": True, "final_logit_softcapping": 20.0},
+        "head_dim": 8,
+        "global_head_dim": 16,
+        "sliding_window": 4,
+        "layer_types": _SLIDING,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": VOCABULARY,
+        "num_kv_shared_layers": 2,
+        "use_double_wide_mlp": True,
+        "final_logit_softcapping": 20.0,
     },
     "lfm2": {
-        **{"layer_types": ["conv", "full_attention"] * 2},
-        **{"intermediate_size": 72, "block_multiple_of": 8},  # 48 of them
+        "layer_types": ["conv", "full_attention"] * 2,
+        "intermediate_size": 72,
+        "block_multiple_of": 8,  # 48 of them
     },
-    "lfm3": {"layer_types": ["conv", "sliding_attention", "full_attention", "conv"], "head_dim": 16, "sliding_window": 4},
+    "lfm3": {
+        "layer_types": ["conv", "sliding_attention", "full_attention", "conv"],
+        "head_dim": 16,
+        "sliding_window": 4,
+    },
     "falcon_h1": {
-        **{"mamba_d_ssm": 32, **_MAMBA, "mlp_multipliers": [0.7, 1.3], "ssm_multipliers": [0.9, 1.1, 0.8, 1.2, 0.7]},
-        **{"lm_head_multiplier": 0.8, "key_multiplier": 0.9, "ssm_out_multiplier": 1.2, "attention_out_multiplier": 0.8},
+        "mamba_d_ssm": 32,
+        **_MAMBA,
+        "mlp_multipliers": [0.7, 1.3],
+        "ssm_multipliers": [0.9, 1.1, 0.8, 1.2, 0.7],
+        "lm_head_multiplier": 0.8,
+        "key_multiplier": 0.9,
+        "ssm_out_multiplier": 1.2,
+        "attention_out_multiplier": 0.8,
     },
     "granitemoehybrid": {
-        **{"num_local_experts": 0, "shared_intermediate_size": MLP_SIZE, "intermediate_size": 40, **_MAMBA},
-        **{"residual_multiplier": 0.7, "embedding_multiplier": 2.0, "logits_scaling": 0.5, "layer_types": _FULL},
-        **{"attention_multiplier": 0.3, "position_embedding_type": "rope"},
+        "num_local_experts": 0,
+        "shared_intermediate_size": MLP_SIZE,
+        "intermediate_size": 40,
+        **_MAMBA,
+        "residual_multiplier": 0.7,
+        "embedding_multiplier": 2.0,
+        "logits_scaling": 0.5,
+        "layer_types": _FULL,
+        "attention_multiplier": 0.3,
+        "position_embedding_type": "rope",
     },
 }
 MORE = tuple(MORE_SPECS)
@@ -137,8 +161,14 @@ def key_id(key: Any) -> str:
 
 # Behind a norm after the MLP, a strength of 2 would change few tokens.
 STRENGTHS = {
-    **{"gemma2": 20.0, "gemma3_text": 20.0, "olmo2": 40.0, "gpt2": 6.0, "olmo3": 80.0, "exaone4": 20.0},
-    **{"gemma4_text": 20.0, **dict.fromkeys(("apertus", "nemotron", "gemma", "olmo", "phi", "lfm2"), 6.0)},
+    "gemma2": 20.0,
+    "gemma3_text": 20.0,
+    "olmo2": 40.0,
+    "gpt2": 6.0,
+    "olmo3": 80.0,
+    "exaone4": 20.0,
+    "gemma4_text": 20.0,
+    **dict.fromkeys(("apertus", "nemotron", "gemma", "olmo", "phi", "lfm2"), 6.0),
 }
 
 # Of `logit_limit`. Its linear attention sums in another order with a cache, and in a longer batch, steered or not:
@@ -230,7 +260,7 @@ def make_rule(base: BaseModel, *, gate: Gate | None = None, strength: float = 2.
 
 def calibrated_gate(model: Any, kind: str) -> Gate:
     """A gate that steers about half of `PROMPTS`, with its threshold in the widest gap of p(correct) there."""
-    layers = GATES[model.config.num_hidden_layers][kind]
+    layers = GATES[model.config.get_text_config().num_hidden_layers][kind]
     gate = make_gate(layers=layers)
     found = sorted(oracle.p_correct(model, prompt, plain_gate(gate)) for prompt in PROMPTS)
     gaps = [(found[at + 1] - found[at], at) for at in range(len(found) - 1)]

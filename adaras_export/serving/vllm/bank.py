@@ -54,7 +54,10 @@ def write_bank(folder: Path, base: Checkpoint, bank: Sequence[BankRule]) -> None
     }
     save_file(_vectors(base, bank) | gates.tensors(base), folder / "bank.safetensors", {"format": "pt"})
     family = base.family
-    named = {"model_type": f"adaras_{family.model_type}", "architectures": [f"AdaRAS{family.stem}ForCausalLM"]}
+    named = {
+        "model_type": f"adaras_{family.model_type}",
+        "architectures": [f"AdaRAS{family.classes['AutoModelForCausalLM']}"],
+    }
     config.pop("auto_map", None)
     (folder / "config.json").write_text(json.dumps({**config, **named, "adaras": settings}))
 

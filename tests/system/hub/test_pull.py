@@ -119,7 +119,7 @@ def test_with_the_library_an_adaptive_adapter_does_the_same(hub, commits, tmp_pa
 def test_code_weights_and_base_are_those_of_the_commit(pulled, commits):
     asked = {path.split("/resolve/")[1] for _, path, *_ in pulled["log"] if path.startswith("/user/hf/resolve/")}
     assert {one.partition("/")[0] for one in asked} == {commits["user/hf"]}
-    assert {one.partition("/")[2] for one in asked} > {"modeling_adaras_llama.py", "steering_adaras.py", "config.json"}
+    assert {one.partition("/")[2] for one in asked} > {"modeling_adaras.py", "steering_adaras.py", "config.json"}
     of_base = [path for _, path, status, _ in pulled["log"] if path.startswith("/user/base/resolve/") and status != 404]
     assert {path.split("/")[4] for path in of_base} == {commits[BASE]}
 
