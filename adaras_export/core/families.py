@@ -34,7 +34,7 @@ class Family:
             for a factor, with the place in its list behind a dot.
         images: whether it reads images, too: its config.json keeps the sizes of the decoder in "text_config".
         since: the first Transformers that runs it, by its major version.
-        tokenizer: the tokenizer class that Transformers 4 opens where a checkpoint names none.
+        tokenizer: the tokenizer class where a checkpoint names none, that of Transformers 4 if that runs the family.
     """
 
     model_type: str
@@ -119,7 +119,7 @@ _TABLE = (
     Family("ministral3", since=5, tokenizer=_FAST),
     Family("seed_oss", tokenizer=_FAST),
     Family("olmo3", behind="norm", tokenizer="GPT2Tokenizer"),
-    Family("exaone4", behind="norm", tokenizer="GPT2Tokenizer"),
+    Family("exaone4", behind="norm", tokenizer=_FAST),
     Family("glm4", behind="norm", tokenizer=_FAST),
     Family("cohere2", tokenizer="CohereTokenizer"),
     Family("apertus", tokenizer=_FAST),
@@ -131,9 +131,9 @@ _TABLE = (
     Family("stablelm", tokenizer="GPTNeoXTokenizer"),
     Family("gemma", tokenizer="GemmaTokenizer"),
     Family("olmo", tokenizer="GPTNeoXTokenizer"),
-    Family("phi", down="mlp.fc2", tokenizer="CodeGenTokenizer"),
-    Family("qwen3_5_text", since=5, tokenizer="Qwen2Tokenizer"),
-    Family("gemma4_text", sizes=_OWN_WIDTHS, behind="norm", since=5, tokenizer="GemmaTokenizer"),
+    Family("phi", down="mlp.fc2", tokenizer="GPT2Tokenizer"),
+    Family("qwen3_5_text", since=5, tokenizer="Qwen3_5Tokenizer"),
+    Family("gemma4_text", sizes=_OWN_WIDTHS, behind="norm", since=5, tokenizer=_FAST),
     Family("lfm2", down="feed_forward.w2", sizes=_OWN_WIDTHS, since=5, tokenizer=_FAST),
     Family("lfm3", down="feed_forward.w2", behind="norm", since=5, tokenizer=_FAST),
     Family("falcon_h1", down="feed_forward.down_proj", behind="mlp_multipliers.1", since=5, tokenizer=_FAST),
