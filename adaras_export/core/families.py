@@ -122,7 +122,7 @@ _TABLE = (
     Family("exaone4", behind="norm", tokenizer=_FAST),
     Family("glm4", behind="norm", tokenizer=_FAST),
     Family("cohere2", tokenizer="CohereTokenizer"),
-    Family("apertus", tokenizer=_FAST),
+    Family("apertus", since=5, tokenizer=_FAST),  # version 4 cannot build its activation on the meta device
     Family("arcee"),
     Family("nemotron", tokenizer=_FAST),
     Family("hunyuan_v1_dense", tokenizer=_FAST),
@@ -268,8 +268,7 @@ def require_version(family: str, subject: str) -> None:
     found, since = version("transformers"), FAMILIES[family].since
     if int(found.partition(".")[0]) < since:
         raise UnsupportedModelError(
-            f"{subject}: {family} needs transformers {since} or later; found {found}; upgrade it, as version "
-            f"{found.partition('.')[0]} has no cache that holds the state of its layers, or lacks the architecture"
+            f"{subject}: {family} needs transformers {since} or later; found {found}; upgrade it"
         )
 
 

@@ -205,7 +205,7 @@ def token_means(
 
 
 def of_layers(model: nn.Module, parts: Sequence[Tensor]) -> Tensor:
-    """Tensors of some layers, (B, M) each, as one of (B, len(parts), M); zeros behind the neurons of narrower layers."""
+    """Tensors of some layers, (B, M) each, as one of (B, len(parts), M); zeros where layers are narrower."""
     mlp_size = families.sizes_of(model)[2]
     widest = mlp_size if isinstance(mlp_size, int) else max(mlp_size)
     return torch.stack([pad(part_BM, (0, widest - part_BM.shape[-1])) for part_BM in parts], dim=1)

@@ -83,7 +83,7 @@ class Prefilled:
     def repeated(self, rows: Sequence[int]) -> "Prefilled":
         """A copy with the given rows; a row may be given several times."""
         index_R = torch.tensor(rows, device=self.ids.device)
-        cache = copy.deepcopy(self.cache)
+        cache: Any = copy.deepcopy(self.cache)
         cache.reorder_cache(index_R)  # any rows; `batch_select_indices` would leave the states of linear attention
         return Prefilled(self.ids[index_R], self.mask[index_R], cache)
 

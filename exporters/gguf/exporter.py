@@ -216,8 +216,8 @@ def _architecture(family: str) -> str:
     """
     if family not in _ARCHITECTURES:
         raise ExportError(
-            f"gguf: {family} has not been tried in llama.cpp, which may add a control vector elsewhere; expected one of: "
-            f"{', '.join(_ARCHITECTURES)}; choose target hf or peft"
+            f"gguf: {family} has not been tried in llama.cpp, which may add a control vector elsewhere; expected one "
+            f"of: {', '.join(_ARCHITECTURES)}; choose target hf or peft"
         )
     return _ARCHITECTURES[family]
 

@@ -56,8 +56,8 @@ def cache_shape(model: nn.Module) -> CacheShape:
     if any(hasattr(layer, "conv_states") or getattr(layer, "keys", None) is None for layer in layers):
         kind = model.config.model_type  # type: ignore[union-attr]
         raise ExportError(
-            f"{_name(model)}: layers of {kind} have states of a convolution or of linear attention, or use the keys and "
-            "values of other layers; expected keys and values of its own in each; choose target hf or peft"
+            f"{_name(model)}: layers of {kind} have states of a convolution or of linear attention, or use the keys "
+            "and values of other layers; expected keys and values of its own in each; choose target hf or peft"
         )
     shapes = {tuple(part.shape) for layer in layers for part in (layer.keys, layer.values)}
     if len(shapes) != 1:

@@ -104,7 +104,7 @@ def test_the_false_discovery_rate_is_one_among_neurons_that_there_are(bases):
 def test_sums_and_neurons_that_a_layer_does_not_have_are_not_born(bases):
     empty, more = NeuronStats.empty(bases[RAGGED]), np.zeros((4, 96))
     more[1, 48] = 1
-    with pytest.raises(RuleError, match="trace_sum holds values of neurons that gemma4_text.* does not have"):
+    with pytest.raises(RuleError, match=r"trace_sum holds values of neurons that gemma4_text.* does not have"):
         replace(empty, trace_sum=more)
     fitting = {"layer": [1, 2], "index": [47, 95], "delta": [1.0, 1.0], "base": bases[RAGGED]}
     assert len(NeuronSet(**fitting)) == 2
@@ -122,7 +122,7 @@ def test_a_gate_may_read_all_that_there_is_and_nothing_else(stock, tokenizer, ba
     traces = [Trace(str(n), str(n), f"what is {n}+{n * n}?", "x", n % 2 == 0) for n in range(20)]
     gate = train_gate(model, tokenizer, traces, base, GateOptions(below_layer=3, features=192)).gate
     assert sorted(zip(gate.layer.tolist(), gate.index.tolist(), strict=True)) == EVERY[:192]
-    with pytest.raises(RuleError, match="193 features wanted; .* have 192 neurons"):
+    with pytest.raises(RuleError, match=r"193 features wanted; .* have 192 neurons"):
         train_gate(model, tokenizer, traces, base, GateOptions(below_layer=3, features=193))
 
 

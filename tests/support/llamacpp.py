@@ -24,7 +24,6 @@ _CHANGES = {  # to what llama.cpp knows
     "smollm3": {"no_rope_layer_interval": 4},
     "arcee": {"attention_bias": False},
     "starcoder2": {"sliding_window": None},
-    "stablelm": {"qk_layernorm": False},
     "phi": {"qk_layernorm": False},
     "cohere2": {"layer_types": [*["sliding_attention"] * 3, "full_attention"]},
 }

@@ -11,6 +11,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from adaras_export.core.base_model import BaseModel
+from adaras_export.core.families import FAMILIES
 from adaras_export.core.gate import Gate
 from adaras_export.core.neurons import NeuronSet
 from adaras_export.core.rule import SteeringRule
@@ -74,7 +75,7 @@ for _name in SHALLOW:
     _type, _own = SPECS[_name.removesuffix("-shallow")]
     SPECS[_name] = (_type, {**_own, "num_hidden_layers": 2, **_BOTH.get(_type, {})})
 
-# The families whose weights are the deep tests' business, once each: what is odd about them is on, none of it is 1 or 0.
+# More families, once each. What is odd about each is switched on, and no factor is 1.
 _YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 16.0, "original_max_position_embeddings": 8}
 _LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
 _MROPE = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}
@@ -94,7 +95,7 @@ MORE_SPECS: dict[str, dict[str, Any]] = {
     "hunyuan_v1_dense": {"head_dim": 16},
     "ernie4_5": {"head_dim": 16},
     "starcoder2": {"sliding_window": 4},
-    "stablelm": {"use_parallel_residual": True, "qk_layernorm": True, "use_qkv_bias": True},
+    "stablelm": {"use_parallel_residual": True, "use_qkv_bias": True},
     "gemma": {"head_dim": 8},
     "olmo": {"clip_qkv": 2.0},
     "phi": {"qk_layernorm": True},
@@ -143,8 +144,9 @@ MORE_SPECS: dict[str, dict[str, Any]] = {
         "position_embedding_type": "rope",
     },
 }
-MORE = tuple(MORE_SPECS)
+MORE = tuple(name for name in MORE_SPECS if FAMILIES[name].since <= int(transformers.__version__.partition(".")[0]))
 SPECS |= {name: (name, own) for name, own in MORE_SPECS.items()}
+SPECS["cohere2-shallow"] = ("cohere2", {**MORE_SPECS["cohere2"], "num_hidden_layers": 2, "layer_types": _SLIDING[:2]})
 
 
 def mostly_slow(cases: Any, quick: tuple[str, ...] = ("llama", "qwen3", "gpt2")) -> list[Any]:

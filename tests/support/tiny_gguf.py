@@ -100,21 +100,17 @@ def _add_sizes(writer, config):
 def _add_scales(writer, config):
     if hasattr(config, "rms_norm_eps"):
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    for key in ("layer_norm_eps", "norm_epsilon", "norm_eps"):
+    for key in ("layer_norm_eps", "norm_epsilon", "norm_eps", "layer_norm_epsilon"):
         if hasattr(config, key):
             writer.add_layer_norm_eps(getattr(config, key))
+    if hasattr(config, "use_parallel_residual"):
+        writer.add_parallel_residual(config.use_parallel_residual)
     if config.model_type == "olmo":
         writer.add_layer_norm_eps(1e-5)
         writer.add_clamp_kqv(config.clip_qkv)
     if config.model_type == "cohere2":
         writer.add_logit_scale(config.logit_scale)
         writer.add_sliding_window(config.sliding_window)
-    if config.model_type == "stablelm":
-        writer.add_parallel_residual(config.use_parallel_residual)
-    if config.model_type == "gpt_neox":
-        writer.add_parallel_residual(config.use_parallel_residual)
-    if config.model_type == "gpt2":
-        writer.add_layer_norm_eps(config.layer_norm_epsilon)
     if config.model_type == "granite":
         writer.add_attention_scale(config.attention_multiplier)
         writer.add_embedding_scale(config.embedding_multiplier)
