@@ -23,7 +23,7 @@ from adaras_export.delivery.writer import export
 from adaras_export.errors import ExportError
 from adaras_export.exporters.base import ExportContext
 from adaras_export.exporters.checkpoint import companions
-from adaras_export.exporters.onnx import functions
+from adaras_export.exporters.onnx import functions, genai
 from adaras_export.exporters.onnx import graph as onnx_graph
 from adaras_export.exporters.onnx.exporter import EXPORTER, GRAPH
 from adaras_export.exporters.onnx.genai import BUILDER_FAMILIES
@@ -544,7 +544,6 @@ def test_the_builders_graph_equals_the_oracle_too(name, tmp_path):
     assert [check.name for check in compare(script, exporter.load(tmp_path / "out")) if not check.ok] == []
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "says"),
     [
@@ -552,8 +551,9 @@ def test_the_builders_graph_equals_the_oracle_too(name, tmp_path):
         ("llama", "heads of 8; GroupQueryAttention expects"),
     ],
 )
-def test_what_the_builder_cannot_build_is_refused_by_name(name, says, rules, folders, tmp_path):
+def test_what_the_builder_cannot_build_is_refused_by_name(name, says, rules, folders, tmp_path, monkeypatch):
     pytest.importorskip("onnxruntime_genai")
+    monkeypatch.setattr(genai.subprocess, "run", lambda *_, **__: pytest.fail("the builder was started"))
     with pytest.raises(ExportError, match=says):
         export(rules[(name, *CAUSAL)], base=folders[name], to="onnx", out=tmp_path / "out", genai=True)
     assert list(tmp_path.iterdir()) == []
