@@ -28,9 +28,9 @@ def place(folders, rules, tmp_path_factory):
     """A folder in which the export of the page has been made, of a base whose graph other tests have made already."""
     place = tmp_path_factory.mktemp("docs")
     (place / "demo-out").mkdir()
-    rules["qwen3", "causal", "last_prompt_token"].save(place / "demo-out" / "rule-attribution.safetensors")
+    rules["llama", "causal", "last_prompt_token"].save(place / "demo-out" / "rule-attribution.safetensors")
     (place / "adaras_export" / "demo").mkdir(parents=True)
-    (place / "adaras_export" / "demo" / "planted_model").symlink_to(folders["qwen3"])
+    (place / "adaras_export" / "demo" / "planted_model").symlink_to(folders["llama"])
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         patch.setattr("sys.argv", command("adaras-export export"))
