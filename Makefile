@@ -28,8 +28,8 @@ LLAMACPP := build/llama.cpp
 LLAMA_SERVER := $(LLAMACPP)/server/bin/llama-server
 NODE := tests/system/runtimes/node
 PIP := -m pip install --quiet --disable-pip-version-check
-# Each test has one thread; a file stays with one process, which makes its models once, and files begin in their order,
-# in which the long ones come first. Three for two cores, because many tests wait for a process of their own.
+# Each test has one thread; a file stays with one process, which makes its models once, and files begin in the order of
+# tests/conftest.py, the long ones first. Three for two cores, because many tests wait for a process of their own.
 PARALLEL := -n 3 --dist loadfile --no-loadscope-reorder
 HERE := --ignore tests/system/runtimes --ignore tests/system/servers
 
@@ -46,8 +46,7 @@ demo-smollm2: $(SMOLLM2)  ## the same on SmolLM2-135M-Instruct, from a PyPI whee
 
 test: $(SMOLLM2) $(SCAN)  ## every test, the notebook included
 	mkdir -p build && rm -f build/modes-5.json
-	$(BIN)/python -m pytest $(PARALLEL) $(HERE) --modes=build/modes-5.json
-	$(BIN)/python -m pytest --nbmake --nbmake-timeout=600 notebooks
+	$(BIN)/python -m pytest $(PARALLEL) $(HERE) --modes=build/modes-5.json --nbmake --nbmake-timeout=600 tests notebooks
 
 # Traced, tests take nearly twice as long. The slow ones run on more models what the quick ones run on one.
 coverage: $(SMOLLM2) $(SCAN)  ## the quick tests, and which lines they run

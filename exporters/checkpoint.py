@@ -23,14 +23,20 @@ from adaras_export.files.safe_read import UnreadableError
 from adaras_export.files.safetensors_record import Array
 
 
-def buildable_config(base: Checkpoint) -> dict[str, Any]:
+def buildable_config(base: Checkpoint, *, images: bool = False) -> dict[str, Any]:
     """The config.json of a base, after checking that Transformers can build the model.
 
+    ``images``: whether the target takes models that read images.
+
     Raises:
+        ExportError: the model reads images, and the target does not take such models.
         ArtifactError: Transformers cannot build the config, or its shapes differ from those of the weights.
         UnsupportedModelError: the weights are quantised in a format that was not tried, or this Transformers is too
             old for the family.
     """
+    if base.family.images and not images:
+        kind = base.family.model_type
+        raise ExportError(f"{base}: {kind} reads images; expected a model of text alone; choose target hf or hf-thin")
     families.require_version(base.family.model_type, str(base))
     base.require_buildable()
     quantised.format_of(base.config, str(base))

@@ -55,6 +55,18 @@ def pytest_addoption(parser):
     )
 
 
+# What takes longest begins first: else a process would work on it alone at the end.
+LONG = (
+    "01_find_export_verify.ipynb", "test_onnx.py", "test_modes.py", "test_reliability.py", "test_demo.py",
+    "test_evaluate.py", "test_onnx_quantize.py", "test_cli.py", "test_stock.py", "test_doctor.py", "test_writer.py",
+    "test_reference_data.py", "test_card_snippets.py", "test_tune_killed.py", "test_tampering.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
 @pytest.fixture
 def record_mode(record_property):
     """Note which mode and family a test is about: ``record_mode(mode, family)``."""

@@ -32,6 +32,8 @@ class Family:
         mlp_ratio: M / D where the config says null for M.
         behind: what stands between the down projection and the residual sum: None, a "norm", or the key of config.json
             for a factor, with the place in its list behind a dot.
+        vllm: the module of vLLM's that has its class, or "transformers" where vLLM serves it with its Transformers backend;
+            None: our plugin does not serve it.
         images: whether it reads images, too: its config.json keeps the sizes of the decoder in "text_config".
         since: the first Transformers that runs it, by its major version.
         tokenizer: the tokenizer class where a checkpoint names none, that of Transformers 4 if that runs the family.
@@ -45,6 +47,7 @@ class Family:
     sizes: tuple[str, str | None, str] = ("num_hidden_layers", "intermediate_size", "hidden_size")
     mlp_ratio: int | None = None
     behind: str | None = None
+    vllm: str | None = None
     images: bool = False
     since: int = 4
     tokenizer: str = "LlamaTokenizer"
@@ -95,19 +98,20 @@ class Family:
 _OWN_WIDTHS = ("num_hidden_layers", None, "hidden_size")
 _FAST = "PreTrainedTokenizerFast"
 _TABLE = (
-    Family("llama"),
-    Family("mistral"),
-    Family("qwen2", tokenizer="Qwen2Tokenizer"),
-    Family("qwen3", tokenizer="Qwen2Tokenizer"),
-    Family("gemma2", behind="norm", tokenizer="GemmaTokenizer"),
-    Family("gemma3_text", behind="norm", tokenizer="GemmaTokenizer"),
-    Family("olmo2", behind="norm", tokenizer="GPTNeoXTokenizer"),
-    Family("granite", behind="residual_multiplier", tokenizer="GPT2Tokenizer"),
-    Family("smollm3", tokenizer=_FAST),
-    Family("phi3"),
-    Family("gpt_neox", decoder="gpt_neox", down="mlp.dense_4h_to_h", tokenizer="GPTNeoXTokenizer"),
+    Family("llama", vllm="llama"),
+    Family("mistral", vllm="mistral"),
+    Family("qwen2", vllm="qwen2", tokenizer="Qwen2Tokenizer"),
+    Family("qwen3", vllm="qwen3", tokenizer="Qwen2Tokenizer"),
+    Family("gemma2", vllm="gemma2", behind="norm", tokenizer="GemmaTokenizer"),
+    Family("gemma3_text", vllm="gemma3", behind="norm", tokenizer="GemmaTokenizer"),
+    Family("olmo2", vllm="transformers", behind="norm", tokenizer="GPTNeoXTokenizer"),
+    Family("granite", vllm="granite", behind="residual_multiplier", tokenizer="GPT2Tokenizer"),
+    Family("smollm3", vllm="transformers", tokenizer=_FAST),
+    Family("phi3", vllm="phi3"),
+    Family("gpt_neox", vllm="transformers", decoder="gpt_neox", down="mlp.dense_4h_to_h", tokenizer="GPTNeoXTokenizer"),
     Family(
         "gpt2",
+        vllm="gpt2",
         decoder="transformer",
         layers="h",
         down="mlp.c_proj",
@@ -158,7 +162,7 @@ _AROUND = {
     "qwen3_vl": "qwen3",
 }
 FAMILIES |= {
-    name: replace(FAMILIES[inner], model_type=name, decoder="model.language_model", images=True, since=5)
+    name: replace(FAMILIES[inner], model_type=name, decoder="model.language_model", images=True, since=5, vllm=None)
     for name, inner in _AROUND.items()
 }
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from adaras_export.core.base_model import BaseModel
+from adaras_export.core.families import FAMILIES
 from adaras_export.core.markdown import Example, Markdown, render
 from adaras_export.core.rule import SteeringRule
 from adaras_export.delivery.card_effect import computed_arm, effect_text
@@ -45,6 +46,7 @@ class Card:
         values = {
             "header": header(receipt, self.target, base, measured),
             "receipt": receipt,
+            "family": FAMILIES[receipt.base.family],
             "repository": receipt.repository,
             "drops": receipt.drops,
             "options": receipt.options,

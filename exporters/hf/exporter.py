@@ -91,7 +91,7 @@ class HuggingFaceExporter:
 
     def write(self, rule: SteeringRule, base: Checkpoint, out: Path) -> Written:
         """Link the base's files; write the steering tensors, the config and the code."""
-        config = buildable_config(base)
+        config = buildable_config(base, images=True)
         for path in sorted({*base.files.values()}):
             link_or_copy(path, out / linked_name(path), copy=self.copy)
         tensors = steering_tensors(rule, base)

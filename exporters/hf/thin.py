@@ -63,7 +63,7 @@ class ThinExporter:
                 f"{base}: has an adapter_config.json, which from_pretrained would follow; expected a plain model: "
                 "remove the file, or choose target hf"
             )
-        buildable_config(base)
+        buildable_config(base, images=True)
         write_tensors(out, _tensors(rule, base))
         config = exporter.steered_config(base.config, rule)
         exporter.write_repository(out, base, self._fetching(config, base), payload())

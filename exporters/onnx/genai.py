@@ -12,7 +12,6 @@ import onnx_ir as ir
 from adaras_export.core import families
 from adaras_export.errors import ArtifactError, ExportError, require
 from adaras_export.exporters.onnx.graph import DATA_FILE
-from adaras_export.files.atomic import read_json
 
 # The families whose graphs by the builder of version 0.18, beside Transformers 5, equal the base. It fails on
 # gemma3_text and smollm3, takes olmo2 for olmo, which has another order of norms, and its gemma2 is off by 2e-3.
@@ -27,7 +26,7 @@ def build_graph(base: Path, graph: Path, family: str) -> None:
     In a process of its own, so that its copy of the weights is gone afterwards. Runs no code of the base.
 
     Raises:
-        ExportError: the builder does not know the family, or fails.
+        ExportError: the builder does not know the family, fails, or GenAI has no kernel for the head size.
         MissingExtraError: GenAI is not installed.
     """
     require("onnxruntime_genai", "genai", "--genai")
@@ -36,6 +35,7 @@ def build_graph(base: Path, graph: Path, family: str) -> None:
         raise ExportError(
             f"{base}: GenAI's builder is no help with {family}; expected one of: {known}; leave out --genai"
         )
+    head_size = _head_size(base)
     with tempfile.TemporaryDirectory(dir=graph.parent) as scratch:
         out = Path(scratch) / "built"
         # A cache of a sliding window would not carry the layer of the gate's state, which has no window.
@@ -47,14 +47,20 @@ def build_graph(base: Path, graph: Path, family: str) -> None:
             reason = done.stderr.strip().rpartition("\n")[2]
             raise ExportError(f"{base}: GenAI's builder failed ({reason}); leave out --genai for torch's export")
         model = ir.load(out / "model.onnx")
-        head_size = read_json(out / "genai_config.json")["model"]["decoder"]["head_size"]
-        if head_size % 16:
-            raise ExportError(
-                f"{base}: heads of {head_size}; GroupQueryAttention expects a multiple of 16; leave out --genai"
-            )
         _make_concrete(model, head_size)
         model.producer_version = None  # the builder's, with the commit of whatever repository it was started in
         ir.save(model, graph, external_data=DATA_FILE)
+
+
+def _head_size(base: Path) -> int:
+    """The size of an attention head; one that GenAI has no kernel for is refused before its builder runs."""
+    from transformers import AutoConfig
+
+    config: Any = AutoConfig.from_pretrained(base)  # type: ignore[no-untyped-call]
+    size: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if size % 16:
+        raise ExportError(f"{base}: heads of {size}; GroupQueryAttention expects a multiple of 16; leave out --genai")
+    return size
 
 
 def _make_concrete(model: ir.Model, head_size: int) -> None:

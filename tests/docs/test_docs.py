@@ -6,16 +6,11 @@ import subprocess
 import sys
 
 import pytest
-import tiny
-from places import DOCS, PLANTED
+from places import DOCS
 
 from adaras_export import cli
-from adaras_export.core.base_model import BaseModel
-from adaras_export.core.neurons import NeuronSet
-from adaras_export.core.rule import SteeringRule
 
 PAGE = (DOCS / "onnx.md").read_text()
-MODEL = PLANTED
 
 
 def blocks(language):
@@ -29,15 +24,13 @@ def command(beginning):
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder in which the export of the page has been made, of a rule that takes less time than the demo's."""
+def place(folders, rules, tmp_path_factory):
+    """A folder in which the export of the page has been made, of a base whose graph other tests have made already."""
     place = tmp_path_factory.mktemp("docs")
     (place / "demo-out").mkdir()
-    base = BaseModel.of(MODEL)
-    neurons = NeuronSet([base.layers - 1], [0], [1.0], base=base)
-    SteeringRule(neurons, 0.5, base, gate=tiny.make_gate()).save(place / "demo-out" / "rule-attribution.safetensors")
+    rules["llama", "causal", "last_prompt_token"].save(place / "demo-out" / "rule-attribution.safetensors")
     (place / "adaras_export" / "demo").mkdir(parents=True)
-    (place / "adaras_export" / "demo" / "planted_model").symlink_to(MODEL)
+    (place / "adaras_export" / "demo" / "planted_model").symlink_to(folders["llama"])
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         patch.setattr("sys.argv", command("adaras-export export"))

@@ -72,6 +72,12 @@ def run(stock, tokenizer, task):
     return go
 
 
+@pytest.fixture(scope="module")
+def evaluation(rule, run):
+    """That of the gated rule. Read only."""
+    return run(rule())
+
+
 def verdicts_of(model, tokenizer, rule):
     """Question by question, alone in its batch, from the prompt on; ``rule`` None is plain."""
     right = []
@@ -85,9 +91,9 @@ def verdicts_of(model, tokenizer, rule):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("start", STARTS)
-def test_every_arm_is_what_really_generating_under_its_rule_gives(start, rule, run, stock, tokenizer):
+def test_every_arm_is_what_really_generating_under_its_rule_gives(start, rule, run, evaluation, stock, tokenizer):
     one = rule(start=start)
-    found = run(one)
+    found = evaluation if start == "last_prompt_token" else run(one)
     rules = {"off": None, "gated": one, "always": one.ungated(), "flipped": one.with_strength(-one.strength)}
     rules |= {f"random {seed}": random_control(stock["qwen3"], one, seed) for seed in (0, 1)}
     for name, by_hand in rules.items():
@@ -104,8 +110,8 @@ def test_without_a_gate_every_question_is_steered(rule, run, stock, tokenizer):
     assert found.verdicts["always"].tolist() == verdicts_of(stock["qwen3"], tokenizer, one)
 
 
-def test_arms_come_in_a_fixed_order_and_count_their_verdicts(rule, run):
-    found = run(rule())
+def test_arms_come_in_a_fixed_order_and_count_their_verdicts(evaluation):
+    found = evaluation
     assert [arm.name for arm in found.arms] == ["off", "always", "gated", "flipped", "random 0", "random 1"]
     for arm in found.arms:
         verdicts, off = found.verdicts[arm.name], found.verdicts["off"]
@@ -123,9 +129,9 @@ def test_strength_0_changes_no_verdict(rule, run):
 
 
 @pytest.mark.slow
-def test_the_batch_size_changes_no_verdict(rule, run, task):
+def test_the_batch_size_changes_no_verdict(rule, run, evaluation, task):
     """Symptom that this would show: arms that differ by rounding. The tiny model's logits lie far apart."""
-    one, other = run(rule()), run(rule(), replace(task, max_rows=1, token_budget=1))
+    one, other = evaluation, run(rule(), replace(task, max_rows=1, token_budget=1))
     assert {name: v.tolist() for name, v in one.verdicts.items()} == {n: v.tolist() for n, v in other.verdicts.items()}
 
 
@@ -137,14 +143,14 @@ def test_the_example_of_a_record_is_a_question_that_was_set_right_and_that_a_car
     assert _example([long], {name: values[:1] for name, values in rows.items()}) is None
 
 
-def test_two_runs_give_the_same_record(rule, run):
-    one, other = run(rule()).as_record(), run(rule()).as_record()
+def test_two_runs_give_the_same_record(rule, run, evaluation):
+    one, other = evaluation.as_record(), run(rule()).as_record()
     assert one.pop("seconds").keys() == other.pop("seconds").keys()
     assert one == other
 
 
-def test_the_record_holds_every_verdict_by_question(rule, run):
-    found, one = run(rule()), rule()
+def test_the_record_holds_every_verdict_by_question(rule, evaluation):
+    found, one = evaluation, rule()
     record = found.as_record()
     assert record["rule"] == one.fingerprint
     assert record["verdicts"]["id"] == [question.id for question in QUESTIONS]
@@ -305,20 +311,25 @@ def test_gated_answers_are_steered_ones_where_the_gate_fires(rule, run, stock, t
     assert min(found.seconds.values()) > 0
 
 
-def test_what_is_saved_is_read_as_it_was(rule, run, tmp_path):
-    evaluation = run(rule())
+def test_what_is_saved_is_read_as_it_was(evaluation, tmp_path):
     evaluation.save(tmp_path / "e.json")
     assert read_evaluation(tmp_path / "e.json").as_record() == evaluation.as_record()
 
 
+@pytest.fixture(scope="module")
+def whole(rule, run, sampled, tmp_path_factory):
+    """The record of a run of several answers that nobody killed, and its journal."""
+    path = tmp_path_factory.mktemp("whole") / "journal"
+    return run(rule(), sampled, journal=path).as_record(), path.read_bytes()
+
+
 @pytest.mark.parametrize("share", [0.3, 0.8])
-def test_a_killed_run_goes_on_and_ends_as_a_whole_one(share, rule, run, sampled, tmp_path):
-    path = tmp_path / "journal"
-    whole, content = run(rule(), sampled, journal=path).as_record(), path.read_bytes()
+def test_a_killed_run_goes_on_and_ends_as_a_whole_one(share, whole, rule, run, sampled, tmp_path):
+    path, (record, content) = tmp_path / "journal", whole
     path.write_bytes(content[: int(share * len(content))])
     told = []
     again = run(rule(), replace(sampled, progress=lambda done, _: told.append(done)), journal=path).as_record()
-    assert whole | {"seconds": 0} == again | {"seconds": 0}
+    assert record | {"seconds": 0} == again | {"seconds": 0}
     assert path.read_bytes().count(b"\n") == content.count(b"\n")
     assert 0 < told[-1] < 15 * 3 * 5  # the answers that were there are not asked for again
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from places import ROOT
 
+from adaras_export import cli
 from adaras_export.core.base_model import BaseModel
 from adaras_export.core.neurons import NeuronSet
 from adaras_export.core.trace_files import write_questions
@@ -26,13 +27,18 @@ PACKAGE = ROOT / "adaras_export"
 MODEL = PACKAGE / "demo" / "planted_model"
 
 
+def tuning(folder):
+    """The words of the command."""
+    command = ["tune", folder / "validation.jsonl", "-m", MODEL, "--neurons", folder / "neurons", "-o", folder / "rule"]
+    command += ["--max-new-tokens", "40", "--counts", "5,20", "--strengths", "1,2", "--batch-size", "8"]
+    return list(map(str, command))
+
+
 def started(folder):
     """The command in a process of its own."""
-    command = [sys.executable, "-c", "from adaras_export.cli import main; main()", "tune", folder / "validation.jsonl"]
-    command += ["-m", MODEL, "--neurons", folder / "neurons", "-o", folder / "rule", "--max-new-tokens", "40"]
-    command += ["--counts", "5,20", "--strengths", "1,2", "--batch-size", "8"]
+    command = [sys.executable, "-c", "from adaras_export.cli import main; main()", *tuning(folder)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PACKAGE.parent), *sys.path])}
-    return subprocess.Popen(list(map(str, command)), env=environment, stdout=subprocess.DEVNULL)
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
 
 
 def whole(questions, neurons):
@@ -46,7 +52,7 @@ def lines(path):
     return path.read_bytes().splitlines() if path.is_file() else []
 
 
-def test_a_killed_run_goes_on_where_it_was(tmp_path):
+def test_a_killed_run_goes_on_where_it_was(tmp_path, monkeypatch):
     random = np.random.default_rng(0)
     neurons = NeuronSet(np.full(20, 3), np.arange(20), random.normal(size=20), base=BaseModel.of(MODEL))
     neurons.save(tmp_path / "neurons")
@@ -61,6 +67,9 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
     kept = lines(journal)
     assert len(kept) >= 5
     assert not (tmp_path / "rule").exists()
-    assert started(tmp_path).wait() == 0
+    monkeypatch.setattr(sys, "argv", ["adaras-export", *tuning(tmp_path)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert not end.value.code
     assert not journal.exists()
     assert (tmp_path / "rule").read_bytes() == whole(questions, neurons).rule.to_bytes()

@@ -13,6 +13,8 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextT
 
 from adaras_export.core.base_model import BaseModel
 from adaras_export.delivery.writer import export
+from adaras_export.errors import ExportError
+from adaras_export.exporters import TARGETS
 from adaras_export.modeling.activations import recording, token_means
 from adaras_export.modeling.steering import steered
 
@@ -130,6 +132,21 @@ def test_activations_are_read_and_recorded_as_the_oracle_sees_them(name, cases):
             expected_M = torch.tensor(tokens).mean(0)
             for found_LM in (recorded_LM, read_LM):
                 torch.testing.assert_close(found_LM[layer, : len(expected_M)], expected_M, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("target", [target for target in TARGETS if not target.startswith("hf")])
+def test_targets_other_than_hf_refuse_it_by_name(target, cases, tmp_path):
+    case = cases["qwen3_vl"]
+    with pytest.raises(ExportError, match="qwen3_vl") as refused:
+        export(case.rule, base=case.base, to=target, out=tmp_path / "out", accept_loss=["gate", "start", "dial"])
+    assert "choose target hf" in str(refused.value)
+
+
+def test_a_repository_without_weights_opens_the_base_and_equals_the_oracle(cases, tmp_path):
+    case = cases["qwen3_vl"]
+    assert export(case.rule, base=case.base, to="hf-thin", out=tmp_path / "out").parity.ok
+    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        require_answers(greedy(case.open(auto, tmp_path / "out")), case.told, case.slack)
 
 
 @SEEING

@@ -34,7 +34,8 @@ from adaras_export.exporters.parity import compare, rehearse
 from adaras_export.modeling.gate import agreeing_threshold, gate_probabilities, youden_threshold
 
 CAUSAL, LATER = ("causal", "last_prompt_token"), ("later", "first_generated_token")
-GATED, TIED = ("qwen3", *CAUSAL), ("qwen2-shallow", *CAUSAL)
+DEEP = "llama"
+GATED, TIED = (DEEP, *CAUSAL), ("qwen2-shallow", *CAUSAL)
 BITS = {"int8": 8, "int4": 4}
 each_precision = pytest.mark.parametrize("precision", BITS)
 
@@ -84,7 +85,7 @@ def projections(graph):
 # Each kind of projection once: transposed, fused, with biases, tied. What lies between them is not rounded.
 KINDS = ("gpt2-shallow", "phi3-shallow", "gpt_neox-shallow", "qwen2-shallow")
 CASES = [((name, *CAUSAL), precision) for name, precision in in_turn((), KINDS, BITS)] + [
-    (("qwen3", *CAUSAL), "int4"), (("qwen3", *LATER), "int8"), (("qwen3", None, CAUSAL[1]), "int4")
+    ((DEEP, *CAUSAL), "int4"), ((DEEP, *LATER), "int8"), ((DEEP, None, CAUSAL[1]), "int4")
 ]  # fmt: skip
 
 
@@ -108,7 +109,7 @@ def test_it_equals_the_base_with_the_rounded_weights_and_the_vectors_of_the_exac
 
 @each_precision
 def test_a_wrong_sign_a_shifted_layer_and_vectors_of_the_rounded_weights_fail(precision, rules, folders, tmp_path):
-    rule, base = rules[GATED], folders["qwen3"]
+    rule, base = rules[GATED], folders[DEEP]
     chosen = written(precision, rule, base, tmp_path / "out")
     script = rehearse(chosen.reference(tmp_path / "out", rule, Checkpoint(base)))
     vectors = folding.vectors(rule, Checkpoint(base))
@@ -138,13 +139,13 @@ def test_a_wrong_sign_a_shifted_layer_and_vectors_of_the_rounded_weights_fail(pr
 @each_precision
 def test_p_correct_is_the_oracles_on_the_rounded_weights(precision, rules, folders, tmp_path):
     rule = rules[GATED]
-    chosen = written(precision, rule, folders["qwen3"], tmp_path / "out")
-    model = tiny.build_model("qwen3")
+    chosen = written(precision, rule, folders[DEEP], tmp_path / "out")
+    model = tiny.build_model(DEEP)
     quantize.overwrite(model, ir.load(tmp_path / "out" / GRAPH))
     expected = [oracle.p_correct(model, prompt, tiny.plain_gate(rule.gate)) for prompt in tiny.PROMPTS]
     found = chosen.load(tmp_path / "out").p_correct(tiny.PROMPTS)
     assert found == pytest.approx(expected, abs=1e-5)
-    exact = [oracle.p_correct(tiny.build_model("qwen3"), prompt, tiny.plain_gate(rule.gate)) for prompt in tiny.PROMPTS]
+    exact = [oracle.p_correct(tiny.build_model(DEEP), prompt, tiny.plain_gate(rule.gate)) for prompt in tiny.PROMPTS]
     assert np.abs(found - exact).max() > 1e-4, "rounding moves it, or this tests nothing"
 
 
@@ -155,11 +156,11 @@ def test_p_correct_is_the_oracles_on_the_rounded_weights(precision, rules, folde
 def test_the_integers_are_those_of_onnx_runtimes_own_tool(precision, plain):
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
-    tool = MatMulNBitsQuantizer(onnx.load(plain["qwen3"]), BITS[precision], 32, is_symmetric=True, accuracy_level=1)
+    tool = MatMulNBitsQuantizer(onnx.load(plain[DEEP]), BITS[precision], 32, is_symmetric=True, accuracy_level=1)
     tool.process()
     theirs = {one.name: onnx.numpy_helper.to_array(one) for one in tool.model.model.graph.initializer}
     nodes = {one.output[0]: one for one in tool.model.model.graph.node if one.op_type == "MatMulNBits"}
-    model = ir.load(plain["qwen3"])
+    model = ir.load(plain[DEEP])
     quantize.quantise(model, BITS[precision])
     found = projections(model)
     assert len(found) == len(nodes) == 7 * tiny.LAYERS + 1
@@ -196,7 +197,7 @@ def test_loading_the_quantiser_leaves_everybodys_logging_alone(plain):
     handlers, level = [*root.handlers], root.level
     root.handlers.clear()  # else basicConfig would do nothing
     try:
-        quantize.quantise(ir.load(plain["qwen3"]), 8)
+        quantize.quantise(ir.load(plain[DEEP]), 8)
         assert (root.handlers, root.level) == ([], level)
     finally:
         root.handlers[:] = handlers
@@ -209,7 +210,7 @@ def test_loading_the_quantiser_leaves_everybodys_logging_alone(plain):
 def delivered(rules, folders, tmp_path_factory):
     """One export with 4 bits from end to end. Read only."""
     out = tmp_path_factory.mktemp("onnx") / "int4"
-    return export(rules[GATED], base=folders["qwen3"], to="onnx", out=out, precision="int4")
+    return export(rules[GATED], base=folders[DEEP], to="onnx", out=out, precision="int4")
 
 
 @pytest.fixture
@@ -228,7 +229,7 @@ def test_an_export_is_delivered_and_verifies_after_it_was_moved(delivered, folde
 
 
 def test_inlined_it_computes_the_same(rules, folders, tmp_path):
-    report = export(rules[GATED], base=folders["qwen3"], to="onnx", out=tmp_path / "out", precision="int8", inline=True)
+    report = export(rules[GATED], base=folders[DEEP], to="onnx", out=tmp_path / "out", precision="int8", inline=True)
     model = ir.load(report.path / GRAPH)
     assert not model.functions
     assert len(projections(model)) == 7 * tiny.LAYERS + 1
@@ -357,8 +358,8 @@ PROMPTS = [f"{one} + {2 * one} =" for one in range(24)]
 def judged(rules, folders, stock, tokenizer, tmp_path):
     """p(correct) of `PROMPTS` on the base and in an export with 4 bits."""
     rule = rules[GATED]
-    chosen = written("int4", rule, folders["qwen3"], tmp_path / "judged")
-    before = gate_probabilities(stock["qwen3"], tokenizer, rule.gate, PROMPTS)
+    chosen = written("int4", rule, folders[DEEP], tmp_path / "judged")
+    before = gate_probabilities(stock[DEEP], tokenizer, rule.gate, PROMPTS)
     after = chosen.load(tmp_path / "judged").p_correct([tokenizer(prompt)["input_ids"] for prompt in PROMPTS])
     assert 1e-4 < np.abs(before - after).max() < 0.5
     return before, after
@@ -369,7 +370,7 @@ def with_threshold(rule, threshold):
 
 
 def calibrated(rule, folders, out, path, precision="int4"):
-    return export(rule, base=folders["qwen3"], to="onnx", out=out, precision=precision, calibration=path)
+    return export(rule, base=folders[DEEP], to="onnx", out=out, precision=precision, calibration=path)
 
 
 @pytest.mark.slow
@@ -423,15 +424,15 @@ def test_prompts_alone_give_the_threshold_that_decides_as_the_base_did(judged, r
 
 def test_without_prompts_it_measures_and_warns_where_a_decision_changes(rules, folders, tokenizer, tmp_path, caplog):
     rule = rules[GATED]
-    chosen = written("int4", rule, folders["qwen3"], tmp_path / "first")
+    chosen = written("int4", rule, folders[DEEP], tmp_path / "first")
     asked = calibration.Prompts.of(None).prompts
     assert len(set(asked)) == 64
-    before = gate_probabilities(tiny.build_model("qwen3"), tokenizer, rule.gate, asked)
+    before = gate_probabilities(tiny.build_model(DEEP), tokenizer, rule.gate, asked)
     after = chosen.load(tmp_path / "first").p_correct([tokenizer(prompt)["input_ids"] for prompt in asked])
     between = with_threshold(rule, (float(before[7]) + float(after[7])) / 2)
     caplog.clear()
     (tmp_path / "second").mkdir()
-    result = chosen.write(between, Checkpoint(folders["qwen3"]), tmp_path / "second")
+    result = chosen.write(between, Checkpoint(folders[DEEP]), tmp_path / "second")
     threshold = np.float32(between.gate.threshold)
     share = ((before < threshold) == (after < threshold)).mean()
     assert share < 1
@@ -443,7 +444,7 @@ def test_without_prompts_it_measures_and_warns_where_a_decision_changes(rules, f
 
 def test_it_does_not_warn_where_all_decisions_are_the_same(rules, folders, tmp_path, caplog):
     (tmp_path / "out").mkdir()
-    result = exporter("int8").write(with_threshold(rules[GATED], 0), Checkpoint(folders["qwen3"]), tmp_path / "out")
+    result = exporter("int8").write(with_threshold(rules[GATED], 0), Checkpoint(folders[DEEP]), tmp_path / "out")
     assert [note.figure for note in result.notes] == [1]
     assert caplog.messages == []
 
@@ -468,7 +469,7 @@ def no_export(monkeypatch):
 def test_a_calibration_that_nothing_would_use_is_refused(no_export, rules, folders, tmp_path):
     path, out = tmp_path / "x.jsonl", tmp_path / "out"
     assert "calibration with fp32" in refused(rules, folders, out, calibration=path)
-    ungated = ("qwen3", None, CAUSAL[1])
+    ungated = (DEEP, None, CAUSAL[1])
     assert "a rule without a gate" in refused(rules, folders, out, key=ungated, precision="int4", calibration=path)
 
 
@@ -494,7 +495,7 @@ def test_the_builders_graph_with_fewer_bits_is_refused(no_export, rules, folders
 
 
 def test_a_graph_without_projections_is_refused(plain):
-    model = ir.load(plain["qwen3"])
+    model = ir.load(plain[DEEP])
     for node in model.graph:
         node.name = ""
     with pytest.raises(ExportError, match="no MatMul with a weight of its own"):

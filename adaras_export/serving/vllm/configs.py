@@ -9,31 +9,14 @@ from transformers import CONFIG_MAPPING
 
 from adaras_export.core import families
 
-_NATIVE = {
-    "llama": "llama",
-    "mistral": "mistral",
-    "qwen2": "qwen2",
-    "qwen3": "qwen3",
-    "gemma2": "gemma2",
-    "gemma3_text": "gemma3",
-    "granite": "granite",
-    "phi3": "phi3",
-    "gpt2": "gpt2",
-}
-"""vLLM's module by family; it serves the other families with its Transformers backend."""
-
-_MODULES = "vllm.model_executor.models"
+_SERVED = [family for family in families.FAMILIES.values() if family.vllm is not None]
 
 
 def _architecture(family: families.Family) -> tuple[str, str]:
     """The module and the name of the class of vLLM's that serves a family."""
-    module = _NATIVE.get(family.model_type)
-    if module is None:
-        return f"{_MODULES}.transformers", "TransformersForCausalLM"
-    return f"{_MODULES}.{module}", family.classes["AutoModelForCausalLM"]
+    native = "TransformersForCausalLM" if family.vllm == "transformers" else family.classes["AutoModelForCausalLM"]
+    return f"vllm.model_executor.models.{family.vllm}", native
 
-
-_SERVED = [families.FAMILIES[name] for name in (*_NATIVE, "olmo2", "smollm3", "gpt_neox")]
 
 ARCHITECTURES = {f"AdaRAS{one.classes['AutoModelForCausalLM']}": _architecture(one) for one in _SERVED}
 """vLLM's module and class, by the name of the architecture in the exports."""
