@@ -122,17 +122,16 @@ class Gate(nn.Module):
 class Steering(nn.Module):
     """The state of one forward pass: who is prompt, who is steered and how much; filled by `place` before the pass.
 
-    ``prompt``, ``scale``, ``threshold``, ``rule`` and ``probability`` are (T,); ``amount``, strength * g, is (T, 1);
-    ``features`` is (T, F of all gates); ``gate_of`` is (R,), the 0-based gate of each rule, or -1.
+    ``prompt``, ``scale``, ``threshold``, ``rule`` and ``probability`` are (T,); ``gate_of`` is (R,), the 0-based gate of
+    each rule, or -1. Lists hold what a pass has computed so far, and are empty between passes, so that no operation is
+    needed to keep it: ``features`` those of each layer, (T, F of the layer), and ``amounts`` strength * g, (T, 1).
     """
 
     prompt: Tensor
     scale: Tensor
     threshold: Tensor
     rule: Tensor
-    amount: Tensor
     probability: Tensor
-    features: Tensor
     gate_of: Tensor
 
     def __init__(self, vllm_config: Any, layers: int, prefix: str) -> None:
@@ -140,20 +139,19 @@ class Steering(nn.Module):
         settings = vllm_config.model_config.hf_config.adaras
         self.rules: tuple[Rule, ...] = rules_of(settings)
         gates = gates_of(settings)
-        self.columns, own = _columns(gates)
-        width = sum(map(len, own))
+        own = _columns(gates)
         self.gates = nn.ModuleList(Gate(gate, vllm_config, layers + at, prefix) for at, gate in enumerate(gates))
         for gate, columns in zip(self.gates, own, strict=True):
-            is_all = columns == [*range(width)]
+            is_all = columns == [*range(sum(map(len, own)))]
             gate.register_buffer("columns", None if is_all else torch.tensor(columns), persistent=False)
         self.rank, self.ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
         tokens = vllm_config.scheduler_config.max_num_batched_tokens
         self.register_buffer("prompt", torch.zeros(tokens, dtype=torch.bool), persistent=False)
         for name in ("scale", "threshold", "probability"):
             self.register_buffer(name, torch.zeros(tokens, dtype=torch.float32), persistent=False)
-        self.register_buffer("amount", torch.zeros(tokens, 1, dtype=torch.float32), persistent=False)
         self.register_buffer("rule", torch.zeros(tokens, dtype=torch.int64), persistent=False)
-        self.register_buffer("features", torch.zeros(tokens, width, dtype=torch.float32), persistent=False)
+        self.features: list[Tensor] = []
+        self.amounts: list[Tensor] = []
         gate_of = [-1 if rule.gate is None else rule.gate for rule in self.rules]
         self.register_buffer("gate_of", torch.tensor(gate_of, dtype=torch.int64), persistent=False)
 
@@ -173,24 +171,27 @@ class Steering(nn.Module):
         self.prompt[count:].zero_()
         self.scale[count:].zero_()  # padding behind the tokens is not steered
 
-    def read(self, hidden_TM: Tensor, index_F: Tensor, first: int, end: int) -> None:
+    def read(self, hidden: Tensor, index_F: Tensor) -> None:
         """Keep the features of one layer: neurons ``index_F``, 0-based, of h, or of this rank's part of h."""
-        count, width = hidden_TM.shape
         if self.ranks == 1:
-            self.features[:count, first:end] = hidden_TM.index_select(1, index_F)
+            self.features.append(hidden.index_select(-1, index_F))
             return
+        width = hidden.shape[-1]
         local_F = index_F - self.rank * width
         here_F = (local_F >= 0) & (local_F < width)
-        self.features[:count, first:end] = hidden_TM.index_select(1, local_F.clamp(0, width - 1)) * here_F
+        self.features.append(hidden.index_select(-1, local_F.clamp(0, width - 1)) * here_F)
 
     def settle(self, count: int) -> None:
-        """Let the gates judge the features, and put strength * g of every token into ``amount``."""
+        """Let the gates judge the features, and put strength * g of every token into ``amounts``."""
+        scale_T = self.scale[:count]
         if not self.gates:
-            self.amount[:count, 0] = self.scale[:count]
+            self.amounts.append(scale_T[:, None])
             return
-        features_TF, prompt_T = self.features[:count], self.prompt[:count]
+        features_TF = torch.cat(self.features, -1).float().view(count, -1)
+        self.features.clear()
         if self.ranks > 1:
-            features_TF = tensor_model_parallel_all_reduce(features_TF.clone())
+            features_TF = tensor_model_parallel_all_reduce(features_TF)
+        prompt_T = self.prompt[:count]
         judged = [gate(features_TF, prompt_T) for gate in self.gates]
         probability_T, steered_T = judged[0], judged[0] < self.threshold[:count]
         if len(self.rules) > 1:
@@ -199,29 +200,31 @@ class Steering(nn.Module):
                 probability_T = torch.where(gate_T == at, other_T, probability_T)
             steered_T = (gate_T < 0) | (probability_T < self.threshold[:count])
         self.probability[:count] = probability_T
-        self.amount[:count, 0] = torch.where(steered_T, self.scale[:count], 0.0)
+        self.amounts.append((scale_T * steered_T)[:, None])
 
 
-def _columns(gates: list[Mapping[str, Any]]) -> tuple[dict[int, tuple[int, int]], list[list[int]]]:
-    """Where the features of all gates are: by layer the first column and the one behind the last; by gate its columns.
+def features_of(gates: list[Mapping[str, Any]]) -> dict[int, int]:
+    """How many features the gates read of each layer, by layer, ascending."""
+    layers = sorted({layer for gate in gates for layer in gate["layers"]})
+    return {layer: sum(own.get(layer, 0) for own in _counts(gates)) for layer in layers}
 
-    0-based. Features of one layer are beside each other, so that they are copied at once.
-    """
-    counts = [dict(zip(gate["layers"], gate["features"], strict=True)) for gate in gates]
-    spans: dict[int, tuple[int, int]] = {}
+
+def _columns(gates: list[Mapping[str, Any]]) -> list[list[int]]:
+    """By gate, the 0-based columns of its features among those of all gates, which are by layer and then by gate."""
     first: dict[tuple[int, int], int] = {}
     end = 0
-    for layer in sorted({layer for own in counts for layer in own}):
-        start = end
-        for at, own in enumerate(counts):
+    for layer in features_of(gates):
+        for at, own in enumerate(_counts(gates)):
             first[at, layer] = end
             end += own.get(layer, 0)
-        spans[layer] = start, end
-    columns = [
+    return [
         [first[at, layer] + column for layer, count in own.items() for column in range(count)]
-        for at, own in enumerate(counts)
+        for at, own in enumerate(_counts(gates))
     ]
-    return spans, columns
+
+
+def _counts(gates: list[Mapping[str, Any]]) -> list[dict[int, int]]:
+    return [dict(zip(gate["layers"], gate["features"], strict=True)) for gate in gates]
 
 
 def parameter(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:

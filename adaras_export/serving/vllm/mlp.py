@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adaras_export.serving.vllm.gate import Steering, parameter
+from adaras_export.serving.vllm.dials import gates_of
+from adaras_export.serving.vllm.gate import Steering, features_of, parameter
 
 
 class SteeredMLP:
@@ -20,10 +21,11 @@ class SteeredMLP:
     steering: tuple[Steering]  # in a tuple it is no submodule of the MLP
     steering_vector: Tensor | None  # (R, D)
     steering_index: Tensor | None  # (F of this layer,), 0-based neurons
-    # Numbers and flags beside them: a tensor of a module takes Python ten times as long to look up.
+    # Beside them: a tensor of a module takes Python ten times as long to look up.
     steering_rules: int  # R; 0: nothing is added here
-    steering_columns: tuple[int, int] | None  # of this layer's features among all; 0-based, the end is not one of them
-    steering_settles: bool  # the first steered MLP: the gates have seen all features
+    steering_reads: bool  # a gate has features here
+    steering_begins: bool  # the first steered MLP: the gates have seen all features
+    steering_ends: bool  # the last one
 
     def steered_down(self, hidden: Tensor, down: Callable[[Tensor], Any]) -> Tensor:
         """The down projection of h, steered."""
@@ -31,18 +33,19 @@ class SteeredMLP:
         given = down(hidden)
         output: Tensor = given[0] if isinstance(given, tuple) else given
         [steering] = self.steering
-        if self.steering_columns is not None:
+        if self.steering_reads:
             assert self.steering_index is not None
-            steering.read(hidden.reshape(-1, hidden.shape[-1]), self.steering_index, *self.steering_columns)
+            steering.read(hidden, self.steering_index)
         if not self.steering_rules:
             return output
-        count = hidden.shape[-2]
-        if self.steering_settles:
-            steering.settle(count)
-        vector, amount = self.steering_vector, steering.amount[:count]
+        if self.steering_begins:
+            steering.settle(hidden.shape[-2])
+        vector, [amount] = self.steering_vector, steering.amounts
         assert vector is not None
         if self.steering_rules > 1:
-            vector = vector[steering.rule[:count]]
+            vector = vector[steering.rule[: amount.shape[0]]]
+        if self.steering_ends:
+            steering.amounts.clear()
         if output.dtype == vector.dtype:  # one operation; decoding is made of small ones
             return torch.addcmul(output, amount, vector)
         return output + (amount * vector).to(output.dtype)
@@ -88,8 +91,8 @@ def steer(decoder_layers: nn.ModuleList, steering: Steering, settings: dict[str,
     Raises:
         NotImplementedError: vLLM computes an MLP in a way that is not known here.
     """
-    first = min(settings["layers"])
-    for layer in sorted({*steering.columns, *settings["layers"]}):
+    features, steered = features_of(gates_of(settings)), settings["layers"]
+    for layer in sorted({*features, *steered}):
         mlp: Any = decoder_layers[layer].mlp
         mixin = next((mixin for name, mixin in _KINDS.items() if hasattr(mlp, name)), None)
         if mixin is None:
@@ -99,9 +102,9 @@ def steer(decoder_layers: nn.ModuleList, steering: Steering, settings: dict[str,
         mlp.__class__ = _steered(mlp.__class__, mixin)
         mlp.__dict__.pop("forward", None)  # the Transformers backend binds a fused one to the instance
         mlp.__dict__["steering"] = (steering,)
-        mlp.steering_settles = layer == first
-        mlp.steering_rules = rules = len(steering.rules) if layer in settings["layers"] else 0
+        mlp.steering_begins, mlp.steering_ends = layer == min(steered), layer == max(steered)
+        mlp.steering_rules = rules = len(steering.rules) if layer in steered else 0
+        mlp.steering_reads = layer in features
         mlp.register_parameter("steering_vector", parameter(rules, hidden_size) if rules else None)
-        mlp.steering_columns = columns = steering.columns.get(layer)
-        index = columns and parameter(columns[1] - columns[0], dtype=torch.int64)
+        index = parameter(features[layer], dtype=torch.int64) if layer in features else None
         mlp.register_parameter("steering_index", index)

@@ -154,7 +154,7 @@ class _Seen:
     def of(cls, steering: Steering, columns: dict[str, int]) -> "_Seen | None":
         if not steering.gates:
             return None
-        device = steering.amount.device
+        device = steering.probability.device
         column = torch.tensor(list(columns.values()), dtype=torch.int64).to(device, non_blocking=True)
         threshold = steering.threshold[column]
         values = torch.stack([steering.probability[column], threshold, steering.gate_of[steering.rule[column]].float()])
