@@ -29,7 +29,7 @@ def refused(engine, settings):
     return str(caught.value)
 
 
-def config(model, disable_log_stats, seed, **settings):  # noqa: ARG001
+def config(model, disable_log_stats, seed, **settings):
     return Config(**settings)
 
 

@@ -32,6 +32,8 @@ class Gate(nn.Module):
     query: Tensor
     key_high: Tensor
     key_low: Tensor
+    rest: Tensor  # of a value behind the hidden layer: zeros
+    masked: Tensor
     pooled: Tensor  # 0-based columns of attention's output
     columns: Tensor | None  # 0-based columns of its features among those of all gates; None: all
 
@@ -75,9 +77,12 @@ class Gate(nn.Module):
         first = torch.arange(self.heads).reshape(self.kv_heads, -1)[:, :1] * self.head_size
         columns = (first + torch.arange(self.head_size)).flatten()[: self.parts * self.hidden_size]
         self.register_buffer("pooled", columns, persistent=False)
+        rest = torch.zeros(1, len(key_high) - len(columns), dtype=self.dtype)
+        self.register_buffer("rest", rest, persistent=False)
+        self.register_buffer("masked", torch.tensor(_MASK), persistent=False)
 
     def _constants(self, size: float) -> tuple[Tensor, Tensor, Tensor]:
-        """The query, (heads * head size,), and what the parts of s are multiplied with in keys, (KV heads * head size,).
+        """The query, (heads * head size,), and the factors of the parts of s in keys, (KV heads * head size,).
 
         size * s is q_high k_high + q_high k_low + q_low k_high, exact to 2**-16 of it.
         """
@@ -104,13 +109,11 @@ class Gate(nn.Module):
         score_T = torch.tanh(torch.addmv(self.attention_bias, features_TF, self.attention_weight))
         if self.soft_cap:
             score_T = self.soft_cap * torch.atanh(score_T / self.soft_cap)
-        high_T, *low = self._split(torch.where(prompt_T, score_T, _MASK))
+        high_T, *low = self._split(torch.where(prompt_T, score_T, self.masked))
         key_TK = high_T[:, None] * self.key_high
         if low:
             key_TK = torch.addcmul(key_TK, low[0][:, None], self.key_low)
-        value = self._split(features_TF @ self.hidden_weight.T)
-        value_TV = value[0] if len(value) == 1 else torch.cat(value, -1)
-        value_TV = nn.functional.pad(value_TV, (0, key_TK.shape[1] - value_TV.shape[1]))
+        value_TV = torch.cat([*self._split(features_TF @ self.hidden_weight.T), self.rest.expand(count, -1)], -1)
         out_TQ = self.attn(self.query.expand(count, -1).contiguous(), key_TK, value_TV)
         pooled_TH = out_TQ.index_select(1, self.pooled).float()
         if low:
@@ -122,9 +125,9 @@ class Gate(nn.Module):
 class Steering(nn.Module):
     """The state of one forward pass: who is prompt, who is steered and how much; filled by `place` before the pass.
 
-    ``prompt``, ``scale``, ``threshold``, ``rule`` and ``probability`` are (T,); ``gate_of`` is (R,), the 0-based gate of
-    each rule, or -1. Lists hold what a pass has computed so far, and are empty between passes, so that no operation is
-    needed to keep it: ``features`` those of each layer, (T, F of the layer), and ``amounts`` strength * g, (T, 1).
+    ``prompt``, ``scale``, ``threshold``, ``rule`` and ``probability`` are (T,); ``gate_of`` is (R,), the 0-based gate
+    of each rule, or -1. Lists hold what a pass has computed so far, which costs no operation, and are empty between
+    passes: ``features`` has those of each layer, (T, F of the layer), and ``amounts`` strength * g, (T, 1).
     """
 
     prompt: Tensor
