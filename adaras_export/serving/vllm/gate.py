@@ -9,9 +9,12 @@ T tokens of a pass, R rules, F features of a gate, H its hidden size. Buffers ar
 """
 
 import copy
+from collections import Counter
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from vllm.distributed import (
@@ -32,8 +35,8 @@ class Gate(nn.Module):
     query: Tensor
     key_high: Tensor
     key_low: Tensor
-    rest: Tensor  # of a value behind the hidden layer: zeros
-    masked: Tensor
+    rest: Tensor  # zeros, which fill a value behind the hidden layer
+    masked: Tensor  # the score of a generated token
     pooled: Tensor  # 0-based columns of attention's output
     columns: Tensor | None  # 0-based columns of its features among those of all gates; None: all
 
@@ -79,7 +82,7 @@ class Gate(nn.Module):
         self.register_buffer("pooled", columns, persistent=False)
         rest = torch.zeros(1, len(key_high) - len(columns), dtype=self.dtype)
         self.register_buffer("rest", rest, persistent=False)
-        self.register_buffer("masked", torch.tensor(_MASK), persistent=False)
+        self.register_buffer("masked", torch.tensor(_MASK, dtype=torch.float32), persistent=False)
 
     def _constants(self, size: float) -> tuple[Tensor, Tensor, Tensor]:
         """The query, (heads * head size,), and the factors of the parts of s in keys, (KV heads * head size,).
@@ -143,9 +146,10 @@ class Steering(nn.Module):
         self.rules: tuple[Rule, ...] = rules_of(settings)
         gates = gates_of(settings)
         own = _columns(gates)
+        self.width = sum(map(len, own))
         self.gates = nn.ModuleList(Gate(gate, vllm_config, layers + at, prefix) for at, gate in enumerate(gates))
         for gate, columns in zip(self.gates, own, strict=True):
-            is_all = columns == [*range(sum(map(len, own)))]
+            is_all = columns == [*range(self.width)]
             gate.register_buffer("columns", None if is_all else torch.tensor(columns), persistent=False)
         self.rank, self.ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
         tokens = vllm_config.scheduler_config.max_num_batched_tokens
@@ -190,7 +194,7 @@ class Steering(nn.Module):
         if not self.gates:
             self.amounts.append(scale_T[:, None])
             return
-        features_TF = torch.cat(self.features, -1).float().view(count, -1)
+        features_TF = torch.cat(self.features, -1).float().view(count, self.width)
         self.features.clear()
         if self.ranks > 1:
             features_TF = tensor_model_parallel_all_reduce(features_TF)
@@ -206,28 +210,21 @@ class Steering(nn.Module):
         self.amounts.append((scale_T * steered_T)[:, None])
 
 
-def features_of(gates: list[Mapping[str, Any]]) -> dict[int, int]:
-    """How many features the gates read of each layer, by layer, ascending."""
-    layers = sorted({layer for gate in gates for layer in gate["layers"]})
-    return {layer: sum(own.get(layer, 0) for own in _counts(gates)) for layer in layers}
+def features_of(gates: list[Mapping[str, Any]]) -> Counter[int]:
+    """How many features the gates read of each layer."""
+    return Counter(layer for gate in gates for layer in _layers(gate))
 
 
 def _columns(gates: list[Mapping[str, Any]]) -> list[list[int]]:
     """By gate, the 0-based columns of its features among those of all gates, which are by layer and then by gate."""
-    first: dict[tuple[int, int], int] = {}
-    end = 0
-    for layer in features_of(gates):
-        for at, own in enumerate(_counts(gates)):
-            first[at, layer] = end
-            end += own.get(layer, 0)
-    return [
-        [first[at, layer] + column for layer, count in own.items() for column in range(count)]
-        for at, own in enumerate(_counts(gates))
-    ]
+    places = [[(layer, at, place) for place, layer in enumerate(_layers(gate))] for at, gate in enumerate(gates)]
+    columns = {place: column for column, place in enumerate(sorted(chain(*places)))}
+    return [[columns[place] for place in own] for own in places]
 
 
-def _counts(gates: list[Mapping[str, Any]]) -> list[dict[int, int]]:
-    return [dict(zip(gate["layers"], gate["features"], strict=True)) for gate in gates]
+def _layers(gate: Mapping[str, Any]) -> list[int]:
+    """The layer of each feature of a gate."""
+    return np.repeat(gate["layers"], gate["features"]).tolist()
 
 
 def parameter(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
