@@ -29,6 +29,6 @@ def _reason(error: Exception) -> str:
     if not isinstance(error, ValidationError):
         return first_line(error)
     return "; ".join(
-        ": ".join([*map(str, one["loc"]), first_line(one.get("ctx", {}).get("error", one["msg"]))])
+        ": ".join([*map(str, one["loc"][:1]), first_line(one.get("ctx", {}).get("error", one["msg"]))])
         for one in error.errors()
     )
