@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from adaras_export.core import quantised
 from adaras_export.core.families import Family, family_of
+from adaras_export.core.quantised_columns import Linear
 from adaras_export.errors import ArtifactError, first_line
 from adaras_export.files import safe_read
 from adaras_export.files.atomic import read_json
@@ -146,7 +147,7 @@ class Checkpoint:
             _, mlp_size, hidden_size = self.family.sizes_in(self._config)
             parts = {key.removeprefix(f"{module}."): self._tensor(key) for key in stored}
             subject = f"{self.folder}: {module}"
-            return form.columns(quantised.Linear(subject, (hidden_size, mlp_size), parts), index)
+            return form.columns(Linear(subject, (hidden_size, mlp_size), parts), index)
         return self._plain_columns(name, stored, index)
 
     def _plain_columns(self, name: str, stored: list[str], index: "Tensor") -> "Tensor":

@@ -49,9 +49,9 @@ def format_of(config: Mapping[str, Any], subject: str) -> Format | None:
     if settings is None:
         return None
     method = settings.get("quant_method") if isinstance(settings, dict) else None
-    if method not in _METHODS:
+    if not isinstance(method, str) or method not in _METHODS:
         _refuse(subject, reprlib.repr(method))
-    return _METHODS[str(method)](settings, subject)
+    return _METHODS[method](settings, subject)
 
 
 def required(config: Mapping[str, Any], subject: str) -> Format | None:
@@ -106,13 +106,15 @@ def _compressed(settings: Mapping[str, Any], subject: str) -> Format:
 
 
 def _scheme(settings: Mapping[str, Any], group: Any, subject: str) -> tuple[Any, ...]:  # noqa: ANN401 - JSON
-    """Format, type, bits, strategy and group size of the weights of a group of layers, and whether activations count."""
+    """How a group of layers is stored: format, type, bits, strategy, group size, and whether activations are rounded."""
     weights = group.get("weights") if isinstance(group, dict) else None
     if not isinstance(weights, dict):
         _refuse(subject, "compressed-tensors without settings of the weights")
     # In the other orders, the columns of a group are not stored beside each other.
     odd = {"symmetric": (True,), "actorder": (None, "static", "weight"), "dynamic": (None, False)}
-    if wrong := [f"{key} {reprlib.repr(weights.get(key))}" for key, known in odd.items() if weights.get(key) not in known]:
+    if wrong := [
+        f"{key} {reprlib.repr(weights.get(key))}" for key, known in odd.items() if weights.get(key) not in known
+    ]:
         _refuse(subject, f"compressed-tensors with {', '.join(wrong)}")
     if more := [key for key in ("sparsity_config", "transform_config") if settings.get(key)]:
         _refuse(subject, f"compressed-tensors with {', '.join(more)}")
@@ -143,13 +145,13 @@ def _torchao(settings: Mapping[str, Any], subject: str) -> Format:
     return Format("torchao int8, weights only", "torchao", "_weight_qdata", quantised_columns.torchao_int8)
 
 
-_METHODS: dict[Any, Callable[[Mapping[str, Any], str], Format]] = {
+_METHODS: dict[str, Callable[[Mapping[str, Any], str], Format]] = {
     "fp8": _fp8,
     "compressed-tensors": _compressed,
     "bitsandbytes": _bitsandbytes,
     "torchao": _torchao,
 }
 _TRIED = (
-    "fp8 in blocks; compressed-tensors int4, int8 or FP8, symmetric; bitsandbytes nf4, fp4 or int8; torchao int8, weights "
-    "only"
+    "fp8 in blocks; compressed-tensors int4, int8 or FP8, symmetric; bitsandbytes nf4, fp4 or int8; torchao int8, "
+    "weights only"
 )

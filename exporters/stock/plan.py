@@ -135,7 +135,9 @@ def _dtype(base: Checkpoint) -> str:
     """The type of the base's down projections, by its name in a config; if they are quantised, that of the config."""
     if base.is_quantised:
         if (named := base.config.get("dtype", base.config.get("torch_dtype"))) is None:
-            raise ExportError(f"{base}: is quantised, and its config.json has no dtype; expected the type to compute in")
+            raise ExportError(
+                f"{base}: is quantised, and its config.json has no dtype; expected the type to compute in"
+            )
         return str(named)
     name = f"{base.layers_key}.0.{base.family.down}.weight"
     found = base.entries[name]["dtype"]
