@@ -155,8 +155,8 @@ class Checkpoint:
             raise self.no_tensor(name)
         if stored != [name] or self.entries[name]["dtype"] not in quantised.PLAIN:
             raise ArtifactError(
-                f"{self.files[name]}: has {', '.join(stored)} of type {self.entries[name]['dtype']}; expected one plain "
-                "weight, or a quantization_config in config.json that says what they are"
+                f"{self.files[name]}: has {', '.join(stored)} of type {self.entries[name]['dtype']}; expected one plain"
+                " weight, or a quantization_config in config.json that says what they are"
             )
         weight = self._tensor(name)
         return weight[index].T if self.family.transposed else weight[:, index]

@@ -69,8 +69,8 @@ def required(config: Mapping[str, Any], subject: str) -> Format | None:
 
 def _refuse(subject: str, found: str) -> NoReturn:
     raise UnsupportedModelError(
-        f"{subject}: is quantised by {found}; expected plain weights, or a format that was tried: {_TRIED}; take another "
-        "checkpoint of the model"
+        f"{subject}: is quantised by {found}; expected plain weights, or a format that was tried: {_TRIED}; take "
+        "another checkpoint of the model"
     )
 
 
@@ -106,7 +106,7 @@ def _compressed(settings: Mapping[str, Any], subject: str) -> Format:
 
 
 def _scheme(settings: Mapping[str, Any], group: Any, subject: str) -> tuple[Any, ...]:  # noqa: ANN401 - JSON
-    """How a group of layers is stored: format, type, bits, strategy, group size, and whether activations are rounded."""
+    """How a group of layers is stored: format, type, bits, strategy, group size, whether activations are rounded."""
     weights = group.get("weights") if isinstance(group, dict) else None
     if not isinstance(weights, dict):
         _refuse(subject, "compressed-tensors without settings of the weights")

@@ -18,12 +18,14 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import PROMPTS, greedy
+from transformers import AutoModelForCausalLM
 
 from adaras_export import exporters
 from adaras_export.core.base_model import BaseModel
 from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.core.traces import Trace
-from adaras_export.delivery.verifier import verified
+from adaras_export.delivery.verifier import verified, verify
+from adaras_export.delivery.writer import export
 from adaras_export.discovery.identify import IdentifyOptions, identify
 from adaras_export.errors import BrokenInstallationError, ExportError, MissingExtraError
 from adaras_export.exporters.base import stock_reference
@@ -88,6 +90,16 @@ def test_columns_are_those_of_the_library(name, bases_of):
         assert torch.equal(Checkpoint(found.folder).down_columns(layer, index).float(), expected)
 
 
+@pytest.mark.parametrize("name", each())
+def test_columns_of_a_base_in_half_precision_are_those_of_the_library(name, bases_of, tmp_path):
+    """Scales, and what is dequantised into, are bfloat16 then."""
+    plain = shutil.copytree(bases_of["fp8", "llama"].plain, tmp_path / "plain")
+    AutoModelForCausalLM.from_pretrained(plain, dtype=torch.bfloat16).save_pretrained(plain)
+    folder, index = quantised.FORMATS[name][0](plain, tmp_path / "base"), torch.tensor([5, 0, 127])
+    linear = quantised.opened(folder)[0].model.layers[2].mlp.down_proj
+    assert torch.equal(Checkpoint(folder).down_columns(2, index), quantised.weight_of(linear)[:, index])
+
+
 def first_logits(model):
     """Logits (B, 3, V) and tokens of a padded batch."""
     found = greedy(model, PROMPTS, max_new_tokens=3)
@@ -125,7 +137,7 @@ def test_verify_passes_and_notices_negated_vectors_in_the_outputs(name, bases_of
     report = verified(EXPORTER, exported[name], found.rule, Checkpoint(found.folder))
     assert report.ok, report.verdict()
     (note,) = [check for check in report.checks if check.name.startswith("base in ")]
-    assert ("its kernels round" in note.name) == quantised.FORMATS[name][2]
+    assert ("whose kernels round" in note.name) == quantised.FORMATS[name][2]
     assert note.figure == pytest.approx(0.05 if quantised.FORMATS[name][2] else 7.6e-6, rel=0.01)
     out = shutil.copytree(exported[name], tmp_path / "negated")
     tensors = load_file(out / "model-steering.safetensors")
@@ -133,6 +145,20 @@ def test_verify_passes_and_notices_negated_vectors_in_the_outputs(name, bases_of
     failed = [check.name for check in verified(EXPORTER, out, found.rule, Checkpoint(found.folder)).failed()]
     assert {"steering tensors that differ", "by the rule, prefill logits", "one row alone, logits"} <= {*failed}
     assert not {"off, prefill logits", "off, decode logits"} & {*failed}
+
+
+CARDS = {
+    "fp8": "FP8 in blocks. The comparison below ran it as Transformers does on a CPU and allows 7.6e-06 of the largest",
+    "int8": "bitsandbytes int8, whose kernels round activations. The comparison below ran it as Transformers does on a "
+    "CPU and allows 0.05 of the largest",
+}
+
+
+@pytest.mark.parametrize("name", each(CARDS))
+def test_the_card_of_a_delivered_export_names_the_format_and_the_tolerance(name, bases_of, tmp_path):
+    export(bases_of[name, "llama"].rule, base=bases_of[name, "llama"].folder, to="hf", out=tmp_path / "steered")
+    assert f"* The base is quantised: {CARDS[name]} logit." in (tmp_path / "steered" / "README.md").read_text()
+    assert verify(tmp_path / "steered").ok
 
 
 @pytest.mark.parametrize("name", each([name for name in quantised.FORMATS if name.startswith("compressed")]))

@@ -121,11 +121,11 @@ def fp8_row_parts(weight):
     return {"weight": (weight / scale).to(torch.float8_e4m3fn), "weight_scale": scale}
 
 
-def saved(plain, out, settings, dtype=torch.float32):
+def saved(plain, out, settings):
     """What Transformers writes with a quantiser of its own."""
     shutil.copytree(plain, out)
     (out / "model.safetensors").unlink()
-    model = transformers.AutoModelForCausalLM.from_pretrained(plain, dtype=dtype, quantization_config=settings)
+    model = transformers.AutoModelForCausalLM.from_pretrained(plain, dtype="auto", quantization_config=settings)
     model.save_pretrained(out)
     return out
 
