@@ -212,7 +212,7 @@ DAMAGED = {
             "weight.nested_quant_map": torch.ones(256),
             toys.STATE: toys.as_bytes(json.dumps({**toys.NF4_STATE, "nested_blocksize": 256, "nested_offset": "x"})),
         },
-        "nested_offset is 'x'; expected a number",
+        "nested_offset is 'x'; expected a fraction",
     ),
     "qdata": (toys.TORCHAO_SETTINGS, TORCHAO, {"_weight_qdata": torch.zeros(64, 64).char()}, "_weight_qdata: is int8"),
     "group scale": (toys.TORCHAO_SETTINGS, TORCHAO, {"_weight_scale": torch.ones(64, 4)}, "_weight_scale: is float32"),
@@ -254,10 +254,22 @@ def test_quantised_tensors_without_a_quantization_config_are_refused(folder, tmp
     config = json.loads((folder / "config.json").read_text())
     config["compression_config"] = config.pop("quantization_config")
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ArtifactError, match=r"of type F8_E4M3; expected one plain weight, or a quantization_config in"):
+    with pytest.raises(
+        ArtifactError, match=r"F8_E4M3 \[64, 128\]; expected one plain weight \[64, 128\], or a quantization_c"
+    ):
         Checkpoint(tmp_path).down_columns(2, INDEX)
     tensors = load_file(folder / "model.safetensors")
     name = f"{toys.LEFT_OUT}.weight"
     save_file({**tensors, f"{name}_scale_inv": torch.ones(2, 4)}, tmp_path / "model.safetensors")
-    with pytest.raises(ArtifactError, match=r"has .*weight_scale_inv of type F32; expected one plain weight"):
+    with pytest.raises(ArtifactError, match=r"has .*weight_scale_inv, F32 \[64, 128\]; expected one plain weight"):
+        Checkpoint(tmp_path).down_columns(3, INDEX)
+
+
+def test_a_plain_layer_of_another_shape_is_refused(folder, tmp_path):
+    """The shapes of quantised checkpoints are compared nowhere else."""
+    tensors = load_file(folder / "model.safetensors")
+    name = f"{toys.LEFT_OUT}.weight"
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    save_file({**tensors, name: tensors[name][:, :100].clone()}, tmp_path / "model.safetensors")
+    with pytest.raises(ArtifactError, match=r"F32 \[64, 100\]; expected one plain weight \[64, 128\]"):
         Checkpoint(tmp_path).down_columns(3, INDEX)
