@@ -244,13 +244,13 @@ def _always(plays: Mapping[str, tuple[Mode, Play]]) -> tuple[Mode, Play]:
 
 
 def _format_check(stored: Format, tolerance: Tolerance) -> Check:
-    """What the format of the base's weights allows; it has no limit of its own."""
-    why = f"its kernels round {stored.rounded}" if stored.rounded else "float32 rounding only"
-    return Check(f"{FORMAT}{stored.name}: limit for logits, of the largest ({why})", tolerance.share, None)
+    """The format of the base's weights, and what it allows; it has no limit of its own."""
+    why = f", whose kernels round {stored.rounded}" if stored.rounded else ""
+    return Check(f"{STORED}{stored.name}{why}: share of the largest logit that may differ", tolerance.share, None)
 
 
-FORMAT = "base in "
-"""How the name of the check begins that names the format of a quantised base."""
+STORED = "base in "
+"""How the name of the check begins that names the format of a quantised base; the name goes on up to a colon."""
 
 
 def _generate_checks(script: Script, artifact: Artifact, tolerance: Tolerance) -> list[Check]:

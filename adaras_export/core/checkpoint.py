@@ -142,34 +142,42 @@ class Checkpoint:
         form = quantised.format_of(self._config, str(self.folder))
         module = f"{self.layers_key}.{layer}.{self.family.down}"
         name, stored = f"{module}.weight", self._stored(module)
-        # Some layers of a quantised checkpoint are plain. Their tensors say so; the lists in configs hold patterns of
-        # strangers, which can take for ever to match.
-        if form is not None and (name not in stored or self.entries[name]["dtype"] not in quantised.PLAIN):
-            _, mlp_size, hidden_size = self.family.sizes_in(self._config)
-            assert mlp_size is not None  # `BaseModel` refuses the others
-            parts = {key.removeprefix(f"{module}."): self._tensor(key) for key in stored}
-            subject = f"{self.folder}: {module}"
-            return form.columns(Linear(subject, (hidden_size, mlp_size), parts), index)
-        return self._plain_columns(name, stored, index)
+        _, mlp_size, hidden_size = self.family.sizes_in(self._config)
+        # Some layers of a quantised checkpoint are plain. Their tensors say so; the lists in a config hold patterns of
+        # strangers, which can take forever to match.
+        if form is None or (name in stored and self.entries[name]["dtype"] in quantised.PLAIN):
+            return self._plain_columns(name, stored, (hidden_size, mlp_size), index)
+        assert mlp_size is not None  # `BaseModel` refuses quantised models whose layers differ
+        parts = {key.removeprefix(f"{module}."): self._tensor(key) for key in stored}
+        return form.columns(Linear(f"{self.folder}: {module}", (hidden_size, mlp_size), parts), index)
 
-    def _plain_columns(self, name: str, stored: list[str], index: "Tensor") -> "Tensor":
+    def _plain_columns(self, name: str, stored: list[str], shape: tuple[int, int | None], index: "Tensor") -> "Tensor":
         if name not in stored:
             raise self.no_tensor(name)
-        if stored != [name] or self.entries[name]["dtype"] not in quantised.PLAIN:
+        found, is_turned = self.entries[name], self.family.transposed
+        hidden_size, mlp_size = shape  # None: the weights say it
+        expected = [hidden_size, found["shape"][-1] if mlp_size is None else mlp_size]
+        expected = expected[::-1] if is_turned else expected
+        if stored != [name] or found["dtype"] not in quantised.PLAIN or found["shape"] != expected:
             raise ArtifactError(
-                f"{self.files[name]}: has {', '.join(stored)} of type {self.entries[name]['dtype']}; expected one "
-                "plain weight, or a quantization_config in config.json that says what they are"
+                f"{self.files[name]}: has {', '.join(stored)}, {found['dtype']} {found['shape']}; expected one plain "
+                f"weight {expected}, or a quantization_config in config.json that says what they are"
             )
         weight = self._tensor(name)
-        return weight[index].T if self.family.transposed else weight[:, index]
+        return weight[index].T if is_turned else weight[:, index]
 
     def _stored(self, module: str) -> list[str]:
         """The names of the tensors of a linear map, without its bias."""
         return sorted(name for name in self.files if name.startswith(f"{module}.") and name != f"{module}.bias")
 
     def _tensor(self, name: str) -> "Tensor":
-        with safe_read.tensors(self.files[name], "pt") as file:
-            tensor: Tensor = file.get_tensor(name)
+        try:
+            with safe_read.tensors(self.files[name], "pt") as file:
+                tensor: Tensor = file.get_tensor(name)
+        except UnreadableError as error:
+            raise ArtifactError(
+                f"{self.files[name]}: {error}; expected a tensor {name} that PyTorch can hold"
+            ) from error
         return tensor
 
     def no_tensor(self, name: str) -> ArtifactError:

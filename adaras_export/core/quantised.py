@@ -49,9 +49,9 @@ def format_of(config: Mapping[str, Any], subject: str) -> Format | None:
     if settings is None:
         return None
     method = settings.get("quant_method") if isinstance(settings, dict) else None
-    if method not in _METHODS:
+    if not isinstance(method, str) or method not in _METHODS:
         _refuse(subject, reprlib.repr(method))
-    return _METHODS[str(method)](settings, subject)
+    return _METHODS[method](settings, subject)
 
 
 def required(config: Mapping[str, Any], subject: str) -> Format | None:
@@ -106,7 +106,7 @@ def _compressed(settings: Mapping[str, Any], subject: str) -> Format:
 
 
 def _scheme(settings: Mapping[str, Any], group: Any, subject: str) -> tuple[Any, ...]:  # noqa: ANN401 - JSON
-    """Format, type, bits, strategy and group size of a group's weights, and whether activations count."""
+    """How a group of layers is stored: format, type, bits, strategy, group size, whether activations are rounded."""
     weights = group.get("weights") if isinstance(group, dict) else None
     if not isinstance(weights, dict):
         _refuse(subject, "compressed-tensors without settings of the weights")
@@ -145,7 +145,7 @@ def _torchao(settings: Mapping[str, Any], subject: str) -> Format:
     return Format("torchao int8, weights only", "torchao", "_weight_qdata", quantised_columns.torchao_int8)
 
 
-_METHODS: dict[Any, Callable[[Mapping[str, Any], str], Format]] = {
+_METHODS: dict[str, Callable[[Mapping[str, Any], str], Format]] = {
     "fp8": _fp8,
     "compressed-tensors": _compressed,
     "bitsandbytes": _bitsandbytes,

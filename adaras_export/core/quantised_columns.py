@@ -150,19 +150,16 @@ def _state(kind: str, linear: Linear) -> dict[str, Any]:
 
 def _largest(linear: Linear, state: Mapping[str, Any]) -> "Tensor":
     """The largest absolute value of each block, float32; with double quantisation it is stored in blocks, too."""
-    import torch
-
     blocks = _count(math.prod(linear.shape), state["blocksize"])
     if "weight.nested_absmax" not in linear.parts:
         return linear.part("weight.absmax", "float32", blocks)
     size, offset = state["nested_blocksize"], state.get("nested_offset")
-    if not isinstance(offset, float | int):
-        raise ArtifactError(f"{linear.subject}: nested_offset is {reprlib.repr(offset)}; expected a number")
+    if not isinstance(offset, float):
+        raise ArtifactError(f"{linear.subject}: nested_offset is {reprlib.repr(offset)}; expected a fraction")
     code_G = linear.part("weight.absmax", "uint8", blocks).long()
-    value_G = linear.part("weight.nested_quant_map", "float32", 256)[code_G]
-    return value_G * linear.part("weight.nested_absmax", "float32", _count(blocks, size)).repeat_interleave(size)[
-        :blocks
-    ] + torch.tensor(offset, dtype=torch.float32)
+    share_G = linear.part("weight.nested_quant_map", "float32", 256)[code_G]
+    scale_G = linear.part("weight.nested_absmax", "float32", _count(blocks, size)).repeat_interleave(size)[:blocks]
+    return share_G * scale_G + offset
 
 
 def torchao_int8(linear: Linear, index_K: "Tensor") -> "Tensor":

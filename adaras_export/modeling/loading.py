@@ -14,6 +14,7 @@ from transformers import (
 
 from adaras_export.core import quantised
 from adaras_export.core.checkpoint import Checkpoint
+from adaras_export.core.families import input_device
 from adaras_export.errors import ArtifactError, first_line, require
 from adaras_export.files.hub import fetch
 
@@ -76,6 +77,11 @@ def load_model(
         tokenizer.pad_token = tokenizer.eos_token
     if device_map is None and stored is None:
         model.to(place)
+    if stored is not None and stored.library == "compressed_tensors":
+        with (
+            torch.no_grad()
+        ):  # it unpacks the weights in the model's first call, and not where only the decoder is called
+            model(torch.tensor([[0]], device=input_device(model)))
     return model.eval(), tokenizer
 
 

@@ -22,7 +22,7 @@ from adaras_export.delivery import documents, verifier, writer
 from adaras_export.delivery.receipt import hashes, read
 from adaras_export.delivery.verifier import verify
 from adaras_export.delivery.writer import export, rewrite_card
-from adaras_export.errors import ArtifactError, ExportError, ParityError, RuleError
+from adaras_export.errors import ArtifactError, ExportError, ParityError, RuleError, UnsupportedModelError
 from adaras_export.exporters.base import Written
 from adaras_export.exporters.checkpoint import differing_keys
 from adaras_export.exporters.checks import Check, ParityReport
@@ -557,10 +557,10 @@ def test_what_fails_the_comparison_never_gets_its_name(rules, folders, tmp_path,
     assert names_of(tmp_path) == []
 
 
-def test_a_quantised_base_is_refused(rules, folders, tmp_path):
+def test_a_base_in_an_untried_format_is_refused(rules, folders, tmp_path):
     base = shutil.copytree(folders["llama"], tmp_path / "base")
     edit_json(base / "config.json", quantization_config={"quant_method": "gptq"})
-    with pytest.raises(ExportError, match="is quantised"):
+    with pytest.raises(UnsupportedModelError, match="is quantised by 'gptq'"):
         export(rules[KEY], base=base, to="hf", out=tmp_path / "out")
     assert names_of(tmp_path) == ["base"]
 

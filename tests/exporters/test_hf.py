@@ -20,7 +20,7 @@ from tiny import CACHE, PROMPTS, greedy, require_answers
 
 from adaras_export.core import checkpoint, families
 from adaras_export.core.checkpoint import Checkpoint
-from adaras_export.errors import ArtifactError, ExportError
+from adaras_export.errors import ArtifactError, UnsupportedModelError
 from adaras_export.exporters.hf.exporter import EXPORTER, payload, steered_config, steering_tensors
 
 CAUSAL, LATER = ("causal", "last_prompt_token"), ("later", "first_generated_token")
@@ -207,12 +207,12 @@ def test_the_config_names_rule_classes_and_everything_of_the_base(rules, folders
     assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_adaras.AdaRASQwen3ForCausalLM"
 
 
-def test_a_quantised_base_is_refused(rules, folders, tmp_path):
+def test_a_base_in_an_untried_format_is_refused(rules, folders, tmp_path):
     base = shutil.copytree(folders["llama"], tmp_path / "base")
     config = json.loads((base / "config.json").read_text()) | {"quantization_config": {"quant_method": "gptq"}}
     (base / "config.json").write_text(json.dumps(config))
     (tmp_path / "out").mkdir()
-    with pytest.raises(ExportError, match="is quantised; expected plain weights"):
+    with pytest.raises(UnsupportedModelError, match="is quantised by 'gptq'; expected plain weights, or a format that"):
         EXPORTER.write(rules[("llama", *CAUSAL)], Checkpoint(base), tmp_path / "out")
 
 

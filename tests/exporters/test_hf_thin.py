@@ -18,7 +18,7 @@ from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.delivery.receipt import hashes
 from adaras_export.delivery.verifier import verify
 from adaras_export.delivery.writer import export
-from adaras_export.errors import ArtifactError, ExportError
+from adaras_export.errors import ArtifactError, ExportError, UnsupportedModelError
 from adaras_export.exporters.base import ExportContext
 from adaras_export.exporters.hf import thin as thin_target
 from adaras_export.exporters.hf.exporter import EXPORTER as FULL
@@ -213,7 +213,9 @@ def test_a_base_that_is_not_plain_is_refused(file, rules, base, tmp_path):
         edit_json(base / "config.json", quantization_config={"quant_method": "gptq"})
     else:
         (base / file).write_text("{}")
-    with pytest.raises(ExportError, match=r"is quantised|has an adapter_config.json"):
+    with pytest.raises(
+        (ExportError, UnsupportedModelError), match=r"is quantised by 'gptq'|has an adapter_config.json"
+    ):
         EXPORTER.write(rules[KEY], Checkpoint(base), tmp_path)
 
 

@@ -11,13 +11,15 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-SIZES = {"hidden_size": 64, "intermediate_size": 128}  # multiples of 64, the block of 4-bit weights
+WIDTH, MLP_SIZE = 64, 128  # multiples of 64, the block of 4-bit weights
 LEFT_OUT = "model.layers.3.mlp.down_proj"
+SKIPPED = ["lm_head", LEFT_OUT, "transformer.h.3.mlp.c_proj"]
 
 
 def base(folder, name="llama"):
     """The plain checkpoint that the others are made from."""
-    return folder if folder.exists() else tiny.save_base(name, folder, **SIZES)
+    mlp = "n_inner" if name == "gpt2" else "intermediate_size"
+    return folder if folder.exists() else tiny.save_base(name, folder, hidden_size=WIDTH, **{mlp: MLP_SIZE})
 
 
 def by_hand(plain, out, settings, quantise):
@@ -35,15 +37,13 @@ def by_hand(plain, out, settings, quantise):
     return out
 
 
-def fp8(plain, out, block=(32, 32)):
+FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [32, 32]}
+
+
+def fp8(plain, out):
     """FP8 in blocks, as DeepSeek and Qwen publish it; 128 by 128 there."""
-    settings = {
-        "quant_method": "fp8",
-        "activation_scheme": "dynamic",
-        "weight_block_size": [*block],
-        "modules_to_not_convert": ["lm_head", LEFT_OUT],
-    }
-    return by_hand(plain, out, settings, lambda weight: fp8_parts(weight, block))
+    settings = {**FP8, "modules_to_not_convert": SKIPPED}
+    return by_hand(plain, out, settings, lambda weight: fp8_parts(weight, (32, 32)))
 
 
 def fp8_parts(weight, block):
@@ -56,20 +56,20 @@ def fp8_parts(weight, block):
     }
 
 
-def _compressed(form, weights, **more):
+def compressed(form, weights, **more):
     scheme = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
     return {
         "quant_method": "compressed-tensors",
         "format": form,
         "quantization_status": "compressed",
-        "ignore": ["lm_head", LEFT_OUT],
+        "ignore": SKIPPED,
         "config_groups": {"group_0": {**scheme, **more}},
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
 
 
-def _weights(bits, strategy, group=None, kind="int"):
+def weights(bits, strategy, group=None, kind="int"):
     return {
         "num_bits": bits,
         "type": kind,
@@ -84,7 +84,7 @@ def _weights(bits, strategy, group=None, kind="int"):
 
 def compressed_packed(plain, out, bits=4, group=32):
     """compressed-tensors, integers in symmetric groups, or with a scale for each row, several to an int32."""
-    settings = _compressed("pack-quantized", _weights(bits, "group" if group else "channel", group))
+    settings = compressed("pack-quantized", weights(bits, "group" if group else "channel", group))
     return by_hand(plain, out, settings, lambda weight: packed_parts(weight, bits, group))
 
 
@@ -100,7 +100,7 @@ def packed_parts(weight, bits, group):
 def compressed_int8(plain, out):
     """compressed-tensors, int8 with a scale for each row; activations are quantised as well."""
     activations = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
-    settings = _compressed("int-quantized", _weights(8, "channel"), input_activations=activations)
+    settings = compressed("int-quantized", weights(8, "channel"), input_activations=activations)
     return by_hand(plain, out, settings, int8_row_parts)
 
 
@@ -112,7 +112,7 @@ def int8_row_parts(weight):
 def compressed_fp8(plain, out):
     """compressed-tensors, FP8 with a scale for each row; activations are quantised as well."""
     activations = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token", "dynamic": True}
-    settings = _compressed("float-quantized", _weights(8, "channel", kind="float"), input_activations=activations)
+    settings = compressed("float-quantized", weights(8, "channel", kind="float"), input_activations=activations)
     return by_hand(plain, out, settings, fp8_row_parts)
 
 
@@ -121,11 +121,11 @@ def fp8_row_parts(weight):
     return {"weight": (weight / scale).to(torch.float8_e4m3fn), "weight_scale": scale}
 
 
-def saved(plain, out, settings, dtype=torch.float32):
+def saved(plain, out, settings):
     """What Transformers writes with a quantiser of its own."""
     shutil.copytree(plain, out)
     (out / "model.safetensors").unlink()
-    model = transformers.AutoModelForCausalLM.from_pretrained(plain, dtype=dtype, quantization_config=settings)
+    model = transformers.AutoModelForCausalLM.from_pretrained(plain, dtype="auto", quantization_config=settings)
     model.save_pretrained(out)
     return out
 
@@ -134,7 +134,7 @@ def nf4(plain, out, **how):
     settings = transformers.BitsAndBytesConfig(
         load_in_4bit=True,
         **{"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32, **how},
-        llm_int8_skip_modules=["lm_head", LEFT_OUT],
+        llm_int8_skip_modules=SKIPPED,
     )
     return saved(plain, out, settings)
 
@@ -143,16 +143,44 @@ def int8(plain, out):
     return saved(
         plain,
         out,
-        transformers.BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["lm_head", LEFT_OUT]),
+        transformers.BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=SKIPPED),
     )
 
 
 def torchao_int8(plain, out):
     from torchao.quantization import Int8WeightOnlyConfig
 
-    settings = transformers.TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=["lm_head", LEFT_OUT])
+    settings = transformers.TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=SKIPPED)
     return saved(plain, out, settings)
 
+
+def as_bytes(text):
+    """A text as bitsandbytes stores its settings."""
+    return torch.tensor([*text.encode()], dtype=torch.uint8)
+
+
+# Settings and tensors of a linear map from 128 to 64, as bitsandbytes and torchao write them.
+NF4_SETTINGS = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+NF4_STATE = {"quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": [64, 128]}
+STATE = "weight.quant_state.bitsandbytes__nf4"
+NF4 = {
+    "weight": torch.zeros(4096, 1, dtype=torch.uint8),
+    "weight.absmax": torch.ones(128),
+    "weight.quant_map": torch.linspace(-1, 1, 16),
+    STATE: as_bytes(json.dumps(NF4_STATE)),
+}
+INT8_SETTINGS = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+INT8 = {
+    "weight": torch.zeros(64, 128, dtype=torch.int8),
+    "SCB": torch.ones(64),
+    "weight_format": torch.tensor(0, dtype=torch.uint8),
+}
+TORCHAO_SETTINGS = {"quant_method": "torchao", "quant_type": {"default": {"_type": "Int8WeightOnlyConfig"}}}
+TORCHAO = {
+    "_weight_qdata": torch.zeros(64, 128, dtype=torch.int8),
+    "_weight_scale": torch.ones(64, 1),
+    "_weight_zero_point": torch.zeros(64, 1, dtype=torch.int8),
+}
 
 # Name -> what writes it, the library that it takes besides the package's own, and whether its kernels round more than
 # float32 sums: weights, or activations.
@@ -170,11 +198,11 @@ FORMATS = {
 }
 
 
-def opened(folder, dtype=torch.float32, **how):
-    """A quantised model, and the loading report."""
+def opened(folder, *, run=True, **how):
+    """A quantised model, and the loading report; ``run`` it where it takes a call until all weights are there."""
     auto = transformers.AutoModelForCausalLM
-    model, report = auto.from_pretrained(folder, dtype=dtype, output_loading_info=True, **how)
-    if any(name.endswith("weight_scale") for name, _ in model.named_parameters()):
+    model, report = auto.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **how)
+    if run and any(name.endswith("weight_scale") for name, _ in model.named_parameters()):
         with torch.no_grad():
             model(torch.tensor([[1]]))  # compressed-tensors unpacks them in the first call
     return model.eval(), {kind: names for kind, names in report.items() if names}
