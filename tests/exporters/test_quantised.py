@@ -10,11 +10,13 @@ import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import oracle
 import pytest
 import quantised
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import PROMPTS, greedy
 from transformers import AutoModelForCausalLM
 
@@ -32,6 +34,8 @@ from adaras_export.exporters.hf.thin import EXPORTER as THIN
 from adaras_export.exporters.peft.adaptive import AdaptiveExporter
 from adaras_export.exporters.peft.lora import PeftExporter
 from adaras_export.exporters.stock.exporter import EXPORTER as STOCK
+from adaras_export.modeling.loading import load_model
+from adaras_export.modeling.steering import steered
 
 TARGETS = {"hf-thin": THIN, "peft": PeftExporter(), "peft-adaptive": AdaptiveExporter(), "stock": STOCK}
 
