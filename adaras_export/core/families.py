@@ -32,7 +32,7 @@ class Family:
         mlp_ratio: M / D where the config says null for M.
         behind: what stands between the down projection and the residual sum: None, a "norm", or the key of config.json
             for a factor, with the place in its list behind a dot.
-        vllm: the module of vLLM's that has its class, or "transformers" where vLLM serves it with its Transformers backend;
+        vllm: the module of vLLM's that has its class, or "transformers" where vLLM serves it with that backend;
             None: our plugin does not serve it.
         images: whether it reads images, too: its config.json keeps the sizes of the decoder in "text_config".
         since: the first Transformers that runs it, by its major version.

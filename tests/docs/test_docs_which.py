@@ -74,6 +74,11 @@ STATEFUL = ("qwen3_5_text", "gemma4_text", "lfm2", "lfm3", "falcon_h1", "granite
 
 def test_the_families_are_those_of_the_exporters():
     assert FAMILY_ROWS.keys() == {name for name, family in FAMILIES.items() if not family.images}
+    reading = re.search(r"Models that read images: (.*)\.", PAGE)[1].split(", ")
+    assert {*reading} == {name for name, family in FAMILIES.items() if family.images}
+    assert "of the first twelve" in PAGE
+    assert [*FAMILIES][:12] == [name for name, family in FAMILIES.items() if family.vllm]
+    assert {*[*FAMILY_ROWS][:12]} == {*[*FAMILIES][:12]}
     for family, (whole, stock, _, gguf) in FAMILY_ROWS.items():
         assert whole == ("yes, not onnx" if family in STATEFUL else "yes")
         assert ("a norm follows" in gguf) is (FAMILIES[family].behind == "norm")

@@ -7,6 +7,7 @@ import oracle
 import pytest
 import tiny
 import torch
+import transformers
 import wrappers
 from tiny import PROMPTS, greedy, left_padded, require_answers
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
@@ -17,6 +18,8 @@ from adaras_export.errors import ExportError
 from adaras_export.exporters import TARGETS
 from adaras_export.modeling.activations import recording, token_means
 from adaras_export.modeling.steering import steered
+
+pytestmark = pytest.mark.skipif(transformers.__version__.startswith("4."), reason="needs Transformers 5")
 
 NAMES = tuple(wrappers.WRAPPERS)
 EACH = pytest.mark.parametrize("name", NAMES)
