@@ -16,7 +16,7 @@ from adaras_export.exporters.hf.exporter import payload
 
 PACKAGE = sorted([*(ROOT / "adaras_export").rglob("*.py"), *(ROOT / "exporters").rglob("*.py")])
 PAYLOAD = sorted((ROOT / "adaras_export" / "runtime").glob("*.py"))
-CODE_LINES, ALL_LINES, LOADER_LINES = 540, 860, 140
+CODE_LINES, ALL_LINES, LOADER_LINES = 560, 900, 140
 each_file = pytest.mark.parametrize("path", PACKAGE, ids=lambda path: str(path.relative_to(ROOT)))
 
 
