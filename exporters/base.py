@@ -13,6 +13,7 @@ from adaras_export.core import families, quantised
 from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.core.rule import SteeringRule
 from adaras_export.errors import ExportError
+from adaras_export.exporters.checkpoint import opened
 from adaras_export.exporters.checks import Check, Inspection
 from adaras_export.exporters.manifest import Disclosed
 from adaras_export.exporters.parity import Artifact, Mode, Play, Reference, ReferencePlayer, generate_logits, play_model
@@ -203,15 +204,14 @@ def stock_reference(
     ``attention`` is the implementation of attention, by its name in Transformers; None: its default.
 
     Raises:
-        ArtifactError: the config describes no model, or other shapes than the weights have.
+        ArtifactError: the config describes no model, or other shapes than the weights have, or it cannot be opened.
         MissingExtraError: the library that opens the base's quantised weights is not installed.
         UnsupportedModelError: the weights are quantised in a format that was not tried.
     """
     base.require_buildable()
     stored = quantised.required(base.config, str(base))
-    auto = base.family.auto_class
-    model: Any = auto.from_pretrained(base.folder, dtype=torch.float32, attn_implementation=attention)
-    whole = ReferencePlayer(model.eval(), rule)
+    model, _ = opened(base.folder, base.family.auto_class, attn_implementation=attention)
+    whole = ReferencePlayer(model, rule)
     player = ReferencePlayer(model, rule, everywhere=True) if everywhere else whole
     return Reference(player, *sizes_of(model), whole if everywhere else None, stored=stored)
 

@@ -141,10 +141,10 @@ def write_tensors(out: Path, tensors: dict[str, Array]) -> None:
     atomic.replace_file(out / STEERING_FILE, save(tensors, metadata={"format": "pt"}))
 
 
-def opened(folder: str | Path, **how: Any) -> tuple[Any, list[str]]:
+def opened(folder: str | Path, auto: Any = None, **how: Any) -> tuple[Any, list[str]]:
     """Open the model of a folder or Hub id in float32; also returns the entries of the loading report.
 
-    ``how`` is passed to `from_pretrained`.
+    ``auto`` is a class of Transformers, by default AutoModelForCausalLM; ``how`` is passed to its `from_pretrained`.
 
     Raises:
         ArtifactError: the model cannot be opened.
@@ -152,7 +152,9 @@ def opened(folder: str | Path, **how: Any) -> tuple[Any, list[str]]:
     from transformers import AutoModelForCausalLM
 
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **how)
+        loaded: Any = (auto or AutoModelForCausalLM).from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True, **how
+        )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ArtifactError(f"{folder}: cannot be opened ({first_line(error)})") from error
     model, report = loaded

@@ -118,6 +118,8 @@ def _scheme(settings: Mapping[str, Any], group: Any, subject: str) -> tuple[Any,
         _refuse(subject, f"compressed-tensors with {', '.join(wrong)}")
     if more := [key for key in ("sparsity_config", "transform_config") if settings.get(key)]:
         _refuse(subject, f"compressed-tensors with {', '.join(more)}")
+    if (status := settings.get("quantization_status", "compressed")) != "compressed":  # then weights are rounded anew
+        _refuse(subject, f"compressed-tensors with quantization_status {reprlib.repr(status)}")
     form, keys = group.get("format") or settings.get("format"), ("type", "num_bits", "strategy", "group_size")
     found = [form, *map(weights.get, keys)]
     if not all(isinstance(value, str | int | None) for value in found):

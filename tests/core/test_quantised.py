@@ -104,6 +104,7 @@ UNKNOWN = {
         **toys.compressed("pack-quantized", WEIGHTS),
         "transform_config": {"config_groups": {}, "x": 1},
     },
+    "quantization_status 'frozen'": {**toys.compressed("pack-quantized", WEIGHTS), "quantization_status": "frozen"},
     "without config_groups": {"quant_method": "compressed-tensors", "format": "pack-quantized"},
     "without settings of the weights": toys.compressed("pack-quantized", None),
     "bitsandbytes with load_in_4bit or load_in_8bit: [4], 'int4'": {
