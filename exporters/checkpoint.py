@@ -141,7 +141,7 @@ def write_tensors(out: Path, tensors: dict[str, Array]) -> None:
     atomic.replace_file(out / STEERING_FILE, save(tensors, metadata={"format": "pt"}))
 
 
-def opened(folder: str | Path, auto: Any = None, **how: Any) -> tuple[Any, list[str]]:
+def opened(folder: str | Path, auto: Any = None, **how: Any) -> tuple[Any, list[str]]:  # noqa: ANN401 - a class
     """Open the model of a folder or Hub id in float32; also returns the entries of the loading report.
 
     ``auto`` is a class of Transformers, by default AutoModelForCausalLM; ``how`` is passed to its `from_pretrained`.
