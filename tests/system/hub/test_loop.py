@@ -1,4 +1,4 @@
-"""Find, export, push; then, in another environment, from_pretrained and verify. Three processes and a Hub."""
+"""Find, export, push; then, in other processes, from_pretrained and verify. All share nothing but a Hub."""
 
 import json
 import os
@@ -12,15 +12,17 @@ import tiny
 import torch
 import transformers
 from elsewhere import as_output
+from hub.conftest import at
 from places import PLANTED, ROOT
 
+from adaras_export import cli
 from adaras_export.core.rule import SteeringRule
 from adaras_export.core.trace_files import write_questions
 from adaras_export.core.traces import Question
 from adaras_export.demo import planted
 
 pytest.importorskip("sklearn")
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")]
 
 MODEL = PLANTED
 NAME = "user/steered-planted"
@@ -32,17 +34,6 @@ tune validation.jsonl -m {MODEL} --neurons neurons.safetensors --gate gate.safet
 --max-new-tokens 40 -o rule.safetensors
 export rule.safetensors --base {MODEL} --to hf -o steered
 push steered {NAME} --yes
-"""
-SEVERAL = """
-import sys
-from adaras_export import cli
-for line in sys.stdin.read().strip().splitlines():
-    sys.argv = ["adaras-export", *line.split()]
-    try:
-        cli.main()
-    except SystemExit as end:
-        if end.code:
-            raise
 """
 
 
@@ -57,12 +48,18 @@ def process(hub, place, code, given="", **settings):
     return done.stdout
 
 
-def test_what_was_found_here_is_steered_and_verified_elsewhere(hub, tmp_path):
+def test_what_was_found_here_is_steered_and_verified_elsewhere(hub, tmp_path, monkeypatch):
     here, there, judge = (tmp_path / name for name in ("here", "there", "judge"))
     here.mkdir()
     for name, rows in planted.splits({"identify": 24, "validation": 12, "test": 12}, seed=5).items():
         write_questions(here / f"{name}.jsonl", [Question(r["id"], r["prompt"], r["answer"]) for r in rows])
-    process(hub, here, ["-c", SEVERAL], FIND_EXPORT_PUSH, PYTHONPATH=str(ROOT), HF_TOKEN="hf_writer")
+    monkeypatch.chdir(here)
+    with at(hub, here / "hf"):
+        for line in FIND_EXPORT_PUSH.strip().splitlines():
+            monkeypatch.setattr(sys, "argv", ["adaras-export", *line.split()])
+            with pytest.raises(SystemExit) as end:
+                cli.main()
+            assert not end.value.code, line
     commit = hub.repositories[NAME].branches["main"]
 
     prompts, answers = expected(here)
@@ -72,7 +69,8 @@ def test_what_was_found_here_is_steered_and_verified_elsewhere(hub, tmp_path):
     result, snapshot = json.loads(process(hub, there, client, asked, HF_TOKEN="hf_reader").splitlines()[-1])
     tiny.require_answers(as_output(result), answers)
 
-    said = process(hub, judge, ["-c", SEVERAL], f"verify {snapshot} --json", PYTHONPATH=str(ROOT), HF_HUB_OFFLINE="1")
+    command = ["-m", "adaras_export", "verify", snapshot, "--json"]
+    said = process(hub, judge, command, PYTHONPATH=str(ROOT), HF_HUB_OFFLINE="1")
     assert json.loads(said)["ok"]
 
 
