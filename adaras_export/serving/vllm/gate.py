@@ -224,7 +224,8 @@ def _columns(gates: list[Mapping[str, Any]]) -> list[list[int]]:
 
 def _layers(gate: Mapping[str, Any]) -> list[int]:
     """The layer of each feature of a gate."""
-    return np.repeat(gate["layers"], gate["features"]).tolist()
+    layers: list[int] = np.repeat(gate["layers"], gate["features"]).tolist()
+    return layers
 
 
 def parameter(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
