@@ -105,10 +105,10 @@ def hostile(written, tmp_path_factory):
     for number, (name, (place, line, *_)) in enumerate(HOSTILE.items()):
         folder = shutil.copytree(written[CAUSAL], tmp_path_factory.mktemp("hostile") / f"hostile{number}")
         changed[name] = folder
-        code = (folder / "steering_adaras.py").read_text()
-        indent = place[: len(place) - len(place.lstrip())]
+        [path] = [path for path in folder.glob("*.py") if place in path.read_text()]
+        code, indent = path.read_text(), place[: len(place) - len(place.lstrip())]
         assert code.count(place) == 1
-        (folder / "steering_adaras.py").write_text(code.replace(place, f"{indent}{line}\n{place}"))
+        path.write_text(code.replace(place, f"{indent}{line}\n{place}"))
     return changed
 
 

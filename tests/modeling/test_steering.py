@@ -58,7 +58,7 @@ def test_steering_changes_what_the_tiny_models_say(name, stock, rules, told):
 def test_steering_changes_what_the_other_families_say(name, stock, rules, told):
     key = (name, None, "last_prompt_token")
     base = tiny.answers(stock[name], rules[key].with_strength(0))
-    assert sum(one["ids"] != other["ids"] for one, other in zip(told[key], base, strict=True)) >= 3
+    assert sum(one["ids"] != other["ids"] for one, other in zip(told[key], base, strict=True)) >= 2
 
 
 @pytest.mark.parametrize(("name", "use_cache"), in_turn(DEEP, tiny.NAMES, (True, False)))
