@@ -228,20 +228,22 @@ def nothing_is_left_behind(stock):
     assert torch.equal(torch.random.get_rng_state(), random), "the global generator was used; fork it"
     for name, model in stock.items():
         assert _fingerprint(model) == model.untouched, f"{name} was changed"
-    for module_name, module in list(sys.modules.items()):
-        if module_name.endswith("steering_adaras"):
-            left = vars(module.THREAD) | {"last": (None, None)}  # a result, which stays
-            assert left == vars(type(module.THREAD)()), module_name
+    for name in [name for name in sys.modules if name.endswith("steering_adaras")]:
+        thread = sys.modules[name].THREAD
+        assert vars(thread) | {"last": (None, None)} == vars(type(thread)()), name  # the last is a result, and stays
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def _fingerprint(model):
     """What a caller may not change: class, hooks, parameters (by their write counters), gradients, mode."""
-    hooks = [
-        (name, kind)
-        for name, module in model.named_modules()
-        for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-        if getattr(module, kind)
-    ]
-    tensors = [(tensor._version, tensor.requires_grad, tensor.grad is None) for tensor in model.parameters()]
+    hooks, tensors, modules = [], [], [model]
+    for place, module in enumerate(modules):  # model.modules() takes three times as long
+        own = vars(module)
+        modules += own["_modules"].values()
+        hooks += [(place, kind) for kind in _HOOKS if own[kind]]
+        for tensor in own["_parameters"].values():
+            tensors.append(tensor is not None and (tensor._version, tensor.requires_grad, tensor.grad is None))
     instance = sorted(name for name in vars(model) if name != "untouched")
     return type(model), hooks, tensors, instance, model.training

@@ -68,8 +68,9 @@ SPECS: dict[str, tuple[str, dict[str, Any]]] = {
 NAMES = tuple(SPECS)
 # One of each family, and biases: shards, and a window that is left out, are matters of files and settings.
 KINDS = tuple(name for name in NAMES if name not in ("mistral", "qwen3-sharded"))
-# With one layer that the gate reads and one that is steered, for what takes seconds a layer. Both kinds of attention.
-SHALLOW = tuple(f"{name}-shallow" for name in KINDS if name != "llama")
+# With one layer that the gate reads and one that is steered, for what takes seconds a layer. Both kinds of attention;
+# biases are those of gpt2, gpt_neox and qwen2.
+SHALLOW = tuple(f"{name}-shallow" for name in KINDS if name not in ("llama", "llama-biased"))
 _BOTH = {"gemma3_text": {"layer_types": ["sliding_attention", "full_attention"]}}
 for _name in sorted(SHALLOW, key="qwen3-shallow".__eq__):  # the last: places in the dict are seeds
     _type, _own = SPECS[_name.removesuffix("-shallow")]
