@@ -153,10 +153,24 @@ def _missing(rule: SteeringRule, base: Checkpoint, form: Form, *, present: bool)
     for layer in range(rule.base.layers):
         for path in () if present else (*form.biased, *form.zeros):
             name = f"{base.layers_key}.{layer}.{path}"
-            if f"{name}.weight" not in base.entries:
+            if not any(found.startswith(f"{name}.") for found in base.entries):
                 raise base.no_tensor(f"{name}.weight")
-            biases[f"{name}.bias"] = np.zeros(base.entries[f"{name}.weight"]["shape"][0], np.float32)
+            biases[f"{name}.bias"] = np.zeros(_outputs(rule, base, layer, path), np.float32)
     return biases
+
+
+def _outputs(rule: SteeringRule, base: Checkpoint, layer: int, path: str) -> int:
+    """The outputs of a linear map of a layer; a packed weight does not tell those of attention's inputs."""
+    mlp, _, _ = base.family.down.rpartition(".")
+    if path in (base.family.down, "self_attn.o_proj"):
+        return rule.base.hidden_size
+    if path.startswith(f"{mlp}."):
+        return rule.base.width(layer)
+    name = f"{base.layers_key}.{layer}.{path}.weight"
+    if base.is_quantised or name not in base.entries:
+        raise ExportError(f"{base}: is quantised, so {path} needs a bias of unknown size; choose target hf or peft")
+    size: int = base.entries[name]["shape"][0]
+    return size
 
 
 def _steered(rule: SteeringRule, base: Checkpoint, zeros: Mapping[str, Array]) -> dict[str, Array]:
