@@ -242,7 +242,9 @@ def _fingerprint(model):
         own = vars(module)
         modules += own["_modules"].values()
         hooks += [(place, kind) for kind in _HOOKS if own[kind]]
-        for tensor in own["_parameters"].values():
-            tensors.append(tensor is not None and (tensor._version, tensor.requires_grad, tensor.grad is None))
+        tensors += [
+            tensor is not None and (tensor._version, tensor.requires_grad, tensor.grad is None)
+            for tensor in own["_parameters"].values()
+        ]
     instance = sorted(name for name in vars(model) if name != "untouched")
     return type(model), hooks, tensors, instance, model.training

@@ -56,7 +56,7 @@ def _head_size(base: Path) -> int:
     """The size of an attention head; one that GenAI has no kernel for is refused before its builder runs."""
     from transformers import AutoConfig
 
-    config: Any = AutoConfig.from_pretrained(base)  # type: ignore[no-untyped-call]
+    config: Any = AutoConfig.from_pretrained(base)
     size: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if size % 16:
         raise ExportError(f"{base}: heads of {size}; GroupQueryAttention expects a multiple of 16; leave out --genai")
