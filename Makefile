@@ -60,7 +60,7 @@ test-matrix: $(INSTALLED) $(OLDER)/.installed $(PEERS)/.installed
 	$(OLDER)/bin/python -m pytest $(PARALLEL) tests/exporters tests/core/test_checkpoint.py tests/runtime tests/modeling/test_steering.py \
 		--ignore tests/exporters/test_gguf.py --ignore tests/exporters/test_onnx_page.py --ignore tests/exporters/test_stream.py \
 		-m "not (onnx and slow)" --modes=build/modes-4.json
-	$(PEERS)/bin/python -m pytest tests/exporters/test_loading.py tests/exporters/test_lm_eval.py -k "quantised or test_lm_eval"
+	$(PEERS)/bin/python -m pytest tests/exporters/test_loading.py tests/exporters/test_quantised.py tests/exporters/test_lm_eval.py -k "quantised or test_lm_eval"
 	$(BIN)/python tests/support/modes.py $(if $(UPDATE),,--check) build/modes-4.json build/modes-5.json
 
 # Exported graphs, checkpoints and GGUF files in every runtime. One that is missing is a failure here, and a skip where

@@ -2,7 +2,7 @@
 
 AdarasError
 ├── TraceError             a trace, question or split is unusable; names path:line
-├── UnsupportedModelError  an architecture that core/families.py does not know
+├── UnsupportedModelError  an architecture or a format of weights that core/ does not know
 ├── ArtifactError          an artifact or model file is missing, damaged or of another kind
 │   └── HubError           a repository cannot be read or written
 ├── RuleError              a neuron set, gate or rule that contradicts itself or the model
@@ -49,7 +49,7 @@ class TraceError(AdarasError):
 
 
 class UnsupportedModelError(AdarasError):
-    """The architecture is not in the table of core/families.py."""
+    """The architecture is not in core/families.py, or the format of the weights not in core/quantised.py."""
 
 
 class ArtifactError(AdarasError):

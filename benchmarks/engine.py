@@ -228,17 +228,18 @@ def arms(folder: Path, arguments: Namespace) -> None:
             held[0]._llm.reset_prefix_cache()
             yield held[0]
 
-        def ask(backend: Backend | None) -> AnswerCache:
+        found: dict[str, list[Any]] = {}
+
+        def ask(name: str, backend: Backend | None) -> None:
             bank = None if backend is None else Bank(backend, conditions)
             with contextlib.closing(AnswerCache(model, tokenizer, task, bank=bank)) as cache:
                 cache.ask(conditions)
-            return cache
+            found[name] = [cache.answers(one).tokens for one in conditions]
 
-        sides = {"transformers": partial(ask, None), "vllm": partial(ask, Backend("vllm", kept))}
-        found = [[side().answers(one).tokens for one in conditions] for side in sides.values()]
-        times = in_turn(sides, arguments.repeats)
+        backends = {"transformers": None, "vllm": Backend("vllm", kept)}
+        times = in_turn({name: partial(ask, name, one) for name, one in backends.items()}, arguments.repeats)
     report_arms(times, len(asked), len(conditions))
-    equal = sum(int((one == other).sum()) for one, other in zip(*found, strict=True))
+    equal = sum(int((one == other).sum()) for one, other in zip(*found.values(), strict=True))
     print(f"{equal} of {len(conditions) * len(asked)} answers have the same number of tokens\n")
 
 

@@ -9,9 +9,11 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from adaras_export.core import families, quantised
 from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.core.rule import SteeringRule
 from adaras_export.errors import ExportError
+from adaras_export.exporters.checkpoint import opened
 from adaras_export.exporters.checks import Check, Inspection
 from adaras_export.exporters.manifest import Disclosed
 from adaras_export.exporters.parity import Artifact, Mode, Play, Reference, ReferencePlayer, generate_logits, play_model
@@ -197,17 +199,24 @@ def stock_reference(
 ) -> Reference:
     """The base model in float32, steered by hooks; ``everywhere`` ignores gate and start.
 
-    ``attention`` is the implementation of attention, by its name in Transformers; None: its default.
-    """
-    from transformers import AutoModelForCausalLM
+    A quantised base stays quantised, or is dequantised, as Transformers does on a CPU.
 
+    ``attention`` is the implementation of attention, by its name in Transformers; None: its default.
+
+    Raises:
+        ArtifactError: the config describes no model, or other shapes than the weights have, or it cannot be opened.
+        MissingExtraError: the library that opens the base's quantised weights is not installed.
+        UnsupportedModelError: the weights are quantised in a format that was not tried.
+    """
     base.require_buildable()
-    model: Any = AutoModelForCausalLM.from_pretrained(base.folder, dtype=torch.float32, attn_implementation=attention)
-    whole = ReferencePlayer(model.eval(), rule)
+    stored = quantised.required(base.config, str(base))
+    model, _ = opened(base.folder, base.family.auto_class, attn_implementation=attention)
+    whole = ReferencePlayer(model, rule)
     player = ReferencePlayer(model, rule, everywhere=True) if everywhere else whole
-    return Reference(player, *sizes_of(model), whole if everywhere else None)
+    return Reference(player, *sizes_of(model), whole if everywhere else None, stored=stored)
 
 
 def sizes_of(model: Any) -> tuple[int, int]:  # noqa: ANN401 - a class of Transformers
     """The vocabulary size and the context length of a model."""
-    return int(model.config.vocab_size), int(model.config.max_position_embeddings)
+    config = families.text_config(model)
+    return int(config.vocab_size), int(config.max_position_embeddings)

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.numpy import save
 
-from adaras_export.core import checkpoint, families
+from adaras_export.core import checkpoint, families, quantised
 from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.core.folding import vectors
 from adaras_export.core.rule import SteeringRule
@@ -23,32 +23,37 @@ from adaras_export.files.safe_read import UnreadableError
 from adaras_export.files.safetensors_record import Array
 
 
-def plain_config(base: Checkpoint) -> dict[str, Any]:
+def buildable_config(base: Checkpoint, *, images: bool = False) -> dict[str, Any]:
     """The config.json of a base, after checking that Transformers can build the model.
+
+    ``images``: whether the target takes models that read images.
+
+    Raises:
+        ExportError: the model reads images, and the target does not take such models.
+        ArtifactError: Transformers cannot build the config, or its shapes differ from those of the weights.
+        UnsupportedModelError: the weights are quantised in a format that was not tried, or this Transformers is too
+            old for the family.
+    """
+    if base.family.images and not images:
+        kind = base.family.model_type
+        raise ExportError(f"{base}: {kind} reads images; expected a model of text alone; choose target hf or hf-thin")
+    families.require_version(base.family.model_type, str(base))
+    base.require_buildable()
+    quantised.format_of(base.config, str(base))
+    return base.config
+
+
+def plain_config(base: Checkpoint) -> dict[str, Any]:
+    """`buildable_config` of a base whose weights are not quantised.
 
     Raises:
         ArtifactError: Transformers cannot build the config, or its shapes differ from those of the weights.
         ExportError: the weights are quantised.
+        UnsupportedModelError: this Transformers is too old for the family.
     """
-    config = base.config
-    if "quantization_config" in config:
-        raise ExportError(f"{base}: is quantised; expected plain weights, which the vectors are folded from")
-    base.require_buildable()
-    return config
-
-
-# The families whose decoder layer ends with x + factor * mlp(x), and the key of config.json for the factor.
-RESIDUAL_FACTORS = {
-    "llama": None,
-    "mistral": None,
-    "qwen2": None,
-    "qwen3": None,
-    "granite": "residual_multiplier",
-    "smollm3": None,
-    "phi3": None,
-    "gpt_neox": None,
-    "gpt2": None,
-}
+    if base.is_quantised:
+        raise ExportError(f"{base}: is quantised; expected plain weights here; choose target hf, hf-thin or peft")
+    return buildable_config(base)
 
 
 def require_residual_sum(rule: SteeringRule, target: str) -> None:
@@ -57,10 +62,11 @@ def require_residual_sum(rule: SteeringRule, target: str) -> None:
     Raises:
         ExportError: the family normalises what leaves its MLP.
     """
-    if rule.base.family not in RESIDUAL_FACTORS:
+    if families.FAMILIES[rule.base.family].behind == "norm":
+        fitting = (name for name, family in families.FAMILIES.items() if family.behind != "norm")
         raise ExportError(
             f"{target}: {rule.base.family} normalises what leaves its MLP, which a vector behind the block would "
-            f"evade; expected one of: {', '.join(RESIDUAL_FACTORS)}; choose target hf, onnx or peft"
+            f"evade; expected one of: {', '.join(fitting)}; choose target hf, onnx or peft"
         )
 
 
@@ -69,8 +75,7 @@ def residual_vectors(rule: SteeringRule, base: Checkpoint) -> dict[int, Array]:
 
     Only of a rule that `require_residual_sum` accepts.
     """
-    key = RESIDUAL_FACTORS[rule.base.family]
-    factor = np.float32(1.0 if key is None else base.config.get(key, 1.0))
+    factor = np.float32(base.family.factor(base.config))
     return {layer: factor * vector for layer, vector in vectors(rule, base).items()}
 
 
@@ -136,10 +141,10 @@ def write_tensors(out: Path, tensors: dict[str, Array]) -> None:
     atomic.replace_file(out / STEERING_FILE, save(tensors, metadata={"format": "pt"}))
 
 
-def opened(folder: str | Path, **how: Any) -> tuple[Any, list[str]]:
+def opened(folder: str | Path, auto: Any = None, **how: Any) -> tuple[Any, list[str]]:  # noqa: ANN401 - a class
     """Open the model of a folder or Hub id in float32; also returns the entries of the loading report.
 
-    ``how`` is passed to `from_pretrained`.
+    ``auto`` is a class of Transformers, by default AutoModelForCausalLM; ``how`` is passed to its `from_pretrained`.
 
     Raises:
         ArtifactError: the model cannot be opened.
@@ -147,7 +152,9 @@ def opened(folder: str | Path, **how: Any) -> tuple[Any, list[str]]:
     from transformers import AutoModelForCausalLM
 
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **how)
+        loaded: Any = (auto or AutoModelForCausalLM).from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True, **how
+        )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ArtifactError(f"{folder}: cannot be opened ({first_line(error)})") from error
     model, report = loaded

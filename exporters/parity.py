@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
+from adaras_export.core.quantised import Format
 from adaras_export.core.rule import SteeringRule
 from adaras_export.exporters.checks import Check
 from adaras_export.modeling.divergence import next_token_divergence
@@ -44,12 +45,27 @@ class Tolerance:
 
     def of(self, logits: Tensor) -> float:
         """The limit for these reference logits."""
-        return self.units * torch.finfo(torch.float32).eps * max(1.0, float(logits.abs().max()))
+        return self.share * max(1.0, float(logits.abs().max()))
+
+    @property
+    def share(self) -> float:
+        """The limit as a share of the largest logit."""
+        return self.units * torch.finfo(torch.float32).eps
+
+    def for_base(self, stored: Format) -> "Tolerance":
+        """The tolerance where the base's weights are stored in a format, whose kernels may round more than the sums."""
+        if not stored.rounded:
+            return self
+        return replace(self, units=_ROUNDED / torch.finfo(torch.float32).eps, ties=True)
 
 
 # PyTorch sums in different orders. Measured over seven toy bases in all modes: up to 3.5 units; on SmolLM2-135M: 8.
 # One negated delta of six moves logits by 7 * 10^4 units and more.
 FLOAT32 = Tolerance(64)
+
+# Kernels that round what enters or what they multiply it with: the reference adds the deltas before that, artifacts
+# add the vector behind it.
+_ROUNDED = 0.05
 
 STEPS = 6
 # The last one is long, and the only row without padding: what goes wrong far into a prompt must not pass.
@@ -129,6 +145,7 @@ class Reference:
         context: the context length in tokens.
         whole: runs the whole rule; None if the format can express all of it.
         last_token: the token that every prompt must end with; None if any may.
+        stored: the format of the base's weights; None if they are plain.
     """
 
     player: Player
@@ -136,6 +153,7 @@ class Reference:
     context: int
     whole: Player | None = None
     last_token: int | None = None
+    stored: Format | None = None
 
 
 @dataclass(frozen=True)
@@ -149,6 +167,7 @@ class Script:
     plays: Mapping[str, tuple[Mode, Play]]
     single: Play
     losses: tuple[Check, ...] = ()
+    stored: Format | None = None
 
 
 def rehearse(reference: Reference) -> Script:
@@ -169,8 +188,9 @@ def rehearse(reference: Reference) -> Script:
     mode, always = _always(plays)
     single = reference.player.play(rows[-1:], mode, always.tokens_BS[-1:])
     if reference.whole is None:
-        return Script(rows, plays, single)
-    return Script(rows, plays, single, (_loss(by_rule, reference.whole.play(rows, "rule", by_rule.tokens_BS)),))
+        return Script(rows, plays, single, stored=reference.stored)
+    losses = (_loss(by_rule, reference.whole.play(rows, "rule", by_rule.tokens_BS)),)
+    return Script(rows, plays, single, losses, reference.stored)
 
 
 def _loss(static: Play, whole: Play) -> Check:
@@ -183,6 +203,9 @@ def _loss(static: Play, whole: Play) -> Check:
 def compare(script: Script, artifact: Artifact) -> list[Check]:
     """Run the script on an artifact and compare the outputs."""
     checks, tolerance = list(artifact.findings()), artifact.tolerance
+    if script.stored is not None:
+        tolerance = tolerance.for_base(script.stored)
+        checks.append(_format_check(script.stored, tolerance))
     for name, (mode, expected) in script.plays.items():
         if mode == "off" and not artifact.switchable:
             continue
@@ -196,7 +219,7 @@ def compare(script: Script, artifact: Artifact) -> list[Check]:
     limit = tolerance.of(script.single.logits_BSV)
     checks.append(Check("one row alone, logits", _distance(single.logits_BSV, script.single.logits_BSV), limit))
     if isinstance(artifact, Generating):
-        checks += _generate_checks(script, artifact)
+        checks += _generate_checks(script, artifact, tolerance)
     effect = _distance(always.logits_BSV, script.plays["off"][1].logits_BSV)
     checks.append(Check("effect of steering on logits", effect, None, f"{effect / limit:.0f} times the limit"))
     return [*checks, *script.losses]
@@ -220,7 +243,17 @@ def _always(plays: Mapping[str, tuple[Mode, Play]]) -> tuple[Mode, Play]:
     return plays.get("steered always", plays["by the rule"])
 
 
-def _generate_checks(script: Script, artifact: Artifact) -> list[Check]:
+def _format_check(stored: Format, tolerance: Tolerance) -> Check:
+    """The format of the base's weights, and what it allows; it has no limit of its own."""
+    why = f", whose kernels round {stored.rounded}" if stored.rounded else ""
+    return Check(f"{STORED}{stored.name}{why}: share of the largest logit that may differ", tolerance.share, None)
+
+
+STORED = "base in "
+"""How the name of the check begins that names the format of a quantised base; the name goes on up to a colon."""
+
+
+def _generate_checks(script: Script, artifact: Artifact, tolerance: Tolerance) -> list[Check]:
     """Compare `generate()` on the batch and on the long prompt; both are steered at any threshold of the rule."""
     assert isinstance(artifact, Generating)
     batch_mode, batch = script.plays.get("half of the rows steered", script.plays["by the rule"])
@@ -233,7 +266,7 @@ def _generate_checks(script: Script, artifact: Artifact) -> list[Check]:
         Check(
             f"generate(), {name}, logits",
             _distance(logits_BSV, expected.logits_BSV),
-            artifact.tolerance.of(expected.logits_BSV),
+            tolerance.of(expected.logits_BSV),
         )
         for name, (logits_BSV, expected) in found.items()
     ]

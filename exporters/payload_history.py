@@ -26,18 +26,19 @@ def known(folder: Path, name: str) -> bool:
 
 
 def check(name: str, folder: Path, strange: Sequence[str]) -> Check:
-    """The check ``name``, which fails if there are ``strange`` files, which are not the current code.
+    """The check ``name`` of the ``strange`` files of an export, whose code is not that of today.
 
-    If all of them are earlier versions, the detail lists the fixes that they lack.
+    It passes if all of them are earlier versions that lack no fix; the detail says so, or lists the fixes.
     """
     result = Check.empty(name, strange)
     if not strange or not all(known(folder, file) for file in strange):
         return result
     history = _history()
     fixes = min(history["files"][file][atomic.sha256_file(folder / file)] for file in strange)
-    lacks = "; ".join(history["fixes"][fixes:]) or "nothing that matters"
-    hint = f"(earlier code of this library; it lacks: {lacks}; run: adaras-export refresh {shlex.quote(str(folder))})"
-    return replace(result, detail=f"{result.detail} {hint}")
+    lacks = "; ".join(history["fixes"][fixes:])
+    earlier = f"it lacks: {lacks}" if lacks else "it lacks no fix"
+    hint = f"(earlier code of this library; {earlier}; run: adaras-export refresh {shlex.quote(str(folder))})"
+    return replace(result, figure=len(strange) if lacks else 0, detail=f"{result.detail} {hint}")
 
 
 @functools.cache

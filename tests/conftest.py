@@ -113,7 +113,8 @@ def stock(folders):
     """Stock float32 model by name, loaded from its folder once. Read only: the guard looks at it after each test."""
 
     def load(name):
-        model = transformers.AutoModelForCausalLM.from_pretrained(folders[name], dtype=torch.float32).eval()
+        with torch.random.fork_rng():  # some draw weights for their linear attention before they load them
+            model = transformers.AutoModelForCausalLM.from_pretrained(folders[name], dtype=torch.float32).eval()
         model.untouched = _fingerprint(model)
         return model
 
@@ -242,9 +243,7 @@ def _fingerprint(model):
         own = vars(module)
         modules += own["_modules"].values()
         hooks += [(place, kind) for kind in _HOOKS if own[kind]]
-        tensors += [
-            tensor is not None and (tensor._version, tensor.requires_grad, tensor.grad is None)
-            for tensor in own["_parameters"].values()
-        ]
+        own_tensors = [tensor for tensor in own["_parameters"].values() if tensor is not None]
+        tensors += [(tensor._version, tensor.requires_grad, tensor.grad is None) for tensor in own_tensors]
     instance = sorted(name for name in vars(model) if name != "untouched")
     return type(model), hooks, tensors, instance, model.training

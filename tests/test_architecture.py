@@ -16,7 +16,7 @@ from adaras_export.exporters.hf.exporter import payload
 
 PACKAGE = sorted([*(ROOT / "adaras_export").rglob("*.py"), *(ROOT / "exporters").rglob("*.py")])
 PAYLOAD = sorted((ROOT / "adaras_export" / "runtime").glob("*.py"))
-CODE_LINES, ALL_LINES, LOADER_LINES = 480, 780, 140  # gpt2 has 477 and 778, most have 468 and 764; 138
+CODE_LINES, ALL_LINES, LOADER_LINES = 560, 900, 140
 each_file = pytest.mark.parametrize("path", PACKAGE, ids=lambda path: str(path.relative_to(ROOT)))
 
 
@@ -97,16 +97,15 @@ def test_dir_shows_the_public_names_and_nothing_else():
     assert [name for name in dir(adaras_export) if not name.startswith("_")] == sorted(adaras_export.__all__)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_payload_of_an_export_is_short_enough_to_be_read(family):
-    """What people trust with trust_remote_code must be readable in one sitting: under 480 lines.
+def test_the_payload_of_an_export_is_short_enough_to_be_read():
+    """What people trust with trust_remote_code must be readable in one sitting.
 
     Counted are lines of code of all files that an export to `hf` carries: no blank lines, comments and docstrings; with
     these there is another limit. `hf-thin` carries a loader besides.
     """
-    shared, own = (content.decode() for content in payload(family).values())
-    assert code_lines(shared) + code_lines(own) < CODE_LINES
-    assert len((shared + own).splitlines()) < ALL_LINES
+    texts = [content.decode() for content in payload().values()]
+    assert sum(map(code_lines, texts)) < CODE_LINES
+    assert len("".join(texts).splitlines()) < ALL_LINES
     assert code_lines((ROOT / "adaras_export" / "runtime" / "thin_adaras.py").read_text()) < LOADER_LINES
 
 
@@ -155,7 +154,7 @@ HOSTILE = [
 @pytest.mark.parametrize("source", HOSTILE)
 def test_hostile_code_is_not_allowed_in_the_payload(source):
     """Alone, and at the end of a file that is carried."""
-    carried = (ROOT / "adaras_export" / "runtime" / "modeling_adaras_gpt2.py").read_text()
+    carried = (ROOT / "adaras_export" / "runtime" / "modeling_adaras.py").read_text()
     assert violations(source)
     assert violations(f"{carried}\n\n{source}\n")
 
@@ -197,25 +196,13 @@ def test_the_oracle_imports_nothing_of_the_library():
 
 def test_what_runs_in_the_clean_process_imports_nothing_of_the_library():
     script = ROOT / "tests" / "exporters" / "clean_process.py"
-    assert {*imported(script)} == {"json", "sys", "torch", "transformers", "peft", "adaras_export"}
+    assert {*imported(script)} == {"json", "pickle", "sys", "torch", "transformers", "peft", "adaras_export"}
     assert 'sys.modules["adaras_export"] = None' in script.read_text()
 
 
-def test_families_and_payload_files_match():
-    files = {path.name for path in PAYLOAD if path.name.startswith("modeling_")}
-    assert {family.payload for family in FAMILIES.values()} == files
-    for name, family in FAMILIES.items():
-        assert family.model_type == name
-        assert set(payload(name)) == {"steering_adaras.py", family.payload}
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_payload_file_defines_the_classes_of_its_family(family):
-    tree = ast.parse(payload(family)[FAMILIES[family].payload])
-    classes = {node.name: ast.unparse(node) for node in tree.body if isinstance(node, ast.ClassDef)}
-    stem = next(name for name in classes if name.endswith("Config")).removesuffix("Config")
-    assert {f"{stem}Config", f"{stem}Model", f"{stem}ForCausalLM"} < set(classes)
-    assert f"model_type = OwnModelType('adaras_{family}')" in classes[f"{stem}Config"]
+def test_the_code_of_an_export_is_the_same_for_every_family():
+    assert {path.name for path in PAYLOAD} == {"__init__.py", "thin_adaras.py", *payload()}
+    assert [name for name, family in FAMILIES.items() if family.model_type != name] == []
 
 
 def test_every_target_loads_under_its_own_name():

@@ -5,10 +5,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.core.families import family_of
 from adaras_export.errors import ArtifactError, RuleError
 from adaras_export.files.hub import fetch
+from adaras_export.files.safetensors_record import Array
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,7 @@ class BaseModel:
         revision: commit of a Hub id; None for a local folder.
         family: model_type of config.json.
         layers: number of decoder layers (L).
-        mlp_size: neurons of one MLP (M), the width that enters the down projection.
+        mlp_size: neurons of one MLP (M), the width that enters the down projection; where layers differ, of each.
         hidden_size: model width (D).
         fingerprint: SHA-256 over names, types, shapes and a sample of every tensor, independent of
             how the tensors are spread over files; None means that the weights are not recorded.
@@ -29,7 +32,7 @@ class BaseModel:
     id: str
     family: str
     layers: int
-    mlp_size: int
+    mlp_size: int | tuple[int, ...]
     hidden_size: int
     revision: str | None = None
     fingerprint: str | None = None
@@ -42,8 +45,33 @@ class BaseModel:
                 raise RuleError(f"base: {name} is {reprlib.repr(value)}; expected text")
         for name in ("layers", "mlp_size", "hidden_size"):
             value = getattr(self, name)
-            if type(value) is not int or not 1 <= value < 1 << 31:
+            several = name == "mlp_size" and isinstance(value, list | tuple)
+            if not all(type(size) is int and 1 <= size < 1 << 31 for size in (value if several else [value])):
                 raise RuleError(f"base {self.id}: {name} is {reprlib.repr(value)}; expected a positive integer")
+            if several:
+                self._set_widths(value)
+
+    def _set_widths(self, widths: list[int] | tuple[int, ...]) -> None:
+        """Keep a width of each layer, or one number if all are equal."""
+        if len(widths) != self.layers:
+            raise RuleError(f"base {self.id}: mlp_size has {len(widths)} widths; expected {self.layers}, one a layer")
+        object.__setattr__(self, "mlp_size", widths[0] if len({*widths}) == 1 else tuple(widths))
+
+    @property
+    def widest(self) -> int:
+        """The neurons of the widest MLP: M of arrays of shape (L, M), in which narrower layers have places to spare."""
+        return self.mlp_size if isinstance(self.mlp_size, int) else max(self.mlp_size)
+
+    def width(self, layer: int) -> int:
+        """The neurons of the MLP of a 0-based layer."""
+        return self.mlp_size if isinstance(self.mlp_size, int) else self.mlp_size[layer]
+
+    def places(self, first: int = 0, last: int | None = None) -> tuple[Array, Array]:
+        """Layer and index of every neuron from layer ``first`` to ``last - 1``, in order; index an (L, M) array."""
+        count = self.layers if last is None else last
+        width_L1 = np.array([[self.width(layer)] for layer in range(first, count)])
+        layer, index = np.nonzero(np.arange(self.widest) < width_L1)
+        return first + layer, index
 
     @classmethod
     def of(cls, path_or_id: str | Path, revision: str | None = None) -> "BaseModel":
@@ -66,9 +94,10 @@ class BaseModel:
         folder, config = checkpoint.folder, checkpoint.config
         path, local = folder / "config.json", folder == Path(path_or_id)
         family = family_of(config, str(path_or_id))
-        if missing := [key for key in family.sizes if key not in config]:
+        if missing := [key for key in family.sizes if key is not None and key not in family.text(config)]:
             raise ArtifactError(f"{path}: has no {', '.join(missing)}; expected the sizes of a model")
-        layers, mlp_size, hidden_size = family.sizes_in(config)
+        layers, size, hidden_size = family.sizes_in(config)
+        mlp_size: Any = _stored_widths(checkpoint) if family.sizes[1] is None else size
         try:
             base = cls(
                 id=folder.resolve().name if local else str(path_or_id),
@@ -101,7 +130,8 @@ class BaseModel:
 
     def as_record(self) -> dict[str, Any]:
         """The fields as JSON values."""
-        return asdict(self)
+        several = {} if isinstance(self.mlp_size, int) else {"mlp_size": list(self.mlp_size)}
+        return {**asdict(self), **several}
 
     @classmethod
     def from_record(cls, record: Any, subject: str) -> "BaseModel":  # noqa: ANN401 - comes from a file
@@ -128,12 +158,29 @@ def _require_sizes(base: BaseModel, checkpoint: Checkpoint) -> None:
         raise ArtifactError(
             f"{checkpoint}: has weights of {len(found)} layers; expected {base.layers}, as its config.json says"
         )
-    if "quantization_config" in checkpoint.config:
+    if checkpoint.is_quantised:
         return
-    expected = [base.mlp_size, base.hidden_size] if family.transposed else [base.hidden_size, base.mlp_size]
     for layer in range(base.layers):
+        expected = [base.hidden_size, base.width(layer)]
+        expected = expected[::-1] if family.transposed else expected
         name = f"{below}{layer}.{family.down}.weight"
         if name not in located:
             raise checkpoint.no_tensor(name)
         if (shape := checkpoint.entries[name]["shape"]) != expected:
             raise ArtifactError(f"{located[name]}: {name} has shape {shape}; expected {expected}, as config.json says")
+
+
+def _stored_widths(checkpoint: Checkpoint) -> tuple[int, ...]:
+    """M of each layer that has weights, from the shapes of the down projections, (D, M) each."""
+    if "quantization_config" in checkpoint.config:
+        raise ArtifactError(
+            f"{checkpoint}: is a quantised {checkpoint.family.model_type}; expected plain weights, whose shapes say "
+            "how wide its MLPs are"
+        )
+    before, behind = f"{checkpoint.layers_key}.", f".{checkpoint.family.down}.weight"
+    found = {
+        int(number): (entry["shape"] or [0])[-1]
+        for name, entry in checkpoint.entries.items()
+        if name.startswith(before) and (number := name.removeprefix(before).removesuffix(behind)).isdecimal()
+    }
+    return tuple(found[number] for number in sorted(found))

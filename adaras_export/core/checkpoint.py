@@ -14,7 +14,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adaras_export.core import quantised
 from adaras_export.core.families import Family, family_of
+from adaras_export.core.quantised_columns import Linear
 from adaras_export.errors import ArtifactError, first_line
 from adaras_export.files import safe_read
 from adaras_export.files.atomic import read_json
@@ -67,6 +69,11 @@ class Checkpoint:
         """
         return family_of(self._config, str(self.folder))
 
+    @property
+    def is_quantised(self) -> bool:
+        """Whether the config says that weights are quantised, in whatever format."""
+        return self._config.get("quantization_config") is not None
+
     @cached_property
     def files(self) -> dict[str, Path]:
         """The file of each tensor, by tensor name; see `shards`."""
@@ -116,8 +123,9 @@ class Checkpoint:
     @property
     def decoder_key(self) -> str:
         """The prefix of the decoder's tensor names, such as "model."; may be empty."""
-        prefix = f"{self.family.decoder}."
-        return prefix if any(name.startswith(prefix) for name in self.files) else ""
+        places = (f"{self.family.decoder}.", *(("language_model.model.", "model.") if self.family.images else ()))
+        below = f"{self.family.layers}.0."
+        return next((one for one in places if any(name.startswith(one + below) for name in self.files)), "")
 
     @property
     def layers_key(self) -> str:
@@ -125,17 +133,52 @@ class Checkpoint:
         return f"{self.decoder_key}{self.family.layers}"
 
     def down_columns(self, layer: int, index: "Tensor") -> "Tensor":
-        """W_down[:, index] of a 0-based layer: (D, K), in its stored type.
+        """W_down[:, index] of a 0-based layer: (D, K), in its stored type, or float32 if it is quantised.
 
         Raises:
-            ArtifactError: the checkpoint lacks the tensor.
+            ArtifactError: the checkpoint lacks a tensor, or one has another type or shape than its format has.
+            UnsupportedModelError: the format was not tried.
         """
-        name = f"{self.layers_key}.{layer}.{self.family.down}.weight"
-        if name not in self.files:
+        form = quantised.format_of(self._config, str(self.folder))
+        module = f"{self.layers_key}.{layer}.{self.family.down}"
+        name, stored = f"{module}.weight", self._stored(module)
+        _, mlp_size, hidden_size = self.family.sizes_in(self._config)
+        # Some layers of a quantised checkpoint are plain. Their tensors say so; the lists in a config hold patterns of
+        # strangers, which can take forever to match.
+        if form is None or (name in stored and self.entries[name]["dtype"] in quantised.PLAIN):
+            return self._plain_columns(name, stored, (hidden_size, mlp_size), index)
+        assert mlp_size is not None  # `BaseModel` refuses quantised models whose layers differ
+        parts = {key.removeprefix(f"{module}."): self._tensor(key) for key in stored}
+        return form.columns(Linear(f"{self.folder}: {module}", (hidden_size, mlp_size), parts), index)
+
+    def _plain_columns(self, name: str, stored: list[str], shape: tuple[int, int | None], index: "Tensor") -> "Tensor":
+        if name not in stored:
             raise self.no_tensor(name)
-        with safe_read.tensors(self.files[name], "pt") as file:
-            weight: Tensor = file.get_tensor(name)
-        return weight[index].T if self.family.transposed else weight[:, index]
+        found, is_turned = self.entries[name], self.family.transposed
+        hidden_size, mlp_size = shape  # None: the weights say it
+        expected = [hidden_size, found["shape"][-1] if mlp_size is None else mlp_size]
+        expected = expected[::-1] if is_turned else expected
+        if stored != [name] or found["dtype"] not in quantised.PLAIN or found["shape"] != expected:
+            raise ArtifactError(
+                f"{self.files[name]}: has {', '.join(stored)}, {found['dtype']} {found['shape']}; expected one plain "
+                f"weight {expected}, or a quantization_config in config.json that says what they are"
+            )
+        weight = self._tensor(name)
+        return weight[index].T if is_turned else weight[:, index]
+
+    def _stored(self, module: str) -> list[str]:
+        """The names of the tensors of a linear map, without its bias."""
+        return sorted(name for name in self.files if name.startswith(f"{module}.") and name != f"{module}.bias")
+
+    def _tensor(self, name: str) -> "Tensor":
+        try:
+            with safe_read.tensors(self.files[name], "pt") as file:
+                tensor: Tensor = file.get_tensor(name)
+        except UnreadableError as error:
+            raise ArtifactError(
+                f"{self.files[name]}: {error}; expected a tensor {name} that PyTorch can hold"
+            ) from error
+        return tensor
 
     def no_tensor(self, name: str) -> ArtifactError:
         """The error for a missing tensor that every model of the family has."""
@@ -156,8 +199,8 @@ class Checkpoint:
     @cached_property
     def _misfit(self) -> str | None:
         """The first tensor whose shape is not the one that the config gives it, in words."""
-        expected = _shapes(self.folder / "config.json", self._config, self.family.model_type)
-        if "quantization_config" in self._config:  # packed into other shapes
+        expected = _shapes(self.folder / "config.json", self._config, self.family)
+        if self.is_quantised:  # packed into other shapes
             return None
         prefix = "" if self.decoder_key else f"{self.family.decoder}."
         for name, entry in self.entries.items():
@@ -168,23 +211,38 @@ class Checkpoint:
         return None
 
 
-def _shapes(path: Path, config: dict[str, Any], family: str) -> dict[str, list[int]]:
+def _shapes(path: Path, config: dict[str, Any], family: Family) -> dict[str, list[int]]:
     """The shape of each tensor of the model that a config describes, by tensor name."""
     import torch
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM, __version__
+    from transformers import __version__
 
-    left_out = ("auto_map", "model_type", "quantization_config")
-    plain = {key: value for key, value in config.items() if key not in left_out}
-    auto: Any = AutoModelForCausalLM
+    plain = {key: value for key, value in config.items() if key != "quantization_config"}
     try:
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
-            model = auto.from_config(CONFIG_MAPPING[family].from_dict(plain))
+            model = family.auto_class.from_config(config_object(plain, family.model_type))
     except (*_BAD_SIZES, OSError, StrictDataclassError) as error:
         raise ArtifactError(
-            f"{path}: {first_line(error)}; expected a config that transformers {__version__} can build a {family} from"
+            f"{path}: {first_line(error)}; expected a config that transformers {__version__} can build a "
+            f"{family.model_type} from"
         ) from error
     return {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def config_object(config: Mapping[str, Any], family: str) -> Any:  # noqa: ANN401 - a config class of Transformers
+    """A config.json as an object of the family's config class, with its defaults."""
+    from transformers import CONFIG_MAPPING
+
+    plain = {key: value for key, value in config.items() if key not in ("auto_map", "model_type")}
+    return CONFIG_MAPPING[family].from_dict(_with_infinities(plain))
+
+
+def _with_infinities(value: Any) -> Any:  # noqa: ANN401 - JSON
+    """A JSON value in which {"__float__": "Infinity"}, as Transformers 5 writes it, is that number."""
+    if isinstance(value, dict):
+        found = value.get("__float__") if len(value) == 1 else None
+        return {key: _with_infinities(one) for key, one in value.items()} if found is None else float(found)
+    return [_with_infinities(one) for one in value] if isinstance(value, list) else value
 
 
 def shards(folder: Path) -> dict[str, Path]:

@@ -58,8 +58,8 @@ class _Sums(Value):
         set_questions(self, self.kind)
 
     def _checked(self, name: str, given: Array) -> Array:
-        """A sum as float64 of shape (L, M); a scalar 0 stands for zeros."""
-        shape = (self.base.layers, self.base.mlp_size)
+        """A sum as float64 of shape (L, M), zero where a layer has no such neuron; a scalar 0 stands for zeros."""
+        shape = (self.base.layers, self.base.widest)
         values = np.asarray(given, dtype=np.float64)
         if values.shape == () and not values:
             return np.zeros(shape)
@@ -67,6 +67,8 @@ class _Sums(Value):
             raise RuleError(f"{self.kind}: {name} has shape {values.shape}; expected {shape} of {self.base.id}")
         if not np.isfinite(values).all():
             raise RuleError(f"{self.kind}: {name} holds NaN or infinity; expected finite numbers")
+        if values.any() and any(values[layer, self.base.width(layer) :].any() for layer in range(self.base.layers)):
+            raise RuleError(f"{self.kind}: {name} holds values of neurons that {self.base.id} does not have")
         return values
 
     def _exact(self, name: str) -> tuple[Array, Array]:
@@ -77,7 +79,7 @@ class _Sums(Value):
     @classmethod
     def empty(cls: type[_S], base: BaseModel, **labels: Any) -> _S:
         """The neutral element of `merge`."""
-        zeros: dict[str, Any] = {name: np.zeros((base.layers, base.mlp_size)) for name in cls._sums}
+        zeros: dict[str, Any] = {name: np.zeros((base.layers, base.widest)) for name in cls._sums}
         return cls(base=base, questions=(), **zeros, **labels)
 
     def merge(self: _S, other: _S) -> _S:
@@ -265,7 +267,7 @@ class NeuronStats(_Sums):
 
 def with_question(stats: NeuronStats, question: Sequence[Trace], means: Mapping[str, Array]) -> NeuronStats:
     """Add one question to ``stats``: its traces, and the (L, M) mean of each by trace id."""
-    shape = (0, stats.base.layers, stats.base.mlp_size)
+    shape = (0, stats.base.layers, stats.base.widest)
     parts = [[means[trace.id] for trace in question if trace.correct is label] for label in (True, False)]
     correct, incorrect = (np.stack(part) if part else np.zeros(shape, np.float32) for part in parts)
     return stats.update(identity(question[0].prompt), correct, incorrect)

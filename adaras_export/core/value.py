@@ -162,12 +162,18 @@ def check_places(subject: str, layer: Array, index: Array, base: BaseModel | Non
     """Refuse a repeated (layer, index), or one outside the model; an unknown model has no upper limit."""
     for name, values, limit in (
         ("layer", layer, base and base.layers),
-        ("index", index, base and base.mlp_size),
+        ("index", index, base and base.widest),
     ):
         outside = values[(values < 0) | (values >= (np.iinfo(np.int64).max if limit is None else limit))]
         if outside.size:
             where = f"0..{limit - 1} of {base.id}" if base and limit else "0 or more"
             raise RuleError(f"{subject}: {name} {_some(outside)} outside {where}")
+    for place in zip(layer.tolist(), index.tolist(), strict=True):
+        if base is not None and place[1] >= base.width(place[0]):
+            raise RuleError(
+                f"{subject}: neuron (layer:index) {place[0]}:{place[1]}, but that layer of {base.id} has "
+                f"{base.width(place[0])} neurons; expected an index below"
+            )
     places, counts = np.unique(np.stack([layer, index]), axis=1, return_counts=True)
     if (twice := places[:, counts > 1]).size:
         named = [f"{place[0]}:{place[1]}" for place in twice.T.tolist()]

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from adaras_export.core.base_model import BaseModel
+from adaras_export.core.families import FAMILIES
 from adaras_export.core.markdown import Example, Markdown, render
 from adaras_export.core.rule import SteeringRule
 from adaras_export.delivery.card_effect import computed_arm, effect_text
@@ -20,6 +21,7 @@ from adaras_export.evaluation.arms import Arm
 from adaras_export.evaluation.record import Evaluation
 from adaras_export.exporters.base import TargetSpec
 from adaras_export.exporters.manifest import Disclosed
+from adaras_export.exporters.parity import STORED
 
 
 @dataclass(frozen=True)
@@ -45,12 +47,14 @@ class Card:
         values = {
             "header": header(receipt, self.target, base, measured),
             "receipt": receipt,
+            "family": FAMILIES[receipt.base.family],
             "repository": receipt.repository,
             "drops": receipt.drops,
             "options": receipt.options,
             "rounded": self.target.rounded,
             "base": base,
             "is_exported_base": (base.id, base.revision) == (receipt.base.id, receipt.base.revision),
+            "stored": self._stored(),
             "rule": self.rule,
             "strength": float(self.rule.strength),
             "layers": dict(sorted(Counter(self.rule.neurons.layer.tolist()).items())),
@@ -70,6 +74,11 @@ class Card:
     def _base(self) -> BaseModel:
         """The base as the one knows it that knows its commit: the rule, or who exported it."""
         return self.rule.base if self.rule.base.revision is not None else self.receipt.base
+
+    def _stored(self) -> tuple[str, float] | None:
+        """The format of a quantised base, and the share of the largest logit that it allows; None for a plain base."""
+        found = [check for check in self.receipt.parity.checks if check.name.startswith(STORED)]
+        return (found[0].name.removeprefix(STORED).partition(":")[0], found[0].figure) if found else None
 
     def _example(self) -> Example:
         """A question as the evaluation or else the base has it, with the end that the artifact needs."""

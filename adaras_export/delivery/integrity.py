@@ -138,7 +138,7 @@ def _strange_pointers(folder: Path) -> list[str]:
     return [
         f"{manifest.shown(name)}:auto_map"
         for name, path in configs.items()
-        if not all(module in own for module in _modules(path))
+        if not all(module in own or payload_history.known(folder, f"{module}.py") for module in _modules(path))
     ]
 
 

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.core.rule import SteeringRule
-from adaras_export.errors import ArtifactError, ExportError, first_line, require
+from adaras_export.errors import ExportError, require
 from adaras_export.exporters.base import Runner, stock_reference
 from adaras_export.exporters.checks import Check
 from adaras_export.exporters.parity import FLOAT32, STEPS, Artifact, Mode, Play, Reference
+from adaras_export.modeling.vllm_engine import open_engine
 from adaras_export.serving.vllm.dials import RESULT, START, STRENGTH, THRESHOLD
 
 _SERVED = ("hf", "hf-thin")
@@ -61,17 +62,8 @@ class VllmArtifact:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # both are read at its import
         os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
         self._vllm: Any = require("vllm", "vllm", "the runtime vllm")
-        try:
-            self._engine = self._vllm.LLM(
-                model=str(folder),
-                dtype="float32",
-                max_logprobs=-1,
-                logprobs_mode="raw_logits",
-                disable_log_stats=True,
-                seed=0,
-            )
-        except (OSError, ValueError, RuntimeError) as error:  # what engines say of configurations, memory and kernels
-            raise ArtifactError(f"{folder}: vLLM cannot open it ({first_line(error)})") from error
+        settings = {"dtype": "float32", "max_logprobs": -1, "logprobs_mode": "raw_logits"}
+        self._engine = open_engine(self._vllm, folder, str(folder), settings)
         self._vocabulary = self._engine.model_config.get_vocab_size()
 
     def findings(self) -> Sequence[Check]:

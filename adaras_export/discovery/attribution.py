@@ -21,12 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from adaras_export.core import families
 from adaras_export.core.rule import Start
 from adaras_export.files.safetensors_record import Array
-from adaras_export.modeling.activations import inputs_after
+from adaras_export.modeling.activations import inputs_after, of_layers
 from adaras_export.modeling.generation import CACHE, Prefilled
 
 
@@ -64,17 +63,18 @@ def margin_gradients(
     device = prompts.ids.device
     own = prompts.repeated([completion.prompt_row for completion in completions])
     inputs: Mapping[str, Any] = inputs_after(own, [completion.ids for completion in completions])
+    inputs = {**inputs, CACHE: _UnchangingCache.of(inputs[CACHE])}
     ids_BT = inputs["input_ids"]
     own_BT = inputs["attention_mask"][:, -ids_BT.shape[1] :]
     steered_BT = own_BT.clone()
     if start == "first_generated_token":
         steered_BT[:, 0] = 0
-    recomputing = _recomputing(model, inputs) if ids_BT.shape[1] > longest else nullcontext(inputs)
-    with _offsets(model, steered_BT, at) as offsets_B1M, torch.enable_grad(), recomputing as inputs:
+    recomputing = _recomputing(model) if ids_BT.shape[1] > longest else nullcontext()
+    with _offsets(model, steered_BT, at) as offsets_B1M, torch.enable_grad(), recomputing:
         log_p_BT = _log_probabilities(model, inputs, min(longest, _HEAD_TOKENS)) * own_BT[:, 1:]
         weights_B = torch.tensor([completion.weight for completion in completions], device=device)
         gradients = torch.autograd.grad((log_p_BT.sum(1) * weights_B).sum(), offsets_B1M)
-    return torch.cat([gradient.float().cpu() for gradient in gradients], dim=1)
+    return of_layers(model, [gradient.squeeze(1).float().cpu() for gradient in gradients])
 
 
 _HEAD_TOKENS = 1024
@@ -85,10 +85,11 @@ def _log_probabilities(model: PreTrainedModel, inputs: Mapping[str, Any], most: 
     ids_BT = inputs["input_ids"]
     if ids_BT.numel() <= most:
         return _chosen(model(**inputs).logits[:, :-1], ids_BT[:, 1:])
-    hidden_BTD = model.base_model(**inputs).last_hidden_state
+    outputs = model.base_model(**inputs)
+    hidden_BTD, made_of = outputs.last_hidden_state, type(outputs)
 
     def piece(hidden_BSD: Tensor, ids_BS: Tensor) -> Tensor:
-        return _chosen(_head(model, hidden_BSD), ids_BS)
+        return _chosen(_head(model, made_of(last_hidden_state=hidden_BSD)), ids_BS)
 
     size = max(1, most // len(ids_BT))
     parts = zip(hidden_BTD[:, :-1].split(size, 1), ids_BT[:, 1:].split(size, 1), strict=True)
@@ -101,12 +102,12 @@ def _chosen(logits_BTV: Tensor, ids_BT: Tensor) -> Tensor:
     return chosen_BT - logits_BTV.logsumexp(-1)
 
 
-def _head(model: PreTrainedModel, hidden_BTD: Tensor) -> Tensor:
+def _head(model: PreTrainedModel, outputs: Any) -> Tensor:  # noqa: ANN401 - each decoder has its own class
     """Logits of the decoder's output; some families scale or cap them, which only their own forward pass knows."""
     decoder: Any = model.base_model
-    decoder.forward = lambda *_args, **_kwargs: BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden_BTD)
+    decoder.forward = lambda *_args, **_kwargs: outputs
     try:
-        logits: Tensor = model(inputs_embeds=hidden_BTD, use_cache=False).logits
+        logits: Tensor = model(inputs_embeds=outputs.last_hidden_state, use_cache=False).logits
     finally:
         del decoder.forward  # the class has the real one
     return logits
@@ -118,18 +119,21 @@ def _again(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # n
 
 
 @contextmanager
-def _recomputing(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Layers that are computed again in the backward pass, and inputs whose cache bears it."""
+def _recomputing(model: PreTrainedModel) -> Iterator[None]:
+    """Layers that are computed again in the backward pass."""
     with ExitStack() as undo:
         for number in range(families.sizes_of(model)[1]):
             layer: Any = families.decoder_layer(model, number)
             layer.forward = partial(_again, layer.forward)
             undo.callback(delattr, layer, "forward")
-        yield {**inputs, CACHE: _UnchangingCache.of(inputs[CACHE])}
+        yield
 
 
 class _UnchangingCache(DynamicCache):
-    """The keys and values of a prefix; every layer sees what follows it, and nothing is kept of that."""
+    """The keys, values and states of a prefix; every layer sees what follows it, and nothing is kept of that.
+
+    A layer that is computed again sees the same, and nothing is overwritten that the backward pass needs.
+    """
 
     @classmethod
     def of(cls, cache: Cache) -> "_UnchangingCache":
@@ -141,22 +145,39 @@ class _UnchangingCache(DynamicCache):
         layer: Any = copy.copy(self.layers[layer_idx])
         return layer.update(key_states, value_states, *args, **kwargs)
 
+    def update_conv_state(self, conv_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        return self._copy(layer_idx).update_conv_state(conv_states, *args, **kwargs)
+
+    def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        return self._copy(layer_idx).update_recurrent_state(recurrent_states, *args, **kwargs)
+
+    def _copy(self, layer_idx: int) -> Any:  # noqa: ANN401 - a layer of Transformers
+        """A layer of linear attention with states of its own, which it keeps by number and overwrites in place."""
+        layer: Any = copy.copy(self.layers[layer_idx])
+        for name, states in vars(layer).items():
+            if isinstance(states, dict):
+                setattr(
+                    layer, name, {at: one.clone() if isinstance(one, Tensor) else one for at, one in states.items()}
+                )
+        return layer
+
 
 @contextmanager
 def _offsets(model: nn.Module, steered_BT: Tensor, at: Array | None) -> Iterator[list[Tensor]]:
     """Constants (B, 1, M) per layer that take part in the forward pass; no weight asks for a gradient meanwhile."""
     _, layers, mlp_size, _ = families.sizes_of(model)
+    widths = [mlp_size] * layers if isinstance(mlp_size, int) else mlp_size
     steered_BT1 = steered_BT.unsqueeze(-1)
     offsets = []
     with ExitStack() as undo:
         for parameter in model.parameters():
             undo.callback(parameter.requires_grad_, parameter.requires_grad)
             parameter.requires_grad_(False)  # noqa: FBT003 - torch's signature
-        for layer in range(layers):
+        for layer, width in enumerate(widths):
             down = families.down_projection(model, layer)
             weight = next(down.parameters())
             kind: dict[str, Any] = {"dtype": torch.promote_types(weight.dtype, torch.float32), "device": weight.device}
-            point_M = torch.zeros(mlp_size, **kind) if at is None else torch.tensor(at[layer], **kind)
+            point_M = torch.zeros(width, **kind) if at is None else torch.tensor(at[layer][:width], **kind)
             offset = point_M.repeat(len(steered_BT), 1, 1).requires_grad_()
 
             def add(_module: nn.Module, args: tuple[Tensor, ...], offset: Tensor = offset) -> tuple[Tensor, ...]:

@@ -33,11 +33,12 @@ class PromptReader:
     partial: Path
 
     def means(self, layers: int) -> KeptRows:
-        """The mean of h over each prompt's tokens in the lowest layers, N rows of L * M numbers.
+        """The mean of h over each prompt's tokens in the lowest layers, N rows in the order of `BaseModel.places`.
 
         Raises:
             TraceError: an activation is not finite, or the file cannot be used.
         """
+        places = self.base.places(0, layers)
 
         def read_batch(indices: Sequence[int]) -> list[Array]:
             rows = [self.rows[row] for row in indices]
@@ -46,9 +47,9 @@ class PromptReader:
                 raise TraceError(
                     f"prompts: activations of layers {bad[:5]} are NaN or infinite; load the model in float32"
                 )
-            return [means_LM.ravel() for means_LM in means_BLM]
+            return [means_LM[places] for means_LM in means_BLM]
 
-        widths = [layers * self.base.mlp_size] * len(self.rows)
+        widths = [len(places[0])] * len(self.rows)
         key = self._key({"what": "means", "layers": layers})
         groups = list(batches_of(self.rows, self.reading))
         return keep_rows(means_file(self.partial), key, widths, groups, read_batch, self.reading.progress)

@@ -124,7 +124,8 @@ def _trained(  # noqa: PLR0913 - the arguments of `train_gate`
     below_layer = base.layers // 2 if options.below_layer is None else options.below_layer
     if not 1 <= below_layer <= base.layers:
         raise RuleError(f"gate: reads layers below {below_layer}; expected 1 to {base.layers}, the layers of {base.id}")
-    counts = sizes(options.features, below_layer * base.mlp_size)
+    layer, index = base.places(0, below_layer)  # of the columns of the means
+    counts = sizes(options.features, len(layer))
     prompts, labels = labelled_prompts(traces)
     parts = split([str(row) for row in range(len(prompts))], _shares(options.validation_share), options.seed)
     train, validation = (np.array(sorted(map(int, parts[name]))) for name in ("train", "validation"))
@@ -140,12 +141,11 @@ def _trained(  # noqa: PLR0913 - the arguments of `train_gate`
         fitted = fit_attention(
             training,
             counts,
-            lambda places: reader.tokens(places // base.mlp_size, places % base.mlp_size),
+            lambda places: reader.tokens(layer[places], index[places]),
             options.seed,
         )
     names = tuple(identity(prompt) for prompt in prompts)
-    layer, index = fitted.places // base.mlp_size, fitted.places % base.mlp_size
-    gate = Gate(layer, index, **fitted.weights, threshold=0.5, base=base, questions=names)
+    gate = Gate(layer[fitted.places], index[fitted.places], **fitted.weights, threshold=0.5, base=base, questions=names)
     p_correct = _probabilities(gate, fitted, means, validation)
     length = by_length(np.array([len(row) for row in rows]), train, labels[train], validation)
     scores = ValidationScores(p_correct, length, labels[validation], float(labels[train].mean()), len(train))

@@ -82,7 +82,7 @@ def read_attribution(  # noqa: PLR0913 - one decision of the researcher each
             for row, question in enumerate(chunk)
             for trace in question
         ]
-        gradients = np.zeros((len(chunk), base.layers, base.mlp_size))
+        gradients = np.zeros((len(chunk), base.layers, base.widest))
         lengths = [len(completion.ids) + 1 for completion in completions]
         for indices in batches(lengths, reading.token_budget // 4, MAX_ROWS):
             batch = [completions[index] for index in indices]

@@ -129,8 +129,9 @@ def require_room(base: BaseModel, keep: int, min_layer: int | None, per_layer: i
         RuleError: ``keep`` is less than 1 or more than these layers allow, or there is no layer ``min_layer``.
     """
     lowest = base.layers // 2 if min_layer is None else min_layer
-    allowed = base.mlp_size if per_layer is None else min(per_layer, base.mlp_size)
-    if not 0 <= lowest < base.layers or not 1 <= keep <= (base.layers - lowest) * allowed:
+    widths = [base.width(layer) for layer in range(max(0, lowest), base.layers)]
+    available = sum(widths if per_layer is None else (min(per_layer, width) for width in widths))
+    if lowest < 0 or not 1 <= keep <= available:
         budget = "" if per_layer is None else f", and {per_layer} of one are allowed"
         raise RuleError(
             f"neurons: {keep} wanted from layer {lowest} on; {base.id} has {base.layers} layers of "
@@ -182,10 +183,9 @@ def _by_cohen(stats: NeuronStats, _lowest: int, _refinement: Refinement) -> _Ran
 def _by_t(stats: NeuronStats, lowest: int, refinement: Refinement) -> _Ranked:
     scipy: Any = require("scipy.stats", "identify", "ranking by t")
     t, (correct, incorrect) = paired_t(stats), stats.means()
-    passing = np.zeros(t.shape, dtype=bool)
-    p_values = 2 * scipy.t.sf(np.abs(t[lowest:]), stats.correct_count - 1)
-    adjusted = scipy.false_discovery_control(p_values, axis=None).reshape(p_values.shape)
-    passing[lowest:] = adjusted <= refinement.fdr
+    passing, places = np.zeros(t.shape, dtype=bool), stats.base.places(lowest)
+    p_values = 2 * scipy.t.sf(np.abs(t[places]), stats.correct_count - 1)
+    passing[places] = scipy.false_discovery_control(p_values) <= refinement.fdr
     if not passing.any():
         raise RuleError(
             f"ranking t: none of {p_values.size} neurons passes a false discovery rate of {refinement.fdr:g} (least "
@@ -220,17 +220,17 @@ def _best(
     """Layer and index of the largest entries by several (L, M) keys, the first counting most."""
     keep, min_layer, per_layer = choice
     require_room(base, keep, min_layer, per_layer)
-    flat = [key[min_layer:].ravel() for key in keys]
-    order = np.lexsort((np.arange(flat[0].size), *(-key for key in reversed(flat))))
+    places = base.places(min_layer)
+    order = np.lexsort((np.arange(len(places[0])), *(-key[places] for key in reversed(keys))))
     if passing is not None:
-        order = order[passing[min_layer:].ravel()[order]]
+        order = order[passing[places][order]]
+    layer, index = (axis[order] for axis in places)
     if per_layer is not None:
-        layers = order // base.mlp_size
         allowed = np.zeros(len(order), dtype=bool)
-        for layer in range(base.layers - min_layer):
-            allowed[np.flatnonzero(layers == layer)[:per_layer]] = True
-        order = order[allowed]
-    return min_layer + order[:keep] // base.mlp_size, order[:keep] % base.mlp_size
+        for number in range(min_layer, base.layers):
+            allowed[np.flatnonzero(layer == number)[:per_layer]] = True
+        layer, index = layer[allowed], index[allowed]
+    return layer[:keep], index[:keep]
 
 
 def _neurons(

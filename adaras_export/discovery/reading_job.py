@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from adaras_export.core import families
 from adaras_export.core.neuron_stats import AttributionStats, Contrast, NeuronStats
 from adaras_export.core.trace_files import trace_line
 from adaras_export.core.traces import Trace, by_question
@@ -95,7 +96,7 @@ def plan(
             both outcomes.
     """
     lengths = {trace.id: sum(map(len, encode_trace(tokenizer, trace))) for trace in traces}
-    context = model.config.max_position_embeddings
+    context = families.text_config(model).max_position_embeddings
     long = [id_ for id_, length in lengths.items() if length > context]
     _require_bearable(model, long, lengths, reading)
     kept = [trace for trace in traces if reading.too_long != "skip" or lengths[trace.id] <= context]
@@ -122,10 +123,11 @@ def _require_bearable(
     learned = reading.too_long == "read" and model.config.model_type == "gpt2"  # it has no positions there
     if not long or (reading.too_long != "refuse" and not learned):
         return
+    context = families.text_config(model).max_position_embeddings
     longest = max(long, key=lambda id_: lengths[id_])
     remedy = "leave them out (skip)" if learned else "leave them out (skip), or read them all the same (read)"
     raise TraceError(
-        f"traces: {len(long)} of {len(lengths)} exceed the model's context of {model.config.max_position_embeddings} "
+        f"traces: {len(long)} of {len(lengths)} exceed the model's context of {context} "
         f"tokens (the longest, {longest}, has {lengths[longest]}); expected shorter ones; --too-long says: {remedy}"
     )
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from adaras_export.core import families
 from adaras_export.core.traces import digest
 from adaras_export.errors import TraceError
 from adaras_export.evaluation.engine import Bank
@@ -142,7 +143,7 @@ class AnswerCache:
             TraceError: it leaves no room for an answer in the model's context.
         """
         longest, new = max(map(len, self._rows)), self._task.sampling.max_new_tokens
-        context = int(self._model.config.max_position_embeddings)
+        context = int(families.text_config(self._model).max_position_embeddings)
         if longest + new > context:
             raise TraceError(
                 f"prompt of {longest} tokens: {new} new ones exceed the context of {context}; expected "

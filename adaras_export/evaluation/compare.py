@@ -14,6 +14,7 @@ import numpy as np
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from adaras_export.core import families
 from adaras_export.core.intervals import Estimate, changed, difference, mean_interval, paired_difference
 from adaras_export.core.rule import SteeringRule
 from adaras_export.evaluation.answer_cache import AnswerCache
@@ -114,7 +115,7 @@ class _DivergenceReader:
             figures = self._read([rows[index] for index in indices], is_steered_N[list(indices)])
             return np.array([[tokens, *(nat for name in self.names for nat in nats[name])] for tokens, nats in figures])
 
-        most = max(1, _LOGITS // (self.sampling.max_new_tokens * int(self.model.config.vocab_size)))
+        most = max(1, _LOGITS // (self.sampling.max_new_tokens * int(families.text_config(self.model).vocab_size)))
         key = f"divergences of {'/'.join(self.names)} {self.sampling.max_new_tokens} {self.rule.fingerprint}"
         figures_NF = cache.figures(key, read, most)
         nats = {name: figures_NF[:, 1 + 4 * at : 5 + 4 * at].T for at, name in enumerate(self.names)}

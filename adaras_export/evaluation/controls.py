@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from adaras_export.core import families
+from adaras_export.core.base_model import BaseModel
 from adaras_export.core.rule import SteeringRule
 from adaras_export.errors import RuleError
 from adaras_export.files.safetensors_record import Array
@@ -25,10 +26,12 @@ def random_control(model: PreTrainedModel, rule: SteeringRule, seed: int) -> Ste
     layers, indices, deltas = [], [], []
     for layer in rule.layers():
         own, delta = rule.neurons_of(layer)
-        others = np.setdiff1d(np.arange(rule.base.mlp_size), own)
+        others = np.setdiff1d(np.arange(rule.base.width(layer)), own)
         drawn = random.choice(others, size=min(len(own), len(others)), replace=False)
         signed = random.permutation(np.abs(delta))[: len(drawn)] * random.choice([-1.0, 1.0], size=len(drawn))
-        own_norm, drawn_norm = _norm(model, layer, own, delta), _norm(model, layer, drawn, signed)
+        own_norm, drawn_norm = (
+            _norm(model, rule.base, layer, index, change) for index, change in ((own, delta), (drawn, signed))
+        )
         if own_norm > 0 and drawn_norm == 0:
             raise RuleError(f"random control: no neuron of layer {layer} beside the rule's adds anything; expected one")
         scale = own_norm / drawn_norm if drawn_norm else 0.0
@@ -49,12 +52,11 @@ def random_control(model: PreTrainedModel, rule: SteeringRule, seed: int) -> Ste
 
 
 @torch.no_grad()
-def _norm(model: PreTrainedModel, layer: int, index: Array, delta: Array) -> float:
+def _norm(model: PreTrainedModel, base: BaseModel, layer: int, index: Array, delta: Array) -> float:
     """Norm of what these neurons add to the output of the down projection, which may be quantised."""
     down = families.down_projection(model, layer)
-    mlp_size = families.sizes_of(model)[2]
     parameter = next(model.parameters())
-    h_2M = torch.zeros(2, mlp_size, dtype=parameter.dtype, device=parameter.device)
+    h_2M = torch.zeros(2, base.width(layer), dtype=parameter.dtype, device=parameter.device)
     h_2M[1, torch.tensor(index)] = torch.tensor(delta).to(h_2M)
     without, with_them = down(h_2M).float()
     return float((with_them - without).norm())

@@ -5,6 +5,7 @@ its lock. When a process dies, its lock is released; the next process takes the 
 """
 
 import errno
+import json
 import os
 import shutil
 import stat
@@ -18,6 +19,7 @@ from adaras_export.files.atomic import link_or_copy
 from adaras_export.files.locks import locked
 
 _SUFFIX, _LOCK, _STAGE, _DONE = ".adaras-export", "lock", "stage-", "done"
+_REMOVED = ".removed.json"  # in a finished revision: the files that it removes
 _FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
 _LITTLE = 1 << 16  # bytes; a disk with less free space counts as full
 
@@ -51,8 +53,8 @@ def staged(out: Path, base: Path) -> Iterator[Path]:
 def revised(folder: Path) -> Iterator[Path]:
     """A copy of ``folder``; when the context succeeds, its changed files replace those of the folder.
 
-    The copy consists of hard links: replace files in it, never write into them. If a run dies while files are being
-    replaced, the next run finishes the job.
+    Files that were removed from the copy are removed from the folder. The copy consists of hard links: replace files in
+    it, never write into them. If a run dies while files are being replaced, the next run finishes the job.
 
     Raises:
         ExportError: another process writes the folder, or it cannot be written.
@@ -62,7 +64,9 @@ def revised(folder: Path) -> Iterator[Path]:
         _finish(workshop / _DONE, folder)
         with _stage(folder, workshop) as stage:
             shutil.copytree(folder, stage, copy_function=_link, dirs_exist_ok=True)
+            before = _names(stage)
             yield stage
+            (stage / _REMOVED).write_text(json.dumps(sorted(before - _names(stage))))
             _settle(stage)
             stage.rename(workshop / _DONE)
         _sync_folder(workshop)
@@ -157,14 +161,21 @@ def _finish(done: Path, folder: Path) -> None:
     if not done.exists():
         return
     try:
-        for path in sorted(done.rglob("*")):
+        removed = json.loads((done / _REMOVED).read_text())
+        for path in sorted({*done.rglob("*")} - {done / _REMOVED}):
             place = folder / path.relative_to(done)
             if path.is_file() and not (place.exists() and place.samefile(path)):
                 place.parent.mkdir(exist_ok=True)
                 path.replace(place)
-        shutil.rmtree(done)
+        for name in removed:
+            (folder / name).unlink(missing_ok=True)
+        shutil.rmtree(done.rename(done.parent / f"{_STAGE}{_DONE}"))  # under a name that the next run clears
     except OSError as error:
         raise ExportError(f"{folder}: not all files could be replaced ({_words(error)}); repeat the command") from error
+
+
+def _names(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
 def _link(source: str, target: str) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from adaras_export.core import families
@@ -200,7 +201,14 @@ def token_means(
         means[layer] = part_BM if layer not in means else means[layer] + part_BM
 
     read(model, rows, layers, average, chunk_tokens)
-    return torch.stack([means[layer].cpu() for layer in layers], dim=1)
+    return of_layers(model, [means[layer].cpu() for layer in layers])
+
+
+def of_layers(model: nn.Module, parts: Sequence[Tensor]) -> Tensor:
+    """Tensors of some layers, (B, M) each, as one of (B, len(parts), M); zeros where layers are narrower."""
+    mlp_size = families.sizes_of(model)[2]
+    widest = mlp_size if isinstance(mlp_size, int) else max(mlp_size)
+    return torch.stack([pad(part_BM, (0, widest - part_BM.shape[-1])) for part_BM in parts], dim=1)
 
 
 def row_means(
@@ -253,9 +261,11 @@ class Recorder:
     prompt and completion does.
     """
 
-    def __init__(self, layers: int, end_ids: Collection[int]) -> None:
-        self._sums: list[Tensor | None] = [None] * layers
+    def __init__(self, model: nn.Module, end_ids: Collection[int]) -> None:
+        self._model = model
+        self._sums: list[Tensor | None] = [None] * families.sizes_of(model)[1]
         self._end_ids = end_ids
+        self._given: dict[str, Any] = {}
         self._weight_BT: Tensor | None = None
         self._alive_B: Tensor | None = None
         self._count_B: Tensor | None = None
@@ -263,8 +273,8 @@ class Recorder:
     def means(self) -> Tensor:
         """The means, (B, L, M) float32 on the CPU."""
         assert self._count_B is not None  # a model ran
-        sums = torch.stack([sum_BM for sum_BM in self._sums if sum_BM is not None], dim=1)
-        return sums.cpu() / self._count_B[:, None, None].cpu()
+        sums = of_layers(self._model, [sum_BM.cpu() for sum_BM in self._sums if sum_BM is not None])
+        return sums / self._count_B[:, None, None].cpu()
 
     def repeat(self, rows: Sequence[int]) -> None:
         """Select rows as `Prefilled.repeated` does; the next call brings the last prompt token of each."""
@@ -274,11 +284,12 @@ class Recorder:
             self._count_B = self._count_B[index_R]
             self._sums = [None if sum_BM is None else sum_BM[index_R.to(sum_BM.device)] for sum_BM in self._sums]
 
-    def begin(self, _module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Decoder pre-hook: determine which tokens of this call count."""
-        ids_BT = kwargs["input_ids"]
+        given = self._given if kwargs.get("input_ids") is None else kwargs
+        ids_BT = given["input_ids"]
         if self._alive_B is None:  # prompt tokens
-            mask = kwargs.get("attention_mask")
+            mask = given.get("attention_mask")
             self._weight_BT = (torch.ones_like(ids_BT) if mask is None else mask[:, -ids_BT.shape[1] :]).float()
             self._alive_B = torch.ones(len(ids_BT), device=ids_BT.device)
         else:
@@ -287,6 +298,11 @@ class Recorder:
             self._weight_BT = self._alive_B[:, None]
         count_B = self._weight_BT.sum(1)
         self._count_B = count_B if self._count_B is None else self._count_B + count_B
+        return args, families.for_all_tokens(kwargs)
+
+    def note(self, _module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Model pre-hook: keep ids and mask, as a model that reads images gives its decoder embeddings."""
+        self._given = kwargs
 
     def add(self, layer: int, h_BTM: Tensor) -> None:
         """Add the activations of one layer; the sink of `capture`."""
@@ -300,10 +316,14 @@ class Recorder:
 def recording(model: nn.Module, end_ids: Collection[int]) -> Iterator[Recorder]:
     """Record one batch that `complete`, or `prefill` and `continue_ids`, run inside the context."""
     layers = families.sizes_of(model)[1]
-    recorder = Recorder(layers, end_ids)
+    recorder = Recorder(model, end_ids)
     with capture(model, range(layers), recorder.add):
-        handle = families.decoder(model).register_forward_pre_hook(recorder.begin, with_kwargs=True)
+        handles = [
+            model.register_forward_pre_hook(recorder.note, with_kwargs=True),
+            families.decoder(model).register_forward_pre_hook(recorder.begin, with_kwargs=True),
+        ]
         try:
             yield recorder
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()

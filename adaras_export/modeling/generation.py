@@ -32,6 +32,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from adaras_export.core import families
 from adaras_export.core.traces import Prompt, Trace
 from adaras_export.errors import TraceError
 from adaras_export.files.atomic import sha256
@@ -83,7 +84,7 @@ class Prefilled:
         """A copy with the given rows; a row may be given several times."""
         index_R = torch.tensor(rows, device=self.ids.device)
         cache: Any = copy.deepcopy(self.cache)
-        cache.batch_select_indices(index_R)
+        cache.reorder_cache(index_R)  # any rows; `batch_select_indices` would leave the states of linear attention
         return Prefilled(self.ids[index_R], self.mask[index_R], cache)
 
 
@@ -121,7 +122,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
 def room(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> int:
     """How many tokens the model's context has left after the longest prompt."""
     longest = max((len(encode_prompt(tokenizer, prompt)) for prompt in prompts), default=0)
-    return int(model.config.max_position_embeddings) - longest
+    return int(families.text_config(model).max_position_embeddings) - longest
 
 
 def encode_trace(tokenizer: PreTrainedTokenizerBase, trace: Trace) -> tuple[list[int], list[int]]:
@@ -309,7 +310,7 @@ def _generate(
     """The new ids of every row: at most ``max_new_tokens``, up to the first end token."""
     max_new_tokens = sampling.max_new_tokens
     width = inputs["input_ids"].shape[1]
-    context = model.config.max_position_embeddings
+    context = families.text_config(model).max_position_embeddings
     if width + max_new_tokens > context:
         raise TraceError(
             f"prompt of {width} tokens: {max_new_tokens} new ones exceed the context of {context}; "

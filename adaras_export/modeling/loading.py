@@ -7,13 +7,14 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
+from adaras_export.core import quantised
 from adaras_export.core.checkpoint import Checkpoint
+from adaras_export.core.families import input_device
 from adaras_export.errors import ArtifactError, first_line, require
 from adaras_export.files.hub import fetch
 
@@ -40,9 +41,10 @@ def load_model(
         offload_folder: where a device map may put weights on the disk.
 
     Raises:
-        MissingExtraError: a device map is given, but Accelerate is not installed.
+        MissingExtraError: a device map is given, but Accelerate is not installed; or what opens quantised weights.
         ArtifactError: the folder has no model, or its tensors are not exactly those of the architecture.
-        UnsupportedModelError: the architecture is not in the table.
+        UnsupportedModelError: the architecture is not in the table, or the weights are quantised in a format that was
+            not tried.
 
     Example:
         model, tokenizer = load_model("Qwen/Qwen3-1.7B", dtype="bfloat16")
@@ -50,14 +52,18 @@ def load_model(
         print(report.correct, "of", report.traces, "traces are correct")
     """
     folder = fetch(base, revision)
-    Checkpoint(folder).require_buildable()
-    placing: dict[str, Any] = {}
+    checkpoint = Checkpoint(folder)
+    checkpoint.require_buildable()
+    stored = quantised.required(checkpoint.config, str(base))
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    # Some quantised models can be put somewhere only while they are loaded.
+    placing: dict[str, Any] = {} if stored is None else {"device_map": {"": place}}
     if device_map is not None:
         require("accelerate", "distributed", "a device map")
         placing = {"device_map": device_map, "offload_folder": offload_folder}
     try:
         with torch.random.fork_rng(devices=[]):  # missing tensors are drawn at random
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = checkpoint.family.auto_class.from_pretrained(
                 folder, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True, **placing
             )
         tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
@@ -69,8 +75,13 @@ def load_model(
     _require_exact(loading, str(base))
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if device_map is None:
-        model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device_map is None and stored is None:
+        model.to(place)
+    if stored is not None and stored.library == "compressed_tensors":
+        with (
+            torch.no_grad()
+        ):  # it unpacks the weights in the model's first call, and not where only the decoder is called
+            model(torch.tensor([[0]], device=input_device(model)))
     return model.eval(), tokenizer
 
 

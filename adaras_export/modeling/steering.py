@@ -21,6 +21,7 @@ from adaras_export.core.rule import SteeringRule
 from adaras_export.errors import RuleError
 from adaras_export.files.safetensors_record import Array
 from adaras_export.modeling.gate import gate_module
+from adaras_export.runtime.modeling_adaras import handing_on, unshared
 from adaras_export.runtime.steering_adaras import (
     THREAD,
     Scope,
@@ -37,7 +38,6 @@ from adaras_export.runtime.steering_adaras import (
     require_generation,
     scope_of,
     tokens_of,
-    unshared,
 )
 
 
@@ -62,7 +62,10 @@ def steered(model: nn.Module, rule: SteeringRule) -> Iterator[nn.Module]:
             down = families.down_projection(model, layer)
             undo.callback(down.register_forward_pre_hook(partial(hooks.at_down, layer)).remove)
         undo.callback(setattr, model, "__class__", type(model))
-        model.__class__ = announcing(type(model))
+        native: Any = type(model)
+        model.__class__ = announcing(
+            native, **({"forward": handing_on(native)} if families.reads_images(model) else {})
+        )
         yield model
 
 
@@ -134,10 +137,11 @@ class Passes:
     def limit(self, step: Step, rows: int) -> None:
         """Adjust the step of a forward pass over ``rows`` rows before it runs."""
 
-    def begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Decoder pre-hook: begin the step."""
+        kwargs = families.for_all_tokens(kwargs)
         if not self.applies():
-            return
+            return args, kwargs
         arguments = {**dict(zip(self.names, args, strict=False)), **kwargs}
         with ExitStack() as opening:
             opening.enter_context(self.around())
@@ -147,6 +151,7 @@ class Passes:
                 preview(step, self.decoder.forward, arguments)
             opening.enter_context(here(step=step))
             _OPEN.passes.append((self, opening.pop_all()))
+        return args, kwargs
 
     def end(self, _module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], outputs: Any) -> None:  # noqa: ANN401
         """Decoder hook: end the step, also after an error."""
@@ -161,7 +166,7 @@ class Passes:
         """Where the prompt ends in a call that generate() prepared; None lets the shape of the call decide."""
         scope = scope_of(self.decoder)
         if scope is None:
-            return None, None
+            return THREAD.handed_on
         place, scope.place = scope.place, (None, None)  # the next call may have another prompt, as with guidance_scale
         return place
 
@@ -232,8 +237,9 @@ def _by_layer(layer: Array, index: Array, device: torch.device) -> dict[int, Ten
 
 
 def _check(model: nn.Module, rule: SteeringRule) -> None:
-    family, layers, mlp_size, hidden_size = families.sizes_of(model)
     name = str(model.config.name_or_path or type(model).__name__)  # type: ignore[union-attr]
-    rule.base.require_same(BaseModel(name, family, layers, mlp_size, hidden_size))
+    base = BaseModel(name, *families.sizes_of(model))
+    families.require_version(base.family, name)
+    rule.base.require_same(base)
     if hasattr(type(model), "_is_steered"):
         raise RuleError(f"{name}: is steered already; leave that context first, or merge the rules")

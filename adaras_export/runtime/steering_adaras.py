@@ -20,14 +20,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-from transformers import GenerationMixin, PreTrainedModel, modeling_utils
+from transformers import GenerationMixin
 from transformers.cache_utils import Cache
-
-try:
-    from transformers import conversion_mapping
-except ImportError:  # Transformers 4
-    conversion_mapping = None  # type: ignore[assignment]
 
 DECODER_ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "inputs_embeds")
 """The arguments of a decoder's call that steering reads. The KV cache is found by its type, as its name varies."""
@@ -38,6 +32,7 @@ class _Thread(threading.local):
 
     def __init__(self) -> None:
         self.step: Step | None = None  # the forward pass that runs
+        self.mlp: Any = None  # the MLP whose forward pass runs
         self.scope: Scope | None = None  # the generate() call that runs
         self.handed_on: tuple[Any, Any] = (None, None)  # steering_start and steering_valid, for the decoder
         self.off: tuple[int, ...] = ()  # ids of the dials that are switched off
@@ -65,12 +60,12 @@ class SteeringGate(nn.Module):
 
     def __init__(self, feature_count: int, hidden_size: int) -> None:
         super().__init__()
-        self.attention_weight = _parameter(feature_count)
-        self.attention_bias = _parameter()
-        self.hidden_weight = _parameter(hidden_size, feature_count)
-        self.hidden_bias = _parameter(hidden_size)
-        self.output_weight = _parameter(hidden_size)
-        self.output_bias = _parameter()
+        self.attention_weight = frozen(feature_count)
+        self.attention_bias = frozen()
+        self.hidden_weight = frozen(hidden_size, feature_count)
+        self.hidden_bias = frozen(hidden_size)
+        self.output_weight = frozen(hidden_size)
+        self.output_bias = frozen()
 
     def forward(
         self, seen: "tuple[Tensor, Tensor] | None", more: "tuple[Tensor, Tensor] | None" = None
@@ -94,7 +89,8 @@ class SteeringGate(nn.Module):
             return value_BTH, weight_BT, torch.sigmoid(hidden_BH @ self.output_weight + self.output_bias)
 
 
-def _parameter(*shape: int) -> nn.Parameter:
+def frozen(*shape: int) -> nn.Parameter:
+    """A parameter that is kept in float32 and not trained."""
     return nn.Parameter(torch.zeros(shape, dtype=torch.float32), requires_grad=False)
 
 
@@ -179,7 +175,8 @@ def _dial(name: str, meaning: str) -> Any:
 class Steering:
     """The dials of a steered model: ``model.steering``. All calls on the model share them.
 
-    ``strength``, ``threshold`` and ``enabled`` may be set; 0 and False give the base model's output, bit for bit.
+    ``strength``, ``threshold`` and ``enabled`` may be set; 0 and False give the base model's output, bit for bit (0
+    in Gemma 4: but for rounding).
     """
 
     strength = _dial("strength", "Factor on every steering vector; negative reverses the direction.")
@@ -232,6 +229,7 @@ class Step:
         self.dials = dials
         self.cache = cache
         self.columns = columns
+        self.projections = 0  # how many have run
         self.prompt_BT: Tensor | None = None
         self.steered_BT: Tensor | None = None
         self._features: list[Tensor] = []
@@ -308,7 +306,8 @@ def begin_step(
         ValueError: the mask is not 2D, the KV cache was filled without the gate, or the mask counts earlier tokens that
             no KV cache holds.
     """
-    tokens, scope, mask = tokens_of(arguments), scope_of(model), arguments.get("attention_mask")
+    tokens, scope = tokens_of(arguments), scope_of(model)
+    mask = arguments.get("attention_mask") if valid_BT is None else valid_BT
     cache = cache_of(arguments)
     state, columns = getattr(cache, "steering_state", None), columns_in(cache)
     if cache is None:
@@ -324,7 +323,7 @@ def begin_step(
     if is_packed(arguments):
         step.place_packed(arguments["logits_indices"], arguments["cu_seq_lens_q"], arguments["position_ids"])
     elif tokens.shape[1] > 1 or fresh or start is not None:
-        step.place(start, valid_tokens(mask, tokens) if valid_BT is None else valid_BT)
+        step.place(start, valid_tokens(mask, tokens))
     else:
         step.steered_BT = torch.ones(1, 1, dtype=torch.bool, device=tokens.device)
     return step
@@ -435,21 +434,8 @@ def finish_step(step: Step, outputs: Any) -> None:
                 follow(one)
 
 
-class OwnModelType:
-    """The model_type of a config class. Its instances have the base's, by which Transformers 5 picks tokenizers."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __get__(self, config: Any, owner: type) -> str:
-        return self.name if config is None else self.name.removeprefix("adaras_")
-
-    def __set__(self, config: Any, name: str) -> None:
-        """Ignore the value that Transformers reads from config.json."""
-
-
-class SteeredMLP:
-    """Mix-in for an MLP: its forward passes h and the down projection to `steered_down`."""
+class SteeredProjection:
+    """Mix-in for the module that holds or is a down projection."""
 
     steering_vector: Tensor | None
     steering_index: Tensor | None
@@ -460,200 +446,12 @@ class SteeredMLP:
         step = THREAD.step
         if step is None:  # switched off
             return output_BTD
+        step.projections += 1
         if self.steering_index is not None:
             step.read(hidden_BTM, self.steering_index)
         if self.steering_vector is None or (scale := step.scale(output_BTD)) is None:
             return output_BTD
         return output_BTD + (scale * self.steering_vector).to(output_BTD.dtype)
-
-
-class SteeredGatedMLP(SteeredMLP):
-    """The MLP of most families: activated gate projection times up projection."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Compute what the base computes, with a steered down projection."""
-        own: Any = self
-        return self.steered_down(own.act_fn(own.gate_proj(x)) * own.up_proj(x), own.down_proj)
-
-
-class _Steered(PreTrainedModel):
-    """What the decoder and the causal language model share: loading, saving and gradient checkpointing."""
-
-    install_steering: Callable[[Any], None]
-
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)
-        self.install_steering(config)
-        # On the instance, after construction: Transformers 4.57 checks the class's list against modules that exist.
-        kept = set(self._keep_in_fp32_modules_strict or ())
-        self._keep_in_fp32_modules_strict = kept | {"steering_gate", "steering_vector"}
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Rename checkpoint keys as for the base class: Transformers 5 looks the renaming up by class name."""
-        super().__init_subclass__(**kwargs)
-        native = cls.native_class()
-        names = (native.__name__, getattr(native.config_class, "model_type", None)) if conversion_mapping else ()
-        for name in names:
-            if (rules := conversion_mapping.get_checkpoint_conversion_mapping(name)) is not None:
-                conversion_mapping.register_checkpoint_conversion_mapping(cls.__name__, rules, overwrite=True)
-                break
-
-    @classmethod
-    def native_class(cls) -> Any:
-        """The Transformers class that is steered."""
-        return next(parent for parent in cls.__mro__ if parent.__module__.startswith("transformers."))
-
-    @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As in Transformers, but the gate and the vectors stay frozen."""
-        # Without it, version 4 does not load the buffers of layers on disk, and the gate's indices would be zero.
-        loaded = super().from_pretrained(*args, **{"offload_buffers": True, **kwargs})
-        for name, parameter in (loaded[0] if isinstance(loaded, tuple) else loaded).named_parameters():
-            parameter.requires_grad &= "steering_" not in name
-        return loaded
-
-    def _set_gradient_checkpointing(  # type: ignore[override]
-        self, *, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **kwargs: Any
-    ) -> None:
-        """Steer a layer that is recomputed for its gradient as it was steered in the forward pass."""
-
-        def steered(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
-            return gradient_checkpointing_func(here(step=THREAD.step)(function), *args, **options)
-
-        super()._set_gradient_checkpointing(gradient_checkpointing_func=steered, **kwargs)
-
-
-class SteeredModel(_Steered):
-    """Mix-in for the decoder without LM head: decides in each call which tokens are prompt and which are steered.
-
-    ``forward`` takes one more argument: ``steering_start``, the column of this call at which generation begins
-    (an int or (B, 1)), for teacher forcing, losses and prefixes; above T, the prompt goes on in a later call.
-    Without it, a call with several tokens is a whole prompt, and a call with one token a generated token.
-    """
-
-    steered_mlp_class: type[nn.Module]
-    steered_layers = "layers"
-    _auto_class = "AutoModel"
-
-    def install_steering(self, config: Any) -> None:
-        """Turn the MLPs of the rule's layers into steered MLPs. The base model's weights keep their names.
-
-        Raises:
-            NotImplementedError: a server packs requests into one row and does not show where their prompts end, or
-                this Transformers has renamed the decoder's arguments.
-        """
-        self.forward_names = parameter_names(self.native_class().forward)
-        if (server := config._attn_implementation) in ("vllm", "sglang", "tgi"):
-            raise NotImplementedError(f"{server} does not say where a prompt ends; serve an export to `stock` there")
-        settings = config.adaras
-        gate = settings["gate"]
-        self.steering = Steering(settings)
-        self.steering_gate = SteeringGate(sum(gate["features"]), gate["hidden_size"]) if gate else None
-        features = dict(zip(gate["layers"], gate["features"], strict=True)) if gate else {}
-        self.steering_is_causal = not features or not settings["layers"] or max(features) < min(settings["layers"])
-        for layer in sorted({*features, *settings["layers"]}):
-            mlp = getattr(self, self.steered_layers)[layer].mlp
-            mlp.__class__ = self.steered_mlp_class
-            vector = _parameter(config.hidden_size) if layer in settings["layers"] else None
-            index = torch.zeros(features[layer], dtype=torch.int64) if layer in features else None
-            mlp.register_parameter("steering_vector", vector)
-            mlp.register_buffer("steering_index", index)
-
-    def forward(
-        self,
-        *args: Any,
-        steering_start: "int | Tensor | None" = None,
-        steering_valid: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """As in Transformers."""
-        arguments = {**dict(zip(self.forward_names, args, strict=False)), **kwargs}
-        if not self.steering.active:
-            return super().forward(**arguments)
-        if steering_start is None:
-            steering_start, steering_valid = THREAD.handed_on
-        step = begin_step(self, self.steering_gate, self.steering, arguments, steering_start, steering_valid)
-        if not self.steering_is_causal:
-            preview(step, super().forward, arguments)
-        with here(step=step):
-            outputs = super().forward(**arguments)
-        finish_step(step, outputs)
-        return outputs
-
-
-class SteeredGeneration(_Steered, GenerationMixin):
-    """Mix-in for the causal language model: generate() gives its forward passes the length of the prompt."""
-
-    steered_model_class: type[SteeredModel]
-    _auto_class = "AutoModelForCausalLM"
-
-    def install_steering(self, config: Any) -> None:
-        """Turn the decoder into a steered decoder.
-
-        Raises:
-            NotImplementedError: this Transformers has renamed arguments of generate() or of its parts.
-        """
-        require_generation(self.native_class())
-        decoder = self.steered_decoder
-        decoder.__class__ = self.steered_model_class
-        known: dict[str, Any] = getattr(modeling_utils, "_CAN_RECORD_REGISTRY", {})  # filled by constructors
-        known.setdefault(str(decoder.__class__), decoder._can_record_outputs)
-        decoder.install_steering(config)
-        self.steering = decoder.steering
-
-    @property
-    def steered_decoder(self) -> Any:
-        """The model without its LM head."""
-        return self.base_model
-
-    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As in Transformers. Afterwards ``steering.last_decisions`` has the gate's decisions.
-
-        ``steering_start``, an argument or an attribute of the generation config, is the number of input columns that
-        are the prompt; by default all are. The columns after them are the beginning of the answer, and are steered.
-        """
-        config = kwargs.get("generation_config", self.generation_config)
-        start = kwargs.pop("steering_start", getattr(config, "steering_start", None))
-        scope = Scope(self.steered_decoder, prompt_width(inputs, kwargs) if start is None else start)
-        with scope.open():
-            outputs = super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
-        scope.remember(self.steering, outputs)
-        return outputs
-
-    def prepare_inputs_for_generation(
-        self, input_ids: Any, *args: Any, inputs_embeds: Any = None, **kwargs: Any
-    ) -> Any:
-        """As in Transformers, and adds where the prompt ends in this call."""
-        kwargs["inputs_embeds"] = inputs_embeds  # named above because Transformers looks at the signature
-        prepared = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc]
-        start, valid_BT = place_of(scope_of(self.steered_decoder), input_ids, kwargs.get("attention_mask"), prepared)
-        if start is not None:
-            prepared |= {"steering_start": start, "steering_valid": valid_BT}
-        return prepared
-
-    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """As in Transformers, but no request uses another's KV cache, in which other tokens may have been steered.
-
-        Raises:
-            NotImplementedError: there is a gate, and packed requests have no place for its state; or see `unshared`.
-        """
-        if self.steered_decoder.steering_gate is not None:
-            raise NotImplementedError("continuous batching is not supported by a model with a gate; use generate()")
-        return unshared(super().init_continuous_batching(*args, **kwargs))
-
-
-def unshared(manager: Any) -> Any:
-    """The manager of continuous batching, set so that its requests share no KV blocks.
-
-    Raises:
-        NotImplementedError: this Transformers has no such setting.
-    """
-    settings: Any = getattr(manager, "continuous_batching_config", None)
-    if conversion_mapping:  # Transformers 4 shares no blocks
-        if not hasattr(settings, "allow_block_sharing"):
-            raise NotImplementedError("this Transformers has no allow_block_sharing to switch off; use generate()")
-        settings.allow_block_sharing = False
-    return manager
 
 
 class Scope:
@@ -698,7 +496,10 @@ def require_generation(model_class: Any) -> None:
         NotImplementedError: this Transformers has renamed one.
     """
     parameter_names(model_class.generate, ("inputs", "generation_config"))
-    parameter_names(model_class.prepare_inputs_for_generation, ("input_ids", "attention_mask", "inputs_embeds"))
+    prepare = model_class.prepare_inputs_for_generation
+    if "attention_mask" not in signature(prepare).parameters:  # Falcon-H1 hands them on as **kwargs
+        prepare = GenerationMixin.prepare_inputs_for_generation
+    parameter_names(prepare, ("input_ids", "attention_mask", "inputs_embeds"))
 
 
 def prompt_width(inputs: Tensor | None, kwargs: dict[str, Any]) -> int:

@@ -51,7 +51,7 @@ from adaras_export.files.safetensors_record import Array
 VECTOR_FILE = "control-vector.gguf"
 _TAGS = {"": ("control-vector",), "_into": (), "_switchable": ("lora",)}
 
-# What llama.cpp calls the families of `RESIDUAL_FACTORS`.
+# What llama.cpp calls the families with which it has been run here, steered by a control vector.
 _ARCHITECTURES = {
     "llama": "llama",
     "mistral": "llama",
@@ -62,6 +62,17 @@ _ARCHITECTURES = {
     "phi3": "phi3",
     "gpt_neox": "gptneox",
     "gpt2": "gpt2",
+    "seed_oss": "seed_oss",
+    "cohere2": "cohere2",
+    "arcee": "arcee",
+    "nemotron": "nemotron",
+    "hunyuan_v1_dense": "hunyuan-dense",
+    "ernie4_5": "ernie4_5",
+    "starcoder2": "starcoder2",
+    "stablelm": "stablelm",
+    "gemma": "gemma",
+    "olmo": "olmo",
+    "phi": "phi2",
 }
 
 
@@ -116,7 +127,7 @@ class GgufExporter:
         """As `Exporter` says."""
         require_effect(rule, "gguf")
         require_residual_sum(rule, "gguf")
-        architecture = _ARCHITECTURES[rule.base.family]
+        architecture = _architecture(rule.base.family)
         if self.switchable:
             gguf_switchable.require_form(architecture)
         plain_config(base)
@@ -195,6 +206,20 @@ class GgufExporter:
 
 
 EXPORTER = GgufExporter()
+
+
+def _architecture(family: str) -> str:
+    """What llama.cpp calls a family.
+
+    Raises:
+        ExportError: llama.cpp has not been run with it here.
+    """
+    if family not in _ARCHITECTURES:
+        raise ExportError(
+            f"gguf: {family} has not been tried in llama.cpp, which may add a control vector elsewhere; expected one "
+            f"of: {', '.join(_ARCHITECTURES)}; choose target hf or peft"
+        )
+    return _ARCHITECTURES[family]
 
 
 def _is_text(value: object) -> bool:

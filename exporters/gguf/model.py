@@ -59,7 +59,7 @@ def require_carrier(
 
 
 def _require_sizes(path: Path, shapes: dict[str, list[int]], base: BaseModel) -> None:
-    size = [base.mlp_size, base.hidden_size]
+    size = [base.widest, base.hidden_size]
     expected = {f"blk.{layer}.ffn_down.weight": size for layer in range(base.layers)}
     found = {name: shape for name, shape in shapes.items() if name.endswith(".ffn_down.weight")}
     if found != expected:

@@ -131,8 +131,8 @@ def _lora(rule: SteeringRule, base: Checkpoint) -> dict[str, Array]:
 
 def _constant(base: BaseModel, value: float) -> Array:
     """A value for the constant neuron, and zeros for all others, (M,) float32."""
-    values = np.zeros(base.mlp_size + NEURONS, np.float32)
-    values[base.mlp_size] = value
+    values = np.zeros(base.widest + NEURONS, np.float32)
+    values[base.widest] = value
     return values
 
 
@@ -157,7 +157,7 @@ class _Plan:
         Raises:
             ArtifactError: the file has other sizes.
         """
-        file, size = reader.opened(path), base.mlp_size + more
+        file, size = reader.opened(path), base.widest + more
         sizes = {"gate": (base.hidden_size, size), "up": (base.hidden_size, size), "down": (size, base.hidden_size)}
         expected = {f"blk.{layer}.ffn_{its}.weight": sizes[its] for its in sizes for layer in range(base.layers)}
         found = {tensor.name: tensor.shape for tensor in file.tensors if _WIDENED.fullmatch(tensor.name)}
@@ -180,13 +180,13 @@ class _Plan:
             for layer in range(self.base.layers)
             for ending, value in _BIASES.items()
         }
-        entries = _renamed(source.entries, *names, self.base.mlp_size + NEURONS)
+        entries = _renamed(source.entries, *names, self.base.widest + NEURONS)
         parts = (_moved(_wider(part), self._heads_of(part), back=False) for part in source.parts)
         return replace(source, entries=entries, parts=(*parts, *(content.floats(*one) for one in biases.items())))
 
     def source(self, found: Content) -> Content:
         """The source of a model: without the neurons that `switchable` adds, whose values may be damaged."""
-        entries = _renamed(found.entries, WRITTEN_AS[self.architecture], self.architecture, self.base.mlp_size)
+        entries = _renamed(found.entries, WRITTEN_AS[self.architecture], self.architecture, self.base.widest)
         kept = (part for part in found.parts if not part.name.endswith(tuple(_BIASES)))
         parts = (_moved(_narrower(part), self._heads_of(part), back=True) for part in kept)
         return replace(found, entries=entries, parts=tuple(parts))

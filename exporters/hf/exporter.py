@@ -29,6 +29,7 @@ from adaras_export.exporters.base import (
 from adaras_export.exporters.checkpoint import (
     INDEX_FILE,
     STEERING_FILE,
+    buildable_config,
     changed_companions,
     copy_companions,
     differing_keys,
@@ -38,7 +39,6 @@ from adaras_export.exporters.checkpoint import (
     linked_name,
     name_tokenizer_class,
     opened,
-    plain_config,
     same_content,
     stores,
     strange_names,
@@ -55,7 +55,23 @@ from adaras_export.files import atomic
 from adaras_export.files.atomic import link_or_copy
 from adaras_export.files.safetensors_record import Array
 
-_SHARED_PAYLOAD = "steering_adaras.py"
+_CLASSES, _SHARED_CODE = "modeling_adaras.py", "steering_adaras.py"
+
+# How the classes of a family began in earlier exports.
+_EARLIER = {
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "gemma2": "Gemma2",
+    "gemma3_text": "Gemma3",
+    "olmo2": "Olmo2",
+    "granite": "Granite",
+    "smollm3": "SmolLM3",
+    "phi3": "Phi3",
+    "gpt_neox": "GPTNeoX",
+    "gpt2": "GPT2",
+}
 
 
 @dataclass(frozen=True)
@@ -75,28 +91,25 @@ class HuggingFaceExporter:
 
     def write(self, rule: SteeringRule, base: Checkpoint, out: Path) -> Written:
         """Link the base's files; write the steering tensors, the config and the code."""
-        config = plain_config(base)
+        config = buildable_config(base, images=True)
         for path in sorted({*base.files.values()}):
             link_or_copy(path, out / linked_name(path), copy=self.copy)
         tensors = steering_tensors(rule, base)
         write_tensors(out, tensors)
         write_index(out, _weight_map(base, tensors))
-        write_repository(out, base, steered_config(config, rule), payload(rule.base.family))
+        write_repository(out, base, steered_config(config, rule), payload())
         return Written(rule)
 
     def refresh(self, folder: Path, rule: SteeringRule, base: Checkpoint) -> None:
         """Write today's code and config again."""
-        config = steered_config(base.config, rule)
-        refresh_repository(folder, base, config, payload(rule.base.family))
+        refresh_repository(folder, base, steered_config(base.config, rule), payload())
 
     def inspect(self, folder: Path, rule: SteeringRule, base: Checkpoint) -> Inspection:
         """Compare code, config, tensors and files with those that `write` writes."""
-        expected = steered_config(base.config, rule)
-        code, config, *files = repository_checks(folder, base, expected, payload(rule.base.family))
+        expected, own = form_of(folder, rule, base)
+        code, config, *files = repository_checks(folder, base, expected, own)
         weights = {linked_name(path) for path in base.files.values()}
-        unknown = unknown_files(
-            folder, base.folder, {*payload(rule.base.family), *REPOSITORY_FILES, *SHARED_FILES, *weights}
-        )
+        unknown = unknown_files(folder, base.folder, {*own, *REPOSITORY_FILES, *SHARED_FILES, *weights})
         return Inspection(code, config, (*files, *_tensor_checks(folder, rule, base), unknown))
 
     def reference(self, folder: Path, rule: SteeringRule, base: Checkpoint) -> Reference:  # noqa: ARG002
@@ -129,7 +142,10 @@ def write_repository(out: Path, base: Checkpoint, config: dict[str, Any], code: 
 
 
 def refresh_repository(folder: Path, base: Checkpoint, config: dict[str, Any], code: dict[str, bytes]) -> None:
-    """Write code, config and tokenizer class again, as `write_repository` does; other files stay."""
+    """Write code, config and tokenizer class again, as `write_repository` does, and remove code of earlier versions."""
+    for path in folder.glob("*.py"):
+        if path.name not in code and payload_history.known(folder, path.name):
+            path.unlink()
     for name, content in code.items():
         atomic.replace_file(folder / name, content)
     write_json(folder / "config.json", config)
@@ -168,25 +184,43 @@ def steered_config(config: dict[str, Any], rule: SteeringRule) -> dict[str, Any]
     With the base's model_type, opening without trust_remote_code would give an unsteered model without an error.
     """
     family = families.FAMILIES[rule.base.family]
-    name, module = f"AdaRAS{family.stem}", family.payload.removesuffix(".py")
     return {
         **config,
         "model_type": f"adaras_{family.model_type}",
-        "architectures": [f"{name}ForCausalLM"],
-        "auto_map": {
-            "AutoConfig": f"{module}.{name}Config",
-            "AutoModel": f"{module}.{name}Model",
-            "AutoModelForCausalLM": f"{module}.{name}ForCausalLM",
-        },
-        "adaras": {
-            "rule": rule.fingerprint,
-            "strength": rule.strength,
-            "start": rule.start,
-            "layers": rule.layers(),
-            "threshold": 1.0 if rule.gate is None else rule.gate.threshold,
-            "gate": None if rule.gate is None else rule.gate.sizes(),
-        },
+        "architectures": [f"AdaRAS{family.classes['AutoModelForCausalLM']}"],
+        "auto_map": {auto: f"modeling_adaras.AdaRAS{name}" for auto, name in family.classes.items()},
+        "adaras": {**settings_of(rule), "down_projection": f"{family.layers}.{{}}.{family.down}"},
     }
+
+
+def settings_of(rule: SteeringRule) -> dict[str, Any]:
+    """The dials of a rule and the sizes of its tensors, for a config.json."""
+    return {
+        "rule": rule.fingerprint,
+        "strength": rule.strength,
+        "start": rule.start,
+        "layers": rule.layers(),
+        "threshold": 1.0 if rule.gate is None else rule.gate.threshold,
+        "gate": None if rule.gate is None else rule.gate.sizes(),
+    }
+
+
+def form_of(folder: Path, rule: SteeringRule, base: Checkpoint) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """The config and the code that an export has, of today or of an earlier version.
+
+    Earlier versions wrote a code file for each family. Its content is not in this library, but its hash is known.
+    """
+    config, earlier = base.config, f"modeling_adaras_{rule.base.family}"
+    stem = _EARLIER.get(rule.base.family)
+    if stem is None or not (folder / f"{earlier}.py").exists():
+        return steered_config(config, rule), payload()
+    classes = {"AutoConfig": "Config", "AutoModel": "Model", "AutoModelForCausalLM": "ForCausalLM"}
+    named = {
+        "architectures": [f"AdaRAS{stem}ForCausalLM"],
+        "auto_map": {auto: f"{earlier}.AdaRAS{stem}{name}" for auto, name in classes.items()},
+        "adaras": settings_of(rule),
+    }
+    return {**steered_config(config, rule), **named}, {**payload(_SHARED_CODE), f"{earlier}.py": b""}
 
 
 def steering_tensors(rule: SteeringRule, base: Checkpoint) -> dict[str, Array]:
@@ -194,20 +228,20 @@ def steering_tensors(rule: SteeringRule, base: Checkpoint) -> dict[str, Array]:
 
     A vector per steered layer; int64 feature indices per gate layer; the gate's weights, float32.
     """
-    layers = base.layers_key
-    tensors = {f"{layers}.{layer}.mlp.steering_vector": vector for layer, vector in vectors(rule, base).items()}
+    mlp = f"{base.layers_key}.{{}}.{base.family.down.rpartition('.')[0]}"
+    tensors = {f"{mlp.format(layer)}.steering_vector": vector for layer, vector in vectors(rule, base).items()}
     if rule.gate is not None:
         for layer in np.unique(rule.gate.layer):
-            tensors[f"{layers}.{layer}.mlp.steering_index"] = rule.gate.index[rule.gate.layer == layer]
+            tensors[f"{mlp.format(layer)}.steering_index"] = rule.gate.index[rule.gate.layer == layer]
         gate = f"{base.decoder_key}steering_gate"
         tensors |= {f"{gate}.{name}": value for name, value in rule.gate.weights().items()}
     return tensors
 
 
-def payload(family: str) -> dict[str, bytes]:
-    """The code files of a family's exports."""
+def payload(*names: str) -> dict[str, bytes]:
+    """The code files of an export; or those of these names."""
     files = resources.files("adaras_export.runtime")
-    return {name: (files / name).read_bytes() for name in (_SHARED_PAYLOAD, families.FAMILIES[family].payload)}
+    return {name: (files / name).read_bytes() for name in names or (_CLASSES, _SHARED_CODE)}
 
 
 class _SteeredRepo(SteeredModel):

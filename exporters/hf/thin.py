@@ -5,7 +5,6 @@ by the path of its folder, and the fingerprint that its tensors must have.
 """
 
 from dataclasses import dataclass, replace
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,8 @@ from adaras_export.errors import ExportError
 from adaras_export.exporters.base import ExportContext, Exporter, TargetSpec, Written, stock_reference
 from adaras_export.exporters.checkpoint import (
     STEERING_FILE,
+    buildable_config,
     disclosed,
-    plain_config,
     stores,
     strange_names,
     unknown_files,
@@ -64,19 +63,22 @@ class ThinExporter:
                 f"{base}: has an adapter_config.json, which from_pretrained would follow; expected a plain model: "
                 "remove the file, or choose target hf"
             )
-        plain_config(base)
+        buildable_config(base, images=True)
         write_tensors(out, _tensors(rule, base))
-        exporter.write_repository(out, base, self._config(rule, base), payload(rule.base.family))
+        config = exporter.steered_config(base.config, rule)
+        exporter.write_repository(out, base, self._fetching(config, base), payload())
         return Written(rule)
 
     def refresh(self, folder: Path, rule: SteeringRule, base: Checkpoint) -> None:
         """Write today's code and config again."""
-        exporter.refresh_repository(folder, base, self._config(rule, base), payload(rule.base.family))
+        config = exporter.steered_config(base.config, rule)
+        exporter.refresh_repository(folder, base, self._fetching(config, base), payload())
 
     def inspect(self, folder: Path, rule: SteeringRule, base: Checkpoint) -> Inspection:
         """Compare code, config, tensors and files with those that `write` writes."""
-        found = exporter.repository_checks(folder, base, self._config(rule, base), payload(rule.base.family))
-        code, config, *files = found
+        config, own = exporter.form_of(folder, rule, base)
+        own |= exporter.payload(_LOADER)
+        code, settings, *files = exporter.repository_checks(folder, base, self._fetching(config, base), own)
         expected, path = _tensors(rule, base), folder / STEERING_FILE
         wrong = [name for name, value in expected.items() if not stores(path, name, value)]
         strange = strange_names(path, expected)
@@ -84,9 +86,9 @@ class ThinExporter:
             *files,
             Check.empty("steering tensors that differ", wrong),
             Check.empty("tensors missing or unknown", strange),
-            unknown_files(folder, base.folder, {*payload(rule.base.family), *exporter.REPOSITORY_FILES, STEERING_FILE}),
+            unknown_files(folder, base.folder, {*own, *exporter.REPOSITORY_FILES, STEERING_FILE}),
         )
-        return Inspection(code, config, rest)
+        return Inspection(code, settings, rest)
 
     def reference(self, folder: Path, rule: SteeringRule, base: Checkpoint) -> Reference:  # noqa: ARG002
         """The base, steered in memory by the rule."""
@@ -101,9 +103,8 @@ class ThinExporter:
             else exporter.open_repository(folder, base=str(elsewhere))
         )
 
-    def _config(self, rule: SteeringRule, base: Checkpoint) -> dict[str, Any]:
-        """The config of target hf with the classes that fetch the base; "base" holds the entries that they restore."""
-        config = exporter.steered_config(base.config, rule)
+    def _fetching(self, config: dict[str, Any], base: Checkpoint) -> dict[str, Any]:
+        """A config of target hf with the classes that fetch the base; "base" holds the entries that they restore."""
         place = self.context or ExportContext(str(base.folder.resolve()))
         record = {
             "id": place.base_id,
@@ -111,15 +112,16 @@ class ThinExporter:
             "fingerprint": base.fingerprint,
             "auto_map": config["auto_map"],
         }
-        return {**config, "auto_map": _LOADERS, "adaras": config["adaras"] | {"base": record}}
+        loaders = {auto: _LOADERS.get(auto, _LOADERS["AutoModelForCausalLM"]) for auto in config["auto_map"]}
+        return {**config, "auto_map": loaders, "adaras": config["adaras"] | {"base": record}}
 
 
 EXPORTER = ThinExporter()
 
 
-def payload(family: str) -> dict[str, bytes]:
-    """The code files of a family's exports."""
-    return {**exporter.payload(family), _LOADER: (resources.files("adaras_export.runtime") / _LOADER).read_bytes()}
+def payload() -> dict[str, bytes]:
+    """The code files of an export."""
+    return exporter.payload() | exporter.payload(_LOADER)
 
 
 def _tensors(rule: SteeringRule, base: Checkpoint) -> dict[str, Array]:

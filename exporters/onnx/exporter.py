@@ -249,7 +249,7 @@ class OnnxExporter:
 
         Transformers.js takes the number of layers from there.
         """
-        settings = exporter.steered_config(config, rule)["adaras"] | {"precision": self.precision}
+        settings = exporter.settings_of(rule) | {"precision": self.precision}
         steered = {**config, "adaras": settings}
         if rule.gate is not None:
             layers = families.FAMILIES[rule.base.family].sizes[0]

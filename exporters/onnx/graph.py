@@ -52,7 +52,14 @@ def cache_shape(model: nn.Module) -> CacheShape:
     """
     with torch.no_grad():
         cache = model(input_ids=torch.zeros(1, 1, dtype=torch.int64), use_cache=True).past_key_values
-    shapes = {tuple(part.shape) for layer in getattr(cache, "layers", ()) for part in (layer.keys, layer.values)}
+    layers = list(getattr(cache, "layers", ()))
+    if any(hasattr(layer, "conv_states") or getattr(layer, "keys", None) is None for layer in layers):
+        kind = model.config.model_type  # type: ignore[union-attr]
+        raise ExportError(
+            f"{_name(model)}: layers of {kind} have states of a convolution or of linear attention, or use the keys "
+            "and values of other layers; expected keys and values of its own in each; choose target hf or peft"
+        )
+    shapes = {tuple(part.shape) for layer in layers for part in (layer.keys, layer.values)}
     if len(shapes) != 1:
         raise ExportError(f"{_name(model)}: KV cache of shapes {sorted(shapes)}; expected one shape for all layers")
     [(_, heads, _, size)] = shapes

@@ -27,6 +27,8 @@ from adaras_export.files.safetensors_record import Array
 class AdaptiveExporter(PeftExporter):
     """The exporter of target `peft` with option `adaptive`."""
 
+    unopened = frozenset({"weight_packed"})
+
     @property
     def spec(self) -> TargetSpec:
         """The spec of target `peft`, with gate and start."""

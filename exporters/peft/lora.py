@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from safetensors.numpy import save
@@ -18,7 +18,9 @@ from safetensors.numpy import save
 from adaras_export.core import families
 from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.core.folding import vectors
+from adaras_export.core.quantised import format_of
 from adaras_export.core.rule import SteeringRule
+from adaras_export.errors import ExportError
 from adaras_export.exporters import adapters
 from adaras_export.exporters.adapters import ADAPTER_FILE, CONFIG_FILE, adapted
 from adaras_export.exporters.base import (
@@ -31,10 +33,10 @@ from adaras_export.exporters.base import (
     stock_reference,
 )
 from adaras_export.exporters.checkpoint import (
+    buildable_config,
     differing_keys,
     disclosed,
     opened,
-    plain_config,
     stored_names,
     stores,
     strange_names,
@@ -58,6 +60,8 @@ class PeftExporter:
     """The exporter of target `peft`; without a context, the adapter names the base's folder."""
 
     context: ExportContext | None = None
+    # Where PEFT's LoRA has no bias, or no weight to look at before the model has run.
+    unopened: ClassVar[frozenset[str]] = frozenset({"_weight_qdata", "weight_packed"})
 
     @property
     def spec(self) -> TargetSpec:
@@ -81,7 +85,8 @@ class PeftExporter:
     def write(self, rule: SteeringRule, base: Checkpoint, out: Path) -> Written:
         """Write the adapter's tensors and its config."""
         require_effect(rule, "peft")
-        plain_config(base)
+        buildable_config(base)
+        self._require_adaptable(base)
         atomic.replace_file(out / ADAPTER_FILE, save(self.tensors(rule, base), metadata={"format": "pt"}))
         write_json(out / CONFIG_FILE, self.config(rule, base))
         return Written(rule)
@@ -111,12 +116,20 @@ class PeftExporter:
         """Open the base with the adapter."""
         return Adapted(open_adapted(folder, self.context), folder)
 
+    def _require_adaptable(self, base: Checkpoint) -> None:
+        stored = format_of(base.config, str(base))
+        if stored is not None and stored.weight in self.unopened:
+            raise ExportError(
+                f"{base}: is stored in {stored.name}, where PEFT does not open this adapter; expected another format: "
+                "choose target hf"
+            )
+
     def tensors(self, rule: SteeringRule, base: Checkpoint) -> dict[str, Array]:
         """The adapter's tensors: per steered layer A = 0 (1, M), B = 0 (D, 1), and the bias (D,)."""
-        mlp, width, tensors = rule.base.mlp_size, rule.base.hidden_size, {}
+        width, tensors = rule.base.hidden_size, {}
         for layer, vector in vectors(rule, base).items():
             name = f"base_model.model.{families.down_name(rule.base.family, layer)}"
-            tensors[f"{name}.lora_A.weight"] = np.zeros((1, mlp), np.float32)
+            tensors[f"{name}.lora_A.weight"] = np.zeros((1, rule.base.width(layer)), np.float32)
             tensors[f"{name}.lora_B.weight"] = np.zeros((width, 1), np.float32)
             tensors[f"{name}.lora_B.bias"] = np.float32(rule.strength) * vector
         return tensors
@@ -164,7 +177,9 @@ def open_adapted(folder: Path, context: ExportContext | None) -> Any:  # noqa: A
     name, commit = (place["base_model_name_or_path"], place["revision"]) if elsewhere is None else (elsewhere, None)
     model = adapted(opened(name, revision=commit or "main")[0], folder)
     # PEFT freezes the base, and PyTorch sums products with frozen weights in another order: a difference of 1e-6.
-    return model.requires_grad_(requires_grad=True)
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())  # quantised ones cannot have gradients
+    return model
 
 
 class Adapted(SteeredModel):

@@ -22,7 +22,7 @@ from adaras_export.core import families
 from adaras_export.errors import ExportError, first_line, require
 from adaras_export.exporters.peft import settings
 from adaras_export.modeling.steering import Passes, announcing
-from adaras_export.runtime.steering_adaras import Scope, SteeredMLP, Steering, SteeringGate, Step
+from adaras_export.runtime.steering_adaras import Scope, SteeredProjection, Steering, SteeringGate, Step
 
 require("peft", "peft", "the method ADARAS")  # the imports below would fail without naming the extra
 
@@ -78,7 +78,7 @@ class AdarasConfig(peft.PeftConfig):
         settings.require(vars(self))
 
 
-class AdarasLayer(nn.Module, BaseTunerLayer, SteeredMLP):
+class AdarasLayer(nn.Module, BaseTunerLayer, SteeredProjection):
     """A down projection with the vectors and gate features of its adapters; the running adapter is used."""
 
     adapter_layer_names = ("adaras_vector", "adaras_gate")

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from adaras_export.core.checkpoint import config_object
 from adaras_export.errors import ExportError
 
 
@@ -20,25 +21,49 @@ class Form:
         architecture: the class that opens the artifact.
         biased: paths in a decoder layer of the linear maps that get a bias together with the down projection.
         always: whether the family's down projections always have a bias.
-        output: whether the attention output gets a zero bias, because the form has it together with the input biases.
+        bias: the key of config.json that gives the form its biases, where they are not always there.
+        zeros: paths of further linear maps to which that key, or one that the config needs, gives a bias: a zero.
+        plain: whether the config is the base's own but for ``bias``; others are written for more programs.
     """
 
     model_type: str
     architecture: str
     biased: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
     always: bool = False
-    output: bool = False
+    bias: str = "mlp_bias"
+    zeros: tuple[str, ...] = ()
+    plain: bool = False
 
 
+_ATTENTION = tuple(f"self_attn.{name}_proj" for name in "qkvo")
 FORMS = {
     "llama": Form("llama", "LlamaForCausalLM"),
     "smollm3": Form("smollm3", "SmolLM3ForCausalLM"),
     "granite": Form("granite", "GraniteForCausalLM"),
     "mistral": Form("llama", "LlamaForCausalLM"),
-    "qwen2": Form("llama", "LlamaForCausalLM", output=True),
+    "qwen2": Form("llama", "LlamaForCausalLM", zeros=("self_attn.o_proj",)),
     "qwen3": Form("hy_v3", "HYV3ForCausalLM"),
     "gpt_neox": Form("gpt_neox", "GPTNeoXForCausalLM", ("mlp.dense_4h_to_h",), always=True),
     "gpt2": Form("gpt2", "GPT2LMHeadModel", ("mlp.c_proj",), always=True),
+    "seed_oss": Form("seed_oss", "SeedOssForCausalLM", plain=True),
+    "arcee": Form("arcee", "ArceeForCausalLM", ("mlp.up_proj", "mlp.down_proj"), plain=True),
+    "nemotron": Form("nemotron", "NemotronForCausalLM", ("mlp.up_proj", "mlp.down_proj"), plain=True),
+    "ernie4_5": Form("ernie4_5", "Ernie4_5ForCausalLM", bias="use_bias", zeros=_ATTENTION, plain=True),
+    "starcoder2": Form(
+        "starcoder2",
+        "Starcoder2ForCausalLM",
+        ("mlp.c_fc", "mlp.c_proj"),
+        bias="use_bias",
+        zeros=_ATTENTION,
+        plain=True,
+    ),
+    "phi": Form("phi", "PhiForCausalLM", ("mlp.fc2",), always=True, plain=True),
+    "falcon_h1": Form(
+        "falcon_h1",
+        "FalconH1ForCausalLM",
+        ("feed_forward.gate_proj", "feed_forward.up_proj", "feed_forward.down_proj"),
+        plain=True,
+    ),
 }
 _REMEDY = "choose target hf or peft"
 
@@ -89,7 +114,7 @@ def form_of(family: str, subject: str) -> Form:
 
 def has_biases(config: Mapping[str, Any], family: str) -> bool:
     """Whether the MLPs of a base with this config have biases."""
-    return FORMS[family].always or bool(config.get("mlp_bias", False))
+    return FORMS[family].always or bool(getattr(config_object(config, family), FORMS[family].bias, False))
 
 
 def expressed(config: Mapping[str, Any], family: str, dtype: str, subject: str) -> dict[str, Any]:
@@ -101,10 +126,13 @@ def expressed(config: Mapping[str, Any], family: str, dtype: str, subject: str) 
     form = form_of(family, subject)
     named = config.get("dtype") or config.get("torch_dtype") or dtype
     kept = {key: value for key, value in config.items() if key != "auto_map"}
+    if form.plain:
+        biases = {} if form.always else {form.bias: True}
+        return {**kept, "architectures": [form.architecture], "dtype": named, **biases}
     if form.always:
         return {**kept, **_older_entries(config, family), "architectures": [form.architecture], "dtype": named}
     rope = _given_rope(config, subject)
-    read = _read(config, family)
+    read = config_object(config, family)
     rope = _rope(rope, config.get("rope_theta"), read)
     ours = {"architectures": [form.architecture], "dtype": named, "mlp_bias": True, **rope}
     if form.model_type == family:
@@ -112,8 +140,9 @@ def expressed(config: Mapping[str, Any], family: str, dtype: str, subject: str) 
     _refuse_windows(read, family, subject)
     passed = {key: getattr(read, key) for key in _PASSED}
     heads = {"head_dim": getattr(read, "head_dim", None) or read.hidden_size // read.num_attention_heads}
-    bias = {"attention_bias": form.output or bool(getattr(read, "attention_bias", False))}
-    return {**passed, **heads, **bias, **_dense(form, read), **ours, "model_type": form.model_type}
+    stored = {key: value for key, value in config.items() if key == "quantization_config"}
+    bias = {"attention_bias": bool(form.zeros) or bool(getattr(read, "attention_bias", False))}
+    return {**passed, **stored, **heads, **bias, **_dense(form, read), **ours, "model_type": form.model_type}
 
 
 def _older_entries(config: Mapping[str, Any], family: str) -> dict[str, Any]:
@@ -126,14 +155,6 @@ def _older_entries(config: Mapping[str, Any], family: str) -> dict[str, Any]:
     rope = config.get("rope_parameters") or {}
     defaults = {"rotary_pct": rope.get("partial_rotary_factor", 0.25), "rotary_emb_base": rope.get("rope_theta", 10000)}
     return {name: config.get(name, default) for name, default in defaults.items()}
-
-
-def _read(config: Mapping[str, Any], family: str) -> Any:  # noqa: ANN401 - a config class of Transformers
-    """The config as an object of the family's config class, with defaults."""
-    from transformers import CONFIG_MAPPING
-
-    plain = {key: value for key, value in config.items() if key not in ("auto_map", "model_type")}
-    return CONFIG_MAPPING[family].from_dict(plain)
 
 
 def _dense(form: Form, read: Any) -> dict[str, Any]:  # noqa: ANN401 - as above

@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from adaras_export.core import checkpoint
+from adaras_export.core import checkpoint, quantised
 from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.core.folding import vectors
 from adaras_export.core.rule import SteeringRule
 from adaras_export.errors import ExportError
 from adaras_export.exporters.checkpoint import (
     STEERING_FILE,
+    buildable_config,
     index_check,
     linked_name,
     plain_config,
@@ -61,7 +62,9 @@ class StockPlan:
         Raises:
             ExportError: the target cannot express the checkpoint.
         """
-        original, family = plain_config(base), rule.base.family
+        # The constant neuron would be one more column of weights that are packed, or share their scales.
+        original = plain_config(base) if switchable else buildable_config(base)
+        family = rule.base.family
         form, present = form_of(family, str(base)), has_biases(original, family)
         config = expressed(original, family, _dtype(base), str(base))
         biases = _missing(rule, base, form, present=present)
@@ -73,6 +76,12 @@ class StockPlan:
         biases |= added
         changed = biases.keys() | widened.keys()
         rewritten = {path for path in {*base.files.values()} if changed & checkpoint.header(path).keys()}
+        stored = quantised.format_of(base.config, str(base))
+        if rewritten and stored is not None and stored.weight == "_weight_qdata":
+            raise ExportError(
+                f"{base}: is stored in {stored.name}, with settings in the headers of the files that would be written "
+                "anew; expected a base without biases; choose target hf"
+            )
         return cls(config, biases, widened, base.files, frozenset(rewritten))
 
     @property
@@ -123,7 +132,13 @@ class StockPlan:
 
 
 def _dtype(base: Checkpoint) -> str:
-    """The type of the base's down projections, by its name in a config."""
+    """The type of the base's down projections, by its name in a config; if they are quantised, that of the config."""
+    if base.is_quantised:
+        if (named := base.config.get("dtype", base.config.get("torch_dtype"))) is None:
+            raise ExportError(
+                f"{base}: is quantised, and its config.json has no dtype; expected the type to compute in"
+            )
+        return str(named)
     name = f"{base.layers_key}.0.{base.family.down}.weight"
     found = base.entries[name]["dtype"]
     names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -134,13 +149,13 @@ def _dtype(base: Checkpoint) -> str:
 
 def _missing(rule: SteeringRule, base: Checkpoint, form: Form, *, present: bool) -> dict[str, Array]:
     """Zeros for the biases that the form has and the base lacks."""
-    family, layers, biases = base.family, base.layers_key, {}
+    biases = {}
     for layer in range(rule.base.layers):
-        for path in () if present else form.biased:
-            size = rule.base.hidden_size if path == family.down else rule.base.mlp_size
-            biases[f"{layers}.{layer}.{path}.bias"] = np.zeros(size, np.float32)
-        if form.output:
-            biases[f"{layers}.{layer}.self_attn.o_proj.bias"] = np.zeros(rule.base.hidden_size, np.float32)
+        for path in () if present else (*form.biased, *form.zeros):
+            name = f"{base.layers_key}.{layer}.{path}"
+            if f"{name}.weight" not in base.entries:
+                raise base.no_tensor(f"{name}.weight")
+            biases[f"{name}.bias"] = np.zeros(base.entries[f"{name}.weight"]["shape"][0], np.float32)
     return biases
 
 

@@ -55,7 +55,7 @@ def adapter_tensors(rule: SteeringRule, base: Checkpoint) -> dict[str, Array]:
     tensors: dict[str, Array] = {}
     for layer, vector_D in vectors(rule, base).items():
         prefix = f"base_model.model.model.layers.{layer}.mlp.down_proj"
-        tensors[f"{prefix}.lora_A.weight"] = picking(rule.base.mlp_size)
+        tensors[f"{prefix}.lora_A.weight"] = picking(rule.base.width(layer))
         tensors[f"{prefix}.lora_B.weight"] = (rule.strength * vector_D.astype(np.float64)).astype(np.float32)[:, None]
     return tensors
 

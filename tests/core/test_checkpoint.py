@@ -24,25 +24,29 @@ def with_config(folder, **changes):
     return folder
 
 
-@pytest.mark.parametrize("name", tiny.NAMES)
+WIDTHS = {"gemma4_text": (48, 48, 96, 96)}  # of layers that share keys and values, twice as wide
+EACH = tiny.mostly_slow((*tiny.NAMES, *tiny.MORE), quick=tiny.NAMES)
+
+
+@pytest.mark.parametrize("name", EACH)
 def test_a_base_is_read_from_its_folder(name, folders):
     base = BaseModel.of(folders[name])
     assert (base.family, base.layers) == (tiny.SPECS[name][0], tiny.LAYERS)
-    assert (base.mlp_size, base.hidden_size, base.revision) == (tiny.MLP_SIZE, tiny.HIDDEN_SIZE, None)
+    assert (base.mlp_size, base.hidden_size, base.revision) == (WIDTHS.get(name, tiny.MLP_SIZE), tiny.HIDDEN_SIZE, None)
     assert BaseModel.from_record(json.loads(json.dumps(base.as_record())), "x") == base
 
 
-@pytest.mark.parametrize("name", tiny.NAMES)
+@pytest.mark.parametrize("name", EACH)
 def test_down_projections_are_those_of_the_checkpoint(name, stock, folders):
     model, index = stock[name], torch.tensor([5, 0, 47])
     for layer in range(tiny.LAYERS):
-        h_1M = torch.zeros(1, tiny.MLP_SIZE)
+        h_1M = torch.zeros(1, WIDTHS.get(name, (tiny.MLP_SIZE,) * tiny.LAYERS)[layer])
         h_1M[:, index] = torch.tensor([1.0, -2.0, 0.5])
         down = families.down_projection(model, layer)
         expected = down(h_1M) - down(torch.zeros_like(h_1M))
         columns_DK = Checkpoint(folders[name]).down_columns(layer, index)
         torch.testing.assert_close(columns_DK @ torch.tensor([1.0, -2.0, 0.5]), expected[0])
-    assert families.sizes_of(model) == (tiny.SPECS[name][0], tiny.LAYERS, tiny.MLP_SIZE, tiny.HIDDEN_SIZE)
+    BaseModel.of(folders[name]).require_same(BaseModel("in memory", *families.sizes_of(model)))
 
 
 def test_a_model_of_an_unknown_family_is_refused_with_the_known_ones(folders, tmp_path):

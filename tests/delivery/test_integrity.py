@@ -46,7 +46,7 @@ def test_files_are_checked_without_torch_and_without_the_base(folder, tmp_path):
     assert done.stdout.split() == ["True", "False"]
 
 
-@pytest.mark.parametrize("name", ["modeling_adaras_llama.py", "steering_adaras.py"])
+@pytest.mark.parametrize("name", ["modeling_adaras.py", "steering_adaras.py"])
 def test_edited_code_is_named_also_with_a_fitting_receipt(name, folder):
     with (folder / name).open("a") as file:
         file.write("# x\n")
@@ -83,7 +83,7 @@ def test_a_licence_may_have_any_name_of_a_licence(name, folder):
 
 
 POINTERS = {
-    "another repository": {"AutoModelForCausalLM": "somebody/else--modeling_adaras_llama.AdaRASLlamaForCausalLM"},
+    "another repository": {"AutoModelForCausalLM": "somebody/else--modeling_adaras.AdaRASLlamaForCausalLM"},
     "another file": {"AutoModelForCausalLM": "evil.Evil"},
     "in a list": {"AutoTokenizer": ["evil.Evil", None]},
     "no mapping": "evil.Evil",

@@ -22,7 +22,7 @@ from adaras_export.delivery import documents, verifier, writer
 from adaras_export.delivery.receipt import hashes, read
 from adaras_export.delivery.verifier import verify
 from adaras_export.delivery.writer import export, rewrite_card
-from adaras_export.errors import ArtifactError, ExportError, ParityError, RuleError
+from adaras_export.errors import ArtifactError, ExportError, ParityError, RuleError, UnsupportedModelError
 from adaras_export.exporters.base import Written
 from adaras_export.exporters.checkpoint import differing_keys
 from adaras_export.exporters.checks import Check, ParityReport
@@ -168,7 +168,7 @@ def trap(tmp_path):
 
 def test_the_trap_of_these_tests_does_run_where_code_is_trusted(folder, tmp_path):
     """Otherwise they would prove nothing."""
-    with (folder / "modeling_adaras_llama.py").open("a") as file:
+    with (folder / "modeling_adaras.py").open("a") as file:
         file.write(trap(tmp_path))
     HuggingFaceExporter().load(folder)
     assert (tmp_path / "it-ran").exists()
@@ -177,10 +177,10 @@ def test_the_trap_of_these_tests_does_run_where_code_is_trusted(folder, tmp_path
 @pytest.mark.parametrize("where", ["evil.py", "sub/evil.py"])
 def test_added_code_is_named_and_never_run_even_where_the_config_points_to_it(where, folder, tmp_path):
     (folder / where).parent.mkdir(exist_ok=True)
-    (folder / where).write_text((folder / "modeling_adaras_llama.py").read_text() + trap(tmp_path))
+    (folder / where).write_text((folder / "modeling_adaras.py").read_text() + trap(tmp_path))
     config = json.loads((folder / "config.json").read_text())
     stem = where.removesuffix(".py").replace("/", ".")
-    auto_map = {auto: name.replace("modeling_adaras_llama", stem) for auto, name in config["auto_map"].items()}
+    auto_map = {auto: name.replace("modeling_adaras", stem) for auto, name in config["auto_map"].items()}
     edit_json(folder / "config.json", auto_map=auto_map)
     found = failures(with_a_new_receipt(folder))
     assert where in found["code files that are not the library's"]
@@ -557,10 +557,10 @@ def test_what_fails_the_comparison_never_gets_its_name(rules, folders, tmp_path,
     assert names_of(tmp_path) == []
 
 
-def test_a_quantised_base_is_refused(rules, folders, tmp_path):
+def test_a_base_in_an_untried_format_is_refused(rules, folders, tmp_path):
     base = shutil.copytree(folders["llama"], tmp_path / "base")
     edit_json(base / "config.json", quantization_config={"quant_method": "gptq"})
-    with pytest.raises(ExportError, match="is quantised"):
+    with pytest.raises(UnsupportedModelError, match="is quantised by 'gptq'"):
         export(rules[KEY], base=base, to="hf", out=tmp_path / "out")
     assert names_of(tmp_path) == ["base"]
 

@@ -7,6 +7,7 @@ import oracle
 import pytest
 import tiny
 import torch
+from pairwise import in_turn
 
 from adaras_export.core.traces import Trace
 from adaras_export.discovery.attribution import WeightedCompletion, margin_gradients
@@ -66,9 +67,10 @@ def log_p(model, prompt, completion, start, layer, index, offset):  # noqa: PLR0
 def uncached_gradient(model, prompt, completion, start):
     """(L, M) by one backward pass over the whole unpadded row."""
     first = len(prompt) - (start == "last_prompt_token")
-    offsets = [torch.zeros(tiny.MLP_SIZE, dtype=model.dtype, requires_grad=True) for _ in range(tiny.LAYERS)]
+    downs = oracle.down_projections(model)
+    offsets = [torch.zeros(width_of(down), dtype=model.dtype, requires_grad=True) for down in downs]
     handles = []
-    for down, offset in zip(oracle.down_projections(model), offsets, strict=True):
+    for down, offset in zip(downs, offsets, strict=True):
 
         def add(module, args, offset=offset):
             steered = (torch.arange(args[0].shape[1]) >= first).to(args[0])
@@ -81,7 +83,12 @@ def uncached_gradient(model, prompt, completion, start):
         found = torch.autograd.grad(total, offsets)
     for handle in handles:
         handle.remove()
-    return torch.stack(found)
+    widest = max(map(width_of, downs))
+    return torch.stack([torch.nn.functional.pad(one, (0, widest - len(one))) for one in found])
+
+
+def width_of(down):
+    return down.nx if hasattr(down, "nx") else down.in_features
 
 
 @pytest.mark.parametrize("start", STARTS)
@@ -100,17 +107,20 @@ def test_gradients_equal_central_differences(name, start, double):
             assert found[row, layer, index].item() == pytest.approx(expected, abs=3e-7)
 
 
-@pytest.mark.parametrize("start", STARTS)
-@pytest.mark.parametrize("name", tiny.NAMES)
-def test_the_cached_prefix_changes_nothing(name, start, stock):
-    model = stock[name]
+CASES = [(name, start) for start in STARTS for name in tiny.NAMES] + in_turn((), tiny.MORE, STARTS)
+# Of the largest entry: float32 gradients, summed over other paths: measured at most 6.7e-6.
+CLOSE = dict.fromkeys((*tiny.NAMES, *tiny.MORE), 5e-05) | {"qwen3_5_text": 1e-3}
+
+
+@pytest.mark.parametrize("case", tiny.mostly_slow(CASES, quick=tiny.NAMES), ids=tiny.key_id)
+def test_the_cached_prefix_changes_nothing(case, stock):
+    (name, start), model = case, stock[case[0]]
     found = margin_gradients(model, prefill(model, PROMPTS, tiny.PAD), COMPLETIONS, start)
     for row, completion in enumerate(COMPLETIONS):
         grads = [parameter.requires_grad for parameter in model.parameters()]
         expected = completion.weight * uncached_gradient(model, PROMPTS[completion.prompt_row], completion.ids, start)
         assert grads == [parameter.requires_grad for parameter in model.parameters()]
-        # float32 gradients, summed over other paths: measured at most 6.7e-6 of the largest entry
-        assert float((found[row] - expected).abs().max()) <= 5e-5 * float(expected.abs().max())
+        assert float((found[row] - expected).abs().max()) <= CLOSE[name] * float(expected.abs().max())
 
 
 def test_the_starts_differ_by_the_last_prompt_token(stock):
@@ -164,7 +174,9 @@ def test_a_margin_is_the_mean_over_correct_minus_the_mean_over_incorrect(token_b
     assert len(found.questions) == 2
 
 
-@pytest.mark.parametrize("name", ["qwen3", "gemma2", "granite", "gpt2", "mistral-window"])
+@pytest.mark.parametrize(
+    "name", ["qwen3", "gemma2", "granite", "gpt2", "mistral-window", "qwen3_5_text", "falcon_h1", "lfm2", "gemma4_text"]
+)
 def test_long_completions_have_the_gradients_of_short_ones(name, stock, monkeypatch):
     """Layers run again, logits two tokens at a time: scaled and capped logits, windows and biases included."""
     model, pad = stock[name], 0

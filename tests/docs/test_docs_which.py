@@ -68,10 +68,20 @@ def test_what_a_row_cites_is_there(row):
         assert not target or f"\n{target}: " in (ROOT / "Makefile").read_text()
 
 
+# tests/exporters/test_families.py shows them refused.
+STATEFUL = ("qwen3_5_text", "gemma4_text", "lfm2", "lfm3", "falcon_h1", "granitemoehybrid")
+
+
 def test_the_families_are_those_of_the_exporters():
-    assert FAMILY_ROWS.keys() == FAMILIES.keys()
+    assert FAMILY_ROWS.keys() == {name for name, family in FAMILIES.items() if not family.images}
+    reading = re.search(r"Models that read images: (.*)\.", PAGE)[1].split(", ")
+    assert {*reading} == {name for name, family in FAMILIES.items() if family.images}
+    assert "of the first twelve" in PAGE
+    assert [*FAMILIES][:12] == [name for name, family in FAMILIES.items() if family.vllm]
+    assert {*[*FAMILY_ROWS][:12]} == {*[*FAMILIES][:12]}
     for family, (whole, stock, _, gguf) in FAMILY_ROWS.items():
-        assert whole == "yes"
+        assert whole == ("yes, not onnx" if family in STATEFUL else "yes")
+        assert ("a norm follows" in gguf) is (FAMILIES[family].behind == "norm")
         assert stock.startswith("no") is (family not in FORMS)
         assert gguf.startswith("yes") is (family in _ARCHITECTURES)
         assert ("--into" in gguf) is (_ARCHITECTURES.get(family) in CARRIERS)

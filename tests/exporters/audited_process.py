@@ -12,7 +12,8 @@ generated, nothing is excused. While the repository is opened, four things are, 
 
 * an import statement at module level: what the import system does for it. The modules are a closed list, which
   tests/support/payload_rules.py checks.
-* a class: `typing` and `dataclasses` compile its annotations and methods, at the wish of Transformers' base classes.
+* a class, also one that `steered_class` makes: `typing` and `dataclasses` compile its annotations and methods, at the
+  wish of Transformers' base classes.
 * `from_pretrained`, which hands over to Transformers: reading (not writing) files of the repository, and of the base
   where the repository is one of hf-thin, whose loader has more functions for that. They are reported as "reads".
 * the same in hf-thin, which has Transformers open the repository's code: copying it to the folder of such code, and
@@ -44,7 +45,7 @@ WATCHED = (
     *("socket.", "urllib.", "http.", "ftplib.", "smtplib.", "imaplib.", "poplib.", "subprocess.", "pty.", "ctypes."),
     *("pickle.", "marshal.", "code.__new__", "function.__new__", "cpython.", "sqlite3.", "webbrowser."),
 )
-OPENING = {"<module>", "__init_subclass__", "from_pretrained"}
+OPENING = {"<module>", "__init_subclass__", "from_pretrained", "steered_class"}
 READERS = {"from_pretrained", "_checkpoint", "_generation", "_fill", "_require_fingerprint"}
 MOUNTS = "/proc/mounts"  # Transformers looks at it before it reads weights, those of the base too
 

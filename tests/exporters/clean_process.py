@@ -6,6 +6,7 @@ are opened without trust.
 """
 
 import json
+import pickle
 import sys
 
 sys.modules["adaras_export"] = None  # importing it fails from here on
@@ -89,6 +90,11 @@ def again(model, job):
     return generate(open_model(folder)[0], job, job["prompts"])
 
 
+def pickled(model, job):
+    """A model that was pickled, as to send it to another process."""
+    return generate(pickle.loads(pickle.dumps(model)), job, job["prompts"])  # noqa: S301
+
+
 def half(model, job):
     """Types of the steering's own tensors, and of all others, when the repository is opened in bfloat16."""
     found = transformers.AutoModelForCausalLM.from_pretrained(
@@ -129,6 +135,7 @@ MODES = {
     "tokenizer": tokenizer,
     "untrusted": untrusted,
     "again": again,
+    "pickled": pickled,
     "half": half,
     "auto": auto,
     "adapter": adapter,

@@ -31,6 +31,7 @@ def audit(jobs, folder):
     """What `audited_process.py` found, by the keys of ``jobs``: the folders of export and base, and modes or None."""
     environment = {
         "PATH": os.environ["PATH"],
+        "OMP_NUM_THREADS": "1",
         "HF_HOME": str(folder),
         "HF_MODULES_CACHE": str(folder / "modules"),
         "HF_HUB_OFFLINE": "1",
@@ -68,7 +69,7 @@ def test_to_open_an_export_transformers_reads_its_files_and_for_hf_thin_those_of
     """Weights are not in these lists: safetensors opens them where no audit hook looks."""
     settings = {"config.json", "generation_config.json", "model.safetensors.index.json"}
     for key in KEYS:
-        code = {"steering_adaras.py", "modeling_adaras_llama.py"} if key[0] == "hf-thin" else set()
+        code = {"steering_adaras.py", "modeling_adaras.py"} if key[0] == "hf-thin" else set()
         assert {"generation_config.json"} <= {*found[key]["reads"]} <= settings | code
 
 
@@ -105,10 +106,10 @@ def hostile(written, tmp_path_factory):
     for number, (name, (place, line, *_)) in enumerate(HOSTILE.items()):
         folder = shutil.copytree(written[CAUSAL], tmp_path_factory.mktemp("hostile") / f"hostile{number}")
         changed[name] = folder
-        code = (folder / "steering_adaras.py").read_text()
-        indent = place[: len(place) - len(place.lstrip())]
+        [path] = [path for path in folder.glob("*.py") if place in path.read_text()]
+        code, indent = path.read_text(), place[: len(place) - len(place.lstrip())]
         assert code.count(place) == 1
-        (folder / "steering_adaras.py").write_text(code.replace(place, f"{indent}{line}\n{place}"))
+        path.write_text(code.replace(place, f"{indent}{line}\n{place}"))
     return changed
 
 

@@ -20,7 +20,7 @@ from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.core.families import FAMILIES
 from adaras_export.delivery.verifier import verify
 from adaras_export.delivery.writer import export
-from adaras_export.errors import ExportError
+from adaras_export.errors import ExportError, UnsupportedModelError
 from adaras_export.exporters.stock import families, stream
 from adaras_export.exporters.stock.exporter import EXPORTER
 from adaras_export.exporters.stock.families import FORMS, Form
@@ -404,7 +404,6 @@ LONGROPE = {"rope_type": "longrope", "factor": 2.0, "short_factor": [1.0] * 4, "
     [
         ({"rope_scaling": LONGROPE}, "rotary embeddings of type longrope"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "or one for each kind of layer"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "is quantised; expected plain weights"),
         ({"mlp_bias": True}, r"no tensor model.layers.2.mlp.down_proj.bias; expected the biases that its config names"),
     ],
 )
@@ -412,6 +411,13 @@ def test_what_is_not_known_is_refused(change, message, rules, folders, tmp_path)
     base = shutil.copytree(folders["llama"], tmp_path / "base")
     edit_json(base / "config.json", **{"rope_parameters": ..., **change})
     with pytest.raises(ExportError, match=message):
+        EXPORTER.write(rules[("llama", *CAUSAL)], Checkpoint(base), tmp_path)
+
+
+def test_a_base_in_an_untried_format_is_refused(rules, folders, tmp_path):
+    base = shutil.copytree(folders["llama"], tmp_path / "base")
+    edit_json(base / "config.json", quantization_config={"quant_method": "gptq"})
+    with pytest.raises(UnsupportedModelError, match="is quantised by 'gptq'; expected plain weights, or a format that"):
         EXPORTER.write(rules[("llama", *CAUSAL)], Checkpoint(base), tmp_path)
 
 

@@ -85,7 +85,7 @@ def exported(base, family, out):
     rule = tiny.make_rule(BaseModel("base", family, tiny.LAYERS, tiny.MLP_SIZE, tiny.HIDDEN_SIZE))
     out.mkdir()
     write_repository(
-        out, Checkpoint(base), steered_config(json.loads((base / "config.json").read_text()), rule), payload(family)
+        out, Checkpoint(base), steered_config(json.loads((base / "config.json").read_text()), rule), payload()
     )
     return out
 
@@ -117,18 +117,27 @@ WHOSE = {"own": "bytes", "general": "bytes", "foreign": "metaspace", "none": "by
 FOREIGN = {family: "GPT2Tokenizer" if family == "llama" else "LlamaTokenizerFast" for family in FAMILIES}
 
 
-CASES = [(family, whose, kind) for family in FAMILIES for whose, kind in WHOSE.items()]
+# Those that read images have the tokenizer of their decoder's family.
+OWN = [name for name in FAMILIES if name in {family for family, _ in tiny.SPECS.values()}]
+RUNNING = [name for name in OWN if FAMILIES[name].since <= int(transformers.__version__.partition(".")[0])]
+CASES = [(name, whose, kind) for name in RUNNING for whose, kind in WHOSE.items()]
 
 
 @pytest.mark.parametrize(("family", "whose", "kind"), [*CASES, ("qwen2", "foreign", "bytes")])
 def test_the_tokenizer_of_the_base_opens_whatever_class_it_names(family, whose, kind, tmp_path):
-    if family == "granite" and whose == "none" and transformers.__version__ < "5":
+    unnamed_in_4 = whose == "none" and transformers.__version__ < "5"
+    if unnamed_in_4 and family in ("granite", "hunyuan_v1_dense", "seed_oss"):
         pytest.skip("Transformers 4 opens no such base")
+    if unnamed_in_4 and family == "exaone4":
+        pytest.skip("the class that Transformers 4 takes tokenises differently in 5; the family's own bases name it")
     name = {"own": FAMILIES[family].tokenizer, "general": GENERIC, "foreign": FOREIGN[family], "none": None}[whose]
     settings = named(name) | ({"add_bos_token": True} if whose == "foreign" else {})
     base = write_base(tmp_path / "base", family, kind, settings, first=whose == "own")
     out = exported(base, family, tmp_path / "out")
-    assert opened(out, trust_remote_code=True) == opened(base)
+    ours, theirs = opened(out, trust_remote_code=True), opened(base)
+    if unnamed_in_4 and family == "phi":
+        del ours["class"], theirs["class"]  # version 5 opens another one, which does the same
+    assert ours == theirs
 
 
 @pytest.mark.parametrize(
@@ -148,7 +157,7 @@ def test_either_generation_of_transformers_writes_the_same_class(settings, confi
     assert settings == {} or after == before
     # With the other class, version 4 opens another tokenizer, and version 5 the same.
     edit_json(out / "tokenizer_config.json", tokenizer_class="GPTNeoXTokenizer")
-    checks = repository_checks(out, Checkpoint(base), json.loads((out / "config.json").read_text()), payload("qwen2"))
+    checks = repository_checks(out, Checkpoint(base), json.loads((out / "config.json").read_text()), payload())
     assert [check.detail for check in checks if not check.ok] == ["tokenizer_config.json"]
 
 
@@ -167,6 +176,6 @@ def test_a_repository_without_code_names_what_opens_the_tokenizer_of_the_base(tm
 def test_a_class_that_no_name_stands_for_is_refused_with_what_to_do(tmp_path):
     base = write_base(tmp_path / "base", "llama", "metaspace", {}, first=False)
     out = exported(base, "llama", tmp_path / "out")
-    checks = repository_checks(out, Checkpoint(base), json.loads((out / "config.json").read_text()), payload("llama"))
+    checks = repository_checks(out, Checkpoint(base), json.loads((out / "config.json").read_text()), payload())
     (failed,) = [check for check in checks if not check.ok]
     assert failed.detail == "the base's tokenizer_config.json has no tokenizer_class; name the one that is meant"

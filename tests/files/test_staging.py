@@ -201,10 +201,12 @@ def texts(folder):
     return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
 
 
-def replace_two(stage):
+def replace_two(stage, *removed):
     for name in ("card", "deep/receipt"):
         (stage / name).unlink()
         (stage / name).write_text("new")
+    for name in removed:
+        (stage / name).unlink()
 
 
 def test_some_files_are_replaced_and_the_others_stay_where_they_are(finished, tmp_path):
@@ -215,6 +217,14 @@ def test_some_files_are_replaced_and_the_others_stay_where_they_are(finished, tm
     assert texts(finished) == {"card": "new", "deep/receipt": "new", "weights": "old"}
     after = (finished / "weights").stat()
     assert (before.st_ino, before.st_nlink, before.st_mtime_ns) == (after.st_ino, after.st_nlink, after.st_mtime_ns)
+    assert names_of(tmp_path) == ["out"]
+
+
+def test_a_file_that_is_removed_from_the_copy_is_removed(finished, tmp_path):
+    with revised(finished) as stage:
+        replace_two(stage, "weights")
+        (finished / "note").write_text("mine")  # it came later
+    assert texts(finished) == {"card": "new", "deep/receipt": "new", "note": "mine"}
     assert names_of(tmp_path) == ["out"]
 
 
@@ -242,6 +252,18 @@ def test_what_a_dead_process_has_half_replaced_is_finished_by_the_next_one(half,
     with revised(half) as stage:
         assert texts(stage) == {"card": "new", "deep/receipt": "new", "weights": "old"}
     assert texts(half) == {"card": "new", "deep/receipt": "new", "weights": "old"}
+    assert names_of(tmp_path) == ["out"]
+
+
+def test_what_a_dead_process_was_to_remove_is_removed_by_the_next_one(finished, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", lambda one, to: (_ for _ in ()).throw(IndexError))
+        with pytest.raises(IndexError), revised(finished) as stage:
+            replace_two(stage, "weights")
+    assert set(texts(finished)) == {"card", "deep/receipt", "weights"}
+    with revised(finished):
+        pass
+    assert texts(finished) == {"card": "new", "deep/receipt": "new"}
     assert names_of(tmp_path) == ["out"]
 
 

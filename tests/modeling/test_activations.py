@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 from oracle import activations_of
+from pairwise import in_turn
 from places import ROOT, TESTS
 from tiny import PAD, PROMPTS, left_padded
 
@@ -19,26 +20,34 @@ from adaras_export.modeling.generation import Sampling, continue_ids, prefill
 
 # A mean of up to 17 float32 numbers near 1, summed in another order.
 CLOSE = {"atol": 2e-5, "rtol": 1e-5}
+# Linear attention that reads padding too, or pieces, sums in another order. Measured: 1.7e-4.
+LOOSE = {"qwen3_5_text": {"atol": 5e-4, "rtol": 1e-3}}
 
 
 def mean_by_hand(model, row):
     """(L, M): the mean over tokens of what enters each down projection, one row at a time."""
-    return torch.tensor(activations_of(model, row)).mean(1)
+    means = [torch.tensor(of_layer).mean(0) for of_layer in activations_of(model, row)]
+    width = max(map(len, means))
+    return torch.stack([torch.nn.functional.pad(mean, (0, width - len(mean))) for mean in means])
 
 
-@pytest.mark.parametrize("name", tiny.NAMES)
+@pytest.mark.parametrize("name", tiny.mostly_slow((*tiny.NAMES, *tiny.MORE), quick=tiny.NAMES))
 def test_token_means_equal_loops_over_single_rows(name, stock):
     found = token_means(stock[name], PROMPTS, range(tiny.LAYERS))
     for row, mean in zip(PROMPTS, found, strict=True):
-        torch.testing.assert_close(mean, mean_by_hand(stock[name], row), **CLOSE)
+        torch.testing.assert_close(mean, mean_by_hand(stock[name], row), **LOOSE.get(name, CLOSE))
 
 
-@pytest.mark.parametrize("chunk_tokens", [1, 3, 6])  # a sliding window of 4 lies between
-@pytest.mark.parametrize("name", tiny.NAMES)
-def test_rows_that_are_read_in_pieces_have_the_same_means(name, chunk_tokens, stock):
+PIECES = [1, 3, 6]  # a sliding window of 4 lies between
+READ = [(name, pieces) for pieces in PIECES for name in tiny.NAMES] + in_turn((), tiny.MORE, PIECES)
+
+
+@pytest.mark.parametrize("case", tiny.mostly_slow(READ, quick=tiny.NAMES), ids=tiny.key_id)
+def test_rows_that_are_read_in_pieces_have_the_same_means(case, stock):
+    name, chunk_tokens = case
     found = token_means(stock[name], PROMPTS, range(tiny.LAYERS), chunk_tokens=chunk_tokens)
     for row, mean in zip(PROMPTS, found, strict=True):
-        torch.testing.assert_close(mean, mean_by_hand(stock[name], row), **CLOSE)
+        torch.testing.assert_close(mean, mean_by_hand(stock[name], row), **LOOSE.get(name, CLOSE))
 
 
 @pytest.mark.parametrize(("name", "order"), [("llama", [0, 0, 0, 1, 1, 1]), ("gemma2", [0, 1] * 3)])
@@ -198,7 +207,7 @@ def read_afterwards(model, prompt, new, ends):
 
 
 @pytest.mark.parametrize("how", [{"do_sample": False}, {"do_sample": True, "top_k": 0}], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("name", ["llama", "mistral-window", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "mistral-window", "qwen2", "qwen3", "gemma4_text", "lfm2"])
 def test_recording_while_generating_equals_a_teacher_forced_read(name, how, stock):
     model = stock[name]
     free, _ = generated(model, PROMPTS, ends=(tiny.EOS,), **how)

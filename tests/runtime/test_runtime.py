@@ -1,11 +1,11 @@
 """The payload as the package that it is here: its parts, and its models opened without copying the code."""
 
 import copy
-import importlib
 import json
 import math
 import pickle
 import threading
+import types
 
 import numpy as np
 import pytest
@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 from tiny import CACHE, greedy, require_answers
 from transformers import DynamicCache, GenerationMixin
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.qwen3.modeling_qwen3 import Qwen3Model, eager_attention_forward
+from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3Model, eager_attention_forward
 
 from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.exporters.hf.exporter import EXPORTER
 from adaras_export.modeling.gate import gate_module
+from adaras_export.runtime import modeling_adaras
 from adaras_export.runtime import steering_adaras as runtime
 from adaras_export.runtime.steering_adaras import Scope, Steering, SteeringGate, SteeringState, Step, here
 
@@ -272,12 +273,14 @@ def packaged(rules, folders, tmp_path_factory):
 
     class Packaged(dict):
         def __missing__(self, key):
-            folder, family = tmp_path_factory.mktemp("export"), tiny.SPECS[key[0]][0]
+            folder = tmp_path_factory.mktemp("export")
             EXPORTER.write(rules[key], Checkpoint(folders[key[0]]), folder)
-            name = json.loads((folder / "config.json").read_text())["architectures"][0]
-            module = importlib.import_module(f"adaras_export.runtime.modeling_adaras_{family}")
-            config = getattr(module, name.replace("ForCausalLM", "Config")).from_pretrained(folder)
-            loaded = getattr(module, name).from_pretrained(folder, config=config, dtype=torch.float32)
+            names = json.loads((folder / "config.json").read_text())["auto_map"]
+            config, model = (
+                getattr(modeling_adaras, names[auto].removeprefix("modeling_adaras."))
+                for auto in ("AutoConfig", "AutoModelForCausalLM")
+            )
+            loaded = model.from_pretrained(folder, config=config.from_pretrained(folder), dtype=torch.float32)
             self[key] = loaded.eval()
             return self[key]
 
@@ -294,6 +297,35 @@ def test_the_package_computes_what_its_copies_compute(name, rule, packaged, told
     assert found == [answer["steered"] for answer in told[key]]
     # One row: Transformers 4.57 gives padded rows wrong positions when it prefills in chunks, with any model.
     require_answers(greedy(packaged[key], tiny.PROMPTS[3:], prefill_chunk_size=4), told[key][3:])
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])  # noqa: S301
+@pytest.mark.parametrize("name", ["qwen3", "gpt2"])
+def test_a_copied_model_computes_what_the_model_computes(copied, name, packaged, told):
+    """Symptom: pickling failed, as Transformers made a class of another name to add GenerationMixin."""
+    key = (name, *CAUSAL)
+    copy_of = copied(packaged[key])
+    require_answers(greedy(copy_of), told[key])
+    copy_of.steering.strength = 0
+    require_answers(greedy(packaged[key]), told[key])
+    assert not torch.equal(greedy(copy_of).logits[0], greedy(packaged[key]).logits[0])
+
+
+def test_an_mlp_that_was_replaced_is_an_error_and_not_an_unsteered_answer(packaged):
+    """As kernel libraries do: they bind another forward function to the module, or put another module there."""
+    model = copy.deepcopy(packaged[("qwen3", *CAUSAL)])
+    mlp = model.model.layers[3].mlp
+    mlp.forward = types.MethodType(Qwen3MLP.forward, mlp)
+    with pytest.raises(RuntimeError, match="a steered MLP did not run"):
+        greedy(model)
+    with model.steering.off():
+        greedy(model)
+
+
+@pytest.mark.parametrize("name", ["Qwen3Model", "AdaRASNothing", "AdaRASGenerationMixin", "AdaRASpipeline", "AdaRAS"])
+def test_only_models_and_configs_of_transformers_have_a_steered_class(name):
+    with pytest.raises(AttributeError, match="expected AdaRAS and the name of a model or config class"):
+        getattr(modeling_adaras, name)
 
 
 def test_on_the_edge_of_the_threshold_the_told_decision_is_the_one_that_was_made(packaged, monkeypatch):

@@ -25,6 +25,7 @@ def run_elsewhere(jobs, folder):
     """What `clean_process.py` found, by the keys of ``jobs``; ``folder`` is its HF_HOME."""
     environment = {
         "PATH": os.environ["PATH"],
+        "OMP_NUM_THREADS": "1",
         "HF_HOME": str(folder),
         "HF_MODULES_CACHE": str(folder / "modules"),
         "HF_HUB_OFFLINE": "1",
@@ -77,7 +78,7 @@ def sampled_by_the_oracle(model, rule):
 def require_equal_to_the_oracle(results, modes, key, told, stock, rules):
     """In those of ``modes`` that give answers."""
     for mode in {"greedy", "uncached"}.intersection(modes):
-        require_answers(as_output(results[mode]), told[key])
+        require_answers(as_output(results[mode]), told[key], tiny.SLACK.get(key[0], 1))
     if "single" in modes:
         for row, answer in enumerate(told[key]):
             require_answers(as_output(results["single"][row]), [answer])

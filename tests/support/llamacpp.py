@@ -16,13 +16,21 @@ from adaras_export.core.rule import SteeringRule
 from adaras_export.exporters.base import ExportContext
 
 NAMES = ("llama", "llama-biased", "mistral", "qwen2", "qwen3", "granite", "smollm3", "phi3", "gpt_neox", "gpt2")
+NAMES += ("seed_oss", "cohere2", "arcee", "nemotron", "hunyuan_v1_dense", "ernie4_5", "stablelm", "olmo")
+NAMES += ("starcoder2", "gemma", "phi")
 CARRIERS = ("llama", "mistral", "granite")  # what --into takes
 SWITCHABLE = ("llama", "mistral", "granite", "qwen2")  # and with --switchable
-_CHANGES = {"smollm3": {"no_rope_layer_interval": 4}}  # llama.cpp knows no other
+_CHANGES = {  # to what llama.cpp knows
+    "smollm3": {"no_rope_layer_interval": 4},
+    "arcee": {"attention_bias": False},
+    "starcoder2": {"sliding_window": None},
+    "phi": {"qk_layernorm": False},
+    "cohere2": {"layer_types": [*["sliding_attention"] * 3, "full_attention"]},
+}
 
 # In limits of `tiny.logit_limit`: measured up to 0.6. GELU it approximates and looks up in a table of 16 bits, steered
 # or not: measured 130 and 71. The effect of steering is 10^4 limits and more.
-GELU = ("gpt_neox", "gpt2")
+GELU = ("gpt_neox", "gpt2", "starcoder2", "gemma", "phi")
 SLACK = {name: 400 if name in GELU else 4 for name in NAMES}
 
 

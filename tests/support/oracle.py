@@ -130,8 +130,20 @@ def _run(model, row, change):
 
 def down_projections(model):
     """The last linear map of every MLP, as the architectures' papers and model code have it."""
-    if model.config.model_type == "gpt2":
+    kind, body = model.config.model_type, getattr(model, "model", None)
+    body = getattr(body, "language_model", body)  # of a model that reads images
+    if kind == "gpt2":
         return [block.mlp.c_proj for block in model.transformer.h]
-    if model.config.model_type == "gpt_neox":
+    if kind == "gpt_neox":
         return [block.mlp.dense_4h_to_h for block in model.gpt_neox.layers]
-    return [block.mlp.down_proj for block in model.model.layers]
+    if kind == "starcoder2":
+        return [block.mlp.c_proj for block in body.layers]
+    if kind == "phi":
+        return [block.mlp.fc2 for block in body.layers]
+    if kind in ("lfm2", "lfm3"):
+        return [block.feed_forward.w2 for block in body.layers]
+    if kind == "falcon_h1":
+        return [block.feed_forward.down_proj for block in body.layers]
+    if kind == "granitemoehybrid":
+        return [block.shared_mlp.output_linear for block in body.layers]
+    return [block.mlp.down_proj for block in body.layers]

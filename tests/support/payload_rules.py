@@ -25,15 +25,28 @@ SHARED = Allowed(
     imports={
         "collections.abc": {"Callable", "Iterator", "Mapping"},
         "contextlib": {"AbstractContextManager", "contextmanager"},
-        "functools": {"partial", "wraps"},
+        "functools": {"cache", "partial", "wraps"},
         "inspect": {"Parameter", "signature"},
         "typing": {"Any"},
         "torch": {"Tensor", "nn"},
         "torch.utils.checkpoint": {"checkpoint"},
-        "transformers": {"GenerationMixin", "PreTrainedModel", "conversion_mapping", "modeling_utils"},
+        "transformers": {
+            *("GenerationMixin", "PreTrainedModel", "PretrainedConfig", "conversion_mapping", "modeling_utils"),
+        },
         "transformers.cache_utils": {"Cache"},
         ".steering_adaras": {
-            *("OwnModelType", "SteeredGatedMLP", "SteeredGeneration", "SteeredMLP", "SteeredModel", "here"),
+            *(
+                "THREAD",
+                "Scope",
+                "SteeredProjection",
+                "Steering",
+                "SteeringGate",
+                "begin_step",
+                "finish_step",
+                "frozen",
+            ),
+            *("here", "parameter_names", "place_of", "preview", "prompt_width", "require_generation", "scope_of"),
+            *("tokens_of", "valid_tokens"),
         },
     },
     modules={
@@ -43,11 +56,14 @@ SHARED = Allowed(
             *("ones", "relu", "sigmoid", "tanh", "where", "zeros"),
         },
         "nn": {"Module", "Parameter", "functional.pad"},
+        "transformers": set(),
         "modeling_utils": set(),
         "conversion_mapping": {"get_checkpoint_conversion_mapping", "register_checkpoint_conversion_mapping"},
     },
     dynamic={
-        *("getattr(THREAD, name)", "setattr(THREAD, name, value)", "getattr(self, self.steered_layers)"),
+        *("getattr(THREAD, name)", "setattr(THREAD, name, value)"),
+        # A class of Transformers, which must be a model or a config.
+        "getattr(transformers, name.removeprefix('AdaRAS'), None)",
         *("setattr(cache, name, partial(_changed, cache, name))", "getattr(type(cache), name)"),  # of crop and _ROWS
     },
 )
@@ -82,10 +98,11 @@ THIN = Allowed(
 _FAMILY = re.compile(r"transformers\.models\.(\w+)\.(?:configuration|modeling)_\1")
 
 _BUILTINS = {
-    *("AttributeError", "BaseException", "ImportError", "KeyError", "NotImplementedError", "OSError", "ValueError"),
+    *("AttributeError", "BaseException", "ImportError", "KeyError", "NotImplementedError", "OSError"),
+    *("RuntimeError", "ValueError"),
     *("bool", "classmethod", "dict", "divmod", "filter", "float", "getattr", "id", "int", "isinstance", "len", "list"),
     *("max", "min", "next", "property", "range", "set", "setattr", "sorted", "str", "sum", "super", "tuple", "type"),
-    *("zip", "any", "all", "enumerate", "map", "reversed", "round", "abs", "hasattr", "staticmethod"),
+    *("zip", "any", "issubclass", "all", "enumerate", "map", "reversed", "round", "abs", "hasattr", "staticmethod"),
 }
 _DUNDERS = {"__init__", "__init_subclass__", "__class__", "__module__", "__mro__", "__name__"}
 _DUNDER = re.compile(r"__\w+__")
@@ -136,6 +153,8 @@ def _name(node, parents, allowed):
 
 def _attribute(node, parents, allowed):
     if not isinstance(node, ast.Attribute):
+        return False
+    if ast.unparse(node) == "self.__dict__":  # what a module is copied and pickled with
         return False
     if node.attr in _FOREIGN or (_DUNDER.fullmatch(node.attr) and node.attr not in _DUNDERS):
         return True

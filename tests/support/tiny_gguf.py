@@ -15,6 +15,17 @@ ARCHITECTURES = {
     "phi3": ("phi3", "half and half"),
     "gpt_neox": ("gptneox", "half and half"),
     "gpt2": ("gpt2", None),
+    "seed_oss": ("seed_oss", "half and half"),
+    "arcee": ("arcee", "side by side"),
+    "nemotron": ("nemotron", "half and half"),
+    "ernie4_5": ("ernie4_5", None),  # side by side in Transformers, too
+    "starcoder2": ("starcoder2", "half and half"),
+    "stablelm": ("stablelm", "half and half"),
+    "gemma": ("gemma", "half and half"),
+    "olmo": ("olmo", "side by side"),
+    "phi": ("phi2", "half and half"),
+    "hunyuan_v1_dense": ("hunyuan-dense", "half and half"),
+    "cohere2": ("cohere2", None),
 }
 
 
@@ -89,11 +100,17 @@ def _add_sizes(writer, config):
 def _add_scales(writer, config):
     if hasattr(config, "rms_norm_eps"):
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    if config.model_type == "gpt_neox":
-        writer.add_layer_norm_eps(config.layer_norm_eps)
+    for key in ("layer_norm_eps", "norm_epsilon", "norm_eps", "layer_norm_epsilon"):
+        if hasattr(config, key):
+            writer.add_layer_norm_eps(getattr(config, key))
+    if hasattr(config, "use_parallel_residual"):
         writer.add_parallel_residual(config.use_parallel_residual)
-    if config.model_type == "gpt2":
-        writer.add_layer_norm_eps(config.layer_norm_epsilon)
+    if config.model_type == "olmo":
+        writer.add_layer_norm_eps(1e-5)
+        writer.add_clamp_kqv(config.clip_qkv)
+    if config.model_type == "cohere2":
+        writer.add_logit_scale(config.logit_scale)
+        writer.add_sliding_window(config.sliding_window)
     if config.model_type == "granite":
         writer.add_attention_scale(config.attention_multiplier)
         writer.add_embedding_scale(config.embedding_multiplier)
@@ -122,6 +139,8 @@ def _arranged(key, values, config, rotary):
     if config.model_type == "gpt_neox" and ".query_key_value." in key:  # q, k and v of a head become all q, all k, ...
         parts = values.reshape(heads, 3, config.hidden_size // heads, *values.shape[1:])
         return parts.swapaxes(0, 1).reshape(values.shape)
+    if config.model_type in ("nemotron", "gemma") and key.endswith("norm.weight"):
+        return values + 1
     if rotary == "side by side" and (".q_proj." in key or ".k_proj." in key):
         count = heads if ".q_proj." in key else config.num_key_value_heads
         halves = values.reshape(count, 2, -1, *values.shape[1:])

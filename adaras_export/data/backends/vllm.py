@@ -10,10 +10,11 @@ from typing import Any
 from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.core.traces import Question, Settings
 from adaras_export.data.sampling_plan import Attempt, Completion
-from adaras_export.errors import ArtifactError, TraceError, first_line, require
+from adaras_export.errors import TraceError, require
 from adaras_export.files.hub import fetch
 from adaras_export.modeling.generation import Sampling, encode_prompt, row_seed, sampled_by, template_digest
 from adaras_export.modeling.loading import Dtype
+from adaras_export.modeling.vllm_engine import open_engine
 
 
 class VllmBackend:
@@ -32,14 +33,7 @@ class VllmBackend:
         self._prompts: dict[str, list[int]] = {}
         folder = fetch(model, revision)
         Checkpoint(folder).require_buildable()
-        try:
-            self._engine = self._vllm.LLM(
-                model=str(folder), dtype=dtype, trust_remote_code=False, disable_log_stats=True, seed=0
-            )
-        except (OSError, ValueError, RuntimeError) as error:  # what engines say of configurations, memory and kernels
-            raise ArtifactError(
-                f"{model}: vLLM cannot load it ({first_line(error)}); expected a model that it serves"
-            ) from error
+        self._engine = open_engine(self._vllm, folder, model, {"dtype": dtype, "trust_remote_code": False})
 
     @property
     def settings(self) -> Settings:

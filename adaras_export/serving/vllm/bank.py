@@ -22,9 +22,10 @@ from adaras_export.core.base_model import BaseModel
 from adaras_export.core.checkpoint import Checkpoint
 from adaras_export.core.folding import vectors
 from adaras_export.core.gate import Gate
-from adaras_export.errors import ArtifactError, first_line, require
+from adaras_export.errors import ArtifactError, require
 from adaras_export.files.safetensors_record import Array
 from adaras_export.modeling.generation import Sampling, row_seed
+from adaras_export.modeling.vllm_engine import open_engine
 from adaras_export.serving.vllm.dials import EVERYWHERE, RULE, STRENGTH
 
 
@@ -54,7 +55,10 @@ def write_bank(folder: Path, base: Checkpoint, bank: Sequence[BankRule]) -> None
     }
     save_file(_vectors(base, bank) | gates.tensors(base), folder / "bank.safetensors", {"format": "pt"})
     family = base.family
-    named = {"model_type": f"adaras_{family.model_type}", "architectures": [f"AdaRAS{family.stem}ForCausalLM"]}
+    named = {
+        "model_type": f"adaras_{family.model_type}",
+        "architectures": [f"AdaRAS{family.classes['AutoModelForCausalLM']}"],
+    }
     config.pop("auto_map", None)
     (folder / "config.json").write_text(json.dumps({**config, **named, "adaras": settings}))
 
@@ -121,22 +125,14 @@ class BankEngine:
 
     def __init__(self, folder: Path, subject: str, *, dtype: str, context: int, sequences: int, **more: Any) -> None:
         self._vllm: Any = require("vllm", "vllm", "the backend vllm")
-        try:
-            self._llm = self._vllm.LLM(
-                model=str(folder),
-                dtype=dtype,
-                max_model_len=context,
-                max_num_seqs=sequences,
-                skip_tokenizer_init=True,  # requests and answers are token ids
-                generation_config="vllm",
-                disable_log_stats=True,
-                seed=0,
-                **more,
-            )
-        except (OSError, ValueError, RuntimeError) as error:  # what engines say of configurations, memory and kernels
-            raise ArtifactError(
-                f"{subject}: vLLM cannot load it ({first_line(error)}); expected a model that it serves"
-            ) from error
+        settings = {
+            "dtype": dtype,
+            "max_model_len": context,
+            "max_num_seqs": sequences,
+            "skip_tokenizer_init": True,  # requests and answers are token ids
+            "generation_config": "vllm",
+        }
+        self._llm = open_engine(self._vllm, folder, subject, settings | more)
 
     def complete(
         self, requests: Sequence[Request], sampling: Sampling, ends: Sequence[int]

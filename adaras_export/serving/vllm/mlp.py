@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from adaras_export.serving.vllm.dials import gates_of
-from adaras_export.serving.vllm.gate import Steering, parameter
+from adaras_export.serving.vllm.gate import Steering, features_of, parameter
 
 
 class SteeredMLP:
@@ -21,25 +21,31 @@ class SteeredMLP:
     steering: tuple[Steering]  # in a tuple it is no submodule of the MLP
     steering_vector: Tensor | None  # (R, D)
     steering_index: Tensor | None  # (F of this layer,), 0-based neurons
-    steering_column: Tensor | None  # (F of this layer,), their 0-based columns among all features
-    steering_settles: bool  # the first steered MLP: the gates have seen all features
+    # Beside them: a tensor of a module takes Python ten times as long to look up.
+    steering_rules: int  # R; 0: nothing is added here
+    steering_reads: bool  # a gate has features here
+    steering_begins: bool  # the first steered MLP: the gates have seen all features
+    steering_ends: bool  # the last one
 
     def steered_down(self, hidden: Tensor, down: Callable[[Tensor], Any]) -> Tensor:
         """The down projection of h, steered."""
         # Linear layers of vLLM's own give a tuple; tensors of the Transformers backend have a leading dimension of 1.
         given = down(hidden)
         output: Tensor = given[0] if isinstance(given, tuple) else given
-        hidden = hidden.reshape(-1, hidden.shape[-1])
-        [steering], count = self.steering, hidden.shape[0]
-        if self.steering_index is not None and self.steering_column is not None:
-            steering.read(hidden, self.steering_index, self.steering_column)
-        if self.steering_settles:
-            steering.settle(count)
-        if self.steering_vector is None:
+        [steering] = self.steering
+        if self.steering_reads:
+            assert self.steering_index is not None
+            steering.read(hidden, self.steering_index)
+        if not self.steering_rules:
             return output
-        many = self.steering_vector.shape[0] > 1
-        vector = self.steering_vector[steering.rule[:count]] if many else self.steering_vector
-        amount = steering.amount[:count]
+        if self.steering_begins:
+            steering.settle(hidden.shape[-2])
+        vector, [amount] = self.steering_vector, steering.amounts
+        assert vector is not None
+        if self.steering_rules > 1:
+            vector = vector[steering.rule[: amount.shape[0]]]
+        if self.steering_ends:
+            steering.amounts.clear()
         if output.dtype == vector.dtype:  # one operation; decoding is made of small ones
             return torch.addcmul(output, amount, vector)
         return output + (amount * vector).to(output.dtype)
@@ -85,9 +91,8 @@ def steer(decoder_layers: nn.ModuleList, steering: Steering, settings: dict[str,
     Raises:
         NotImplementedError: vLLM computes an MLP in a way that is not known here.
     """
-    columns = _columns(settings)
-    first = min(settings["layers"])
-    for layer in sorted({*columns, *settings["layers"]}):
+    features, steered = features_of(gates_of(settings)), settings["layers"]
+    for layer in sorted({*features, *steered}):
         mlp: Any = decoder_layers[layer].mlp
         mixin = next((mixin for name, mixin in _KINDS.items() if hasattr(mlp, name)), None)
         if mixin is None:
@@ -97,20 +102,9 @@ def steer(decoder_layers: nn.ModuleList, steering: Steering, settings: dict[str,
         mlp.__class__ = _steered(mlp.__class__, mixin)
         mlp.__dict__.pop("forward", None)  # the Transformers backend binds a fused one to the instance
         mlp.__dict__["steering"] = (steering,)
-        mlp.steering_settles = layer == first
-        vectors = parameter(len(steering.rules), hidden_size) if layer in settings["layers"] else None
-        mlp.register_parameter("steering_vector", vectors)
-        here = columns.get(layer)
-        mlp.register_parameter("steering_index", here and parameter(len(here), dtype=torch.int64))
-        mlp.register_buffer("steering_column", here and torch.tensor(here), persistent=False)
-
-
-def _columns(settings: dict[str, Any]) -> dict[int, list[int]]:
-    """The 0-based columns that each layer's features have among all: gate by gate, and in a gate by layer."""
-    columns: dict[int, list[int]] = {}
-    at = 0
-    for gate in gates_of(settings):
-        for layer, count in zip(gate["layers"], gate["features"], strict=True):
-            columns.setdefault(layer, []).extend(range(at, at + count))
-            at += count
-    return columns
+        mlp.steering_begins, mlp.steering_ends = layer == min(steered), layer == max(steered)
+        mlp.steering_rules = rules = len(steering.rules) if layer in steered else 0
+        mlp.steering_reads = layer in features
+        mlp.register_parameter("steering_vector", parameter(rules, hidden_size) if rules else None)
+        index = parameter(features[layer], dtype=torch.int64) if layer in features else None
+        mlp.register_parameter("steering_index", index)

@@ -117,15 +117,18 @@ def _place(runner: Any, steering: Steering, position_T: Tensor) -> None:
     batch = runner.input_batch
     count = batch.num_reqs
     names, starts = batch.req_ids[:count], runner.query_start_loc.np[: count + 1]
-    lengths = batch.num_prompt_tokens[:count]
+    lengths, computed = batch.num_prompt_tokens[:count], batch.num_computed_tokens_cpu[:count]
+    runner.steering, runner.steering_columns = steering, _last_columns(names, lengths, computed, starts)
+    # One generated token of each: as in the pass before, if that was so for the same requests.
+    only_decodes = starts[-1] == count and bool((computed >= lengths).all())
+    placed = [*names] if only_decodes else None
+    if placed is not None and placed == getattr(runner, "steering_placed", None):
+        return
+    runner.steering_placed = placed
     table = np.array([_dials_in(runner.requests[name], steering, at) for name, at in zip(names, lengths, strict=True)])
     table = np.repeat(table.T, np.diff(starts), axis=1)
     moved = torch.from_numpy(table).to(position_T.device, non_blocking=True)
     steering.place(position_T[: table.shape[1]], dict(zip(_TYPES, moved, strict=True)))
-    runner.steering, runner.steering_columns = (
-        steering,
-        _last_columns(names, lengths, batch.num_computed_tokens_cpu[:count], starts),
-    )
 
 
 def _dials_in(state: Any, steering: Steering, prompt_tokens: int) -> list[float]:
@@ -154,7 +157,7 @@ class _Seen:
     def of(cls, steering: Steering, columns: dict[str, int]) -> "_Seen | None":
         if not steering.gates:
             return None
-        device = steering.amount.device
+        device = steering.probability.device
         column = torch.tensor(list(columns.values()), dtype=torch.int64).to(device, non_blocking=True)
         threshold = steering.threshold[column]
         values = torch.stack([steering.probability[column], threshold, steering.gate_of[steering.rule[column]].float()])

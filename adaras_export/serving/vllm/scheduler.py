@@ -6,6 +6,7 @@ all requests.
 """
 
 from functools import cache
+from inspect import signature
 from typing import Any
 
 from vllm.logger import init_logger
@@ -17,6 +18,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from adaras_export.serving.vllm.dials import RESULT, Dials, dials_of, rules_of
 from adaras_export.serving.vllm.runner import REPORT
 
+_LOOKAHEAD = "num_hash_lookahead_tokens"
 _log = init_logger("vllm.adaras_export")
 
 
@@ -39,9 +41,10 @@ class _SteeredScheduling:
         own: Any = self
         params = request.sampling_params
         dials = dials_of(self.steering_rules, params.extra_args, request.num_prompt_tokens)
+        request.steering_dials = dials
         if request._block_hasher is not None:  # with prefix caching
             algorithm = get_hash_fn_by_name(own.vllm_config.cache_config.prefix_caching_hash_algo)
-            request._block_hasher = BlockHasher(own.hash_block_size, algorithm, dials)
+            request._block_hasher = BlockHasher(own.vllm_config, own.hash_block_size, algorithm, dials)
             request.block_hashes.clear()
             request.update_block_hashes()
         super().add_request(request)  # type: ignore[misc]
@@ -54,7 +57,7 @@ class _SteeredScheduling:
     def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
         transfer, *rest = super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
         verdict = self.steering_reports.pop(request.request_id, None)
-        dials = dials_of(self.steering_rules, request.sampling_params.extra_args, request.num_prompt_tokens)
+        dials = request.steering_dials
         if verdict is None and self.steering_rules[dials.rule].gate is not None:
             return transfer, *rest  # ended before its prompt was read
         p, below = verdict or (None, True)
@@ -68,9 +71,12 @@ class _SteeredScheduling:
 class BlockHasher:
     """A request's block hasher: vLLM's own, whose hash function gets one more part for blocks that steering changes."""
 
-    def __init__(self, block_size: int, algorithm: Any, dials: Dials) -> None:
+    def __init__(self, vllm_config: Any, block_size: int, algorithm: Any, dials: Dials) -> None:
         self.block_size, self.algorithm, self.dials = block_size, algorithm, dials
-        self.native = get_request_block_hasher(block_size, self._hash)
+        # From 0.33 on a hash also covers the tokens behind its block that a drafter has read.
+        known = signature(get_request_block_hasher).parameters
+        more = {_LOOKAHEAD: getattr(vllm_config, _LOOKAHEAD)} if _LOOKAHEAD in known else {}
+        self.native = get_request_block_hasher(block_size, self._hash, **more)
         self.end = 0
 
     def __call__(self, request: Any) -> Any:

@@ -68,7 +68,7 @@ def commits(hub, folders, rules, tmp_path_factory):
 def client(hub, home, jobs, *, library=False, **settings):
     """What the other process made of each job, by name of a target; all that it has is in these variables."""
     environment = {"PATH": os.environ["PATH"], "HF_HOME": str(home), "HF_ENDPOINT": hub.endpoint}
-    environment |= {"HF_TOKEN": "hf_reader", "HF_HUB_DISABLE_XET": "1", **settings}
+    environment |= {"HF_TOKEN": "hf_reader", "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1", **settings}
     if library:
         environment["PYTHONPATH"] = str(ROOT)
     asked = {"library": library, "jobs": jobs, "rows": PROMPTS, "pad": PAD, "end": EOS, "state": LAYERS}
@@ -119,7 +119,7 @@ def test_with_the_library_an_adaptive_adapter_does_the_same(hub, commits, tmp_pa
 def test_code_weights_and_base_are_those_of_the_commit(pulled, commits):
     asked = {path.split("/resolve/")[1] for _, path, *_ in pulled["log"] if path.startswith("/user/hf/resolve/")}
     assert {one.partition("/")[0] for one in asked} == {commits["user/hf"]}
-    assert {one.partition("/")[2] for one in asked} > {"modeling_adaras_llama.py", "steering_adaras.py", "config.json"}
+    assert {one.partition("/")[2] for one in asked} > {"modeling_adaras.py", "steering_adaras.py", "config.json"}
     of_base = [path for _, path, status, _ in pulled["log"] if path.startswith("/user/base/resolve/") and status != 404]
     assert {path.split("/")[4] for path in of_base} == {commits[BASE]}
 

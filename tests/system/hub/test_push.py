@@ -93,7 +93,7 @@ def test_files_of_an_earlier_artifact_are_removed_by_the_same_commit(online, art
     later = shutil.copytree(exported[("stock",)], tmp_path / "later")
     planned = pushing.plan(later, NAME)
     done = pushing.carry_out(planned)
-    assert done.removed == ("modeling_adaras_llama.py", "steering_adaras.py")
+    assert done.removed == ("modeling_adaras.py", "steering_adaras.py")
     assert "config.json" in planned.replaced
     assert "tokenizer.json" in done.unchanged
     assert online.repositories[NAME].commits[done.commit]["parent"] == before

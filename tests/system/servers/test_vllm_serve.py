@@ -162,7 +162,7 @@ from adaras_export.serving.vllm import gate
 native = gate.Steering.settle
 def settle(steering, count):
     native(steering, count)
-    steering.amount[:count] *= -1
+    steering.amounts[0].neg_()
 gate.Steering.settle = settle
 from adaras_export.cli import main
 main()
