@@ -70,7 +70,7 @@ def installed():
 
 
 def bare():
-    return {"PATH": os.environ["PATH"], "HOME": os.environ["HF_HOME"]}
+    return {"PATH": os.environ["PATH"], "HOME": os.environ["HF_HOME"], "OMP_NUM_THREADS": "1"}
 
 
 def test_every_target_is_tried():

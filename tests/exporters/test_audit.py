@@ -31,6 +31,7 @@ def audit(jobs, folder):
     """What `audited_process.py` found, by the keys of ``jobs``: the folders of export and base, and modes or None."""
     environment = {
         "PATH": os.environ["PATH"],
+        "OMP_NUM_THREADS": "1",
         "HF_HOME": str(folder),
         "HF_MODULES_CACHE": str(folder / "modules"),
         "HF_HUB_OFFLINE": "1",

@@ -25,6 +25,7 @@ def run_elsewhere(jobs, folder):
     """What `clean_process.py` found, by the keys of ``jobs``; ``folder`` is its HF_HOME."""
     environment = {
         "PATH": os.environ["PATH"],
+        "OMP_NUM_THREADS": "1",
         "HF_HOME": str(folder),
         "HF_MODULES_CACHE": str(folder / "modules"),
         "HF_HUB_OFFLINE": "1",

@@ -97,6 +97,7 @@ def environment(home):
         "PYTHONPATH": str(ROOT),
         "HF_HOME": str(home),
         "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
     }
 
 

@@ -34,7 +34,7 @@ def hub(tmp_path):
 def pushing_process(hub, folder):
     code = "from adaras_export.cli import main; main()"
     environment = {"PATH": os.environ["PATH"], "HF_HOME": str(folder.parent / "home"), "HF_ENDPOINT": hub.endpoint}
-    environment |= {"HF_TOKEN": "hf_writer", "HF_HUB_DISABLE_XET": "1"}
+    environment |= {"HF_TOKEN": "hf_writer", "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = str(ROOT)
     command = [sys.executable, "-c", code, "push", str(folder), NAME, "--yes"]
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:

@@ -68,7 +68,7 @@ def commits(hub, folders, rules, tmp_path_factory):
 def client(hub, home, jobs, *, library=False, **settings):
     """What the other process made of each job, by name of a target; all that it has is in these variables."""
     environment = {"PATH": os.environ["PATH"], "HF_HOME": str(home), "HF_ENDPOINT": hub.endpoint}
-    environment |= {"HF_TOKEN": "hf_reader", "HF_HUB_DISABLE_XET": "1", **settings}
+    environment |= {"HF_TOKEN": "hf_reader", "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1", **settings}
     if library:
         environment["PYTHONPATH"] = str(ROOT)
     asked = {"library": library, "jobs": jobs, "rows": PROMPTS, "pad": PAD, "end": EOS, "state": LAYERS}
