@@ -64,8 +64,8 @@ def rendered(runs: list[dict]) -> str:
     every += [[name, *(run["modes"][CLEAN].get(name, "not run") for run in runs)] for name in names]
     return (
         f"{HEAD}Transformers {' and '.join(versions)}.\n\n{_table(table)}\n"
-        "Every family of text, in a process where importing the library fails (a greedy batch, an empty loading report;\n"
-        f"for some no KV cache, one prompt, sampling, for others a saved and a pickled copy):\n\n{_table(every)}{TAIL}"
+        "Every family of text, in a process where importing the library fails (a greedy batch, an empty loading\n"
+        f"report; for some no KV cache, one prompt, sampling, for others a saved and a pickled copy):\n\n{_table(every)}{TAIL}"
     )
 
 
