@@ -65,7 +65,7 @@ def rendered(runs: list[dict]) -> str:
     return (
         f"{HEAD}Transformers {' and '.join(versions)}.\n\n{_table(table)}\n"
         "Every family of text, in a process where importing the library fails (a greedy batch, an empty loading\n"
-        f"report; for some no KV cache, one prompt, sampling, for others a saved and a pickled copy):\n\n{_table(every)}{TAIL}"
+        f"report; for some no KV cache, one prompt, sampling, for others copies):\n\n{_table(every)}{TAIL}"
     )
 
 
