@@ -45,7 +45,7 @@ def between(model, gate, below):
 
 def bank_of(base, model):
     """Three rules with two gates, of which two share one; one without a gate; and one that steers prompts, too."""
-    one, other = tiny.make_gate(0, layers=(0, 1)), tiny.make_gate(3, layers=(1,))
+    one, other = tiny.make_gate(0, layers=(0, 1)), tiny.make_gate(3, layers=(0, 1))
     rules = {
         "one": {"gate": between(model, one, 3)},
         "later": {"gate": between(model, other, 1), "start": "first_generated_token", "strength": -3.0},

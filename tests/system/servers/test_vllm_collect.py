@@ -2,12 +2,14 @@
 
 import os
 import subprocess
+from dataclasses import replace
 
 import drive
 import pytest
 import tiny
 from places import ROOT
 
+from adaras_export.core.checkpoint import version_of
 from adaras_export.core.trace_files import read_traces, write_questions
 from adaras_export.core.traces import Question
 from adaras_export.data.checkers import last_number
@@ -52,9 +54,12 @@ def run(folder, tmp_path, pytestconfig):
 
 def test_greedy_traces_of_vllm_are_those_of_transformers(run, folder, tmp_path):
     run("--attempts", "1", "--temperature", "0")
-    settings = {"goal": Goal(1), "sampling": Sampling(8), "options": CollectOptions(last_number, 1)}
+    options = CollectOptions(last_number, 1, folder.name, version_of(folder))
+    settings = {"goal": Goal(1), "sampling": Sampling(8), "options": options}
     collect(*load_model(folder, device="cpu"), QUESTIONS, tmp_path / "here.jsonl", **settings)
-    assert set(map(str, read_traces(tmp_path / "t.jsonl"))) == set(map(str, read_traces(tmp_path / "here.jsonl")))
+    backends = [_without_backend(tmp_path / name) for name in ("t.jsonl", "here.jsonl")]
+    assert [backend for _, backend in backends] == [{"vllm"}, {"transformers"}]
+    assert backends[0][0] == backends[1][0]
 
 
 def test_a_file_that_was_cut_is_completed_with_the_same_samples(run, tmp_path):
@@ -64,3 +69,10 @@ def test_a_file_that_was_cut_is_completed_with_the_same_samples(run, tmp_path):
     assert "(3 traces were there" in run("--attempts", "3")
     assert (tmp_path / "t.jsonl").read_bytes() == whole
     assert len({trace.completion for trace in read_traces(tmp_path / "t.jsonl")}) == 9
+
+
+def _without_backend(path):
+    """Traces but for the backend that they name, and that of each."""
+    traces = list(read_traces(path))
+    plain = [replace(one, settings={**one.settings, "backend": ""}) for one in traces]
+    return set(map(str, plain)), {one.settings["backend"] for one in traces}
