@@ -29,8 +29,8 @@ LLAMA_SERVER := $(LLAMACPP)/server/bin/llama-server
 NODE := tests/system/runtimes/node
 PIP := -m pip install --quiet --disable-pip-version-check
 # Each test has one thread; a file stays with one process, which makes its models once, and files begin in the order of
-# tests/conftest.py, the long ones first. Four for two cores, because many tests wait for a process of their own.
-PARALLEL := -n 4 --dist loadfile --no-loadscope-reorder
+# tests/conftest.py, the long ones first. Three for two cores, because many tests wait for a process of their own.
+PARALLEL := -n 3 --dist loadfile --no-loadscope-reorder
 HERE := --ignore tests/system/runtimes --ignore tests/system/servers
 
 .PHONY: demo demo-smollm2 test coverage test-matrix test-runtimes test-newest test-vllm test-serve test-llamacpp quick mutants check bench \
